@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A segmentation task: classes, the labels they come from, and the geometry and intensities the network sees."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from samda.errors import UsageError, from_mapping, nearest
+
+__all__ = ["Task"]
+
+AXES = ("axial", "coronal", "sagittal")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is segmented, and how a scan becomes slices. Train, predict and adapt share one Task; it is saved with a model.
+
+    The field of view of a slice is `spacing` x `image_size` mm: a scan is resampled once, to `spacing`, then padded,
+    cropped around the body or tiled, and never resized again.
+    """
+
+    name: str = "segmentation"
+    classes: tuple[str, ...] = ("background", "foreground")  # network channel k is classes[k]; background first
+    labels: Mapping[str, tuple[int, ...]] | None = None  # class -> ids in the label files; None: ids by dataset.json, else k
+    modality: str = "CT"  # "CT" (window in HU), "MR" (percentiles) or "image" (2D pictures, percentiles)
+    window: tuple[float, float] = (-160.0, 240.0)  # HU, mapped to [0, 1]; CT only
+    percentiles: tuple[float, float] = (1.0, 99.0)  # of the body's intensities, mapped to [0, 1]; MR and image
+    spacing: float = 1.5  # mm per pixel of a slice, both directions
+    image_size: int = 256  # pixels of a slice, both directions; a multiple of 16
+    axis: str = "axial"  # slices are perpendicular to it: "axial", "coronal" or "sagittal"
+    in_channels: int = 1  # 1, or 3 for RGB pictures
+    nsd_tolerance: float = 3.0  # mm, of the normalized surface distance
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", tuple(str(name) for name in self.classes))
+        if self.labels is not None:
+            ids = {
+                name: tuple(int(i) for i in (v if isinstance(v, list | tuple) else [v])) for name, v in self.labels.items()
+            }
+            object.__setattr__(self, "labels", ids)
+        for key in ("window", "percentiles"):
+            object.__setattr__(self, key, tuple(float(v) for v in getattr(self, key)))
+        self._check()
+
+    def _check(self) -> None:
+        def refuse(what: str) -> None:
+            raise UsageError(f"task {self.name!r}: {what}")
+
+        if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
+            refuse(f"classes must be background and at least one more, all different; got {list(self.classes)}")
+        for name in self.labels or {}:
+            if name not in self.classes:
+                refuse(f"labels names the unknown class {name!r}; {nearest(name, self.classes)}")
+        if self.labels is not None:
+            missing = [name for name in self.classes[1:] if name not in self.labels]
+            if missing:
+                refuse(f"labels gives no ids for {', '.join(missing)}; add them or drop the class")
+        if self.axis not in AXES:
+            refuse(f"axis {self.axis!r} is unknown; {nearest(self.axis, AXES)}")
+        if self.modality not in ("CT", "MR", "image"):
+            refuse(f"modality {self.modality!r} is unknown; choose from CT, MR, image")
+        if self.image_size < 16 or self.image_size % 16:
+            refuse(f"image_size must be a multiple of 16, got {self.image_size}")
+        if self.spacing <= 0:
+            refuse(f"spacing must be positive (mm), got {self.spacing}")
+        if self.in_channels not in (1, 3):
+            refuse(f"in_channels must be 1 or 3, got {self.in_channels}")
+        for key in ("window", "percentiles"):
+            low, high = getattr(self, key)
+            if not low < high:
+                refuse(f"{key} must be (low, high) with low < high, got {getattr(self, key)}")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, background included."""
+        return len(self.classes)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Task:
+        """Build a Task from plain JSON or YAML values, refusing unknown keys."""
+        return from_mapping(cls, values, "task")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Task:
+        """Read a Task from a YAML or JSON file (JSON is YAML): the mapping itself, or its entry `task`."""
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(values, Mapping):
+            raise UsageError(f"{path}: expected a mapping of task keys, got {type(values).__name__}")
+        return cls.from_dict(values.get("task", values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = dataclasses.asdict(self)
+        values["classes"] = list(self.classes)
+        values["labels"] = None if self.labels is None else {k: list(v) for k, v in self.labels.items()}
+        for key in ("window", "percentiles"):
+            values[key] = list(getattr(self, key))
+        return values

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The errors a user of samda can cause, each one line that names the thing, the value received and the remedy.
+
+The command line prints the line and exits with 1 (the job failed) or 2 (wrong usage); library users catch the class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class SamdaError(Exception):
+    """Base of every error that samda raises on purpose; the command line exits with 1."""
+
+
+class UsageError(SamdaError):
+    """A wrong argument, key or combination of options; the command line exits with 2."""
+
+
+class InputError(SamdaError):
+    """A file, scan or data set that cannot be used; the message names it and the remedy."""
+
+
+class WeightsError(SamdaError):
+    """Base weights that are missing, damaged or of another backbone."""
+
+
+class AdapterError(SamdaError):
+    """An adapter that cannot be attached, merged, saved or loaded as asked."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The remedy for a mistyped name: `did you mean 'x'?`, or the list of valid names where none is near."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(valid)}"
+
+
+def check_keys(given: Iterable[str], valid: Iterable[str], where: str) -> None:
+    """Refuse unknown keys.
+
+    Args:
+        given: keys received.
+        valid: keys allowed.
+        where: what the keys belong to, for the message ("adapter 'salt'").
+
+    Raises:
+        UsageError: naming the first unknown key and the nearest valid one.
+    """
+    valid = list(valid)
+    for key in given:
+        if key not in valid:
+            raise UsageError(f"{where}: unknown key {key!r}; {nearest(str(key), valid)}")
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Build the dataclass `cls` from a mapping, refusing unknown keys with the nearest valid name."""
+    fields = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+    check_keys(values, fields, where)
+    try:
+        return cls(**values)
+    except TypeError as error:  # a required field is missing
+        raise UsageError(f"{where}: {error}") from error
