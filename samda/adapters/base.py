@@ -8,15 +8,15 @@ derives from one answer: which parameters it calls its own (:meth:`Adapter.adapt
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn as nn
 
-from samda.adapters.sites import LinearSite, NormSite, Site, SiteInfo
+from samda.adapters.settings import AdapterConfig
+from samda.adapters.sites import LinearSite, NormSite, Site
 from samda.errors import AdapterError
 
 __all__ = [
@@ -32,11 +32,16 @@ __all__ = [
     "freeze",
     "is_merged",
     "merge",
+    "modules",
+    "regularization",
     "set_enabled",
     "sites",
     "trainable_parameters",
     "unmerge",
 ]
+
+
+RESERVED = ("training", "trainable", "base")  # a module's own attribute, and entries of `count_parameters`
 
 
 class Adapter(nn.Module):
@@ -49,14 +54,41 @@ class Adapter(nn.Module):
 
     enabled: bool = True
     mergeable: bool = False  # can its effect be folded into the base weights?
+    reparameterized: bool = False  # are its own parts folded into fewer?
 
     def adapter_params(self) -> list[str]:
         """Names of the parameters that are this adapter's own (a fresh list)."""
         return [name for name, _ in self.named_parameters()]
 
+    def scope_params(self) -> dict[str, list[str]]:
+        """Own parameters by scope of adaptation (see :mod:`samda.adapters.scopes`), beyond "encoder"."""
+        return {}
+
     def delta(self) -> Any:
         """The change of the base parameter: a tensor of the weight's shape, or (scale, shift) at a norm."""
         raise AdapterError(f"{type(self).__name__} is no weight delta and cannot be merged into the base weights")
+
+    def whole(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """Base layer and delta in one, x (W + dW)^T + b, where that is cheaper than their sum; else None."""
+        return None
+
+    def rebase(self, weight: torch.Tensor) -> None:
+        """Called after other base weights were loaded into the site: renew what was derived from them."""
+
+    def regularizer(self) -> torch.Tensor | None:
+        """The method's own penalty on its parameters, a scalar; None where it has none."""
+        return None
+
+    def check_state(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+        """Refuse tensors that were trained on something else than this site's base weight, before they are assigned.
+
+        Args:
+            tensors: a state of this adapter, names and shapes already checked.
+            source: where they come from, for the message.
+
+        Raises:
+            AdapterError: naming the layer and the remedy.
+        """
 
     def reparameterize(self) -> bool:
         """Fold the adapter's own parts into fewer, where the mathematics allows; True if anything changed."""
@@ -64,28 +96,6 @@ class Adapter(nn.Module):
 
     def restore(self) -> None:
         """Undo :meth:`reparameterize`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterConfig:
-    """Settings of one adapter. A subclass adds fields, states the roles it serves and builds the module of a site."""
-
-    name: ClassVar[str] = ""
-    roles: ClassVar[tuple[str, ...]] = ()
-
-    seed: int = 0  # of the adapter's own random initialization; the global generators stay untouched
-
-    def targets(self, info: SiteInfo) -> bool:
-        """Does this adapter go to that site?"""
-        return info.role in self.roles
-
-    def build(self, site: Site, generator: torch.Generator) -> Adapter:
-        """The module for `site`; it raises AdapterError with the place and the reason where it cannot serve it."""
-        raise NotImplementedError
-
-    def base_params(self, model: nn.Module) -> list[str]:
-        """Base parameters that this "adapter" trains itself (the baselines `decoder` and `full`); usually none."""
-        return []
 
 
 def sites(model: nn.Module) -> dict[str, Site]:
@@ -105,37 +115,61 @@ def attach(model: nn.Module, adapters: Mapping[str, AdapterConfig]) -> None:
     Afterwards exactly the adapters' parameters, the class head and what a baseline declares require gradients.
 
     Args:
-        model: a network with sites.
+        model: a network with sites; attach after its base weights were loaded.
         adapters: name -> config. The name is the key under which the adapter is saved and addressed.
 
     Raises:
-        AdapterError: a name is taken, a config finds no site, or a site cannot be served. The model is unchanged.
+        AdapterError: a name is taken or no identifier, a config finds no site, a site cannot be served, or two configs
+            exclude each other. The model is unchanged.
     """
-    present = attached(model)
-    places = sites(model)
     if is_merged(model):
         raise AdapterError("adapters are merged; call unmerge before attaching more")
-    built: list[tuple[Site, str, Adapter]] = []
+    present = attached(model)
+    places = sites(model)
+    _check_names(adapters, present)
+    _check_alone(present | dict(adapters))
+    built = []
     for name, config in adapters.items():
-        if name in present:
-            raise AdapterError(f"adapter {name!r} is already attached; detach it first or choose another name")
         targets = [site for site in places.values() if config.targets(site.info)]
         if config.roles and not targets:
-            raise AdapterError(f"adapter {name!r} finds none of its sites ({', '.join(config.roles)}) in this model")
-        for site in targets:
-            # a seed per site: equal layers must not start equal, and no global generator is touched
-            seed = zlib.crc32(f"{config.seed}/{name}/{site.info.name}".encode())
-            adapter = config.build(site, torch.Generator().manual_seed(seed))
-            reference = next(iter(site.parameters()), None) or next(model.parameters())
-            built.append((site, name, adapter.to(reference.device)))
+            raise AdapterError(f"adapter {name!r} finds none of its sites ({', '.join(config.serves())}) in this model")
+        config.review(targets)
+        built += [(site, name, _build(config, name, site, model)) for site in targets]
     for site, name, adapter in built:
         site.adapters[name] = adapter
     model._samda_adapters = present | dict(adapters)  # type: ignore[assignment]
     freeze(model)
 
 
+def _check_names(adapters: Iterable[str], present: Mapping[str, AdapterConfig]) -> None:
+    for name in adapters:
+        if name in present:
+            raise AdapterError(f"adapter {name!r} is already attached; detach it first or choose another name")
+        if not name.isidentifier() or hasattr(nn.ModuleDict, name) or name in RESERVED:
+            raise AdapterError(f"adapter name {name!r} cannot be used; choose letters, digits and underscores")
+
+
+def _check_alone(together: Mapping[str, AdapterConfig]) -> None:
+    served = [name for name, config in together.items() if config.roles]
+    for name, config in together.items():
+        if config.alone and served:
+            raise AdapterError(
+                f"{name!r} trains the base weights that {served[0]!r} builds on; attach only one of them"
+            )
+
+
+def _build(config: AdapterConfig, name: str, site: Site, model: nn.Module) -> Adapter:
+    reference = next(site.parameters(), None)
+    reference = next(model.parameters()) if reference is None else reference
+    # a seed per site: equal layers must not start equal, and no global generator is touched
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}/{name}/{site.info.name}".encode()))
+    with torch.device("meta" if reference.is_meta else "cpu"):
+        adapter = config.build(site, generator)
+    return adapter.to(reference.device, reference.dtype)
+
+
 def detach(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Remove adapters (all when `names` is None); the base is as it was before."""
+    """Remove adapters (all when `names` is None); the base is as it was before, but for what a baseline trained."""
     names = _names(model, names)
     unmerge(model)
     for site in sites(model).values():
@@ -146,18 +180,22 @@ def detach(model: nn.Module, names: Iterable[str] | None = None) -> None:
     freeze(model)
 
 
+def modules(model: nn.Module, names: Iterable[str] | None = None) -> Iterator[tuple[str, Site, Adapter]]:
+    """The adapter modules of `model` (of all adapters when `names` is None): full path, site, module."""
+    names = _names(model, names)
+    for path, site in model.named_modules():
+        if isinstance(site, Site):
+            for name in names:
+                if name in site.adapters:
+                    yield f"{path}.adapters.{name}", site, site.adapters[name]  # type: ignore[misc]
+
+
 def adapter_parameters(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, nn.Parameter]:
     """The adapters' own parameters by their full name in `model`."""
-    names = _names(model, names)
     found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, Site):
-            for name in names:
-                if name in module.adapters:
-                    adapter = module.adapters[name]
-                    own = dict(adapter.named_parameters())
-                    for key in adapter.adapter_params():
-                        found[f"{path}.adapters.{name}.{key}"] = own[key]
+    for path, _, adapter in modules(model, names):
+        own = dict(adapter.named_parameters())
+        found.update({f"{path}.{key}": own[key] for key in adapter.adapter_params()})
     return found
 
 
@@ -198,31 +236,41 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     return counts
 
 
+def regularization(model: nn.Module, names: Iterable[str] | None = None) -> torch.Tensor:
+    """Sum of the adapters' own penalties (:meth:`Adapter.regularizer`), a scalar; 0 where none has one."""
+    terms = [term for _, _, adapter in modules(model, names) if (term := adapter.regularizer()) is not None]
+    return torch.stack(terms).sum() if terms else next(model.parameters()).new_zeros(())
+
+
 def set_enabled(model: nn.Module, enabled: bool, names: Iterable[str] | None = None) -> None:
-    """Switch adapters on or off (all when `names` is None)."""
-    names = _names(model, names)
+    """Switch adapters on or off (all when `names` is None).
+
+    Raises:
+        AdapterError: adapters are merged, or a named one has no modules (a baseline trains the base itself).
+    """
     if is_merged(model):
         raise AdapterError("adapters are merged into the weights; call unmerge before switching them")
-    for site in sites(model).values():
-        for name in names:
-            if name in site.adapters:
-                site.adapters[name].enabled = enabled  # type: ignore[assignment]
+    for name in names if names is not None else ():
+        if not any(True for _ in modules(model, [name])):
+            raise AdapterError(f"adapter {name!r} has no modules and cannot be switched; load the base weights instead")
+    for _, _, adapter in modules(model, names):
+        adapter.enabled = enabled
 
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within the block the network answers as the unadapted base does (class head included as it is)."""
-    before = [(a, a.enabled) for site in sites(model).values() for a in site.adapters.values()]
+    before = [(adapter, adapter.enabled) for _, _, adapter in modules(model)]
     merged = is_merged(model)
     if merged:
         unmerge(model)
     try:
         for adapter, _ in before:
-            adapter.enabled = False  # type: ignore[assignment]
+            adapter.enabled = False
         yield
     finally:
         for adapter, state in before:
-            adapter.enabled = state  # type: ignore[assignment]
+            adapter.enabled = state
         if merged:
             merge(model)
 
@@ -241,11 +289,11 @@ def merge(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
         The names of the adapters that are now merged into base weights.
 
     Raises:
-        AdapterError: a named adapter cannot be merged, or only part of a site's deltas was named.
+        AdapterError: a named adapter cannot be merged, only part of a site's deltas was named, or a merged weight is
+            not finite. Nothing is merged then.
     """
     chosen = _names(model, names)
-    places = sites(model).values()
-    able = {n for site in places for n, a in site.adapters.items() if a.mergeable}
+    able = {path.rpartition(".")[2] for path, _, a in modules(model) if a.mergeable and a.enabled}
     if names is not None:
         for name in chosen:
             if name not in able:
@@ -253,12 +301,15 @@ def merge(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
         left = [n for n in able if n not in chosen]
         if left:
             raise AdapterError(f"merge also {', '.join(sorted(left))}: deltas are folded together, all or none")
-    for site in places:
-        for name, adapter in site.adapters.items():
-            if name in chosen and not adapter.mergeable:
+    try:
+        for _, site, adapter in modules(model, chosen):
+            if adapter.mergeable and isinstance(site, LinearSite | NormSite):
+                site.merge()
+            else:
                 adapter.reparameterize()
-        if isinstance(site, LinearSite | NormSite):
-            site.merge()
+    except AdapterError:
+        unmerge(model)
+        raise
     return [name for name in attached(model) if name in able]
 
 
@@ -267,13 +318,14 @@ def unmerge(model: nn.Module) -> None:
     for site in sites(model).values():
         if isinstance(site, LinearSite | NormSite):
             site.unmerge()
-        for adapter in site.adapters.values():
-            adapter.restore()
+    for _, _, adapter in modules(model):
+        adapter.restore()
 
 
 def is_merged(model: nn.Module) -> bool:
-    """Is any site merged?"""
-    return any(getattr(site, "merged_weight", None) is not None for site in sites(model).values())
+    """Is any site merged, or any adapter reparameterized?"""
+    merged = any(site.merged for site in sites(model).values())
+    return merged or any(adapter.reparameterized for _, _, adapter in modules(model))
 
 
 def _names(model: nn.Module, names: Iterable[str] | None) -> list[str]:

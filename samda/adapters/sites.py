@@ -31,16 +31,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from samda.errors import AdapterError
+
 if TYPE_CHECKING:
     from samda.adapters.base import Adapter
 
-__all__ = ["SiteInfo", "Site", "LinearSite", "NormSite", "TokenSite", "BranchSite", "DecoderSite", "ResidualSites"]
+__all__ = ["BranchSite", "DecoderSite", "LinearSite", "NormSite", "ResidualSites", "Site", "SiteInfo", "TokenSite"]
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,18 @@ class SiteInfo:
     block: int  # index of the encoder block or decoder layer, from 0
     dim: int  # channels of the tokens that enter the site
 
+    @property
+    def part(self) -> str:
+        """The half of the network: "encoder" or "decoder", the first word of the name."""
+        return self.name.split(".")[0]
+
 
 class Site(nn.Module):
     """Common part of all sites: the adapters that are attached here, by name, in the order of attachment."""
 
     info: SiteInfo
     adapters: nn.ModuleDict
+    merged: bool = False  # are weight deltas folded into a copy of the base parameter?
 
     def _init_site(self, info: SiteInfo) -> None:
         self.info = info
@@ -69,8 +77,28 @@ class Site(nn.Module):
         return (adapter for adapter in self.adapters.values() if adapter.enabled)  # type: ignore[misc]
 
 
-class LinearSite(nn.Linear, Site):
+class _WeightSite(Site):
+    """A site with base parameters: what must happen when they are replaced under the adapters."""
+
+    def unmerge(self) -> None:
+        """Drop the merged copy."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # a merged copy would be stale after any load, and so would be what an adapter derived from the base weight;
+        # adapters load after this, so their own tensors meet the new base
+        self.unmerge()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "weight" in state_dict:
+            for adapter in self.adapters.values():
+                adapter.rebase(self.weight)  # type: ignore[operator]
+
+
+class LinearSite(_WeightSite, nn.Linear):
     """A linear layer with additive weight deltas: y = x W^T + b + sum_a x dW_a^T.
+
+    An adapter may offer the adapted layer as a whole where that is cheaper than base plus delta
+    (:meth:`~samda.adapters.base.Adapter.whole`); the first one that does takes the place of the base.
 
     `merge` keeps W + sum dW beside the base weight, which is never written to; `unmerge` drops it.
     """
@@ -78,43 +106,58 @@ class LinearSite(nn.Linear, Site):
     def __init__(self, in_features: int, out_features: int, info: SiteInfo, bias: bool = True) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias=bias)
         self._init_site(info)
+        self.merged_weight: torch.Tensor | None
         self.register_buffer("merged_weight", None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged_weight is not None:
             return F.linear(x, self.merged_weight, self.bias)
-        y = F.linear(x, self.weight, self.bias)
-        for adapter in self.active():
+        adapters = list(self.active())
+        y = None
+        for index, adapter in enumerate(adapters):
+            y = adapter.whole(x, self.weight, self.bias)
+            if y is not None:
+                del adapters[index]
+                break
+        if y is None:
+            y = F.linear(x, self.weight, self.bias)
+        for adapter in adapters:
             y = y + adapter(x)
         return y
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the active deltas into one weight (sum in fp32, then one cast); harmless when already merged."""
+        """Fold the active deltas into one weight (sum in fp32 or wider, then one cast); harmless when repeated.
+
+        Raises:
+            AdapterError: the result is not finite; nothing is merged.
+        """
         deltas = [adapter.delta() for adapter in self.active()]
         if deltas and self.merged_weight is None:
-            total = self.weight.float() + sum(delta.float() for delta in deltas)
-            if not torch.isfinite(total).all():
-                raise ValueError(f"merging at {self.info.name} gives values that are not finite")
-            self.merged_weight = total.to(self.weight.dtype)
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            total = (self.weight.to(wide) + sum(delta.to(wide) for delta in deltas)).to(self.weight.dtype)
+            _check_finite(total, self.info)
+            self.merged_weight, self.merged = total, True
 
     def unmerge(self) -> None:
         """Return to base weight plus deltas."""
-        self.merged_weight = None
+        self.merged_weight, self.merged = None, False
 
 
-class NormSite(nn.LayerNorm, Site):
+class NormSite(_WeightSite, nn.LayerNorm):
     """A LayerNorm whose scale and shift take additive deltas."""
 
     def __init__(self, dim: int, info: SiteInfo, eps: float = 1e-6) -> None:
         nn.LayerNorm.__init__(self, dim, eps=eps)
         self._init_site(info)
+        self.merged_weight: torch.Tensor | None
+        self.merged_bias: torch.Tensor | None
         self.register_buffer("merged_weight", None, persistent=False)
         self.register_buffer("merged_bias", None, persistent=False)
 
     def affine(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and shift in force, both (C,)."""
-        if self.merged_weight is not None:
+        if self.merged_weight is not None and self.merged_bias is not None:
             return self.merged_weight, self.merged_bias
         weight, bias = self.weight, self.bias
         for adapter in self.active():
@@ -127,13 +170,25 @@ class NormSite(nn.LayerNorm, Site):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Keep scale and shift with their deltas; harmless when already merged."""
+        """Keep scale and shift with their deltas; harmless when repeated.
+
+        Raises:
+            AdapterError: the result is not finite; nothing is merged.
+        """
         if self.merged_weight is None and any(True for _ in self.active()):
-            self.merged_weight, self.merged_bias = (t.detach().clone() for t in self.affine())
+            weight, bias = (tensor.detach().clone() for tensor in self.affine())
+            _check_finite(weight, self.info)
+            _check_finite(bias, self.info)
+            self.merged_weight, self.merged_bias, self.merged = weight, bias, True
 
     def unmerge(self) -> None:
         """Return to base scale and shift plus deltas."""
-        self.merged_weight = self.merged_bias = None
+        self.merged_weight, self.merged_bias, self.merged = None, None, False
+
+
+def _check_finite(tensor: torch.Tensor, info: SiteInfo) -> None:
+    if not torch.isfinite(tensor).all():
+        raise AdapterError(f"{info.name}: merging gives values that are not finite; was the training stable?")
 
 
 class TokenSite(Site):

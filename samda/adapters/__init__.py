@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters: the small modules that are trained, how they attach, freeze, merge and are saved."""
+
+from __future__ import annotations
+
+from samda.adapters.base import (
+    Adapter,
+    adapter_parameters,
+    attach,
+    attached,
+    base_parameters,
+    count_parameters,
+    detach,
+    disabled,
+    freeze,
+    is_merged,
+    merge,
+    regularization,
+    set_enabled,
+    sites,
+    trainable_parameters,
+    unmerge,
+)
+from samda.adapters.baselines import BottleneckConfig, DecoderConfig, FullConfig, HeadConfig
+from samda.adapters.files import AdapterFile, load_adapters, read_adapters, save_adapters
+from samda.adapters.kernel import DkaConfig, LkaConfig
+from samda.adapters.lora import LoraConfig
+from samda.adapters.norm import NormConfig
+from samda.adapters.registry import ADAPTERS, build_configs
+from samda.adapters.salt import SaltConfig
+from samda.adapters.sam_da import SamDaConfig
+from samda.adapters.scopes import SCOPES, available_scopes, scope_parameters
+from samda.adapters.settings import AdapterConfig
+
+__all__ = [
+    "ADAPTERS",
+    "SCOPES",
+    "Adapter",
+    "AdapterConfig",
+    "AdapterFile",
+    "BottleneckConfig",
+    "DecoderConfig",
+    "DkaConfig",
+    "FullConfig",
+    "HeadConfig",
+    "LkaConfig",
+    "LoraConfig",
+    "NormConfig",
+    "SaltConfig",
+    "SamDaConfig",
+    "adapter_parameters",
+    "attach",
+    "attached",
+    "available_scopes",
+    "base_parameters",
+    "build_configs",
+    "count_parameters",
+    "detach",
+    "disabled",
+    "freeze",
+    "is_merged",
+    "load_adapters",
+    "merge",
+    "read_adapters",
+    "regularization",
+    "save_adapters",
+    "scope_parameters",
+    "set_enabled",
+    "sites",
+    "trainable_parameters",
+    "unmerge",
+]

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapter files: `adapter.json` says what was trained, `adapter.safetensors` holds it. Neither can run code.
+
+`adapter.json` (format version 1) has exactly these keys:
+
+================ ===================================================================================
+format_version   1
+sha256           of `adapter.safetensors`
+adapters         adapter name -> its `type` and every setting
+network          how to build the network (backbone, channels, ...)
+base             source and fingerprint of the base weights
+task             classes, labels, geometry and intensities
+record           what it was trained on and how, source statistics, versions, metrics
+================ ===================================================================================
+
+The last four are plain values that their owners check. `adapter.safetensors` holds the parameters of the adapters, the
+class head, and what a baseline trained, under the names that they have in the network, and what pins an adapter to its
+base weight (SALT's signature).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+
+from samda.adapters.base import attached, modules, trainable_parameters, unmerge
+from samda.adapters.registry import build_configs
+from samda.adapters.settings import AdapterConfig, is_int
+from samda.errors import AdapterError, UsageError, check_keys
+
+__all__ = ["FORMAT_VERSION", "AdapterFile", "load_adapters", "read_adapters", "save_adapters", "state_tensors"]
+
+FORMAT_VERSION = 1
+HEADER = "adapter.json"
+TENSORS = "adapter.safetensors"
+SECTIONS = ("network", "base", "task", "record")
+
+Header = dict[str, Any]
+
+# format version -> the function that turns a header of that version into one of the next; version 1 is the first
+UPGRADES: dict[int, Callable[[Header], Header]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFile:
+    """The content of an adapter folder, validated as far as it can be without a network."""
+
+    source: str  # the folder, for messages
+    adapters: dict[str, AdapterConfig]
+    network: dict[str, Any]
+    base: dict[str, Any]
+    task: dict[str, Any]
+    record: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+def state_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a file holds of `model`, by full name: the trained parameters and the adapters' persistent buffers."""
+    found: dict[str, torch.Tensor] = dict(trainable_parameters(model))
+    for path, _, adapter in modules(model):
+        found |= {f"{path}.{key}": tensor for key, tensor in adapter.state_dict().items()}
+    return {name: found[name].detach() for name in sorted(found)}
+
+
+def save_adapters(
+    model: nn.Module,
+    folder: str | Path,
+    network: Mapping[str, Any] | None = None,
+    base: Mapping[str, Any] | None = None,
+    task: Mapping[str, Any] | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `adapter.json` and `adapter.safetensors`; each appears complete or not at all.
+
+    Args:
+        model: a network with adapters attached.
+        folder: made if missing.
+        network, base, task, record: plain values (see the module); NaN and infinities become null.
+
+    Raises:
+        AdapterError: a value is not plain, or a tensor is not finite; nothing is written.
+    """
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in state_tensors(model).items()}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{folder}: {name} holds values that are not finite; nothing was saved")
+    content = safetensors.save(tensors)
+    header = {
+        "format_version": FORMAT_VERSION,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "adapters": {name: config.to_dict() for name, config in attached(model).items()},
+    }
+    for key, values in zip(SECTIONS, (network, base, task, record), strict=True):
+        header[key] = _plain(values or {}, key)
+    text = json.dumps(header, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / TENSORS, content)
+    _write(folder / HEADER, text.encode())
+
+
+def read_adapters(folder: str | Path) -> AdapterFile:
+    """Read and validate an adapter folder.
+
+    Raises:
+        AdapterError: a file is missing, damaged, of a newer samda, or not what it should be; one line with the remedy.
+    """
+    folder = Path(folder)
+    header = _read_header(folder / HEADER)
+    content = _read_bytes(folder / TENSORS)
+    if hashlib.sha256(content).hexdigest() != header["sha256"]:
+        raise AdapterError(f"{folder / TENSORS}: not the file that {HEADER} describes (sha256); copy the folder again")
+    sections = {key: header[key] for key in SECTIONS}
+    adapters = _read_settings(header["adapters"], folder / HEADER)
+    return AdapterFile(str(folder), adapters, **sections, tensors=_parse_tensors(content, folder / TENSORS))
+
+
+def load_adapters(model: nn.Module, source: str | Path | AdapterFile) -> None:
+    """Load trained tensors into a model with the same adapters attached: all of them or, when one is refused, none.
+
+    Args:
+        model: a network with adapters; it is unmerged first.
+        source: an adapter folder, its `adapter.safetensors`, or what :func:`read_adapters` returned. A safetensors file
+            without an `adapter.json` beside it is held against the model's names and shapes only.
+
+    Raises:
+        AdapterError: adapters, settings, names, shapes or values do not fit, or a tensor was trained on other base
+            weights; the message names the file and the remedy, and the model is unchanged.
+    """
+    if not isinstance(source, AdapterFile):
+        path = Path(source)
+        if path.is_file() and not (path.name == TENSORS and path.with_name(HEADER).exists()):
+            return _assign(model, _parse_tensors(_read_bytes(path), path), str(path))
+        source = read_adapters(path.parent if path.is_file() else path)
+    _check_settings(attached(model), source)
+    _assign(model, source.tensors, source.source)
+
+
+def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    own = state_tensors(model)
+    staged = {name: _fit(name, own, tensors, source) for name in own}
+    extra = sorted(set(tensors) - set(own))
+    if extra:
+        raise AdapterError(f"{source}: holds {extra[0]}, which this model lacks; attach the adapters of the file")
+    states = {path: (adapter, _below(path, staged)) for path, _, adapter in modules(model)}
+    for adapter, state in states.values():
+        adapter.check_state(state, source)
+    unmerge(model)
+    for path, (adapter, state) in states.items():
+        adapter.load_state_dict(state)
+        for key in state:
+            del staged[f"{path}.{key}"]
+    with torch.no_grad():
+        for name, tensor in staged.items():
+            own[name].copy_(tensor)
+
+
+def _fit(name: str, own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: str) -> torch.Tensor:
+    """The stored tensor in the type of the model's, if it has its place there."""
+    if name not in tensors:
+        raise AdapterError(f"{source}: lacks {name}; build the network with the adapters and classes of the file")
+    shape, expected = tuple(tensors[name].shape), tuple(own[name].shape)
+    if shape != expected:
+        raise AdapterError(
+            f"{source}: {name} has shape {shape}, this model {expected}; build it with the file's settings"
+        )
+    tensor = tensors[name].to(own[name].dtype)
+    if not tensors[name].is_floating_point() or not torch.isfinite(tensor).all():
+        raise AdapterError(f"{source}: {name} holds values that are not finite numbers; train again or copy it again")
+    return tensor
+
+
+def _below(path: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    start = path + "."
+    return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def _check_settings(present: Mapping[str, AdapterConfig], file: AdapterFile) -> None:
+    if list(present) != list(file.adapters) and set(present) != set(file.adapters):
+        names = (", ".join(adapters) or "none" for adapters in (file.adapters, present))
+        raise AdapterError("{}: holds the adapters {}, this model has {}; attach those".format(file.source, *names))
+    for name, config in file.adapters.items():
+        stored, own = config.to_dict(), present[name].to_dict()
+        for key in ("type", *stored):
+            if key not in config.free and stored[key] != own.get(key):
+                what = f"{key} {stored[key]!r}, this model has {own.get(key)!r}"
+                raise AdapterError(
+                    f"{file.source}: adapter {name!r} has {what}; build the network with the file's settings"
+                )
+
+
+def _read_header(path: Path) -> Header:
+    def refuse(what: str) -> AdapterError:
+        return AdapterError(f"{path}: {what}")
+
+    def no_constant(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        header = json.loads(_read_bytes(path).decode(), parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
+        raise refuse(f"is no JSON file ({error}); copy the folder again") from error
+    version = header.get("format_version") if isinstance(header, dict) else None
+    if not is_int(version, 1):
+        raise refuse("has no format_version; this is not an adapter that samda wrote")
+    header = _upgrade(header, path, UPGRADES, FORMAT_VERSION)
+    keys = ("format_version", "sha256", "adapters", *SECTIONS)
+    try:
+        check_keys(header, keys, str(path))
+    except UsageError as error:
+        raise AdapterError(str(error)) from error
+    for key in keys:
+        if key not in header:
+            raise refuse(f"lacks {key!r}; copy the folder again")
+    for key in ("adapters", *SECTIONS):
+        if not isinstance(header[key], dict):
+            raise refuse(f"{key!r} must be an object, got {type(header[key]).__name__}")
+    return header
+
+
+def _upgrade(header: Header, path: Path, upgrades: Mapping[int, Callable[[Header], Header]], newest: int) -> Header:
+    """Bring a header of an older format version to the `newest`, one version at a time."""
+    if header["format_version"] > newest:
+        version = header["format_version"]
+        raise AdapterError(f"{path}: has format version {version}, this samda reads up to {newest}; update samda")
+    while header["format_version"] < newest:
+        version = header["format_version"]
+        header = upgrades[version](header) | {"format_version": version + 1}
+    return header
+
+
+def _read_settings(settings: Mapping[str, Any], path: Path) -> dict[str, AdapterConfig]:
+    """Configs from a file, where every setting must be written out: a default may change, a trained model may not."""
+    try:
+        configs = build_configs(settings)
+    except UsageError as error:
+        raise AdapterError(f"{path}: {error}") from error
+    for name, config in configs.items():
+        missing = sorted(set(config.to_dict()) - set(settings[name]))
+        if missing:
+            raise AdapterError(f"{path}: adapter {name!r} lacks the setting {missing[0]!r}; copy the folder again")
+    return configs
+
+
+def _parse_tensors(content: bytes, path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.load(content)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise AdapterError(f"{path}: is no safetensors file or is cut short ({error}); copy it again") from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read ({error.strerror}); give the folder of a trained model") from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def _plain(value: Any, where: str) -> Any:
+    """`value` as JSON values; `where` is its key path, for the message."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}.{index}") for index, item in enumerate(value)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    raise AdapterError(f"{where}: {HEADER} holds plain values only, got {type(value).__name__}; convert it first")

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA: a low-rank weight delta (arXiv 2106.09685) in the linear layers of the encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from samda.adapters import init
+from samda.adapters.base import Adapter
+from samda.adapters.settings import LinearAdapterConfig, is_int, is_number
+from samda.adapters.sites import LinearSite, Site
+from samda.errors import AdapterError
+
+__all__ = ["LoraAdapter", "LoraConfig"]
+
+
+class LoraAdapter(Adapter):
+    """dW = (alpha / rank) B A with A (rank, in) random and B (out, rank) zero: rank (in + out) parameters.
+
+    Args:
+        site: the linear layer.
+        rank: of the delta.
+        alpha: numerator of the scale.
+        generator: of the initialization of A.
+    """
+
+    mergeable = True
+
+    def __init__(self, site: LinearSite, rank: int, alpha: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.scaling = alpha / rank
+        bound = 1 / math.sqrt(site.in_features)
+        self.down = init.uniform(rank, site.in_features, bound=bound, generator=generator)
+        self.up = init.zeros(site.out_features, rank)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in) -> x dW^T (..., out)."""
+        return F.linear(self.scaling * F.linear(x, self.down), self.up)
+
+    def delta(self) -> torch.Tensor:
+        wide = torch.promote_types(self.up.dtype, torch.float32)
+        return self.scaling * self.up.to(wide) @ self.down.to(wide)
+
+    def extra_repr(self) -> str:
+        return f"rank={len(self.down)}, scaling={self.scaling:g}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig(LinearAdapterConfig):
+    """Settings of LoRA."""
+
+    name: ClassVar[str] = "lora"
+
+    rank: int = 4
+    alpha: float | None = None  # the delta is scaled by alpha / rank; null means alpha = rank
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("rank", is_int(self.rank, 1), "an integer of at least 1")
+        self.require("alpha", self.alpha is None or (is_number(self.alpha) and self.alpha > 0), "positive or null")
+
+    def build(self, site: Site, generator: torch.Generator) -> LoraAdapter:
+        assert isinstance(site, LinearSite)
+        limit = min(site.in_features, site.out_features)
+        if self.rank > limit:
+            raise AdapterError(f"lora: rank {self.rank} exceeds what {site.info.name} can use; choose at most {limit}")
+        return LoraAdapter(site, self.rank, self.rank if self.alpha is None else self.alpha, generator)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scale and shift of LayerNorms, as deltas that an adapter holds; the base's own stay what they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from samda.adapters import init
+from samda.adapters.base import Adapter
+from samda.adapters.settings import AdapterConfig
+from samda.adapters.sites import Site, SiteInfo
+
+__all__ = ["NormAdapter", "NormConfig"]
+
+
+class NormAdapter(Adapter):
+    """weight + scale, bias + shift, both deltas (C,) and zero at the start: 2 C parameters."""
+
+    mergeable = True
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = init.zeros(dim)
+        self.shift = init.zeros(dim)
+
+    def delta(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.scale, self.shift
+
+    def scope_params(self) -> dict[str, list[str]]:
+        return {"norm": self.adapter_params()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormConfig(AdapterConfig):
+    """Settings of the norm adapter."""
+
+    name: ClassVar[str] = "norm"
+    roles: ClassVar[tuple[str, ...]] = ("norm",)
+
+    where: str = "both"  # LayerNorms of the "encoder", of the "decoder" or of "both"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_choice("where", ("encoder", "decoder", "both"))
+
+    def targets(self, info: SiteInfo) -> bool:
+        return super().targets(info) and self.where in ("both", info.part)
+
+    def build(self, site: Site, generator: torch.Generator) -> NormAdapter:
+        return NormAdapter(site.info.dim)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapters by name, and how settings from a config file or a command line become configs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from samda.adapters.baselines import BottleneckConfig, DecoderConfig, FullConfig, HeadConfig
+from samda.adapters.kernel import DkaConfig, LkaConfig
+from samda.adapters.lora import LoraConfig
+from samda.adapters.norm import NormConfig
+from samda.adapters.salt import SaltConfig
+from samda.adapters.sam_da import SamDaConfig
+from samda.adapters.settings import AdapterConfig
+from samda.errors import UsageError, from_mapping, nearest
+
+__all__ = ["ADAPTERS", "build_configs"]
+
+ADAPTERS: dict[str, type[AdapterConfig]] = {
+    config.name: config
+    for config in (
+        SaltConfig,
+        LoraConfig,
+        LkaConfig,
+        DkaConfig,
+        SamDaConfig,
+        NormConfig,
+        BottleneckConfig,
+        HeadConfig,
+        DecoderConfig,
+        FullConfig,
+    )
+}
+
+
+def build_configs(adapters: Mapping[str, Mapping[str, Any] | AdapterConfig]) -> dict[str, AdapterConfig]:
+    """Configs from plain settings.
+
+    Args:
+        adapters: adapter name -> settings. The name is one of :data:`ADAPTERS`, or any other with the key `type` among
+            the settings. A config that is already built is passed on.
+
+    Raises:
+        UsageError: an adapter or a setting is unknown (the message gives the nearest valid name) or out of range.
+
+    Example:
+        >>> build_configs({"salt": {"rank": 8}, "wide": {"type": "lka", "kernel_size": 15}})["wide"].kernel_size
+        15
+    """
+    if not isinstance(adapters, Mapping):
+        raise UsageError(f"adapters must be a mapping of name to settings, got {type(adapters).__name__}")
+    return {str(name): _build(str(name), settings) for name, settings in adapters.items()}
+
+
+def _build(name: str, settings: Mapping[str, Any] | AdapterConfig) -> AdapterConfig:
+    if isinstance(settings, AdapterConfig):
+        return settings
+    if not isinstance(settings, Mapping):
+        raise UsageError(f"adapter {name!r}: settings must be a mapping, got {settings!r}; write {{}} for the defaults")
+    values = dict(settings)
+    kind = values.pop("type", name)
+    if kind not in ADAPTERS:
+        raise UsageError(f"there is no adapter {kind!r}; {nearest(str(kind), ADAPTERS)}")
+    return from_mapping(ADAPTERS[kind], values, f"adapter {name!r}")

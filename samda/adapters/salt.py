@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SALT: singular value adaptation with low-rank transformation (arXiv 2503.16055).
+
+With the thin SVD W = U diag(s) V^T of the frozen weight, k = min(out, in), split after the r largest values:
+
+    Sigma' = ReLU( blockdiag( diag(alpha s[:r] + beta),  diag(s[r:]) + X Y ) )     (k, k), ReLU element by element
+    W~     = U Sigma' V^T
+
+Trained are alpha, beta (r,), X (k-r, d) and Y (d, k-r): 2 r + 2 d (k-r) parameters. `rank` is d, the number that the
+paper's tables call rank; `r` is the split. r = k is S-SAM (arXiv 2408.06447).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from samda.adapters import init
+from samda.adapters.base import Adapter
+from samda.adapters.basis import check_reconstruction, find_signs, sign, singular_basis
+from samda.adapters.settings import LinearAdapterConfig, is_int, is_number
+from samda.adapters.sites import LinearSite, Site
+from samda.errors import AdapterError
+
+__all__ = ["SaltAdapter", "SaltConfig"]
+
+
+class SaltAdapter(Adapter):
+    """SALT of one linear layer.
+
+    The change of the weight, dW = U (Sigma' - diag(s)) V^T, is exactly zero at the start. `scale` is alpha - 1, so that
+    weight decay pulls towards the base; `shift` is beta, `left` X and `right` Y.
+
+    **Cost.** ReLU makes the tail of Sigma' a full matrix, so no small form of dW exists. Forming dW or W~ in every step
+    costs products of the weight's own size, and its gradient is dense, too. Neither is needed: since W = U diag(s) V^T,
+    the adapted layer is x V Sigma'^T U^T. That takes the place of the base layer (:meth:`whole`), costs only products
+    with the smaller side more than it, and keeps only x V for the backward pass. With many tokens it is cheaper still
+    to multiply the tail once into V (or U, whichever is square) than into every token.
+    Two cases add the delta to the untouched base layer instead: reduced precision, where three roundings would harm
+    the frozen part, and a site where another adapter has taken the base's place.
+
+    **Basis.** A file holds X and Y, which mean something only in the singular basis they were trained in, and an SVD is
+    unique only up to signs. `signature` (see :mod:`samda.adapters.basis`) travels with the file: flipped signs are put
+    right when it is loaded, another basis is refused. `save_basis` stores U, s and V as well.
+
+    Args:
+        site: the linear layer, its weight already the pre-trained one.
+        config: settings.
+        r: number of singular values that are scaled and shifted, 0 to k.
+        generator: of the initialization of X (and Y).
+    """
+
+    mergeable = True
+
+    def __init__(self, site: LinearSite, config: SaltConfig, r: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.site_name = site.info.name
+        self.relu = config.activation == "relu"
+        self.save_basis = config.save_basis
+        self._moved = False
+        self.u: torch.Tensor
+        self.s: torch.Tensor
+        self.vt: torch.Tensor
+        k = min(site.out_features, site.in_features)
+        self.r, self.m, d = r, k - r, config.rank
+        self.scale = init.zeros(r)
+        self.shift = init.zeros(r)
+        if config.init == "paper":
+            self.left = init.normal(self.m, d, std=0.01, generator=generator)
+            self.right = init.normal(d, self.m, std=0.01, generator=generator)
+        else:
+            self.left = init.uniform(self.m, d, bound=math.sqrt(6 / d), generator=generator)
+            self.right = init.zeros(d, self.m)
+        for name, tensor in zip(("u", "s", "vt"), self._decompose(site.weight), strict=True):
+            self.register_buffer(name, tensor, persistent=self.save_basis)
+        self.register_buffer("signature", sign(self.u, self.s, self.vt))
+
+    def _decompose(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return singular_basis(weight.detach(), self.site_name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in) -> x dW^T (..., out)."""
+        return F.linear(*self._halves(x, change=True))
+
+    def whole(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """x (..., in) -> x W~^T + bias (..., out), at identity bit for bit the base layer's output."""
+        if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
+            return None
+        if not self._at_identity():
+            return F.linear(*self._halves(x, change=False), bias)
+        if not torch.is_grad_enabled():
+            return F.linear(x, weight, bias)
+        return _LinearOfKnownValue.apply(*self._halves(x, change=False), x, weight, bias)
+
+    def _at_identity(self) -> bool:
+        """Is dW exactly zero? On a GPU the question costs a synchronization and is asked only until it is not."""
+        if self.scale.is_cpu or not self._moved:
+            self._moved = bool(self.scale.any() or self.shift.any() or (self.left.any() and self.right.any()))
+        return not self._moved
+
+    def _halves(self, x: torch.Tensor, change: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(q, F) with q F^T = x W~^T, or x dW^T for `change`: the last, largest product is left to the caller."""
+        top, tail = self._core(change)
+        top, tail = top.to(x.dtype), None if tail is None else tail.to(x.dtype)
+        if tail is not None and self._folds(x.shape[:-1].numel()):
+            if len(self.u) >= self.vt.shape[1]:  # V is the square one
+                return F.linear(x, torch.cat([top[:, None] * self.vt[: self.r], tail @ self.vt[self.r :]])), self.u
+            return F.linear(x, self.vt), torch.cat([self.u[:, : self.r] * top, self.u[:, self.r :] @ tail], 1)
+        p, p_tail = F.linear(x, self.vt).split([self.r, self.m], dim=-1)
+        if tail is not None:
+            q_tail = F.linear(p_tail, tail)
+        else:
+            q_tail = F.linear(F.linear(p_tail, self.right), self.left)
+            if not change:
+                q_tail = q_tail + p_tail * self.s[self.r :]
+        return torch.cat([p * top, q_tail], dim=-1), self.u
+
+    def _folds(self, tokens: int) -> bool:
+        """Is the tail cheaper multiplied into V (or U) than into the tokens? Products of forward and backward pass."""
+        k = self.r + self.m
+        return tokens * k**2 + 2 * self.m**2 * k < 3 * tokens * self.m**2
+
+    def _core(self, change: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Diagonal (r,) and tail (m, m) of Sigma', less diag(s) for `change`, in fp32 or wider.
+
+        Without ReLU the tail stays X Y and is never formed: None.
+        """
+        wide = torch.promote_types(self.s.dtype, torch.float32)
+        with torch.autocast(self.s.device.type, enabled=False):
+            scale, shift, s = self.scale.to(wide), self.shift.to(wide), self.s.to(wide)
+            s, s_tail = s.split([self.r, self.m])
+            top = (1 + scale) * s + shift
+            if not self.relu:
+                return top - s if change else top, None
+            top = top.relu()
+            tail = torch.addmm(torch.diag(s_tail), self.left.to(wide), self.right.to(wide)).relu()
+            return (top - s, tail - torch.diag(s_tail)) if change else (top, tail)
+
+    def delta(self) -> torch.Tensor:
+        wide = torch.promote_types(self.s.dtype, torch.float32)
+        u, vt = self.u.to(wide), self.vt.to(wide)
+        top, tail = self._core(change=True)
+        change = (u[:, : self.r] * top) @ vt[: self.r]
+        if tail is None:
+            return change + (u[:, self.r :] @ self.left.to(wide)) @ (self.right.to(wide) @ vt[self.r :])
+        return change + u[:, self.r :] @ (tail @ vt[self.r :])
+
+    def regularizer(self) -> torch.Tensor:
+        """|| alpha s[:r] + beta - s[:r] || + || X Y ||, Frobenius norms; 0 with gradient 0 at the start."""
+        top = torch.linalg.vector_norm(self.scale * self.s[: self.r] + self.shift)
+        return top + torch.linalg.vector_norm(self.left @ self.right)
+
+    @torch.no_grad()
+    def rebase(self, weight: torch.Tensor) -> None:
+        """Take the SVD of a newly loaded base weight, where it is another one."""
+        if not torch.allclose((self.u * self.s) @ self.vt, weight, rtol=0, atol=1e-5 * float(self.s.max())):
+            basis = (t.to(weight.device, weight.dtype) for t in self._decompose(weight))
+            self.u, self.s, self.vt = basis
+            self.signature = sign(self.u, self.s, self.vt)
+
+    def check_state(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+        if self.save_basis:
+            check_reconstruction((self.u, self.s, self.vt), tensors, self.site_name, source)
+        else:
+            find_signs(self.signature, tensors["signature"], self.site_name, source)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        stored = state_dict.get(prefix + "signature")
+        if not self.save_basis and stored is not None and stored.shape == self.signature.shape:
+            try:
+                signs = find_signs(self.signature, stored, self.site_name, "the state dict")
+                self.u, self.vt = self.u * signs, self.vt * signs[:, None]
+            except AdapterError as error:
+                error_msgs.append(str(error))
+        self._moved = False
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, rank={self.left.shape[1]}, tail={self.m}, activation={'relu' if self.relu else None}"
+
+
+class _LinearOfKnownValue(torch.autograd.Function):
+    """F.linear(q, factor) + bias where its value is known to be F.linear(x, weight, bias), which is returned instead.
+
+    So the start is the base bit for bit, yet has the gradients of the factored form, at the cost of one product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, factor: torch.Tensor, x: Any, weight: Any, bias: Any) -> torch.Tensor:
+        ctx.save_for_backward(q, factor)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        q, factor = ctx.saved_tensors
+        to_factor = grad.flatten(0, -2).T @ q.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return grad @ factor, to_factor, None, None, None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SaltConfig(LinearAdapterConfig):
+    """Settings of SALT."""
+
+    name: ClassVar[str] = "salt"
+
+    rank: int = 4  # d, of X Y; 4 is the light preset, 256 the paper's headline
+    r: int | float | str = "preset"  # scaled values: a number, a fraction of k, or "preset" (k - 8; 50 in the MLP)
+    activation: str | None = "relu"  # "relu" as in the paper, or null
+    init: str = "identity"  # "identity": Y = 0; "paper": X and Y from N(0, 0.01^2), as in the released SAM code
+    save_basis: bool = False  # store U, s, V in the file (large; needed where an SVD cannot be reproduced)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("rank", is_int(self.rank, 1), "an integer of at least 1")
+        fraction = isinstance(self.r, float) and is_number(self.r) and 0 < self.r <= 1
+        self.require(
+            "r", self.r == "preset" or is_int(self.r, 0) or fraction, "'preset', an integer or a fraction <= 1.0"
+        )
+        self.require_choice("activation", ("relu", None))
+        self.require_choice("init", ("identity", "paper"))
+        self.require("save_basis", isinstance(self.save_basis, bool), "true or false")
+
+    def split(self, site: LinearSite) -> int:
+        """r at `site`, clipped to [0, k]."""
+        k = min(site.out_features, site.in_features)
+        if self.r == "preset":
+            return max(k - 8, 0) if site.info.role in ("attn.qkv", "attn.proj") else min(50, k)
+        return math.floor(self.r * k) if isinstance(self.r, float) else min(int(self.r), k)
+
+    def review(self, places: Sequence[Site]) -> None:
+        tails = [min(s.out_features, s.in_features) - self.split(s) for s in places if isinstance(s, LinearSite)]
+        wasteful = [m for m in tails if 0 < m < 2 * self.rank]
+        if wasteful:
+            warnings.warn(
+                f"salt: rank {self.rank} has more parameters than a full tail in {len(wasteful)} of {len(places)} layers "
+                f"(tails of {min(wasteful)} values and more); a smaller rank or r gives the same freedom",
+                stacklevel=4,
+            )
+
+    def build(self, site: Site, generator: torch.Generator) -> SaltAdapter:
+        assert isinstance(site, LinearSite)
+        return SaltAdapter(site, self, self.split(site), generator)

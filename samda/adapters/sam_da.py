@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SAM-DA: a decoder adapter for domain adaptation (arXiv 2501.06836).
+
+After each two-way layer l of the mask decoder, N learned prompts A (N, C) modulate the embeddings T (B, n, C):
+
+    S  = Lo( softmax( Lq(T) Lk(A)^T / sqrt(d_head) ) Lv(A) )
+    T^ = Lt( T + g S )                                            g a scalar, 0 at the start
+
+T is the image side (keys, n = HW) or the token side (queries). Everything before the decoder keeps its embeddings, so
+an image is encoded once however often the adapter moves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from samda.adapters import init
+from samda.adapters.base import Adapter
+from samda.adapters.settings import AdapterConfig, is_int
+from samda.adapters.sites import Site
+
+__all__ = ["PromptAttention", "SamDaAdapter", "SamDaConfig"]
+
+SIDES = {"image": ("image",), "token": ("token",), "both": ("token", "image")}
+
+
+class PromptAttention(nn.Module):
+    """T -> Lt(T + g S) on one side.
+
+    Lt is the identity plus `residual`, a linear map without bias that starts at zero: the same functions and the same
+    count as a matrix that starts as the identity, but exact in every precision and pulled to the identity by weight
+    decay.
+
+    Args:
+        dim: C.
+        config: settings.
+        generator: of the initialization: prompts N(0, 1), projections PyTorch's default.
+    """
+
+    def __init__(self, dim: int, config: SamDaConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        prompt_dim = dim if config.prompt_dim is None else config.prompt_dim
+        self.prompts = init.normal(config.num_prompts, prompt_dim, std=1.0, generator=generator)
+        self.widen = init.linear(prompt_dim, dim, False, generator) if config.prompt_dim is not None else nn.Identity()
+        self.query = init.linear(dim, config.inner_dim, True, generator)
+        self.key = init.linear(dim, config.inner_dim, True, generator)
+        self.value = init.linear(dim, config.inner_dim, True, generator)
+        self.out = init.linear(config.inner_dim, dim, True, generator)
+        self.gate = init.zeros(1)
+        self.residual = init.zeros(dim, dim)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, n, C) -> (B, n, C)."""
+        prompts = self.widen(self.prompts)
+        q = self._heads(self.query(tokens))  # (B, heads, n, d_head)
+        k, v = (self._heads(layer(prompts)[None]) for layer in (self.key, self.value))  # (1, heads, N, d_head)
+        k, v = (t.expand(len(tokens), -1, -1, -1) for t in (k, v))
+        found = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        tokens = tokens + self.gate * self.out(found)
+        return tokens + F.linear(tokens, self.residual)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class SamDaAdapter(Adapter):
+    """SAM-DA after one decoder layer; an independent :class:`PromptAttention` per side.
+
+    Parameters of a side, C = 256, inner 128, N prompts: 131,712 (attention) + 65,536 (Lt) + 256 N + 1.
+    """
+
+    def __init__(self, dim: int, config: SamDaConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        self.sides = nn.ModuleDict({side: PromptAttention(dim, config, generator) for side in SIDES[config.side]})
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token side (B, M, C) and image side (B, HW, C), both returned."""
+        if "token" in self.sides:
+            queries = self.sides["token"](queries)
+        if "image" in self.sides:
+            keys = self.sides["image"](keys)
+        return queries, keys
+
+    def scope_params(self) -> dict[str, list[str]]:
+        """`decoder`: all of it; `gate`: gates and Lt, all that gets a gradient while the gate is zero."""
+        gate = [f"sides.{side}.{name}" for side in self.sides for name in ("gate", "residual")]
+        return {"gate": gate, "decoder": self.adapter_params()}
+
+    def extra_repr(self) -> str:
+        return f"sides={', '.join(self.sides)}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamDaConfig(AdapterConfig):
+    """Settings of SAM-DA."""
+
+    name: ClassVar[str] = "sam_da"
+    roles: ClassVar[tuple[str, ...]] = ("layer",)
+
+    side: str = "image"  # "image", "token" or "both"
+    num_prompts: int = 2  # N
+    num_heads: int = 8
+    inner_dim: int = 128  # width of the attention, a multiple of num_heads
+    prompt_dim: int | None = None  # width of the prompts; null: the decoder's, else a linear map brings them to it
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_choice("side", SIDES)
+        for key in ("num_prompts", "num_heads", "inner_dim"):
+            self.require(key, is_int(getattr(self, key), 1), "an integer of at least 1")
+        self.require("inner_dim", self.inner_dim % self.num_heads == 0, f"a multiple of num_heads {self.num_heads}")
+        self.require("prompt_dim", self.prompt_dim is None or is_int(self.prompt_dim, 1), "an integer or null")
+
+    def build(self, site: Site, generator: torch.Generator) -> SamDaAdapter:
+        return SamDaAdapter(site.info.dim, self, generator)

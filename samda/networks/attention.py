@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SAM's attention with decomposed relative positions, exact and fast.
+
+For a query at grid position (y, x) and a key at (y', x'), SAM adds a bias to the scaled product:
+
+    logit = scale * q . k  +  q . Rh[y - y']  +  q . Rw[x - x']
+
+with one learned table per axis (MViTv2, arXiv 2112.01526). Two formulations give the same numbers:
+
+* `mask`: the bias as an additive mask of `scaled_dot_product_attention`;
+* `channels`: the bias as extra channels of query and key. With one-hot row and column codes at the keys,
+  [scale q, q Rh, q Rw] . [k, onehot(y'), onehot(x')] is the logit, and no (HW, HW) mask is ever written.
+
+:func:`choose_formulation` holds the measured rule which of the two runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+__all__ = ["DerivedTensors", "choose_formulation", "relative_attention", "relative_table"]
+
+
+MASK_ELEMENTS = 2**22  # of the masks that exist at a time, one head's at least
+MAX_FUSED_WIDTH = 256  # channels per head that the fused CUDA kernels take
+
+
+class DerivedTensors:
+    """Remembers tensors that are computed from a frozen parameter and a size; a changed parameter is noticed.
+
+    Nothing is remembered while gradients flow to the parameter.
+    """
+
+    limit = 8  # sizes kept at a time
+
+    def __init__(self) -> None:
+        self._kept: dict[object, tuple[object, torch.Tensor]] = {}
+
+    def __call__(self, parameter: torch.Tensor, key: object, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """`compute()`, or what it gave for the same parameter and key before."""
+        if (parameter.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return compute()
+        version = None if parameter.is_inference() else parameter._version
+        stamp = (parameter.data_ptr(), version, parameter.dtype, parameter.device)
+        kept = self._kept.get(key)
+        if kept is None or kept[0] != stamp:
+            if len(self._kept) >= self.limit:
+                self._kept.clear()
+            # a normal tensor, also when asked for in inference mode: a later training step may read it
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._kept[key] = (stamp, compute())
+        return kept[1]
+
+    def __deepcopy__(self, memo: object) -> DerivedTensors:
+        return DerivedTensors()
+
+    def __reduce__(self) -> tuple[type[DerivedTensors], tuple[()]]:
+        return DerivedTensors, ()
+
+
+def relative_table(table: torch.Tensor, size: int) -> torch.Tensor:
+    """Position vectors R[y, y'] of every query and key along one axis.
+
+    A table made for another size is resized linearly, as SAM does.
+
+    Args:
+        table: (L, d), row y - y' + (L - 1) / 2 belongs to the distance y - y'.
+        size: tokens along the axis.
+
+    Returns:
+        (size, size, d), first the query, then the key.
+    """
+    length = 2 * size - 1
+    if table.shape[0] != length:
+        table = F.interpolate(table.T[None].float(), size=length, mode="linear")[0].T.to(table.dtype)
+    position = torch.arange(size, device=table.device)
+    return table[position[:, None] - position[None, :] + (size - 1)]
+
+
+def choose_formulation(q: torch.Tensor, size: tuple[int, int]) -> str:
+    """The faster formulation for queries `q` (N, heads, H W, d) on a grid of `size` (H, W).
+
+    On a CPU the mask is faster (ViT-B's 64 x 64 grid: 1.5 times) unless gradients are needed: the fused kernel takes no
+    mask with gradients, and beyond a 16 x 16 grid the channels then cost no more and need no (HW, HW) memory. On CUDA
+    the channels keep the kernels that need no such memory either, as long as they fit into the widest head (256).
+    """
+    tokens = size[0] * size[1]
+    if tokens <= 256 or (q.is_cuda and q.shape[-1] + sum(size) > MAX_FUSED_WIDTH):
+        return "mask"
+    return "channels" if q.is_cuda or (q.requires_grad and torch.is_grad_enabled()) else "mask"
+
+
+def relative_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table_h: torch.Tensor,
+    table_w: torch.Tensor,
+    formulation: str | None = None,
+) -> torch.Tensor:
+    """Multi-head attention with decomposed relative positions.
+
+    Args:
+        q: queries (N, heads, H W, d), unscaled; `k` and `v` are of the same shape.
+        k: keys.
+        v: values.
+        table_h: (H, H, d) from :func:`relative_table`.
+        table_w: (W, W, d).
+        formulation: "mask" or "channels"; None takes the faster one.
+
+    Returns:
+        (N, heads, H W, d).
+    """
+    height, width = table_h.shape[0], table_w.shape[0]
+    grid = q.unflatten(2, (height, width))
+    bias_h = torch.einsum("nhyxc,ykc->nhyxk", grid, table_h.to(q.dtype)).flatten(2, 3)  # (N, heads, HW, H)
+    bias_w = torch.einsum("nhyxc,xkc->nhyxk", grid, table_w.to(q.dtype)).flatten(2, 3)  # (N, heads, HW, W)
+    formulation = formulation or choose_formulation(q, (height, width))
+    if formulation == "mask":
+        return _with_mask(q, k, v, bias_h, bias_w)
+    return _with_channels(q, k, v, bias_h, bias_w)
+
+
+def _with_mask(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias_h: torch.Tensor, bias_w: torch.Tensor
+) -> torch.Tensor:
+    """A few heads at a time: their masks stay near the cache, and memory does not grow with the heads."""
+    heads = max(1, MASK_ELEMENTS // (q.shape[0] * q.shape[2] ** 2))
+    out = []
+    for q_, k_, v_, h_, w_ in zip(*(t.split(heads, 1) for t in (q, k, v, bias_h, bias_w)), strict=True):
+        mask = (h_[..., :, None] + w_[..., None, :]).flatten(3)
+        out.append(F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask))
+    return out[0] if len(out) == 1 else torch.cat(out, 1)
+
+
+def _with_channels(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias_h: torch.Tensor, bias_w: torch.Tensor
+) -> torch.Tensor:
+    height, width, dim = bias_h.shape[-1], bias_w.shape[-1], q.shape[-1]
+    row = torch.eye(height, dtype=q.dtype, device=q.device).repeat_interleave(width, 0)  # (HW, H)
+    column = torch.eye(width, dtype=q.dtype, device=q.device).repeat(height, 1)  # (HW, W)
+    codes = torch.cat([row, column], -1).expand(*k.shape[:2], -1, -1)
+    query = torch.cat([q * dim**-0.5, bias_h, bias_w], -1)
+    key = torch.cat([k, codes], -1)
+    # the fused kernels ask for equal widths of query, key and value
+    out = F.scaled_dot_product_attention(query, key, F.pad(v, (0, height + width)), scale=1.0)
+    return out[..., :dim]

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The image encoders samda knows: their sizes, and how to build them."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch.nn as nn
+
+from samda.errors import UsageError, from_mapping, nearest
+
+__all__ = ["BACKBONES", "BackboneConfig", "TinyViTConfig", "ViTConfig", "backbone_config"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig(ABC):
+    """Sizes of one image encoder."""
+
+    type: ClassVar[str]
+
+    name: str
+    image_size: int = dataclasses.field(default=1024, kw_only=True)  # pixels, what the position tables are stored for
+    out_channels: int = dataclasses.field(default=256, kw_only=True)  # of the embedding
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The encoder with fresh weights: (B, 3, H, W) -> (B, out_channels, H / 16, W / 16)."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if isinstance(getattr(self, field.name), list):  # as JSON has it
+                object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
+
+    def sizes(self) -> dict[str, Any]:
+        """All fields but the name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
+
+    def to_json(self) -> str | dict[str, Any]:
+        """The name of a known backbone, else plain values from which :func:`backbone_config` builds it again."""
+        if BACKBONES.get(self.name) == self:
+            return self.name
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in self.sizes().items()}
+        return {"type": self.type, "name": self.name} | values
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig(BackboneConfig):
+    """Sizes of :class:`samda.networks.vit.ImageEncoderViT`."""
+
+    type: ClassVar[str] = "vit"
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    global_blocks: tuple[int, ...]  # these attend over the whole grid, the others over windows
+    window_size: int = 14  # tokens
+
+    def build(self) -> nn.Module:
+        from samda.networks.vit import ImageEncoderViT
+
+        return ImageEncoderViT(**self.sizes())
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyViTConfig(BackboneConfig):
+    """Sizes of :class:`samda.networks.tiny_vit.TinyViT`, one entry per stage; stage 0 is convolutional."""
+
+    type: ClassVar[str] = "tiny_vit"
+
+    dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    windows: tuple[int, ...]  # tokens
+
+    def build(self) -> nn.Module:
+        from samda.networks.tiny_vit import TinyViT
+
+        return TinyViT(**self.sizes())
+
+
+BACKBONES: dict[str, BackboneConfig] = {
+    "vit_t": TinyViTConfig("vit_t", (64, 128, 160, 320), (2, 2, 6, 2), (2, 4, 5, 10), (7, 7, 14, 7)),
+    "vit_b": ViTConfig("vit_b", 768, 12, 12, (2, 5, 8, 11)),
+    "vit_l": ViTConfig("vit_l", 1024, 24, 16, (5, 11, 17, 23)),
+    "vit_h": ViTConfig("vit_h", 1280, 32, 16, (7, 15, 23, 31)),
+}
+
+
+TYPES: dict[str, type[BackboneConfig]] = {config.type: config for config in (ViTConfig, TinyViTConfig)}
+
+
+def backbone_config(backbone: str | Mapping[str, Any] | BackboneConfig) -> BackboneConfig:
+    """The config of a named backbone, or of a mapping {"type": "vit" or "tiny_vit", sizes}; a config passes through.
+
+    Raises:
+        UsageError: no backbone or type of that name, or an unknown or missing size.
+    """
+    if isinstance(backbone, BackboneConfig):
+        return backbone
+    if isinstance(backbone, Mapping):
+        values = dict(backbone)
+        kind = str(values.pop("type", "none"))
+        if kind not in TYPES:
+            raise UsageError(f"backbone type {kind!r} is unknown; {nearest(kind, TYPES)}")
+        return from_mapping(TYPES[kind], values, "backbone")
+    if backbone not in BACKBONES:
+        raise UsageError(f"unknown backbone {backbone!r}; {nearest(str(backbone), BACKBONES)}")
+    return BACKBONES[backbone]

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SAM's mask decoder without prompts: K mask tokens give K class logit maps, for a whole batch of images at once.
+
+The layers are segment_anything's own modules. Their LayerNorms become norm sites, and a decoder site follows each
+two-way layer. The quality (IoU) token and its head do not exist here.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+from segment_anything.modeling.common import LayerNorm2d
+from segment_anything.modeling.mask_decoder import MLP
+from segment_anything.modeling.transformer import TwoWayTransformer
+
+from samda.adapters.sites import DecoderSite, NormSite, SiteInfo
+
+__all__ = ["ClassDecoder", "SiteTransformer", "grid_positions"]
+
+DEPTH = 2  # two-way layers
+NUM_HEADS = 8
+MLP_DIM = 2048
+
+
+def grid_positions(frequencies: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """SAM's position encoding of a grid, in single precision whatever the network runs in.
+
+    Coordinates are multiplied by frequencies of up to several turns: half precision would lose the phase.
+
+    Args:
+        frequencies: SAM's random matrix (2, C / 2), the x axis first.
+        size: (h, w) of the grid.
+
+    Returns:
+        (1, C, h, w): sines, then cosines.
+    """
+    with torch.autocast(frequencies.device.type, enabled=False):
+        y, x = ((torch.arange(side, device=frequencies.device) + 0.5) / side * 2 - 1 for side in size)
+        coordinates = torch.stack([x.expand(size), y[:, None].expand(size)], -1)
+        angles = 2 * torch.pi * coordinates @ frequencies.float()
+        return torch.cat([angles.sin(), angles.cos()], -1).permute(2, 0, 1)[None]
+
+
+class SiteTransformer(TwoWayTransformer):
+    """SAM's two-way transformer with sites: every LayerNorm, and the tokens after each layer."""
+
+    def __init__(self, depth: int, embedding_dim: int, num_heads: int, mlp_dim: int) -> None:
+        super().__init__(depth=depth, embedding_dim=embedding_dim, num_heads=num_heads, mlp_dim=mlp_dim)
+        self.sites = nn.ModuleList()
+        for index, layer in enumerate(self.layers):
+            for name in ("norm1", "norm2", "norm3", "norm4"):
+                setattr(layer, name, _norm_site(getattr(layer, name), f"decoder.{index}.{name}", index))
+            info = SiteInfo(f"decoder.{index}.layer", "decoder", "layer", index, embedding_dim)
+            self.sites.append(DecoderSite(info))
+        self.norm_final_attn = _norm_site(self.norm_final_attn, f"decoder.{depth}.norm", depth)
+
+    def forward(
+        self, image_embedding: torch.Tensor, image_pe: torch.Tensor, point_embedding: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Let tokens and image attend to each other.
+
+        Args:
+            image_embedding: (B, C, H, W).
+            image_pe: position encoding, (B, C, H, W) or (1, C, H, W).
+            point_embedding: tokens (B, N, C).
+
+        Returns:
+            Tokens (B, N, C) and image (B, HW, C).
+        """
+        keys = image_embedding.flatten(2).transpose(1, 2)
+        key_pe = image_pe.flatten(2).transpose(1, 2)
+        queries = point_embedding
+        for layer, site in zip(self.layers, self.sites, strict=True):
+            queries, keys = layer(queries=queries, keys=keys, query_pe=point_embedding, key_pe=key_pe)
+            queries, keys = site(queries, keys)
+        found = self.final_attn_token_to_image(q=queries + point_embedding, k=keys + key_pe, v=keys)
+        return self.norm_final_attn(queries + found), keys
+
+
+def _norm_site(norm: nn.LayerNorm, name: str, block: int) -> NormSite:
+    dim = norm.normalized_shape[0]
+    return NormSite(dim, SiteInfo(name, "norm", "norm", block, dim), eps=norm.eps)
+
+
+class ClassDecoder(nn.Module):
+    """Image embeddings to class logits.
+
+    Args:
+        num_classes: K, background included; one mask token and one hypernetwork each.
+        embed_dim: channels of the embedding.
+    """
+
+    def __init__(self, num_classes: int, embed_dim: int = 256) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.transformer = SiteTransformer(DEPTH, embed_dim, NUM_HEADS, MLP_DIM)
+        self.mask_tokens = nn.Embedding(num_classes, embed_dim)
+        self.output_upscaling = nn.Sequential(
+            nn.ConvTranspose2d(embed_dim, embed_dim // 4, kernel_size=2, stride=2),
+            LayerNorm2d(embed_dim // 4),
+            nn.GELU(),
+            nn.ConvTranspose2d(embed_dim // 4, embed_dim // 8, kernel_size=2, stride=2),
+            nn.GELU(),
+        )
+        self.output_hypernetworks_mlps = nn.ModuleList(
+            MLP(embed_dim, embed_dim, embed_dim // 8, 3) for _ in range(num_classes)
+        )
+
+    def forward(self, embedding: torch.Tensor, image_pe: torch.Tensor, dense_prompt: torch.Tensor) -> torch.Tensor:
+        """Class logits at a quarter of the image's size.
+
+        Args:
+            embedding: (B, C, h, w).
+            image_pe: position encoding of the grid, (1, C, h, w).
+            dense_prompt: added to the embedding, (1, C, 1, 1) or (B, C, h, w): SAM's "no mask" vector.
+
+        Returns:
+            (B, K, 4h, 4w).
+        """
+        tokens = self.mask_tokens.weight.expand(len(embedding), -1, -1)
+        tokens, image = self.decode_tokens(embedding, image_pe, dense_prompt, tokens)
+        weights = torch.stack([mlp(tokens[:, k]) for k, mlp in enumerate(self.output_hypernetworks_mlps)], 1)
+        return (weights @ image.flatten(2)).unflatten(2, image.shape[2:])
+
+    def decode_tokens(
+        self, embedding: torch.Tensor, image_pe: torch.Tensor, dense_prompt: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (B, N, C) after the transformer, and the upscaled image features (B, C / 8, 4h, 4w)."""
+        source = embedding + dense_prompt
+        tokens, keys = self.transformer(source, image_pe, tokens)
+        return tokens, self.output_upscaling(keys.transpose(1, 2).unflatten(2, embedding.shape[2:]))
+
+    def head_params(self) -> list[str]:
+        """Names of the class head's parameters: mask tokens and hypernetworks."""
+        mlps = [f"output_hypernetworks_mlps.{name}" for name, _ in self.output_hypernetworks_mlps.named_parameters()]
+        return ["mask_tokens.weight", *mlps]

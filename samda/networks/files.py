@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cache folder, hashes and downloads of weight files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from samda.errors import WeightsError
+
+__all__ = ["cache_dir", "check_sha256", "download", "replacing", "sha256_of"]
+
+TIMEOUT = 10  # seconds without an answer
+
+
+def cache_dir() -> Path:
+    """Folder of everything samda fetches: `SAMDA_CACHE`, else `samda` in the user's cache folder."""
+    chosen = os.environ.get("SAMDA_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "samda"
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Refuse a file that is not the expected one.
+
+    Raises:
+        WeightsError: naming the file and both hashes.
+    """
+    found = sha256_of(path)
+    if found != expected:
+        raise WeightsError(f"{path} has sha256 {found}, expected {expected}; delete the file and fetch it again")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed to `path` when the block ends well: a reader never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def download(url: str, path: Path, sha256: str) -> None:
+    """Download `url` to `path` and check it.
+
+    Raises:
+        OSError: the address cannot be reached.
+        WeightsError: what came is not the expected file.
+    """
+    with replacing(path) as temporary:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, temporary.open("wb") as file:
+            shutil.copyfileobj(answer, file, 1 << 20)
+        check_sha256(temporary, sha256)

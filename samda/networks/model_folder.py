@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model is a folder: `adapter.json`, `adapter.safetensors`, and where asked for the base weights.
+
+Only these are read, so a folder from a stranger cannot run code. The base is fetched, given as a file, or lies in the
+folder as `base.safetensors`; its fingerprint must be the one of the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from samda.adapters.base import attach
+from samda.adapters.files import AdapterFile, load_adapters, read_adapters, save_adapters
+from samda.data.task import Task
+from samda.errors import InputError, WeightsError, check_keys
+from samda.networks.backbones import BACKBONES
+from samda.networks.files import replacing
+from samda.networks.fingerprint import check_fingerprint
+from samda.networks.saving import full_state
+from samda.networks.segmenter import SamSegmenter
+from samda.networks.weights import CONVERTED, KNOWN_FILES, read_state
+
+__all__ = ["BASE", "load_model", "save_model"]
+
+BASE = "base.safetensors"
+NETWORK_KEYS = ("backbone", "num_classes", "in_channels")
+BASE_KEYS = ("file", "sha256", "fingerprint")
+
+
+def save_model(
+    network: SamSegmenter, folder: str | Path, task: Task, record: Mapping[str, Any], with_base: bool = False
+) -> None:
+    """Write a trained model; existing files of it are replaced, each at once.
+
+    Args:
+        network: with its adapters; merged or not.
+        folder: made if missing.
+        task: what the network segments.
+        record: plain values: what it was trained on and how, source statistics, versions, metrics.
+        with_base: put the base weights into the folder, too. A network whose base came from no file always does that.
+
+    Raises:
+        InputError: task and network differ in their classes or channels.
+        AdapterError: the record is not plain, or a trained tensor is not finite.
+        WeightsError: the base weights cannot be read again.
+    """
+    _check_task(network, task, str(folder))
+    report = network.base_report
+    settings = (network.config.to_json(), network.num_classes, network.in_channels)
+    base = (report.path.name if report else None, report.sha256 if report else None, network.fingerprint())
+    folder = Path(folder)
+    if with_base or report is None:
+        _save_base(network, folder / BASE)
+    save_adapters(
+        network,
+        folder,
+        network=dict(zip(NETWORK_KEYS, settings, strict=True)),
+        base=dict(zip(BASE_KEYS, base, strict=True)),
+        task=task.to_dict(),
+        record=record,
+    )
+
+
+def load_model(
+    folder: str | Path, weights: str | Path | None = None, device: str | torch.device = "cpu"
+) -> tuple[SamSegmenter, Task, dict[str, Any]]:
+    """Read a trained model.
+
+    Args:
+        folder: as :func:`save_model` wrote it.
+        weights: file with the base weights; None takes `base.safetensors` of the folder, else the published file that
+            the model was trained on.
+        device: where the network goes.
+
+    Returns:
+        The network in evaluation with its adapters loaded, the task, and the record.
+
+    Raises:
+        AdapterError: a file of the folder is missing, damaged or contradicts itself.
+        WeightsError: the base weights are missing or not those of the training.
+    """
+    folder = Path(folder)
+    file = read_adapters(folder)
+    try:
+        check_keys(file.network, NETWORK_KEYS, "network")
+        check_keys(file.base, BASE_KEYS, "base")
+        task = Task.from_dict(file.task)
+        network = SamSegmenter(**file.network, weights=_base_weights(file, folder, weights))
+        _check_task(network, task, str(folder))
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder}/adapter.json is not complete ({error}); copy the model folder again") from error
+    check_fingerprint(network, file.base["fingerprint"])
+    attach(network, file.adapters)
+    load_adapters(network, file)
+    return network.to(device).eval(), task, file.record
+
+
+def _base_weights(file: AdapterFile, folder: Path, given: str | Path | None) -> str | Path:
+    if given is not None:
+        return given
+    if (folder / BASE).exists():
+        return folder / BASE
+    trained_on, backbone = file.base["file"], file.network["backbone"]
+    published = [known.name for known in KNOWN_FILES.values()] + [CONVERTED]
+    if backbone in BACKBONES and trained_on in published:
+        return "pretrained"
+    raise WeightsError(f"{folder} was trained on the base weights {trained_on}; give that file as weights")
+
+
+def _save_base(network: SamSegmenter, path: Path) -> None:
+    """The base as it was before training: from its file, or as it stands where it came from none."""
+    if network.base_report is not None:
+        state = read_state(network.base_report.path)
+    else:
+        state = full_state(network)
+    with replacing(path) as temporary:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary)
+
+
+def _check_task(network: SamSegmenter, task: Task, where: str) -> None:
+    for what, own, wanted in (
+        ("classes", network.num_classes, task.num_classes),
+        ("input channels", network.in_channels, task.in_channels),
+    ):
+        if own != wanted:
+            raise InputError(f"{where}: the network has {own} {what}, task {task.name!r} has {wanted}; they must agree")

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SamSegmenter: images to class logits, on a frozen pre-trained SAM with a class head and adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from segment_anything.modeling import PromptEncoder
+
+from samda.adapters import base
+from samda.adapters.base import AdapterConfig
+from samda.adapters.sites import Site
+from samda.errors import UsageError
+from samda.networks.attention import DerivedTensors
+from samda.networks.backbones import BackboneConfig, backbone_config
+from samda.networks.decoder import ClassDecoder, grid_positions
+from samda.networks.fingerprint import compute_fingerprint
+from samda.networks.saving import save_only_trained
+from samda.networks.weights import BaseReport, fetch_weights, load_base
+
+__all__ = ["STRIDE", "SamSegmenter"]
+
+STRIDE = 16  # pixels of the image per embedding pixel
+MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)  # SAM's, for intensities in [0, 1]
+STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
+
+
+class SamSegmenter(nn.Module):
+    """Multi-class segmentation on SAM without prompts.
+
+    `forward` maps images (B, C, H, W) in [0, 1] to class logits (B, K, H, W), background first. H and W are multiples
+    of 16 and may differ. Modules carry the names of SAM's files. SAM's K mask tokens and hypernetworks are the class
+    head; they start as copies of SAM's first mask token and its hypernetwork.
+
+    Args:
+        backbone: "vit_t", "vit_b", "vit_l", "vit_h", or the sizes of another encoder.
+        num_classes: K, background included.
+        in_channels: 1 (repeated to three) or 3.
+        weights: "pretrained" fetches the published weights of the backbone, a path reads that file (an official SAM,
+            MobileSAM or MedSAM file), None keeps random weights.
+        adapters: adapter name -> settings, see :func:`samda.adapters.build_configs`; attached after the base weights
+            were loaded.
+        adapter_file: an `adapter.safetensors` to load into the adapters and the class head.
+
+    Raises:
+        UsageError: an argument is out of range.
+        WeightsError: the base weights are missing, damaged or of another backbone.
+        AdapterError: an adapter cannot be attached or loaded.
+
+    Example:
+        >>> network = SamSegmenter("vit_t", num_classes=3, weights=None)
+        >>> network(torch.zeros(1, 1, 64, 96)).shape
+        torch.Size([1, 3, 64, 96])
+    """
+
+    def __init__(
+        self,
+        backbone: str | Mapping[str, Any] | BackboneConfig = "vit_t",
+        num_classes: int = 2,
+        in_channels: int = 1,
+        weights: str | Path | None = "pretrained",
+        adapters: Mapping[str, Mapping[str, Any] | AdapterConfig] | None = None,
+        adapter_file: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise UsageError(f"num_classes must be at least 2 (background and one more), got {num_classes}")
+        if in_channels not in (1, 3):
+            raise UsageError(f"in_channels must be 1 or 3, got {in_channels}")
+        self.config = backbone_config(backbone)
+        self.num_classes = num_classes
+        self.in_channels = in_channels
+        self.full_state_dict = False  # True: `state_dict` holds the base, too
+        self.base_report: BaseReport | None = None  # which file the base came from
+        self._fingerprint: dict[str, Any] | None = None
+        # what a file fills needs no initialization: built without memory, and no random number is drawn
+        with torch.device("meta") if weights is not None else contextlib.nullcontext():
+            grid, channels = self.config.image_size // STRIDE, self.config.out_channels
+            self.image_encoder = self.config.build()
+            self.prompt_encoder = PromptEncoder(channels, (grid, grid), (self.config.image_size,) * 2, mask_in_chans=16)
+            self.mask_decoder = ClassDecoder(num_classes, channels)
+        self.register_buffer("pixel_mean", torch.tensor(MEAN).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(STD).view(-1, 1, 1), persistent=False)
+        self._positions = DerivedTensors()
+        save_only_trained(self)
+        self.eval()
+        if weights is not None:
+            self.load_base(fetch_weights(self.config.name) if weights == "pretrained" else weights)
+        if adapters:
+            from samda.adapters import build_configs
+
+            base.attach(self, build_configs(adapters))
+        else:
+            base.freeze(self)
+        if adapter_file is not None:
+            from samda.adapters.files import load_adapters
+
+            load_adapters(self, adapter_file)
+
+    def load_base(self, path: str | Path) -> BaseReport:
+        """Load base weights from a file and start the class head from them; see :func:`samda.networks.weights.load_base`."""
+        self.base_report = load_base(self, path)
+        self._fingerprint = None
+        self._fingerprint = self.fingerprint()  # before anything is trained: baselines change the base
+        return self.base_report
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the base weights, see :mod:`samda.networks.fingerprint`; plain values for JSON."""
+        if self._fingerprint is None:
+            return compute_fingerprint(self)
+        return copy.deepcopy(self._fingerprint)
+
+    def forward(self, x: torch.Tensor, embedded: bool = False) -> torch.Tensor:
+        """Class logits at the size of the image.
+
+        Args:
+            x: images (B, C, H, W) in [0, 1]; with `embedded` embeddings (B, 256, H / 16, W / 16) of :meth:`encode`.
+            embedded: is `x` an embedding?
+
+        Returns:
+            (B, K, H, W).
+        """
+        x = x.as_subclass(torch.Tensor)  # a MONAI tensor would carry its metadata through every operation
+        logits = self.decode(x if embedded else self.encode(x))
+        size = [STRIDE // 4 * side for side in logits.shape[2:]]
+        # single precision from here: class scores of many windows and slices are summed later
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) in [0, 1] -> embeddings (B, 256, H / 16, W / 16)."""
+        if image.ndim != 4 or image.shape[1] != self.in_channels:
+            raise UsageError(f"images must be (B, {self.in_channels}, H, W), got {tuple(image.shape)}")
+        if image.shape[2] % STRIDE or image.shape[3] % STRIDE:
+            raise UsageError(f"H and W must be multiples of {STRIDE}, got {tuple(image.shape[2:])}; pad the images")
+        return self.image_encoder((image.expand(-1, 3, -1, -1) - self.pixel_mean) / self.pixel_std)
+
+    def decode(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, 256, h, w) -> class logits (B, K, 4h, 4w)."""
+        return self.mask_decoder(embedding, *self.prompts(embedding))
+
+    def prompts(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What SAM adds where nobody prompts: positions (1, 256, h, w) and the "no mask" vector (1, 256, 1, 1)."""
+        frequencies = self.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
+        no_mask = self.prompt_encoder.no_mask_embed.weight
+        size = (embedding.shape[2], embedding.shape[3])
+        positions = self._positions(frequencies, size, lambda: grid_positions(frequencies, size))
+        return positions.to(no_mask.dtype), no_mask.view(1, -1, 1, 1)
+
+    def head_params(self) -> list[str]:
+        """Full names of the class head's parameters (a fresh list)."""
+        return [f"mask_decoder.{name}" for name in self.mask_decoder.head_params()]
+
+    @property
+    def encoder_adapted(self) -> bool:
+        """Does the embedding depend on anything that is trained? Then it cannot be cached."""
+        encoder = "image_encoder."
+        return any(name.startswith(encoder) for name in base.trainable_parameters(self))
+
+    def train(self, mode: bool = True) -> SamSegmenter:
+        """Switch adapters and class head; the base stays in evaluation (batch norms keep their statistics)."""
+        super().train(False)
+        self.training = mode
+        for module in self.modules():
+            if isinstance(module, Site):
+                module.adapters.train(mode)
+        self.mask_decoder.mask_tokens.train(mode)
+        self.mask_decoder.output_hypernetworks_mlps.train(mode)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"backbone={self.config.name}, num_classes={self.num_classes}, in_channels={self.in_channels}"

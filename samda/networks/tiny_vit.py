@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MobileSAM's image encoder: TinyViT (arXiv 2207.10666) with SAM's neck, its transformer blocks naming their sites.
+
+Convolutional parts are timm's. Blocks norm their tokens once on the whole grid, padding included, and cut windows from
+the result: the same numbers as norming each window, and adapters see the grid instead of windows.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from segment_anything.modeling.image_encoder import window_partition, window_unpartition
+from timm.models.tiny_vit import ConvNorm, MBConv, PatchEmbed, PatchMerging
+
+from samda.adapters.sites import LinearSite, NormSite, ResidualSites, SiteInfo
+from samda.networks.vit import build_neck
+
+__all__ = ["TinyViT", "bias_index", "rename_mobile_sam"]
+
+NORM_EPS = 1e-5
+
+
+def bias_index(window: int) -> torch.Tensor:
+    """Which attention bias belongs to a pair of tokens of a window.
+
+    Biases are shared by equal distances (|dy|, |dx|), numbered in the order in which the first token meets them.
+
+    Args:
+        window: side of the window in tokens.
+
+    Returns:
+        (window^2, window^2) indices into the window^2 stored biases.
+    """
+    # the first token lies in a corner, so it meets every distance once, row by row: number = |dy| * window + |dx|
+    points = torch.tensor(list(itertools.product(range(window), repeat=2)), device="cpu")
+    distance = (points[:, None] - points[None, :]).abs()
+    return distance[..., 0] * window + distance[..., 1]
+
+
+class Attention(nn.Module):
+    """Attention over windows with one learned bias per head and distance.
+
+    Args:
+        prefix: name of the block, for instance "encoder.3".
+        block: index of the block.
+        dim: channels C.
+        num_heads: attention heads.
+        window: side of the windows in tokens.
+    """
+
+    def __init__(self, prefix: str, block: int, dim: int, num_heads: int, window: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window = window
+        self.norm = NormSite(dim, SiteInfo(f"{prefix}.norm1", "norm", "norm", block, dim), eps=NORM_EPS)
+        self.qkv = LinearSite(dim, 3 * dim, SiteInfo(f"{prefix}.attn.qkv", "linear", "attn.qkv", block, dim))
+        self.proj = LinearSite(dim, dim, SiteInfo(f"{prefix}.attn.proj", "linear", "attn.proj", block, dim))
+        self.attention_biases = nn.Parameter(torch.zeros(num_heads, window * window))
+        self.register_buffer("bias_index", bias_index(window), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, H, W, C) -> normalized input and output of attention, both (B, H, W, C)."""
+        batch, height, width, channels = x.shape
+        # zero tokens fill the last windows before the norm, as in the original, and so come out as the norm's shift
+        padded = self.norm(F.pad(x, (0, 0, 0, -width % self.window, 0, -height % self.window)))
+        tokens, size = window_partition(self.qkv(padded), self.window)
+        # each head's channels hold its own query, key and value
+        q, k, v = tokens.reshape(len(tokens), self.window**2, self.num_heads, -1).transpose(1, 2).chunk(3, -1)
+        bias = self.attention_biases[:, self.bias_index].to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+        out = out.transpose(1, 2).reshape(-1, self.window, self.window, channels)
+        out = window_unpartition(out, self.window, size, (height, width))
+        return padded[:, :height, :width], self.proj(out)
+
+
+class Mlp(nn.Module):
+    """The MLP of a block; like TinyViT's attention it owns its norm."""
+
+    def __init__(self, prefix: str, block: int, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = NormSite(dim, SiteInfo(f"{prefix}.norm2", "norm", "norm", block, dim), eps=NORM_EPS)
+        self.fc1 = LinearSite(dim, hidden, SiteInfo(f"{prefix}.mlp.fc1", "linear", "mlp.fc1", block, dim))
+        self.fc2 = LinearSite(hidden, dim, SiteInfo(f"{prefix}.mlp.fc2", "linear", "mlp.fc2", block, hidden))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, H, W, C) -> normalized input and output of the MLP."""
+        inputs = self.norm(x)
+        return inputs, self.fc2(F.gelu(self.fc1(inputs)))
+
+
+class Block(nn.Module):
+    """A transformer block: attention, a depthwise convolution, an MLP; tokens (B, H, W, C)."""
+
+    def __init__(self, block: int, dim: int, num_heads: int, window: int, mlp_ratio: float) -> None:
+        super().__init__()
+        prefix = f"encoder.{block}"
+        self.attn = Attention(prefix, block, dim, num_heads, window)
+        self.attn_sites = ResidualSites(prefix, "attn", block, dim)
+        self.local_conv = ConvNorm(dim, dim, ks=3, stride=1, pad=1, groups=dim)
+        self.mlp = Mlp(prefix, block, dim, int(dim * mlp_ratio))
+        self.mlp_sites = ResidualSites(prefix, "mlp", block, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.attn_sites(x, *self.attn(x))
+        x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.mlp_sites(x, *self.mlp(x))
+
+
+class Stage(nn.Module):
+    """Patch merging, then transformer blocks; maps (B, C, H, W).
+
+    Args:
+        first_block: index of the first block among all transformer blocks.
+        in_dim: channels in.
+        dim: channels out.
+        depth: number of blocks.
+        num_heads: attention heads.
+        window: side of the windows in tokens.
+        mlp_ratio: width of the MLP over `dim`.
+        stride: 2 halves the grid, 1 keeps it.
+    """
+
+    def __init__(
+        self,
+        first_block: int,
+        in_dim: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        window: int,
+        mlp_ratio: float,
+        stride: int,
+    ) -> None:
+        super().__init__()
+        self.downsample = PatchMerging(in_dim, dim, nn.GELU)
+        self.downsample.conv2.conv.stride = (stride, stride)
+        self.blocks = nn.ModuleList(Block(first_block + i, dim, num_heads, window, mlp_ratio) for i in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.downsample(x).permute(0, 2, 3, 1)
+        for block in self.blocks:
+            x = block(x)
+        return x.permute(0, 3, 1, 2)
+
+
+class TinyViT(nn.Module):
+    """TinyViT with SAM's neck. Stage 0 is convolutional; the last stage keeps the stride, so 16 pixels make a token.
+
+    Args:
+        dims: channels of the four stages.
+        depths: blocks of the four stages.
+        num_heads: attention heads of the four stages (the first is unused).
+        windows: side of the windows in tokens of the four stages (the first is unused).
+        image_size: side of the images in pixels that the weights were trained at; any multiple of 16 works.
+        mlp_ratio: width of the MLPs over the channels.
+        out_channels: channels of the embedding.
+    """
+
+    def __init__(
+        self,
+        *,
+        dims: tuple[int, ...],
+        depths: tuple[int, ...],
+        num_heads: tuple[int, ...],
+        windows: tuple[int, ...],
+        image_size: int = 1024,
+        mlp_ratio: float = 4.0,
+        out_channels: int = 256,
+    ) -> None:
+        super().__init__()
+        self.img_size = image_size
+        self.patch_embed = PatchEmbed(3, dims[0], nn.GELU)
+        self.conv_blocks = nn.Sequential(*(MBConv(dims[0], dims[0], 4.0, nn.GELU, 0.0) for _ in range(depths[0])))
+        self.stages = nn.ModuleList()
+        for i in range(1, len(dims)):
+            stride = 1 if i == len(dims) - 1 else 2
+            first = sum(depths[1:i])
+            sizes = (depths[i], num_heads[i], windows[i], mlp_ratio, stride)
+            self.stages.append(Stage(first, dims[i - 1], dims[i], *sizes))
+        self.neck = build_neck(dims[-1], out_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalized images (B, 3, H, W), H and W multiples of 16 -> embeddings (B, out_channels, H/16, W/16)."""
+        x = x.contiguous(
+            memory_format=torch.channels_last
+        )  # then maps and tokens share one layout, and convs are faster
+        x = self.conv_blocks(self.patch_embed(x))
+        for stage in self.stages:
+            x = stage(x)
+        return self.neck(x)
+
+    def train(self, mode: bool = True) -> TinyViT:
+        """Batch norms never leave evaluation: their statistics belong to the pre-trained base."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+
+def rename_mobile_sam(key: str) -> str | None:
+    """The name in :class:`TinyViT` of a parameter of MobileSAM's `image_encoder`; None for its unused classifier.
+
+    MobileSAM keeps patch merging at the end of a stage (`layers.0.downsample`), we at the start of the next one.
+    """
+    if key.startswith(("head.", "norm_head.")):
+        return None
+    parts = key.split(".")
+    if parts[0] == "layers":
+        stage, part, rest = int(parts[1]), parts[2], parts[3:]
+        if part == "downsample":
+            parts = ["stages", str(stage), "downsample", *rest]
+        elif stage == 0:
+            parts = ["conv_blocks", *rest]
+        else:
+            parts = ["stages", str(stage - 1), part, *rest]
+    elif parts[:2] in (["patch_embed", "seq"],):
+        parts = ["patch_embed", {"0": "conv1", "2": "conv2"}[parts[2]], *parts[3:]]
+    return ".".join("conv" if part == "c" else part for part in parts)
