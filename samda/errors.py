@@ -66,3 +66,11 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         return cls(**values)
     except TypeError as error:  # a required field is missing
         raise UsageError(f"{where}: {error}") from error
+
+
+def cause_of(error: BaseException) -> SamdaError | None:
+    """The samda error behind `error`, or None: MONAI wraps what a transform raises in RuntimeErrors."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, SamdaError):
+        seen = seen.__cause__ or seen.__context__
+    return seen

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the packaged configs and bundles lie: inside the wheel, or beside the package in a checkout."""
+"""Where files lie: packaged configs and bundles (in the wheel or the checkout), and the cache of what is fetched."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-__all__ = ["packaged"]
+__all__ = ["cache_dir", "packaged"]
 
 
 def packaged(*parts: str) -> Path:
@@ -20,3 +21,11 @@ def packaged(*parts: str) -> Path:
         if path.exists():
             return path
     raise FileNotFoundError(f"{'/'.join(parts)} is not part of this installation of samda; reinstall it")
+
+
+def cache_dir() -> Path:
+    """Folder of everything samda fetches: `SAMDA_CACHE`, else `samda` in the user's cache folder."""
+    chosen = os.environ.get("SAMDA_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "samda"

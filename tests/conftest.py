@@ -74,6 +74,24 @@ def mobile_sam_name(name: str) -> str:
     return ".".join(parts)
 
 
+# importlib mode imports no test module by name, so the functions above reach the tests as fixtures
+
+
+@pytest.fixture(scope="session", name="random_state")
+def _random_state() -> Callable[[nn.Module, int], dict[str, torch.Tensor]]:
+    return random_state
+
+
+@pytest.fixture(scope="session", name="original_sam")
+def _original_sam() -> Callable[[ViTConfig], Sam]:
+    return original_sam
+
+
+@pytest.fixture(scope="session", name="mobile_sam_name")
+def _mobile_sam_name() -> Callable[[str], str]:
+    return mobile_sam_name
+
+
 @pytest.fixture(scope="session")
 def tiny_vit_config() -> ViTConfig:
     """A ViT of 64 px with one windowed and one global block."""
@@ -106,7 +124,7 @@ def tiny_tinyvit_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_segmenter(tiny_weights: Path, tiny_tinyvit_weights: Path) -> Callable[..., SamSegmenter]:
-    """Builds tiny segmenters: `make_segmenter("vit" or "tiny_vit", num_classes=3, ...)`, equal base weights every time."""
+    """Builds tiny segmenters, the base always the same: `make_segmenter("vit" or "tiny_vit", num_classes=3, ...)`."""
 
     def make(kind: str = "vit", **kwargs: object) -> SamSegmenter:
         table: dict[str, tuple[BackboneConfig, Path]]

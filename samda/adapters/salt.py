@@ -249,8 +249,8 @@ class SaltConfig(LinearAdapterConfig):
         wasteful = [m for m in tails if 0 < m < 2 * self.rank]
         if wasteful:
             warnings.warn(
-                f"salt: rank {self.rank} has more parameters than a full tail in {len(wasteful)} of {len(places)} layers "
-                f"(tails of {min(wasteful)} values and more); a smaller rank or r gives the same freedom",
+                f"salt: in {len(wasteful)} of {len(places)} layers, rank {self.rank} has more parameters than a full "
+                f"tail (of {min(wasteful)} values and more); a smaller rank or r gives the same freedom",
                 stacklevel=4,
             )
 

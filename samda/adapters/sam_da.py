@@ -62,8 +62,9 @@ class PromptAttention(nn.Module):
         k, v = (self._heads(layer(prompts)[None]) for layer in (self.key, self.value))  # (1, heads, N, d_head)
         k, v = (t.expand(len(tokens), -1, -1, -1) for t in (k, v))
         found = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        tokens = tokens + self.gate * self.out(found)
-        return tokens + F.linear(tokens, self.residual)
+        # cast back: under autocast a sum of two types would pass on the wider one, and the start be no identity
+        tokens = tokens + (self.gate * self.out(found)).to(tokens.dtype)
+        return tokens + F.linear(tokens, self.residual).to(tokens.dtype)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

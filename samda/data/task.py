@@ -19,7 +19,7 @@ AXES = ("axial", "coronal", "sagittal")
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is segmented, and how a scan becomes slices. Train, predict and adapt share one Task; it is saved with a model.
+    """What is segmented, and how a scan becomes slices. Train, predict and adapt share one Task, saved with the model.
 
     The field of view of a slice is `spacing` x `image_size` mm: a scan is resampled once, to `spacing`, then padded,
     cropped around the body or tiled, and never resized again.
@@ -27,10 +27,10 @@ class Task:
 
     name: str = "segmentation"
     classes: tuple[str, ...] = ("background", "foreground")  # network channel k is classes[k]; background first
-    labels: Mapping[str, tuple[int, ...]] | None = None  # class -> ids in the label files; None: ids by dataset.json, else k
+    labels: Mapping[str, tuple[int, ...]] | None = None  # class -> ids in the label files; None: dataset.json's, else k
     modality: str = "CT"  # "CT" (window in HU), "MR" (percentiles) or "image" (2D pictures, percentiles)
     window: tuple[float, float] = (-160.0, 240.0)  # HU, mapped to [0, 1]; CT only
-    percentiles: tuple[float, float] = (1.0, 99.0)  # of the body's intensities, mapped to [0, 1]; MR and image
+    percentiles: tuple[float, float] = (1.0, 99.0)  # of the body (MR) or of all pixels (image), to [0, 1]
     spacing: float = 1.5  # mm per pixel of a slice, both directions
     image_size: int = 256  # pixels of a slice, both directions; a multiple of 16
     axis: str = "axial"  # slices are perpendicular to it: "axial", "coronal" or "sagittal"
@@ -40,12 +40,15 @@ class Task:
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(str(name) for name in self.classes))
         if self.labels is not None:
-            ids = {
-                name: tuple(int(i) for i in (v if isinstance(v, list | tuple) else [v])) for name, v in self.labels.items()
-            }
+            listed = {name: v if isinstance(v, list | tuple) else [v] for name, v in self.labels.items()}
+            ids = {name: tuple(int(i) for i in v) for name, v in listed.items()}
             object.__setattr__(self, "labels", ids)
         for key in ("window", "percentiles"):
             object.__setattr__(self, key, tuple(float(v) for v in getattr(self, key)))
+        for key, kind in (("spacing", float), ("nsd_tolerance", float), ("image_size", int), ("in_channels", int)):
+            if isinstance(getattr(self, key), str | bool):
+                raise TypeError(f"{key} must be a number, got {getattr(self, key)!r}")
+            object.__setattr__(self, key, kind(getattr(self, key)))
         self._check()
 
     def _check(self) -> None:
@@ -61,20 +64,28 @@ class Task:
             missing = [name for name in self.classes[1:] if name not in self.labels]
             if missing:
                 refuse(f"labels gives no ids for {', '.join(missing)}; add them or drop the class")
+            every = [(i, name) for name, ids in self.labels.items() for i in ids]
+            for position, (i, name) in enumerate(every):
+                for other, owner in every[:position]:
+                    if i == other:
+                        refuse(f"labels gives id {i} to both {owner!r} and {name!r}; an id belongs to one class")
         if self.axis not in AXES:
             refuse(f"axis {self.axis!r} is unknown; {nearest(self.axis, AXES)}")
         if self.modality not in ("CT", "MR", "image"):
             refuse(f"modality {self.modality!r} is unknown; choose from CT, MR, image")
         if self.image_size < 16 or self.image_size % 16:
             refuse(f"image_size must be a multiple of 16, got {self.image_size}")
-        if self.spacing <= 0:
-            refuse(f"spacing must be positive (mm), got {self.spacing}")
+        for key in ("spacing", "nsd_tolerance"):
+            if getattr(self, key) <= 0:
+                refuse(f"{key} must be positive (mm), got {getattr(self, key)}")
         if self.in_channels not in (1, 3):
             refuse(f"in_channels must be 1 or 3, got {self.in_channels}")
         for key in ("window", "percentiles"):
-            low, high = getattr(self, key)
-            if not low < high:
-                refuse(f"{key} must be (low, high) with low < high, got {getattr(self, key)}")
+            pair = getattr(self, key)
+            if len(pair) != 2 or not pair[0] < pair[1]:
+                refuse(f"{key} must be (low, high) with low < high, got {pair}")
+        if self.percentiles[0] < 0 or self.percentiles[1] > 100:
+            refuse(f"percentiles must lie between 0 and 100, got {self.percentiles}")
 
     @property
     def num_classes(self) -> int:
@@ -83,13 +94,25 @@ class Task:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Task:
-        """Build a Task from plain JSON or YAML values, refusing unknown keys."""
-        return from_mapping(cls, values, "task")
+        """Build a Task from plain JSON or YAML values, refusing unknown keys and values of a wrong type."""
+        try:
+            return from_mapping(cls, values, "task")
+        except ValueError as error:  # a text where a number belongs
+            raise UsageError(f"task: {error}") from error
 
     @classmethod
     def from_file(cls, path: str | Path) -> Task:
-        """Read a Task from a YAML or JSON file (JSON is YAML): the mapping itself, or its entry `task`."""
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        """Read a Task from a YAML or JSON file (JSON is YAML): the mapping itself, or its entry `task`.
+
+        Raises:
+            UsageError: there is no such file, it is no YAML, or it states no valid task.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"there is no task file {path} ({error.strerror}); give a YAML or JSON file") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} is no YAML or JSON ({' '.join(str(error).split())}); repair it") from error
         if not isinstance(values, Mapping):
             raise UsageError(f"{path}: expected a mapping of task keys, got {type(values).__name__}")
         return cls.from_dict(values.get("task", values))

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 __all__ = ["DerivedTensors", "choose_formulation", "relative_attention", "relative_table"]
@@ -76,7 +75,8 @@ def relative_table(table: torch.Tensor, size: int) -> torch.Tensor:
     """
     length = 2 * size - 1
     if table.shape[0] != length:
-        table = F.interpolate(table.T[None].float(), size=length, mode="linear")[0].T.to(table.dtype)
+        wide = table.to(torch.promote_types(table.dtype, torch.float32))
+        table = F.interpolate(wide.T[None], size=length, mode="linear")[0].T.to(table.dtype)
     position = torch.arange(size, device=table.device)
     return table[position[:, None] - position[None, :] + (size - 1)]
 

@@ -37,7 +37,8 @@ def grid_positions(frequencies: torch.Tensor, size: tuple[int, int]) -> torch.Te
     with torch.autocast(frequencies.device.type, enabled=False):
         y, x = ((torch.arange(side, device=frequencies.device) + 0.5) / side * 2 - 1 for side in size)
         coordinates = torch.stack([x.expand(size), y[:, None].expand(size)], -1)
-        angles = 2 * torch.pi * coordinates @ frequencies.float()
+        wide = torch.promote_types(frequencies.dtype, torch.float32)
+        angles = 2 * torch.pi * coordinates.to(wide) @ frequencies.to(wide)
         return torch.cat([angles.sin(), angles.cos()], -1).permute(2, 0, 1)[None]
 
 
@@ -49,10 +50,10 @@ class SiteTransformer(TwoWayTransformer):
         self.sites = nn.ModuleList()
         for index, layer in enumerate(self.layers):
             for name in ("norm1", "norm2", "norm3", "norm4"):
-                setattr(layer, name, _norm_site(getattr(layer, name), f"decoder.{index}.{name}", index))
+                setattr(layer, name, _norm_site(f"decoder.{index}.{name}", index, embedding_dim))
             info = SiteInfo(f"decoder.{index}.layer", "decoder", "layer", index, embedding_dim)
             self.sites.append(DecoderSite(info))
-        self.norm_final_attn = _norm_site(self.norm_final_attn, f"decoder.{depth}.norm", depth)
+        self.norm_final_attn: nn.LayerNorm = _norm_site(f"decoder.{depth}.norm", depth, embedding_dim)
 
     def forward(
         self, image_embedding: torch.Tensor, image_pe: torch.Tensor, point_embedding: torch.Tensor
@@ -77,9 +78,8 @@ class SiteTransformer(TwoWayTransformer):
         return self.norm_final_attn(queries + found), keys
 
 
-def _norm_site(norm: nn.LayerNorm, name: str, block: int) -> NormSite:
-    dim = norm.normalized_shape[0]
-    return NormSite(dim, SiteInfo(name, "norm", "norm", block, dim), eps=norm.eps)
+def _norm_site(name: str, block: int, dim: int) -> NormSite:
+    return NormSite(dim, SiteInfo(name, "norm", "norm", block, dim), eps=1e-5)
 
 
 class ClassDecoder(nn.Module):

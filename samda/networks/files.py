@@ -33,13 +33,18 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_sha256(path: Path, expected: str) -> None:
+def check_sha256(path: Path, expected: str, found: str | None = None) -> None:
     """Refuse a file that is not the expected one.
+
+    Args:
+        path: the file.
+        expected: its sha256.
+        found: the sha256 it has, if known already.
 
     Raises:
         WeightsError: naming the file and both hashes.
     """
-    found = sha256_of(path)
+    found = found or sha256_of(path)
     if found != expected:
         raise WeightsError(f"{path} has sha256 {found}, expected {expected}; delete the file and fetch it again")
 

@@ -114,10 +114,8 @@ def _base_weights(file: AdapterFile, folder: Path, given: str | Path | None) -> 
 
 def _save_base(network: SamSegmenter, path: Path) -> None:
     """The base as it was before training: from its file, or as it stands where it came from none."""
-    if network.base_report is not None:
-        state = read_state(network.base_report.path)
-    else:
-        state = full_state(network)
+    report = network.base_report
+    state = full_state(network) if report is None else read_state(report.path)
     with replacing(path) as temporary:
         save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary)
 

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 
 from samda.adapters.base import trainable_parameters
 from samda.adapters.sites import Site
+
+if TYPE_CHECKING:
+    from samda.networks.segmenter import SamSegmenter
 
 __all__ = ["base_keys", "full_state", "save_only_trained"]
 
@@ -24,7 +27,7 @@ def base_keys(network: nn.Module) -> set[str]:
     return {name for name in tensors if name not in own}
 
 
-def full_state(network: nn.Module) -> dict[str, torch.Tensor]:
+def full_state(network: SamSegmenter) -> dict[str, torch.Tensor]:
     """The state dict of base and class head, adapters left out."""
     before, network.full_state_dict = network.full_state_dict, True
     try:

@@ -60,6 +60,9 @@ class SamSegmenter(nn.Module):
         torch.Size([1, 3, 64, 96])
     """
 
+    pixel_mean: torch.Tensor
+    pixel_std: torch.Tensor
+
     def __init__(
         self,
         backbone: str | Mapping[str, Any] | BackboneConfig = "vit_t",
@@ -105,7 +108,7 @@ class SamSegmenter(nn.Module):
             load_adapters(self, adapter_file)
 
     def load_base(self, path: str | Path) -> BaseReport:
-        """Load base weights from a file and start the class head from them; see :func:`samda.networks.weights.load_base`."""
+        """Load base weights and start the class head from them; see :func:`samda.networks.weights.load_base`."""
         self.base_report = load_base(self, path)
         self._fingerprint = None
         self._fingerprint = self.fingerprint()  # before anything is trained: baselines change the base

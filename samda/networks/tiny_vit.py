@@ -51,6 +51,8 @@ class Attention(nn.Module):
         window: side of the windows in tokens.
     """
 
+    bias_index: torch.Tensor
+
     def __init__(self, prefix: str, block: int, dim: int, num_heads: int, window: int) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -63,7 +65,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, H, W, C) -> normalized input and output of attention, both (B, H, W, C)."""
-        batch, height, width, channels = x.shape
+        height, width, channels = x.shape[1:]
         # zero tokens fill the last windows before the norm, as in the original, and so come out as the norm's shift
         padded = self.norm(F.pad(x, (0, 0, 0, -width % self.window, 0, -height % self.window)))
         tokens, size = window_partition(self.qkv(padded), self.window)
@@ -184,9 +186,8 @@ class TinyViT(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalized images (B, 3, H, W), H and W multiples of 16 -> embeddings (B, out_channels, H/16, W/16)."""
-        x = x.contiguous(
-            memory_format=torch.channels_last
-        )  # then maps and tokens share one layout, and convs are faster
+        # maps and tokens then share one layout, and convolutions are faster
+        x = x.contiguous(memory_format=torch.channels_last)
         x = self.conv_blocks(self.patch_embed(x))
         for stage in self.stages:
             x = stage(x)

@@ -162,8 +162,10 @@ class ImageEncoderViT(nn.Module):
             return self.pos_embed
 
         def resize() -> torch.Tensor:
-            stored = self.pos_embed.permute(0, 3, 1, 2).float()
-            resized = F.interpolate(stored, (height, width), mode="bicubic", align_corners=False, antialias=True)
+            stored = self.pos_embed.to(torch.promote_types(self.pos_embed.dtype, torch.float32))
+            resized = F.interpolate(
+                stored.permute(0, 3, 1, 2), (height, width), mode="bicubic", align_corners=False, antialias=True
+            )
             return resized.permute(0, 2, 3, 1).to(self.pos_embed.dtype)
 
         return self._positions(self.pos_embed, (height, width), resize)

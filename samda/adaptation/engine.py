@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adaptation of a trained model to one scan: built once, then `adapt` a case at a time.
+
+Per case: the source model predicts all slices; a few slices are seen in several photometric views, encoded once; a few
+optimizer steps move the scope's parameters; the guard compares what came out with what went in; the parameters return
+to where they were, bit for bit. No case can see another, so their order changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+
+from samda.adaptation import record as records
+from samda.adaptation.case import (
+    EmbeddingReplay,
+    PreparedCase,
+    Segmentation,
+    choose_slices,
+    cut_windows,
+    encode_views,
+    segment,
+    slice_areas,
+    slice_axis,
+)
+from samda.adaptation.guard import Decision, Evidence, GuardSettings, after, before
+from samda.adaptation.measures import agreement
+from samda.adaptation.objectives import Objective, build_objective
+from samda.adaptation.trajectory import NotFinite, OutOfTime, Trajectory, descend, held, load
+from samda.adaptation.views import FAMILIES, make_views, mirrored_classes, restore_view, seed_of
+from samda.adapters.files import state_tensors
+from samda.adapters.scopes import scope_parameters
+from samda.data.readers import stem
+from samda.data.slices import SliceGrid
+from samda.data.task import Task
+from samda.data.transforms import build_preprocessing
+from samda.errors import AdapterError, InputError, UsageError
+from samda.inference.postprocessing import own_grid
+from samda.inference.volume import VolumeInferer
+from samda.networks.segmenter import SamSegmenter
+
+__all__ = ["AdaptedCase", "Adaptation"]
+
+logger = logging.getLogger(__name__)
+
+
+class Adaptation:
+    """Adapts a trained model to scans, one at a time.
+
+    Args:
+        network: a trained segmenter; its base and class head never move.
+        task: what it segments.
+        record: the model folder's record; its "statistics" are what the guard judges by.
+        method: name of an objective, see :data:`samda.adaptation.objectives.OBJECTIVES`.
+        scope: what moves, see :mod:`samda.adapters.scopes`.
+        steps: optimizer steps; None takes the objective's own.
+        lr: learning rate; None takes the objective's own.
+        views: number of views, the slice itself included.
+        families: kinds of views, see :mod:`samda.adaptation.views`.
+        strength: multiplies how far views depart from the slice.
+        flips: mirror every second view; organs have sides, so not by default.
+        slices: number of slices that are adapted on; all are predicted.
+        seed: of the views, together with the input.
+        objective: further settings of the objective.
+        guard: thresholds of the guard, see :class:`samda.adaptation.guard.GuardSettings`.
+        time_limit_s: seconds after which a case falls back; None sets no limit.
+        batch_size: slices in one call of the encoder.
+        memory_mb: memory for kept embeddings (MB); beyond it slices are encoded again.
+        device: torch device.
+        version: name of the model's version, for the record.
+
+    Raises:
+        UsageError: an unknown name, or a value out of range.
+        AdapterError: the model lacks the scope, or was never trained.
+        InputError: the model carries no source statistics.
+
+    Example:
+        >>> adaptation = Adaptation(*load_model("model"))  # doctest: +SKIP
+        >>> adaptation.adapt("scan.nii.gz").record["decision"]  # doctest: +SKIP
+        'accepted'
+    """
+
+    def __init__(
+        self,
+        network: SamSegmenter,
+        task: Task,
+        record: Mapping[str, Any],
+        method: str = "default",
+        scope: str = "decoder",
+        steps: int | None = None,
+        lr: float | None = None,
+        views: int = 8,
+        families: Sequence[str] = FAMILIES,
+        strength: float = 1.0,
+        flips: bool = False,
+        slices: int = 12,
+        seed: int = 0,
+        objective: Mapping[str, Any] | None = None,
+        guard: Mapping[str, Any] | None = None,
+        time_limit_s: float | None = None,
+        batch_size: int = 8,
+        memory_mb: float = 2048.0,
+        device: torch.device | str = "cpu",
+        version: str = "source",
+    ) -> None:
+        self.network, self.task, self.device = network.to(device).eval(), task, torch.device(device)
+        self.version, self.memory_mb, self.time_limit_s = version, memory_mb, time_limit_s
+        self.objective: Objective = build_objective(method, objective)
+        self.scope, self.parameters = scope, scope_parameters(network, scope)
+        _check_trained(network, self.parameters)
+        self.judge = Judge(task, record)
+        self.guard: GuardSettings = from_mapping(GuardSettings, dict(guard or {}), "guard")
+        self.steps = self.objective.steps if steps is None else steps
+        self.lr = self.objective.lr if lr is None else lr
+        self.views, self.slices, self.seed = views, slices, seed
+        self.view_settings = {"families": tuple(families), "strength": strength, "flips": flips}
+        self.batch_size = batch_size
+        _check_ranges(self)
+        make_views(views, 0, **self.view_settings)  # refuses unknown families now and not in the first case
+        encoder = [name for name in self.parameters if name.startswith("image_encoder.")]
+        self.embedded = not encoder  # the encoder stays as it is, so views are encoded once
+        self.mirror = mirrored_classes(task.classes)
+        self.preprocessing = build_preprocessing(task, labels=False)
+        self.inferer = VolumeInferer(task, batch_size, device=device)
+        self._start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self._hashes = {
+            "model_sha256": records.tensors_sha256(full_state(network)),
+            "adapter_sha256": records.tensors_sha256(state_tensors(network)),
+        }
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Every setting that decides the outcome, resolved; plain values."""
+        return {
+            "method": self.objective.name,
+            "objective": self.objective.settings(),
+            "scope": self.scope,
+            "steps": self.steps,
+            "lr": self.lr,
+            "views": self.views,
+            **{key: list(v) if isinstance(v, tuple) else v for key, v in self.view_settings.items()},
+            "slices": self.slices,
+            "seed": self.seed,
+            "guard": dataclasses.asdict(self.guard),
+            "time_limit_s": self.time_limit_s,
+            "batch_size": self.batch_size,
+        }
+
+    def adapt(self, image: str | Path | Mapping[str, Any]) -> AdaptedCase:
+        """Adapt to one scan and decide; afterwards the model is as it was, bit for bit.
+
+        Args:
+            image: path of a file or DICOM folder, or a case {"image": path, "id": name}; labels are never read.
+
+        Raises:
+            InputError: the scan cannot be read or used. Errors while adapting do not raise: the case falls back.
+        """
+        return finish_case(self, self.prepare(image))
+
+    def prepare(self, image: str | Path | Mapping[str, Any]) -> PreparedCase:
+        """Everything of a case that does not depend on the objective: read, predict plainly, choose slices, encode views.
+
+        A prepared case serves every objective of the same scope, views, slices and seed.
+        """
+        case = {"image": str(image)} if isinstance(image, str | Path) else {k: image[k] for k in image if k != "label"}
+        begin = time.perf_counter()
+        sha256 = records.path_sha256(case["image"])
+        data = self.preprocessing(dict(case))
+        read = time.perf_counter()
+        return self._prepared(str(case.get("id") or stem(case["image"])), sha256, data, {"read": read - begin})
+
+    def prepare_data(self, data: Mapping[str, Any], name: str) -> PreparedCase:
+        """As :meth:`prepare`, for a case that is preprocessed already: {"image": MetaTensor (C, X, Y, Z) in [0, 1]}."""
+        image = data["image"]
+        return self._prepared(name, records.sha256_of(np.asarray(image.as_tensor().cpu())), dict(data), {})
+
+    def _prepared(self, name: str, sha256: str, data: dict[str, Any], seconds: dict[str, float]) -> PreparedCase:
+        volume = data["image"].as_tensor()
+        begin = time.perf_counter()
+        grid = SliceGrid.from_volume(volume, data["image"].affine, self.task)
+        replay = EmbeddingReplay(self.network, self.memory_mb if self.embedded else 0.0)
+        source = segment(self.inferer, data, grid, replay)
+        predicted = time.perf_counter()
+        axis = slice_axis(self.task)
+        areas = slice_areas(source.labels, self.task.num_classes, axis)
+        others = tuple(a for a in range(3) if a != axis)
+        slices = choose_slices(areas, source.uncertainty.sum(axis=others), self.slices)
+        seed = seed_of(sha256, self.seed)
+        views = make_views(self.views, seed, **self.view_settings)
+        labels = torch.from_numpy(source.labels)[None]
+        images = cut_windows(grid.extract(volume, slices), grid.extract_labels(labels, slices), self.task.image_size)
+        encode = self.network.encode if self.embedded else None
+        inputs = encode_views(images, slices, views, encode, self.batch_size, self.device)
+        seconds |= {"predict": predicted - begin, "views": time.perf_counter() - predicted}
+        return PreparedCase(
+            name, sha256, data, grid, replay, source, slices, views, inputs, self.embedded, seed, seconds
+        )
+
+    def logits(self, prepared: PreparedCase) -> torch.Tensor:
+        """Logits (V, m, K, h, w) of all views of the chosen slices at the present parameters, views mapped back."""
+        inputs = prepared.inputs.flatten(0, 1)
+        chunks = inputs.split(self._chunk(inputs))
+        if len(chunks) > 1 and torch.is_grad_enabled():  # bounds memory at the price of a second forward pass
+            parts = [checkpoint(self._decode, chunk, use_reentrant=False) for chunk in chunks]
+        else:
+            parts = [self._decode(chunk) for chunk in chunks]
+        logits = torch.cat(parts).unflatten(0, prepared.inputs.shape[:2])
+        if not any(view.flip for view in prepared.views):
+            return logits
+        return torch.stack(
+            [restore_view(view, part, self.mirror) for view, part in zip(prepared.views, logits, strict=True)]
+        )
+
+    def _decode(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.network.decode(inputs if self.embedded else self.network.encode(inputs))
+
+    def _chunk(self, inputs: torch.Tensor) -> int:
+        """Slices in one pass with gradients."""
+        if not self.embedded:
+            return self.batch_size
+        return max(1, GRADIENT_PIXELS // (inputs.shape[-2] * inputs.shape[-1]))
+
+    def optimize(self, prepared: PreparedCase) -> Trajectory:
+        """Adapt to a prepared case; the model is as it was afterwards, the result is in the trajectory.
+
+        Raises:
+            NotFinite, OutOfTime: the case should fall back.
+        """
+        begin = time.perf_counter()
+        deadline = None if self.time_limit_s is None else time.monotonic() + self.time_limit_s
+        with held(self.network, self.parameters):
+            run = descend(
+                lambda: self.logits(prepared), self.parameters, self.objective, self.steps, self.lr, deadline=deadline
+            )
+        prepared.seconds["adapt"] = time.perf_counter() - begin
+        return run
+
+    def predict(self, prepared: PreparedCase, tensors: Mapping[str, torch.Tensor]) -> Segmentation:
+        """Predict all slices of a prepared case with other values of the scope's parameters; they are put back."""
+        begin = time.perf_counter()
+        with held(self.network, self.parameters):
+            load(self.parameters, tensors)
+            adapted = segment(self.inferer, prepared.data, prepared.grid, prepared.replay)
+        prepared.seconds["predict_adapted"] = time.perf_counter() - begin
+        return adapted

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Unsupervised objectives: what a case without labels is asked to satisfy while its adapter moves.
+
+One interface for all of them. `prepare` sees the source model's logits of every view once and returns whatever the
+objective keeps of them (pseudo-labels, nothing); `loss` turns the current logits into one scalar. Logits have the
+shape (V, N, K, h, w): V views of N slices, views mapped back onto the identity's grid, K classes with background first
+(K = 1: one foreground logit). All losses are means over pixels, so a learning rate holds for every image size.
+
+Notation: p_v = softmax z_v, pbar = mean_v p_v, H the entropy of a pixel, h = H / ln K in [0, 1], sg = stop-gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from samda.errors import UsageError, from_mapping, nearest
+
+__all__ = [
+    "OBJECTIVES",
+    "Objective",
+    "build_objective",
+    "entropy",
+    "log_probabilities",
+    "normalized_entropy",
+    "soft_dice",
+]
+
+CLASS_DIM = -3  # of (..., K, h, w)
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """ln p of logits (..., K, h, w); one logit (K = 1) becomes the two classes of a sigmoid, background first."""
+    if logits.shape[CLASS_DIM] == 1:
+        logits = torch.cat([torch.zeros_like(logits), logits], dim=CLASS_DIM)
+    return F.log_softmax(logits, dim=CLASS_DIM)
+
+
+def entropy(log_p: torch.Tensor) -> torch.Tensor:
+    """H = -sum_k p_k ln p_k in nats, (..., K, h, w) -> (..., h, w); finite wherever ln p is."""
+    return -(log_p.exp() * log_p).sum(CLASS_DIM)
+
+
+def normalized_entropy(log_p: torch.Tensor) -> torch.Tensor:
+    """h = H / ln K: 1 for the uniform prediction, 0 for a certain one."""
+    return entropy(log_p) / math.log(log_p.shape[CLASS_DIM])
+
+
+def mean_log_probabilities(log_p: torch.Tensor) -> torch.Tensor:
+    """ln of the mean prediction over the views, (V, ...) -> (...), without leaving the log domain."""
+    return log_p.logsumexp(0) - math.log(log_p.shape[0])
+
+
+def soft_dice(p: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Dice of probabilities per class, 2 sum(p t) / sum(p^2 + t^2): (..., N, K, h, w) -> (..., K).
+
+    The squared form is 1 exactly where both agree, whatever the values, so agreement of unsure views costs nothing.
+    """
+    if weight is None:
+        weight = p.new_ones(())
+    dims = (-4, -2, -1)
+    overlap = (weight * p * target).sum(dims)
+    total = (weight * (p * p + target * target)).sum(dims)
+    return 2.0 * overlap / total.clamp_min(1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Base: adapts nothing. A subclass sets its defaults of `steps` and `lr` and overrides `loss`.
+
+    Args:
+        steps: optimizer steps when the person names none.
+        lr: learning rate (Adam) when the person names none.
+        anchor: weight of |theta - theta_0|^2 / |theta_0|^2, added by the engine.
+    """
+
+    name: ClassVar[str] = ""
+
+    steps: int = 8
+    lr: float = 1e-3
+    anchor: float = 0.0
+
+    def prepare(self, logits: torch.Tensor) -> Any:
+        """What to keep of the source model's logits (V, N, K, h, w); called once, without gradients."""
+        return None
+
+    def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
+        """The scalar to minimize, from logits (V, N, K, h, w) with gradients."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values for the record."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class NoAdaptation(Objective):
+    """The source model as it is: the row to compare with."""
+
+    name: ClassVar[str] = "none"
+    steps: int = 0
+
+    def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
+        return logits.sum() * 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Tent(Objective):
+    """TENT (arXiv 2006.10726): mean entropy of the unaltered image. Its trivial minimum is an all-background answer."""
+
+    name: ClassVar[str] = "tent"
+
+    def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
+        return entropy(log_probabilities(logits[0])).mean()
+
+
+@dataclasses.dataclass(frozen=True)
+class Memo(Objective):
+    """MEMO (arXiv 2110.09506): entropy of the mean prediction over the views."""
+
+    name: ClassVar[str] = "memo"
+
+    def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
+        return entropy(mean_log_probabilities(log_probabilities(logits))).mean()
+
+
+def kept_views(log_p: torch.Tensor, keep: float) -> torch.Tensor:
+    """Per slice, the views of lowest mean entropy: indices (kept, N), kept = max(1, ceil(keep V)), lowest first."""
+    scores = entropy(log_p.detach()).mean((-2, -1))  # (V, N)
+    count = max(1, math.ceil(keep * len(scores) - 1e-9))
+    return scores.argsort(dim=0, stable=True)[:count]
+
+
+def take_views(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Choose views per slice: values (V, N, ...), index (kept, N) -> (kept, N, ...)."""
+    return values[index, torch.arange(values.shape[1], device=values.device)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpt(Objective):
+    """TPT (arXiv 2209.07511): MEMO over the most confident views of each slice.
+
+    Args:
+        keep: fraction of the views kept; the paper keeps 0.1 of 64, 0.25 suits 8 views.
+    """
+
+    name: ClassVar[str] = "tpt"
+    keep: float = 0.25
+
+    def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
+        log_p = log_probabilities(logits)
+        return entropy(mean_log_probabilities(take_views(log_p, kept_views(log_p, self.keep)))).mean()
+
+
+@dataclasses.dataclass(frozen=True)
+class SamDa(Objective):
+    """SAM-DA (arXiv 2501.06836) as in its first author's code: normalized entropy of the most confident views.
+
+    Args:
+        keep: fraction of the views kept.
+        reduce: "mean_entropy" averages the views' entropies, "entropy_of_mean" takes the entropy of their mean.
+    """
+
+    name: ClassVar[str] = "sam_da"
+    keep: float = 0.25
+    reduce: str = "mean_entropy"
+
+    def __post_init__(self) -> None:
+        if self.reduce not in ("mean_entropy", "entropy_of_mean"):
+            raise UsageError(f"objective 'sam_da': reduce must be mean_entropy or entropy_of_mean, got {self.reduce!r}")
+
+    def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
+        log_p = log_probabilities(logits)
+        kept = take_views(log_p, kept_views(log_p, self.keep))
+        if self.reduce == "entropy_of_mean":
+            kept = mean_log_probabilities(kept)
+        return normalized_entropy(kept).mean()
+
+
+def class_balanced_entropy(log_p: torch.Tensor, keep: float) -> torch.Tensor:
+    """mean_c mean_{Omega_c} h(p): Omega_c are the most confident `keep` of the pixels predicted c, over all views.
+
+    Every class that is predicted anywhere counts the same, so the large background cannot drown a small organ.
+    """
+    h = normalized_entropy(log_p)
+    predicted = log_p.detach().argmax(CLASS_DIM)
+    terms = []
+    for c in range(log_p.shape[CLASS_DIM]):
+        values = h[predicted == c]
+        if len(values):
+            count = max(1, math.ceil(keep * len(values) - 1e-9))
+            terms.append(values.topk(count, largest=False, sorted=False).values.mean() if keep < 1 else values.mean())
+    return torch.stack(terms).mean()
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassEntropy(Objective):
+    """Class-balanced entropy: the mean over predicted classes of the entropy on their most confident pixels.
+
+    Args:
+        keep: fraction of the pixels predicted as a class, most confident first.
+    """
+
+    name: ClassVar[str] = "class_entropy"
+    keep: float = 1.0
+
+    def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
+        return class_balanced_entropy(log_probabilities(logits), self.keep)
+
+
+@dataclasses.dataclass(frozen=True)
+class Consistency(Objective):
+    """Two altered views of one slice must agree: 1 - soft Dice(p_a, sg p_b) over the foreground (DG-TTA's loss).
+
+    View v learns from view v + 1 (cyclically), so every view is student once and teacher once.
+    """
+
+    name: ClassVar[str] = "consistency"
+
+    def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
+        p = log_probabilities(logits).exp()
+        return (1.0 - soft_dice(p, p.detach().roll(-1, 0))[..., 1:]).mean()
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """Pseudo-labels: mean source prediction q (N, K, h, w), its classes (N, h, w), trusted pixels (N, h, w)."""
+
+    q: torch.Tensor
+    labels: torch.Tensor
+    trusted: torch.Tensor
+
+
+def trusted_targets(logits: torch.Tensor, threshold: float, quota: float) -> Targets:
+    """q = mean_v p_v of the source; trusted where max q > threshold, and at least `quota` of each class."""
+    q = mean_log_probabilities(log_probabilities(logits)).exp()
+    confidence, labels = q.max(CLASS_DIM)
+    trusted = confidence > threshold
+    for c in range(q.shape[CLASS_DIM]):
+        of_class = labels == c
+        count = math.ceil(quota * int(of_class.sum()))
+        if count:
+            floor = confidence[of_class].topk(count, sorted=True).values[-1]
+            trusted |= of_class & (confidence >= floor)
+    return Targets(q, labels, trusted)
+
+
+def fit_targets(log_p: torch.Tensor, target: torch.Tensor, targets: Targets, balanced: bool) -> torch.Tensor:
+    """Cross-entropy plus (1 - soft Dice over the foreground) towards `target` (N, K, h, w), on the trusted pixels.
+
+    `balanced` averages the cross-entropy per pseudo-label class first, so that classes count alike.
+    """
+    trusted = targets.trusted.to(log_p.dtype)
+    cross = -(target * log_p).sum(CLASS_DIM).mean(0)  # (N, h, w), mean over the views
+    classes = F.one_hot(targets.labels, log_p.shape[CLASS_DIM]).to(log_p.dtype) * trusted.unsqueeze(-1)
+    counts = classes.sum((0, 1, 2))  # trusted pixels per class
+    present = counts > 0
+    if balanced:
+        per_class = (classes * cross.unsqueeze(-1)).sum((0, 1, 2)) / counts.clamp_min(1.0)
+        loss = per_class[present].mean()
+    else:
+        loss = (cross * trusted).sum() / trusted.sum().clamp_min(1.0)
+    foreground = present.clone()
+    foreground[0] = False  # Dice of the background would reward its growth
+    if foreground.any():
+        dice = soft_dice(log_p.exp(), target, trusted.unsqueeze(CLASS_DIM))
+        loss = loss + (1.0 - dice[..., foreground]).mean()
+    return loss
+
+
+@dataclasses.dataclass(frozen=True)
+class PseudoLabel(Objective):
+    """Hard pseudo-labels of the mean source prediction: CE + Dice where it is confident.
+
+    Args:
+        threshold: least mean probability of a trusted pixel.
+    """
+
+    name: ClassVar[str] = "pseudo_label"
+    threshold: float = 0.9
+
+    def prepare(self, logits: torch.Tensor) -> Targets:
+        return trusted_targets(logits, self.threshold, quota=0.0)
+
+    def loss(self, logits: torch.Tensor, state: Targets) -> torch.Tensor:
+        log_p = log_probabilities(logits)
+        hard = F.one_hot(state.labels, log_p.shape[CLASS_DIM]).movedim(-1, CLASS_DIM).to(log_p.dtype)
+        return fit_targets(log_p, hard, state, balanced=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Default(Objective):
+    """Anchored, class-balanced consistency: views agree with the mean source prediction where it is trusted.
+
+    L = mean_v [CE(p_v, q) + Dice(p_v, q)] on trusted pixels, classes balanced
+        + confident * class-balanced entropy + size * L_size + anchor * |theta - theta_0|^2 / |theta_0|^2
+    L_size = mean over foreground c of max(0, |ln(pi_c / pi0_c)| - ln slack)^2, pi_c the mean probability of class c
+
+    Args:
+        threshold: least mean probability of a trusted pixel.
+        quota: fraction of each predicted class that is trusted in any case, most confident first.
+        confident: weight of the class-balanced entropy.
+        size: weight of the size term.
+        slack: factor by which a class may grow or shrink at no cost.
+    """
+
+    name: ClassVar[str] = "default"
+    anchor: float = 0.01
+    threshold: float = 0.9
+    quota: float = 0.2
+    confident: float = 0.1
+    size: float = 0.1
+    slack: float = 2.0
+
+    def prepare(self, logits: torch.Tensor) -> Targets:
+        return trusted_targets(logits, self.threshold, self.quota)
+
+    def loss(self, logits: torch.Tensor, state: Targets) -> torch.Tensor:
+        log_p = log_probabilities(logits)
+        loss = fit_targets(log_p, state.q, state, balanced=True)
+        loss = loss + self.confident * class_balanced_entropy(log_p, keep=1.0)
+        return loss + self.size * self._size(log_p, state.q)
+
+    def _size(self, log_p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        dims = (0, -2, -1)
+        now = mean_log_probabilities(log_p).exp().mean(dims).clamp_min(1e-6)
+        before = q.mean(dims).clamp_min(1e-6)
+        excess = ((now / before).log().abs() - math.log(self.slack)).clamp_min(0.0)
+        return excess[1:].square().mean()
+
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    cls.name: cls for cls in (NoAdaptation, Tent, Memo, Tpt, SamDa, ClassEntropy, Consistency, PseudoLabel, Default)
+}
+
+
+def build_objective(name: str, settings: Mapping[str, Any] | None = None) -> Objective:
+    """The objective of that name, its settings checked.
+
+    Raises:
+        UsageError: unknown name or setting, with the nearest valid one.
+    """
+    if name not in OBJECTIVES:
+        raise UsageError(f"unknown method {name!r}; {nearest(name, OBJECTIVES)}")
+    return from_mapping(OBJECTIVES[name], dict(settings or {}), f"method {name!r}")

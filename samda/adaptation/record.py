@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The audit record: one JSON object per case, without pixel data and without names.
+
+`record.schema.json` beside this file is its published schema. A record names the input, the model and the configuration
+by sha256, so that adapting the same files again gives the same label map (`labels_sha256`), whoever does it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from samda.errors import InputError
+from samda.version import __version__
+
+__all__ = [
+    "RECORD_VERSION",
+    "canonical_json",
+    "now",
+    "path_sha256",
+    "pseudonym",
+    "read_record",
+    "schema",
+    "sha256_of",
+    "tensors_sha256",
+    "validate_record",
+    "versions",
+    "write_json",
+    "write_lines",
+    "write_text",
+]
+
+RECORD_VERSION = 1
+_BLOCK = 1 << 20
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a record (draft 2020-12)."""
+    return json.loads(Path(__file__).with_name("record.schema.json").read_text(encoding="utf-8"))
+
+
+def validate_record(record: Mapping[str, Any]) -> None:
+    """Check a record against the published schema.
+
+    Raises:
+        InputError: naming the field and what is wrong with it.
+    """
+    import jsonschema
+
+    try:
+        jsonschema.validate(dict(record), schema())
+    except jsonschema.ValidationError as error:
+        place = ".".join(str(part) for part in error.absolute_path) or "the record"
+        raise InputError(f"record of case {record.get('case_id')!r}: {place}: {error.message}") from error
+
+
+def canonical_json(value: Any) -> str:
+    """One line of JSON, keys sorted; numbers that are not finite become null, since JSON has no NaN."""
+    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def sha256_of(value: Any) -> str:
+    """sha256 of bytes, an array (dtype, shape and content) or plain values (their canonical JSON)."""
+    if isinstance(value, np.ndarray):
+        head = canonical_json([str(value.dtype), list(value.shape)]).encode()
+        return hashlib.sha256(head + np.ascontiguousarray(value).tobytes()).hexdigest()
+    data = value if isinstance(value, bytes) else canonical_json(value).encode()
+    return hashlib.sha256(data).hexdigest()
+
+
+def tensors_sha256(tensors: Mapping[str, Any]) -> str:
+    """sha256 of named tensors: names, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name}\0{sha256_of(tensors[name].detach().cpu().numpy())}\n".encode())
+    return digest.hexdigest()
+
+
+def path_sha256(path: str | Path) -> str:
+    """sha256 of a file, or of a folder's files (a DICOM series): each file's content, in the order of their hashes.
+
+    Neither names nor times enter, so a series keeps its hash when it is exported again under other file names.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _file_sha256(path)
+    hashes = sorted(_file_sha256(p) for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def pseudonym(input_sha256: str) -> str:
+    """A name for a case that says nothing about the patient and is the same wherever the same scan is adapted."""
+    return f"case-{input_sha256[:12]}"
+
+
+def now() -> str:
+    """Time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide the numbers."""
+    import monai
+    import torch
+
+    return {"samda": __version__, "torch": str(torch.__version__), "monai": str(monai.__version__)}
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Read the record of a case.
+
+    Raises:
+        InputError: not JSON, or not a record.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable record ({error}); delete its folder and run again") from error
+    if not isinstance(value, dict) or "record_version" not in value:
+        raise InputError(f"{path}: not a record of samda adapt; delete its folder and run again")
+    return value
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write plain values as JSON under a temporary name, then rename."""
+    write_text(Path(path), json.dumps(_plain(value), indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_lines(path: str | Path, records: list[Mapping[str, Any]]) -> None:
+    """Write one line per record, under a temporary name, then rename: a reader never meets half a line."""
+    write_text(Path(path), "".join(canonical_json(record) + "\n" for record in records))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text under a temporary name, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types: tuples and arrays as lists, numpy numbers as numbers, not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

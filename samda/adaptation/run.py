@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder of scans, case by case: resumable, interruptible, and a bad scan does not stop the others.
+
+    OUT/<case>.nii.gz                  the map to use: adapted where accepted, else the source's byte for byte
+    OUT/details/<case>/source.nii.gz   the plain prediction
+                       difference.nii.gz, uncertainty.nii.gz, record.json, adapter.safetensors (on request)
+    OUT/run.jsonl                      the records, one line per case, without names
+    OUT/cases.csv                      which record is which scan: stays with the scans
+    OUT/report.html                    see :mod:`samda.adaptation.page`
+
+`details/<case>` appears complete or not at all, and the map to use after it: a case is finished when both are there.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import errno
+import io
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from samda.adaptation import record as records
+from samda.adaptation.engine import Adaptation
+from samda.adaptation.outcome import AdaptedCase, failed_record
+from samda.errors import SamdaError, UsageError
+from samda.inference.predict import find_cases
+from samda.inference.writer import check_output_folder, label_path, write_labels, write_probabilities
+
+__all__ = ["AdaptRun", "adapt_folder", "details_folder"]
+
+logger = logging.getLogger(__name__)
+
+CHANGES = ("unchanged", "removed", "added", "renamed")  # values of the difference map
+SAME = ("input_sha256", "model_sha256", "adapter_sha256", "config_sha256")  # what makes a record that of a rerun
+
+
+@dataclasses.dataclass
+class AdaptRun:
+    """What became of the cases of a folder.
+
+    Attributes:
+        output: the folder.
+        records: case name -> record, in the order of the cases.
+        resumed: cases that were finished before.
+        failed: case name -> why it has no result, in one line.
+    """
+
+    output: Path
+    records: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    resumed: list[str] = dataclasses.field(default_factory=list)
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of cases by decision."""
+        decisions = [record["decision"] for record in self.records.values()]
+        return {d: decisions.count(d) for d in ("accepted", "fallback", "skipped", "failed")}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        cases = {name: {k: r[k] for k in ("case_id", "decision", "reason")} for name, r in self.records.items()}
+        return {"output": str(self.output), "counts": self.counts, "cases": cases, "resumed": self.resumed}
+
+
+def details_folder(output: str | Path, case: str) -> Path:
+    """Where everything of a case lies but its final label map."""
+    return Path(output) / "details" / case
+
+
+def adapt_folder(
+    adaptation: Adaptation,
+    inputs: str | Path,
+    output: str | Path,
+    report: str | Path | None = None,
+    section: str | None = None,
+    dry_run: bool = False,
+    keep_names: bool = False,
+    keep_tensors: bool = False,
+    overwrite: bool = False,
+    on_case: Callable[[str, Mapping[str, Any]], None] | None = None,
+) -> AdaptRun:
+    """Adapt to every scan of a folder; finished cases are left out, so an interrupted run goes on where it stopped.
+
+    Args:
+        adaptation: what to do with each.
+        inputs: a scan, a folder of scans or DICOM series, or a data set (labels in it are not read).
+        output: folder of the results.
+        report: file of the records; None takes `output`/run.jsonl.
+        section: of a data set, see :func:`samda.inference.predict.find_cases`.
+        dry_run: decide and record, but write no label map except the source's.
+        keep_names: records carry the names of the files instead of pseudonyms.
+        keep_tensors: keep the adapted parameters of accepted cases, from which a site version is distilled.
+        overwrite: do finished cases again, also those of other settings.
+        on_case: called with name and record of each case.
+
+    Returns:
+        The records of all cases.
+
+    Raises:
+        UsageError: `output` holds results of another model or other settings, or cannot be written to.
+        InputError: there are no scans.
+        SamdaError: the disk is full; finished cases stay.
+    """
+    cases = find_cases(inputs, section)
+    folder = check_output_folder(output)
+    _refuse_own_folder(cases, folder)
+    job = _Job(adaptation, folder, dry_run, keep_names, keep_tensors)
+    run = AdaptRun(folder)
+    if not overwrite:
+        job.refuse_other_settings(cases)
+    try:
+        for case in cases:
+            name = case["id"]
+            finished = None if overwrite else job.finished(case)
+            if finished is not None:
+                run.resumed.append(name)
+            record = finished or job.do(case)
+            run.records[name] = record
+            if record["decision"] == "failed":
+                run.failed[name] = record["error"]
+            if on_case:
+                on_case(name, record)
+    finally:  # also after Ctrl-C: what is finished is recorded
+        try:
+            _write_lists(run, Path(report) if report else folder / "run.jsonl")
+        except OSError as error:  # on a full disk; the next run writes them from the records of the cases
+            logger.error("the list of records could not be written: %s", error)
+    return run
+
+
+class _Job:
+    """One case at a time, from scan to files."""
+
+    def __init__(
+        self, adaptation: Adaptation, folder: Path, dry_run: bool, keep_names: bool, keep_tensors: bool
+    ) -> None:
+        self.adaptation, self.folder, self.dry_run = adaptation, folder, dry_run
+        self.keep_names, self.keep_tensors = keep_names, keep_tensors
+
+    def stored(self, case: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The record that lies there for this case."""
+        path = details_folder(self.folder, case["id"]) / "record.json"
+        return records.read_record(path) if path.exists() else None
+
+    def refuse_other_settings(self, cases: Sequence[Mapping[str, Any]]) -> None:
+        """Results of two configurations in one folder could not be told apart later."""
+        own = self.adaptation.hashes | {"config_sha256": records.sha256_of(self.adaptation.config)}
+        for case in cases:
+            record = self.stored(case)
+            if record is None or record["decision"] == "failed":
+                continue
+            for key, what in (("config_sha256", "settings"), ("adapter_sha256", "a model"), ("model_sha256", "a model")):
+                if record[key] != own[key]:
+                    raise UsageError(
+                        f"{self.folder} holds results of other {what.removeprefix('a ')} (case {case['id']!r}); choose "
+                        "another output folder, or overwrite them"
+                    )
+
+    def finished(self, case: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The record of a case that needs nothing more."""
+        record = self.stored(case)
+        if record is None or record["decision"] == "failed":
+            return None
+        final = label_path(self.folder, case["id"], case["image"])
+        if record["dry_run"] != self.dry_run or not (self.dry_run or final.exists()):
+            return None
+        own = self.adaptation.hashes | {"config_sha256": records.sha256_of(self.adaptation.config)}
+        own["input_sha256"] = records.path_sha256(case["image"])
+        details = details_folder(self.folder, case["id"])
+        complete = all((details / file).exists() for file in record["output_files"].values())
+        return record if complete and all(record[key] == own[key] for key in SAME) else None
+
+    def do(self, case: Mapping[str, Any]) -> dict[str, Any]:
+        """Adapt to a case and write its files; an unusable scan gives a record that says why."""
+        started = records.now()
+        name, sha256 = case["id"], None
+        try:
+            sha256 = records.path_sha256(case["image"])
+            result = self.adaptation.adapt(case)
+            record, write = result.record, lambda place: self._write_maps(place, result)
+        except Exception as error:
+            logger.error("case %s: %s", name, " ".join(str(error).split()))
+            logger.debug("case %s failed", name, exc_info=True)
+            result, write = None, lambda place: {}
+            record = failed_record(self.adaptation, sha256, str(case["image"]), error, started)
+        record["dry_run"] = self.dry_run
+        if self.keep_names:
+            record["case_id"] = name
+        else:
+            _conceal(record, [str(case["image"]), Path(case["image"]).name, name])
+        try:
+            self._publish(case, record, write)
+            if result is not None and not self.dry_run:
+                self._publish_final(case, result)
+        except BaseException as error:  # Ctrl-C, too: half a case leaves nothing
+            shutil.rmtree(details_folder(self.folder, name), ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise SamdaError(
+                    f"the disk of {self.folder} is full; finished cases are complete, free space and run again"
+                ) from error
+            raise
+        return record
+
+    def _publish(
+        self, case: Mapping[str, Any], record: dict[str, Any], write: Callable[[Path], dict[str, str]]
+    ) -> None:
+        """Write the folder of a case under a temporary name, then rename it."""
+        place = details_folder(self.folder, case["id"])
+        place.parent.mkdir(exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=place.parent))
+        try:
+            partial.chmod(0o755)
+            record["output_files"] = write(partial)
+            records.validate_record(record)
+            records.write_json(partial / "record.json", record)
+            if place.exists():
+                shutil.rmtree(place)
+            os.replace(partial, place)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _write_maps(self, place: Path, result: AdaptedCase) -> dict[str, str]:
+        task, image, affine = self.adaptation.task, result.image, result.affine
+        files = {"source": label_path(place, "source", image).name}
+        write_labels(place / files["source"], result.source, task.classes, image, affine)
+        if self.dry_run:
+            return files
+        files["difference"] = label_path(place, "difference", image).name
+        write_labels(place / files["difference"], result.difference, CHANGES, image, affine)
+        files["uncertainty"] = "uncertainty.nii.gz"
+        write_probabilities(place / files["uncertainty"], result.uncertainty[None], image, affine)
+        if self.keep_tensors and result.tensors is not None:
+            files["adapter"] = "adapter.safetensors"
+            save_file({k: v.cpu().contiguous() for k, v in result.tensors.items()}, place / files["adapter"])
+        return files
+
+    def _publish_final(self, case: Mapping[str, Any], result: AdaptedCase) -> None:
+        """The map to use; without an accepted change it is a copy of the source map, byte for byte."""
+        final = label_path(self.folder, case["id"], case["image"])
+        if result.record["labels_sha256"]["source"] != result.record["labels_sha256"]["final"]:
+            write_labels(final, result.labels, self.adaptation.task.classes, result.image, result.affine)
+            return
+        details = details_folder(self.folder, case["id"])
+        source = details / result.record["output_files"]["source"]
+        for origin, target in ((details / "source.json", final.with_name(f"{case['id']}.json")), (source, final)):
+            temporary = target.with_name(f".{os.getpid()}-{target.name}")
+            try:
+                shutil.copyfile(origin, temporary)
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+def _conceal(record: dict[str, Any], names: Sequence[str]) -> None:
+    """Messages name files; a record that leaves the hospital must not."""
+    for key in ("error", "explanation"):
+        for name in names:
+            if record[key] and name:
+                record[key] = record[key].replace(name, record["case_id"])
+
+
+def _write_lists(run: AdaptRun, report: Path) -> None:
+    lines = list(run.records.values())
+    records.write_lines(report, lines)
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(["case_id", "case", "decision", "reason"])
+    table.writerows([r["case_id"], name, r["decision"], r["reason"]] for name, r in run.records.items())
+    records.write_text(run.output / "cases.csv", text.getvalue())
+
+
+def _refuse_own_folder(cases: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    for case in cases:
+        image = Path(case["image"])
+        if folder.resolve() == (image if image.is_dir() else image.parent).resolve():
+            raise UsageError(f"output {folder} is the folder of the scan {image.name}; choose another output folder")

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Site mode: what the accepted cases of one site have in common becomes a candidate version of the model.
+
+Every accepted case ended at parameters theta_i, a few steps from the same theta_0. The candidate is their mean: what is
+particular to a patient averages out, what the scanner did to all of them stays. The order of cases does not matter, and
+a case without labels cannot do more harm than its share. The candidate lies beside the source version; it becomes active
+when a person says so (`samda site activate`), and `samda site rollback` returns to the version before.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from samda.adaptation import record as records
+from samda.adaptation.engine import Adaptation
+from samda.adaptation.measures import displacement
+from samda.adaptation.run import AdaptRun, details_folder
+from samda.adaptation.trajectory import held, load
+from samda.adapters.files import read_adapters, save_adapters
+from samda.errors import InputError, UsageError
+from samda.networks.versions import SOURCE, check_name, list_versions, version_folder
+
+__all__ = ["check_site", "describe_versions", "distil"]
+
+
+def check_site(model: str | Path, name: str) -> None:
+    """Refuse, before any work is done, a name that is no name or is taken.
+
+    Raises:
+        UsageError: either.
+    """
+    check_name(name)
+    if name in list_versions(model):
+        raise UsageError(f"{model} has a version {name!r} already; choose another name")
+
+
+def distil(adaptation: Adaptation, model: str | Path, run: AdaptRun, name: str, min_cases: int = 3) -> dict[str, Any]:
+    """Write the mean of the accepted cases' parameters as a candidate version; nothing becomes active.
+
+    Args:
+        adaptation: what the cases were adapted with.
+        model: the model folder.
+        run: of these cases, adapted with `keep_tensors`.
+        name: of the version.
+        min_cases: fewest accepted cases that may speak for a site.
+
+    Returns:
+        The record of the version.
+
+    Raises:
+        UsageError: the name is taken.
+        InputError: too few cases were accepted.
+    """
+    check_site(model, name)
+    chosen = {case: r for case, r in run.records.items() if "adapter" in r["output_files"]}
+    if len(chosen) < min_cases:
+        raise InputError(
+            f"{len(chosen)} of {len(run.records)} cases were accepted with a change; a site version needs at least "
+            f"{min_cases}"
+        )
+    order = sorted(chosen, key=lambda case: (chosen[case]["input_sha256"], case))  # so that rounding cannot depend on it
+    start = {key: parameter.detach().cpu().clone() for key, parameter in adaptation.parameters.items()}
+    total = {key: torch.zeros_like(tensor, dtype=torch.float64) for key, tensor in start.items()}
+    for case in order:
+        tensors = load_file(details_folder(run.output, case) / chosen[case]["output_files"]["adapter"])
+        for key in total:
+            total[key] += tensors[key].double()
+    mean = {key: (tensor / len(order)).to(start[key].dtype) for key, tensor in total.items()}
+    about = {
+        "name": name,
+        "created": records.now(),
+        "from_version": adaptation.version,
+        "rule": "mean of the accepted cases' parameters",
+        "cases": [chosen[case]["case_id"] for case in order],
+        "input_sha256": [chosen[case]["input_sha256"] for case in order],
+        "config": adaptation.config,
+        "parameters": sorted(mean),
+        "param_displacement": displacement(mean, start),
+        "decisions": run.counts,
+        "versions": records.versions(),
+    }
+    _write(adaptation, Path(model), name, mean, about)
+    return about
+
+
+def _write(adaptation: Adaptation, model: Path, name: str, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
+    """A complete adapter folder under a temporary name, then renamed."""
+    file = read_adapters(version_folder(model, adaptation.version))
+    place = model / "versions" / name
+    place.parent.mkdir(exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=place.parent))
+    try:
+        partial.chmod(0o755)
+        with held(adaptation.network, adaptation.parameters):
+            load(adaptation.parameters, tensors)
+            sections = {"network": file.network, "base": file.base, "task": file.task}
+            save_adapters(adaptation.network, partial, **sections, record=file.record | {"version": about})
+        os.replace(partial, place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def describe_versions(model: str | Path, active: str) -> list[dict[str, Any]]:
+    """One row per version: {"name", "active", "created", "cases", "from_version"}."""
+    rows = []
+    for name in list_versions(model):
+        about = {} if name == SOURCE else read_adapters(version_folder(model, name)).record.get("version", {})
+        rows.append(
+            {
+                "name": name,
+                "active": name == active,
+                "created": about.get("created"),
+                "cases": len(about["cases"]) if "cases" in about else None,
+                "from_version": about.get("from_version"),
+            }
+        )
+    return rows
+

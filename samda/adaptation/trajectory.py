@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inner loop: a few optimizer steps of one case, its curves, and the iterate worth keeping."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from samda.adaptation.measures import agreement, displacement, foreground_entropy, predicted_classes
+from samda.adaptation.objectives import Objective
+
+__all__ = ["NotFinite", "OutOfTime", "Trajectory", "descend", "held"]
+
+GRADIENT_NORM = 1.0  # clip
+
+
+class NotFinite(Exception):
+    """A loss or a parameter became NaN or infinite; the case falls back."""
+
+
+class OutOfTime(Exception):
+    """The case's time limit passed; the case falls back."""
+
+
+@dataclasses.dataclass
+class Trajectory:
+    """What one adaptation did. Curves have one entry per iterate, the source model first (`steps` + 1 entries)."""
+
+    tensors: dict[str, torch.Tensor]  # of the kept iterate
+    best_step: int
+    loss: list[float]
+    agreement: list[float]
+    entropy: list[float]
+    merit: list[float]
+    displacement: list[float]
+
+
+@contextlib.contextmanager
+def held(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, torch.Tensor]]:
+    """Let exactly `parameters` take gradients; afterwards they hold their former values bit for bit, whatever happened.
+
+    Yields:
+        The values at the start, by name.
+    """
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        network.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        yield start
+    finally:
+        load(parameters, start)
+        for parameter, flag in flags:
+            parameter.grad = None
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+
+@torch.no_grad()
+def load(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write `tensors` into `parameters`, by name."""
+    for name, tensor in tensors.items():
+        parameters[name].copy_(tensor)
+
+
+def descend(
+    logits_of: Callable[[], torch.Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    objective: Objective,
+    steps: int,
+    lr: float,
+    merit: Callable[[torch.Tensor], float] | None = None,
+    deadline: float | None = None,
+) -> Trajectory:
+    """Minimize the objective over `parameters`, which hold theta_0 now and the kept iterate afterwards.
+
+    Adam with gradients clipped to norm 1, in fp32. The kept iterate is the one of highest `merit`; the earliest wins a
+    tie, so a case that nothing improves keeps theta_0.
+
+    Args:
+        logits_of: logits (V, N, K, h, w) of all views at the present parameters, with gradients.
+        parameters: what moves, by name; they require gradients.
+        objective: see :mod:`samda.adaptation.objectives`.
+        steps: optimizer steps; 0 only measures the source model.
+        lr: learning rate.
+        merit: a label-free score of the logits, the agreement between views when None; NaN keeps the last iterate.
+        deadline: `time.monotonic()` after which the loop gives up.
+
+    Raises:
+        NotFinite: a loss or a parameter is not finite.
+        OutOfTime: the deadline passed.
+    """
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer = torch.optim.Adam(list(parameters.values()), lr=lr)
+    run = Trajectory(start, 0, [], [], [], [], [])
+    state: Any = None
+    classes: set[int] = set()
+    for step in range(steps + 1):
+        if deadline is not None and time.monotonic() > deadline:
+            raise OutOfTime(f"step {step} of {steps}")
+        with torch.set_grad_enabled(step < steps):
+            logits = logits_of().float()
+        now = logits.detach()
+        if step == 0:
+            state, classes = objective.prepare(now), predicted_classes(now)
+        with torch.set_grad_enabled(step < steps):
+            loss = objective.loss(logits, state) + objective.anchor * _anchor(parameters, start)
+        _measure(run, now, loss, classes, merit, displacement(parameters, start))
+        if _is_better(run):
+            run.best_step = step
+            run.tensors = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        if step < steps:
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), GRADIENT_NORM)
+            if not torch.isfinite(norm):
+                raise NotFinite(f"the gradient of step {step + 1}")
+            optimizer.step()
+    load(parameters, run.tensors)
+    return run
+
+
+def _anchor(parameters: Mapping[str, nn.Parameter], start: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """|theta - theta_0|^2 / |theta_0|^2, over all adapted tensors together."""
+    moved = torch.stack([(parameters[name] - start[name]).square().sum() for name in start]).sum()
+    return moved / torch.stack([tensor.square().sum() for tensor in start.values()]).sum().clamp_min(1e-12)
+
+
+def _measure(
+    run: Trajectory,
+    logits: torch.Tensor,
+    loss: torch.Tensor,
+    classes: set[int],
+    merit: Callable[[torch.Tensor], float] | None,
+    moved: float,
+) -> None:
+    value = float(loss.detach())
+    if not math.isfinite(value) or not torch.isfinite(logits).all():
+        raise NotFinite(f"loss {value} after {len(run.loss)} steps")
+    # classes of the source and of this iterate: a class that is lost counts 0, so collapse cannot win
+    agreed = agreement(logits, classes | predicted_classes(logits))
+    run.loss.append(value)
+    run.agreement.append(agreed)
+    run.entropy.append(foreground_entropy(logits))
+    run.merit.append(agreed if merit is None else merit(logits))
+    run.displacement.append(moved)
+
+
+def _is_better(run: Trajectory) -> bool:
+    """Is the newest iterate the one to keep so far?"""
+    newest, best = run.merit[-1], run.merit[run.best_step]
+    return math.isnan(newest) or newest > best

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapt a trained model to scans of another site, case by case, without labels; every case is decided and recorded.
+
+For each scan a few adapter parameters move for a few steps, the scan is predicted, and the parameters return. A guard
+decides whether the adapted label map may replace the plain one; otherwise the plain one is written, byte for byte. A run
+that was interrupted goes on when the same command is given again.
+
+  samda adapt -m model -i scans -o adapted
+  samda adapt -m model -i scans -o adapted --dry-run            decide and record only
+  samda adapt -m model -i scans -o adapted --labels truth       report Dice before and after
+  samda adapt -m model -i scans -o adapted --site clinic-a      and distil a candidate version
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from samda.cli.options import add_device, add_json, existing, parse_settings, pick_device, positive, print_json, say
+from samda.errors import InputError, UsageError
+
+# keys of Adaptation that `--set` takes beside the options below
+SETTINGS = ("families", "flips", "strength", "guard", "objective", "time_limit_s", "batch_size", "memory_mb")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `samda adapt`."""
+    parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="a model folder")
+    parser.add_argument("-i", "--input", type=Path, required=True, metavar="SCANS", help="a scan, a folder, a data set")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder of the results")
+    parser.add_argument("--method", default="default", metavar="NAME", help="objective; default: default")
+    parser.add_argument("--scope", default="decoder", metavar="NAME", help="what moves; default: decoder")
+    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps; default: the objective's")
+    parser.add_argument("--lr", type=float, metavar="RATE", help="learning rate; default: the objective's")
+    parser.add_argument("--views", type=positive, default=8, metavar="N", help="views of each slice; default 8")
+    parser.add_argument("--slices", type=positive, default=12, metavar="N", help="slices adapted on; default 12")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the views; default 0")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help=f"any of {', '.join(SETTINGS)}"
+    )
+    parser.add_argument("--report", type=Path, metavar="FILE", help="file of the records; default OUT/run.jsonl")
+    parser.add_argument("--labels", type=Path, metavar="FOLDER", help="label maps, used for nothing but the report")
+    parser.add_argument("--site", metavar="NAME", help="distil accepted cases into a candidate version of this name")
+    parser.add_argument("--dry-run", action="store_true", help="decide and record; write no map but the source's")
+    parser.add_argument("--keep-names", action="store_true", help="file names instead of pseudonyms in the records")
+    parser.add_argument("--overwrite", action="store_true", help="do finished cases again")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="base weights; default: those of the training")
+    parser.add_argument("--version", metavar="NAME", help="version of the model; default: the active one")
+    parser.add_argument(
+        "--section", choices=("training", "validation", "test"), help="which cases of a data set; default test"
+    )
+    add_device(parser)
+    add_json(parser)
+
+
+def tell(case: str, record: Mapping[str, Any]) -> None:
+    """One line a case."""
+    say(f"case {case}: {record['reason']} ({record['error'] or record['explanation']})")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Adapt; raise at the end if a case failed."""
+    existing(args.input, "input")
+    settings = parse_settings(args.set)
+    if args.site and args.dry_run:
+        raise UsageError("--site needs adapted cases; leave out --dry-run")
+    device = pick_device(args.device)
+    from samda.adaptation.job import run_adaptation
+
+    result = run_adaptation(
+        args.model,
+        args.input,
+        args.output,
+        settings={
+            "method": args.method,
+            "scope": args.scope,
+            "steps": args.steps,
+            "lr": args.lr,
+            "views": args.views,
+            "slices": args.slices,
+            "seed": args.seed,
+        },
+        more_settings=settings,
+        report=args.report,
+        labels=args.labels,
+        site=args.site,
+        dry_run=args.dry_run,
+        keep_names=args.keep_names,
+        overwrite=args.overwrite,
+        weights=args.weights,
+        version=args.version,
+        section=args.section,
+        device=device,
+        on_case=tell,
+    )
+    if args.json:
+        print_json(result)
+    else:
+        counts = ", ".join(f"{number} {what}" for what, number in result["counts"].items() if number)
+        print(f"{counts}; report in {result['page']}")
+        if args.site:
+            print(f"candidate version {args.site}; samda site activate -m {args.model} {args.site} makes it active")
+    if result["failed"]:
+        raise InputError(f"{len(result['failed'])} of {len(result['cases'])} cases failed: {', '.join(result['failed'])}")

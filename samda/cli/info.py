@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Show the backbones and adapters with their parameter counts, or what a model folder holds.
+
+  samda info             backbones, adapters and counts; needs no weights
+  samda info -m model    backbone, adapters, classes, geometry and results of a trained model
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from samda.cli.options import add_json, print_json, print_table
+from samda.version import __version__
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `samda info`."""
+    parser.add_argument("-m", "--model", type=Path, metavar="MODEL", help="a model folder")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Show it."""
+    facts = describe_model(args.model) if args.model else describe_package()
+    if args.json:
+        print_json(facts)
+    elif args.model:
+        print_model(facts)
+    else:
+        print_package(facts)
+
+
+def describe_package() -> dict[str, Any]:
+    """Backbones with their size, and every adapter overlay that samda ships with its settings and parameter counts.
+
+    The networks are built without storage (torch's meta device), so ViT-H costs no memory either.
+    """
+    import warnings
+
+    import torch
+    import yaml
+
+    from samda.adapters import attach, build_configs, count_parameters, detach
+    from samda.networks.backbones import BACKBONES
+    from samda.networks.segmenter import SamSegmenter
+    from samda.resources import packaged
+
+    overlays = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(packaged("configs", "adapters").glob("*"))}
+    adapters: dict[str, Any] = {
+        name: {"settings": overlay["adapters"], "parameters": {}} for name, overlay in overlays.items()
+    }
+    backbones, head = {}, 0
+    for backbone in BACKBONES:
+        with torch.device("meta"):
+            network = SamSegmenter(backbone, num_classes=2, weights=None)
+        counts = count_parameters(network)
+        backbones[backbone] = {"parameters": counts["base"]}
+        head = counts["head"] // 2
+        for entry in adapters.values():
+            with warnings.catch_warnings(action="ignore"):  # advice on settings is for those who train with them
+                attach(network, build_configs(entry["settings"]))
+            counts = count_parameters(network)
+            entry["parameters"][backbone] = counts["trainable"] - counts["head"]
+            entry["encoded_once"] = not network.encoder_adapted
+            detach(network)
+    return {"version": __version__, "backbones": backbones, "head_per_class": head, "adapters": adapters}
+
+
+def print_package(facts: dict[str, Any]) -> None:
+    """The table of :func:`describe_package`."""
+    names = list(facts["backbones"])
+    sizes = [entry["parameters"] for entry in facts["backbones"].values()]
+    counts = [[name, *entry["parameters"].values()] for name, entry in facts["adapters"].items()]
+    print(f"samda {facts['version']}: trainable parameters of each adapter, by backbone\n")
+    print_table(["adapter", *names], [*counts, ["SAM itself", *sizes]])
+    once = [name for name, entry in facts["adapters"].items() if entry["encoded_once"]]
+    print(f"\nThe class head comes on top: {facts['head_per_class']:,} a class, background included.")
+    print(f"With {', '.join(once)} the encoder stays as it is: slices are encoded once.")
+
+
+def describe_model(folder: Path) -> dict[str, Any]:
+    """What the files of a model folder say, without its base weights; nothing in the folder is run."""
+    from samda.adapters import read_adapters
+
+    file = read_adapters(folder)
+    return {
+        "model": str(folder),
+        "network": file.network,
+        "base": {key: value for key, value in file.base.items() if not isinstance(value, dict | list)},
+        "adapters": {name: config.to_dict() for name, config in file.adapters.items()},
+        "parameters": sum(tensor.numel() for tensor in file.tensors.values()),
+        "task": file.task,
+        "record": file.record,
+    }

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `samda`: find the command, run it, turn every error into one line and an exit code.
+
+Exit codes: 0 done, 1 the job failed, 2 wrong usage; 130 and 141 as shells report Ctrl-C and a closed pipe.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+from samda.cli.parser import Parser
+from samda.errors import UsageError, cause_of
+from samda.version import __version__
+
+__all__ = ["COMMANDS", "build_parser", "main"]
+
+COMMANDS = {  # name -> module, in the order of the help
+    name: f"samda.cli.{name}" for name in ("train", "predict", "evaluate", "info", "weights", "demo")
+}
+
+DESCRIPTION = "SAM adapters for medical image segmentation. Research use only."
+EPILOG = """\
+`samda COMMAND --help` shows the options of a command. Exit codes: 0 done, 1 the job failed, 2 wrong usage.
+Weights and example scans are kept in the folder SAMDA_CACHE, by default the user's cache folder.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (without the program's name; None takes the process's own) and return the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader (`| head`) has seen enough; the interpreter's last flush must not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def build_parser() -> Parser:
+    """The parser with all commands."""
+    parser = Parser(prog="samda", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("--version", action="version", version=f"samda {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for name in COMMANDS:
+        module = _module(name)
+        text = (module.__doc__ or "").strip()
+        command = commands.add_parser(name, help=text.partition("\n")[0], description=text)
+        module.add_arguments(command)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _run(argv: list[str]) -> int:
+    debug = "--debug" in argv
+    name = f"samda {argv[0]}" if argv and argv[0] in COMMANDS else "samda"
+    try:
+        parser = build_parser()
+        args = parser.parse_args(argv)
+        if args.command is None:
+            parser.print_help(sys.stderr)
+            return 2
+        _speak_plainly(debug)
+        _module(args.command).run(args)
+        return 0
+    except SystemExit as done:  # --help and --version
+        return int(done.code or 0)
+    except KeyboardInterrupt:
+        return _report(f"{name}: interrupted", 130, debug)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        known = cause_of(error)
+        if known is None:
+            return _report(f"{name}: unexpected {type(error).__name__}: {_line(error)} (--debug shows where)", 1, debug)
+        hint = f" (see samda {argv[0]} --help)" if name != "samda" and isinstance(known, UsageError) else ""
+        return _report(f"{name}: {_line(known)}{hint}", 2 if isinstance(known, UsageError) else 1, debug)
+
+
+def _speak_plainly(debug: bool) -> None:
+    """One line per log message and warning, on standard error; those of other packages only where they matter."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    logging.getLogger("samda").setLevel(logging.DEBUG if debug else logging.INFO)
+    if not debug:
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.formatwarning = lambda message, *_args, **_more: f"warning: {' '.join(str(message).split())}\n"
+
+
+def _report(line: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    sys.stdout.flush()  # what the job printed comes before its error also when both go to one file
+    print(line, file=sys.stderr)
+    return code
+
+
+def _line(error: BaseException) -> str:
+    """The message of an error, in one line."""
+    return " ".join(str(error).split()) or "no message"
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(COMMANDS[name])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that several commands share, and what their values mean."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from samda.errors import InputError, UsageError, nearest
+from samda.resources import packaged
+
+__all__ = [
+    "add_device",
+    "add_json",
+    "existing",
+    "parse_settings",
+    "pick_device",
+    "positive",
+    "print_json",
+    "print_table",
+    "say",
+    "task_file",
+]
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """`--device`, read by :func:`pick_device`."""
+    parser.add_argument(
+        "--device", default="auto", metavar="DEVICE", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one"
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """`--json`: the result for programs, on standard output; everything else goes to standard error."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def pick_device(name: str) -> str:
+    """The torch device that `name` means on this machine.
+
+    Raises:
+        UsageError: no such device, or not on this machine.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name!r} is unknown; choose from auto, cpu, cuda, cuda:N, mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {name!r} is not on this machine ({torch.cuda.device_count()} CUDA devices); use cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError(f"--device {name!r} is not on this machine; use cpu")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"--device {name!r} is not supported; choose from auto, cpu, cuda, cuda:N, mps")
+    return name
+
+
+def existing(path: Path, what: str) -> Path:
+    """`path`, if it exists.
+
+    Raises:
+        InputError: it does not.
+    """
+    if not path.exists():
+        raise InputError(f"{what} {str(path)!r} does not exist; check the path")
+    return path
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 (an argparse type)."""
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 is needed, got {text!r}")
+    return value
+
+
+def task_file(name: str) -> Path:
+    """The file of a task: a path, or the name of one that samda ships.
+
+    Raises:
+        InputError: there is neither.
+    """
+    ours = {path.stem: path for path in packaged("configs", "tasks").glob("*.yaml")}
+    if name in ours:
+        return ours[name]
+    if Path(name).suffix not in (".yaml", ".yml", ".json"):
+        raise InputError(f"task {name!r} is neither a YAML or JSON file nor one of samda's; {nearest(name, ours)}")
+    return existing(Path(name), "task file")
+
+
+def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
+    """Read `KEY=VALUE` texts (`--set`): values are YAML, so `1e-3`, `true` and `[1, 2]` mean what they look like.
+
+    Raises:
+        UsageError: a text without `=` or key, a value that is no YAML, or a key given twice.
+    """
+    import yaml
+
+    settings: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set {text!r}: write KEY=VALUE, for instance epochs=20")
+        if key in settings:
+            raise UsageError(f"--set {key}: given twice; keep one")
+        try:
+            settings[key] = _number(value, yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise UsageError(f"--set {text!r}: the value is not YAML; quote it") from None
+    return settings
+
+
+def _number(text: str, value: Any) -> Any:
+    """YAML 1.1 reads `1e-3` as a word; a person means the number."""
+    if isinstance(value, str) and any(character.isdigit() for character in text):
+        try:
+            return float(text)
+        except ValueError:
+            return value
+    return value
+
+
+def print_json(value: Any) -> None:
+    """Print plain JSON; NaN and infinity, which JSON does not have, become null."""
+    print(json.dumps(_plain(value), indent=2, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print aligned columns: the first to the left, numbers to the right."""
+    cells = [list(head), *([f"{v:,}" if isinstance(v, int) else str(v) for v in row] for row in rows)]
+    rows = list(rows)
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    for row in cells:
+        print(
+            "  ".join(
+                text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+        )
+
+
+def say(line: str) -> None:
+    """Tell the person something that is not the result: standard error, so that `--json` output stays clean."""
+    print(line, file=sys.stderr, flush=True)

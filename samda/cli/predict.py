@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segment scans with a trained model: one label map per scan, on the scan's own grid. No labels are needed.
+
+The input is a scan (NIfTI, NRRD, MHA, a picture, a folder with one DICOM series), a folder of scans, or a data set, of
+which the test cases are taken. A scan that fails is reported and does not stop the others; the exit code is then 1.
+
+  samda predict -m model -i scans -o labels
+  samda predict -m model -i scans -o labels --continue      leave out what is finished
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from samda.cli.options import add_device, add_json, existing, pick_device, positive, print_json, say
+from samda.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `samda predict`."""
+    parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="a model folder")
+    parser.add_argument("-i", "--input", type=Path, required=True, metavar="SCANS", help="a scan, a folder, a data set")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="LABELS", help="folder of the label maps")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="base weights; default: those of the training")
+    parser.add_argument(
+        "--section", choices=("training", "validation", "test"), help="which cases of a data set; default test"
+    )
+    parser.add_argument("--save-probabilities", action="store_true", help="write the class probabilities, too")
+    parser.add_argument("--continue", action="store_true", dest="skip", help="leave out cases that are finished")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="slices at once; default 8")
+    parser.add_argument(
+        "--memory", type=positive, default=512, metavar="MB", help="for class maps on the scan's grid; default 512"
+    )
+    add_device(parser)
+    add_json(parser)
+
+
+def tell(case: str, outcome: str) -> None:
+    """Report a case; what failed or came out empty, the job has logged already."""
+    if outcome in ("done", "skipped"):
+        say(f"case {case}: {outcome}")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Predict; raise at the end if a case failed."""
+    existing(args.input, "input")
+    device = pick_device(args.device)
+    from samda.inference.predict import Predictor, find_cases, predict_folder
+    from samda.networks.model_folder import load_model
+
+    total = len(find_cases(args.input, args.section))
+    network, task, _ = load_model(args.model, weights=args.weights)
+    predictor = Predictor(
+        network, task, device, batch_size=args.batch_size, memory_budget_mb=args.memory, progress=True
+    )
+    say(f"{total} case{'s' if total > 1 else ''} on {device}")
+    result = predict_folder(
+        predictor,
+        args.input,
+        args.output,
+        save_probabilities=args.save_probabilities,
+        skip_finished=args.skip,
+        section=args.section,
+        on_case=tell,
+    )
+    if args.json:
+        print_json(result.to_dict())
+    else:
+        print(f"{len(result.done)} predicted, {len(result.skipped)} finished before; label maps in {args.output}")
+    if result.failed:
+        raise InputError(f"{len(result.failed)} of {total} cases failed: {', '.join(result.failed)}")

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""List, activate and roll back the versions of a model that `samda adapt --site NAME` made.
+
+A site version is a candidate until a person activates it; from then on predict, evaluate and adapt use it. The version
+as it was trained is called "source" and never changes.
+
+  samda site list -m model
+  samda site activate -m model clinic-a
+  samda site rollback -m model
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from samda.cli.options import add_json, print_json, print_table
+from samda.errors import UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `samda site`."""
+    parser.add_argument("action", choices=("list", "activate", "rollback"), help="what to do")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="version to activate")
+    parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="a model folder")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do it."""
+    if (args.name is None) == (args.action == "activate"):
+        want = "needs the name of a version" if args.name is None else "takes no name"
+        raise UsageError(f"samda site {args.action} {want}")
+    from samda.adapters.files import read_adapters
+    from samda.networks.versions import activate, active_version, rollback
+
+    read_adapters(args.model)  # refuses what is no model folder
+    if args.action == "list":
+        return show(args)
+    if args.action == "activate":
+        before, now = activate(args.model, args.name), args.name
+    else:
+        before, now = rollback(args.model)
+    if args.json:
+        print_json({"before": before, "active": active_version(args.model)})
+    else:
+        print(f"active version of {args.model}: {now} (before: {before})")
+
+
+def show(args: argparse.Namespace) -> None:
+    """The versions, one row each."""
+    from samda.adaptation.site import describe_versions
+    from samda.networks.versions import active_version
+
+    rows = describe_versions(args.model, active_version(args.model))
+    if args.json:
+        return print_json({"versions": rows})
+    head = ("version", "active", "cases", "made from", "created")
+    keys = ("name", "active", "cases", "from_version", "created")
+    marks = {True: "yes", False: "", None: ""}
+    print_table(head, [[marks.get(row[key], row[key]) for key in keys] for row in rows])

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train adapters and a class head on labelled scans; the result is a model folder.
+
+The data set is an nnU-Net or Medical Segmentation Decathlon folder, or a MONAI datalist (JSON). What is not given keeps
+the value of the bundle's train.json.
+
+  samda train -d Dataset001_Liver -o model --task liver.yaml
+  samda train -d Dataset001_Liver -o model --task liver.yaml --adapter salt,dka,sam_da --backbone vit_b --epochs 40
+  samda train -d Dataset001_Liver -o model --task liver.yaml --resume
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from samda.cli.options import (
+    add_device,
+    add_json,
+    existing,
+    parse_settings,
+    pick_device,
+    positive,
+    print_json,
+    say,
+    task_file,
+)
+from samda.errors import UsageError
+
+OVERRIDES = (
+    "weights",
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "fold",
+    "seed",
+)  # keys of train.json with an own option
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `samda train`."""
+    parser.add_argument("-d", "--data", type=Path, required=True, metavar="DATASET", help="the labelled scans")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL", help="the model folder to write")
+    parser.add_argument(
+        "--task", metavar="FILE", help="YAML or JSON with classes, modality and geometry, or the name of one of samda's"
+    )
+    parser.add_argument(
+        "--adapter",
+        metavar="NAME[,NAME]",
+        help="adapters to train, by name or as YAML files with their settings; default sam_da (samda info lists them)",
+    )
+    parser.add_argument("--backbone", metavar="NAME", help="vit_t, vit_b, vit_l or vit_h; default vit_t")
+    parser.add_argument("--weights", metavar="FILE", help="base weights; default: the published ones, fetched once")
+    parser.add_argument("--epochs", type=positive, metavar="N", help="passes over the training slices")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="slices a step")
+    parser.add_argument("--learning-rate", type=float, metavar="X", help="of adapters, and of the class head")
+    parser.add_argument("--fold", type=int, metavar="K", help="the cases of fold K validate")
+    parser.add_argument("--seed", type=int, metavar="N", help="of everything random")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other key of train.json; nested ones as a::b",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on where the training in MODEL stopped")
+    parser.add_argument("--overwrite", action="store_true", help="replace the training in MODEL")
+    add_device(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train."""
+    existing(args.data, "data set")
+    overrides = read_overrides(args)
+    adapters = args.adapter.split(",") if args.adapter else None
+    task = task_file(args.task) if args.task else None
+    device = pick_device(args.device)
+    from samda.training import train
+
+    say(f"training on {device}")
+    result = train(
+        args.data,
+        args.output,
+        task=task,
+        adapters=adapters,
+        backbone=args.backbone,
+        overrides=overrides,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        device=device,
+    )
+    if args.json:
+        print_json(result)
+    else:
+        print(f"model in {args.output}; next: samda predict -m {args.output} -i SCANS -o LABELS")
+
+
+def read_overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The keys of train.json that the options set.
+
+    Raises:
+        UsageError: a key was given as an option and again with `--set`.
+    """
+    overrides = {key: value for key in OVERRIDES if (value := getattr(args, key)) is not None}
+    for key, value in parse_settings(args.set).items():
+        if key in overrides:
+            raise UsageError(f"{key} is given twice, as --{key.replace('_', '-')} and with --set; keep one")
+        overrides[key] = value
+    return overrides

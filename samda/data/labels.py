@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the ids in label files to the classes of a task, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+
+from samda.data.task import Task
+from samda.errors import InputError, UsageError, nearest
+
+__all__ = ["LabelMap", "MapLabelsd", "label_map"]
+
+UNKNOWN = 255  # class index of an id that nobody names
+CHUNK = 1 << 22  # voxels mapped at once
+LARGEST_RANGE = 1 << 20  # between the smallest and the largest id of a label file
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelMap:
+    """What every id of a label file means.
+
+    Attributes:
+        ids: id -> class index; ids of named structures outside the task map to 0.
+        rest: class index of all other ids: 0 (background), or None where they are refused.
+        source: where the ids come from, for messages.
+    """
+
+    ids: Mapping[int, int]
+    rest: int | None
+    source: str
+
+
+def label_map(task: Task, dataset_labels: Mapping[str, tuple[int, ...]] | None = None) -> LabelMap:
+    """Decide what the ids of the label files mean.
+
+    1. `task.labels` names the ids of every class. Ids it does not list become background: the task has chosen.
+    2. Else the data set's own `labels` are matched with `task.classes` by name. Structures that the data set names but
+       the task does not become background; ids that neither names are refused.
+    3. Else id k is class k, and ids beyond the classes are refused.
+
+    Args:
+        task: classes, and perhaps their ids.
+        dataset_labels: name -> ids as the data set's datalist states them.
+
+    Raises:
+        InputError: the data set does not name a class of the task, or disagrees with the task about its ids.
+        UsageError: two classes share an id.
+    """
+    if task.labels is not None:
+        _refuse_disagreement(task, dataset_labels or {})
+        return LabelMap(_invert(task, task.labels), 0, f"task {task.name!r}")
+    if dataset_labels is None:
+        return LabelMap({k: k for k in range(task.num_classes)}, None, f"task {task.name!r} (id k is class k)")
+    for name in task.classes[1:]:
+        if name not in dataset_labels:
+            raise InputError(
+                f"the data set names no class {name!r}; {nearest(name, dataset_labels)} or give the task `labels`"
+            )
+    ids = {i: 0 for values in dataset_labels.values() for i in values}
+    named = {name: dataset_labels[name] for name in task.classes if name in dataset_labels}
+    return LabelMap({0: 0} | ids | _invert(task, named), None, "the data set's labels")
+
+
+def _invert(task: Task, labels: Mapping[str, tuple[int, ...]]) -> dict[int, int]:
+    ids: dict[int, int] = {}
+    for index, name in enumerate(task.classes):
+        for i in labels.get(name, ()):
+            if i in ids:
+                raise UsageError(
+                    f"task {task.name!r}: {task.classes[ids[i]]!r} and {name!r} share id {i}; give each its own"
+                )
+            ids[i] = index
+    return ids
+
+
+def _refuse_disagreement(task: Task, dataset_labels: Mapping[str, tuple[int, ...]]) -> None:
+    for name, ids in (task.labels or {}).items():
+        if name in dataset_labels and set(dataset_labels[name]) != set(ids):
+            raise InputError(
+                f"class {name!r} has ids {list(ids)} in task {task.name!r} but {list(dataset_labels[name])} in the "
+                "data set; use the task file of this data set, or a task without `labels` to take the data set's ids"
+            )
+
+
+class MapLabelsd(MapTransform):
+    """Ids of a label file (1, X, Y, Z) -> class indices, uint8.
+
+    Args:
+        keys: keys of the labels.
+        task: the task.
+        dataset_labels: the data set's own names, see :func:`label_map`.
+
+    Raises:
+        InputError: the file holds ids that nobody names, or numbers that are no ids.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, task: Task, dataset_labels: Mapping[str, tuple[int, ...]] | None = None
+    ) -> None:
+        super().__init__(keys)
+        self.map = label_map(task, dataset_labels)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            label = d[key]
+            name = label.meta.get("filename_or_obj", "the label") if isinstance(label, MetaTensor) else "the label"
+            mapped = self._map(label, str(name))
+            d[key] = MetaTensor(mapped, meta=label.meta, applied_operations=label.applied_operations)
+        return d
+
+    def _map(self, label: MetaTensor, name: str) -> torch.Tensor:
+        values = label.as_tensor() if isinstance(label, MetaTensor) else label
+        low, high = (float(v) for v in values.aminmax())
+        if not (np.isfinite(low) and np.isfinite(high)) or high - low > LARGEST_RANGE:
+            raise InputError(
+                f"{name} holds values from {low:g} to {high:g}, which are no class ids; is it a label map?"
+            )
+        first = int(np.floor(low))
+        table = torch.full((int(np.ceil(high)) - first + 1,), UNKNOWN if self.map.rest is None else self.map.rest)
+        for i, index in self.map.ids.items():
+            if 0 <= i - first < len(table):
+                table[i - first] = index
+        table = table.to(torch.uint8)
+        flat = values.reshape(-1)
+        mapped = torch.empty(flat.shape, dtype=torch.uint8)
+        for start in range(0, len(flat), CHUNK):  # indices are int64: eight times the memory of a label
+            part = flat[start : start + CHUNK]
+            ids = part.long()
+            if part.is_floating_point() and not torch.equal(ids.to(part.dtype), part):
+                raise InputError(
+                    f"{name} holds fractions, which are no class ids; resample labels with nearest neighbor"
+                )
+            mapped[start : start + CHUNK] = table[ids - first]
+        if self.map.rest is None and (mapped == UNKNOWN).any():
+            self._refuse(flat[mapped == UNKNOWN], name)
+        return mapped.reshape(values.shape)
+
+    def _refuse(self, values: torch.Tensor, name: str) -> None:
+        unknown = ", ".join(str(int(i)) for i in values.unique()[:8])
+        known = ", ".join(map(str, sorted(self.map.ids)[:16]))
+        raise InputError(
+            f"{name} holds ids that {self.map.source} does not name: {unknown} (known: {known}); list the ids of each "
+            "class under `labels` in the task, and the others become background"
+        )

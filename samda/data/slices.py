@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slices of a volume for the network, and maps of slices back on the volume: the only place that knows slices.
+
+A slice is resampled once, from the volume's own in-plane grid to the task's spacing, and cropped or padded around the
+body in the same step. Slices keep their own distance: nothing is resampled across them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from samda.data.body import body_box
+from samda.data.task import Task
+from samda.errors import InputError
+
+__all__ = ["SliceGrid", "interpolation_matrix"]
+
+# axis across the slices, axis along the rows' direction, axis along the columns' direction, in RAS order. All in-plane
+# axes run against RAS: rows from anterior to posterior (axial) or superior to inferior, columns from right to left
+# (axial, coronal) or anterior to posterior (sagittal).
+PLANES = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}
+
+
+def interpolation_matrix(positions: np.ndarray, size: int, width: float = 1.0) -> torch.Tensor:
+    """Linear interpolation of a sampled line as a matrix.
+
+    Row k holds the weights max(0, 1 - |j - positions[k]| / width) over the samples j, divided by their sum. With
+    `width` > 1 the triangle spans more samples: the anti-aliasing of a shrinking resampling. Positions within half a
+    sample beyond the ends take the end's value; rows of positions further out are zero.
+
+    Args:
+        positions: (m,) in units of samples; sample j lies at j.
+        size: number of samples n.
+        width: half width of the triangle in samples, at least 1.
+
+    Returns:
+        (m, n) float32
+    """
+    inside = (positions > -0.5 - 1e-6) & (positions < size - 0.5 + 1e-6)
+    clipped = np.clip(positions, 0, size - 1)
+    weights = np.maximum(0.0, 1.0 - np.abs(np.arange(size)[None] - clipped[:, None]) / max(1.0, width))
+    weights = weights / weights.sum(axis=1, keepdims=True) * inside[:, None]
+    return torch.from_numpy(weights.astype(np.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    """One in-plane direction: the volume's samples, the canvas, and the matrices between them.
+
+    Attributes:
+        forward: (canvas, samples) volume -> canvas.
+        backward: (samples, canvas) canvas -> volume.
+        covered: (samples,) does the canvas reach this sample?
+    """
+
+    forward: torch.Tensor
+    backward: torch.Tensor
+    covered: torch.Tensor
+
+    @classmethod
+    def build(cls, size: int, spacing_mm: float, body: Sequence[int], task: Task) -> _Line:
+        """A canvas centered on the body, of the task's size or, for a larger body, of the next multiple of 16.
+
+        Args:
+            size: samples of the volume along this axis.
+            spacing_mm: their distance.
+            body: first sample and end (exclusive) of the body.
+            task: spacing and image size.
+        """
+        # in samples, between two of them, as the middle of a canvas lies between two pixels: at equal spacing the
+        # pixels then are the samples, and nothing is interpolated
+        center = np.floor(0.5 * (body[0] + body[1] - 1)) + 0.5
+        reach = max(center - body[0], body[1] - 1 - center) + 0.5  # from there to the end of the body, in samples
+        needed = 2 * reach * spacing_mm / task.spacing
+        pixels = max(task.image_size, int(np.ceil(needed / 16 - 1e-6)) * 16)
+        ratio = task.spacing / spacing_mm  # samples of the volume per pixel of the canvas
+        # pixel k of the canvas lies at sample center - (k - middle) * ratio: against the axis, see PLANES
+        middle = 0.5 * (pixels - 1)
+        samples = center - (np.arange(pixels) - middle) * ratio
+        pixel = middle - (np.arange(size) - center) / ratio
+        backward = interpolation_matrix(pixel, pixels, width=1 / ratio)
+        return cls(interpolation_matrix(samples, size, width=ratio), backward, backward.sum(dim=1) > 0)
+
+
+class SliceGrid:
+    """The slices of one volume as the network sees them.
+
+    Slice i is plane i of the volume. Its rows run from anterior to posterior and its columns from right to left
+    (axial); superior to inferior and right to left (coronal); superior to inferior, anterior to posterior (sagittal).
+    The field of view is centered on the body; what lies beyond the volume is 0.
+
+    Args:
+        shape: (X, Y, Z) of the volume, in RAS order.
+        spacing_mm: (3,) voxel size along X, Y, Z.
+        box: (3, 2) first voxel and end of the body along X, Y, Z.
+        task: slice axis, spacing and image size.
+
+    Attributes:
+        canvas: (rows, columns) in pixels: `task.image_size` both, or larger multiples of 16 where the body is larger
+            than the field of view; the network then sees it in windows of `task.image_size`.
+        num_slices: number of slices.
+    """
+
+    def __init__(self, shape: Sequence[int], spacing_mm: Sequence[float], box: np.ndarray, task: Task) -> None:
+        self.shape = tuple(int(n) for n in shape)
+        self.spacing_mm = tuple(float(s) for s in spacing_mm)
+        self.task = task
+        self.axes = PLANES[task.axis]
+        across, *plane = self.axes
+        self.num_slices = self.shape[across]
+        self._rows, self._columns = (_Line.build(self.shape[a], self.spacing_mm[a], box[a], task) for a in plane)
+        self.canvas = (len(self._rows.forward), len(self._columns.forward))
+
+    @classmethod
+    def from_volume(cls, volume: torch.Tensor, affine_or_spacing_mm: Any, task: Task) -> SliceGrid:
+        """The grid of a preprocessed volume, centered on its body.
+
+        Args:
+            volume: (C, X, Y, Z) in [0, 1], RAS.
+            affine_or_spacing_mm: (4, 4) voxel index to RAS mm, or (3,) voxel size in mm.
+            task: the task.
+
+        Raises:
+            InputError: the volume has another number of dimensions, or the geometry is neither of the two.
+        """
+        if volume.ndim != 4:
+            raise InputError(
+                f"a volume must be (C, X, Y, Z), got {volume.ndim} dimensions of sizes {tuple(volume.shape)}"
+            )
+        geometry = np.asarray(torch.as_tensor(affine_or_spacing_mm).detach().cpu(), float)
+        if geometry.shape not in ((4, 4), (3,)):
+            raise InputError(f"geometry must be an affine (4, 4) or a spacing (3,), got shape {geometry.shape}")
+        spacing = np.linalg.norm(geometry[:3, :3], axis=0) if geometry.ndim == 2 else geometry
+        plain = _plain(volume).detach().cpu().numpy()
+        box = body_box(plain[0], spacing, task)
+        return cls(volume.shape[1:], spacing, box, task)
+
+    def extract(self, volume: torch.Tensor, index: int | slice | Iterable[int]) -> torch.Tensor:
+        """Slices of a volume on the canvas.
+
+        Args:
+            volume: (C, X, Y, Z).
+            index: which slices; only these are touched.
+
+        Returns:
+            (n, C, rows, columns) float32
+        """
+        # contiguous, so that the rounding of the products cannot depend on how the volume lies in memory
+        planes = self._planes(volume, index).float().contiguous()
+        return _resample(planes, self._rows.forward, self._columns.forward)
+
+    def extract_labels(self, label: torch.Tensor, index: int | slice | Iterable[int]) -> torch.Tensor:
+        """Slices of a label map on the canvas: the class with the largest interpolated share of a pixel.
+
+        Args:
+            label: (1, X, Y, Z) class indices.
+            index: which slices; only these are touched.
+
+        Returns:
+            (n, rows, columns) uint8; background beyond the volume
+        """
+        planes = self._planes(label, index)[:, 0]
+        best = torch.zeros((len(planes), *self.canvas), dtype=torch.uint8, device=planes.device)
+        share = _resample((planes == 0).float(), self._rows.forward, self._columns.forward)
+        for k in range(1, self.task.num_classes):
+            mask = planes == k
+            if not mask.any():
+                continue
+            other = _resample(mask.float(), self._rows.forward, self._columns.forward)
+            best[other > share] = k
+            share = torch.maximum(share, other)
+        return best
+
+    def restore(self, maps: torch.Tensor, outside: float = 1.0) -> torch.Tensor:
+        """Maps on the canvas back on the volume's own grid.
+
+        Args:
+            maps: (n, K, rows, columns), class probabilities or other maps with background first.
+            outside: value of channel 0 where the canvas does not reach; the other channels are 0 there.
+
+        Returns:
+            (K, ...) with the n slices in the volume's axis order: (K, X, Y, n) axial, (K, X, n, Z) coronal,
+            (K, n, Y, Z) sagittal
+
+        Raises:
+            InputError: the maps do not lie on the canvas.
+        """
+        planes = self._to_planes(maps)
+        covered = (self._rows.covered[:, None] & self._columns.covered[None]).to(planes.device)
+        planes[:, 0].masked_fill_(~covered, outside)
+        return planes.permute(1, *self._to_volume())
+
+    def restore_labels(self, maps: torch.Tensor) -> torch.Tensor:
+        """The most probable class on the volume's own grid: `restore(maps).argmax(0)`, several times faster.
+
+        Args:
+            maps: (n, K, rows, columns), class probabilities or other maps, background first.
+
+        Returns:
+            (...) uint8, the n slices in the volume's axis order; background where the canvas does not reach
+
+        Raises:
+            InputError: the maps do not lie on the canvas.
+        """
+        planes = self._to_planes(maps)
+        labels = planes.max(dim=1).indices.to(torch.uint8)  # torch's argmax takes several times longer
+        covered = (self._rows.covered[:, None] & self._columns.covered[None]).to(planes.device)
+        return labels.mul_(covered)[:, None].permute(1, *self._to_volume())[0]
+
+    def _to_planes(self, maps: torch.Tensor) -> torch.Tensor:
+        """(n, K, rows, columns) on the canvas -> the same on the volume's in-plane grid."""
+        if maps.ndim != 4 or tuple(maps.shape[2:]) != self.canvas:
+            rows, columns = self.canvas
+            raise InputError(f"maps must be (n, K, {rows}, {columns}) as the canvas is, got {tuple(maps.shape)}")
+        return _resample(maps.float(), self._rows.backward, self._columns.backward)
+
+    def _planes(self, volume: torch.Tensor, index: int | slice | Iterable[int]) -> torch.Tensor:
+        """(n, C, rows, columns) the slices on the volume's own grid, a view where possible."""
+        if tuple(volume.shape[1:]) != self.shape:
+            raise InputError(f"the grid was made for a volume of {self.shape} voxels, got {tuple(volume.shape[1:])}")
+        volume = _plain(volume)
+        across, rows, columns = (axis + 1 for axis in self.axes)
+        if isinstance(index, slice):
+            start, stop, step = index.indices(self.num_slices)
+            chosen = list(range(start, stop, step))
+        else:
+            chosen = [index] if isinstance(index, int) else [int(i) for i in index]
+        if chosen and chosen == list(range(chosen[0], chosen[0] + len(chosen))):
+            slab = volume.narrow(across, chosen[0], len(chosen))
+        else:
+            slab = volume.index_select(across, torch.tensor(chosen, dtype=torch.long, device=volume.device))
+        return slab.permute(across, 0, rows, columns)
+
+    def _to_volume(self) -> tuple[int, int, int]:
+        """Dimensions of (n, K, rows, columns) in the order of the volume's axes."""
+        place = {self.axes[0]: 0, self.axes[1]: 2, self.axes[2]: 3}
+        return place[0], place[1], place[2]
+
+
+def _plain(volume: torch.Tensor) -> torch.Tensor:
+    """Without MONAI's metadata, which costs a copy at every operation."""
+    return volume.as_tensor() if hasattr(volume, "as_tensor") else volume
+
+
+def _resample(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """rows @ plane @ columns^T for planes (..., r, c)."""
+    rows, columns = rows.to(planes.device), columns.to(planes.device)
+    return rows @ (planes @ columns.T)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training and validation cases: by patient or, with a single patient, by blocks of slices."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Sequence
+
+import nibabel as nib
+import numpy as np
+
+from samda.data.datalists import Case
+from samda.data.readers import read_geometry
+from samda.data.task import Task
+from samda.errors import UsageError
+
+__all__ = ["Split", "split"]
+
+AXIS = {"sagittal": 0, "coronal": 1, "axial": 2}  # of a volume in RAS order
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Two lists of cases and one sentence on how they were parted.
+
+    A case that is used in part carries "slices": a list of (first, end) ranges along the task's slice axis, RAS order.
+    """
+
+    training: list[Case]
+    validation: list[Case]
+    note: str
+
+
+def split(
+    cases: Sequence[Case],
+    task: Task,
+    fraction: float = 0.2,
+    fold: int | None = None,
+    seed: int = 0,
+) -> Split:
+    """Part labelled cases into training and validation.
+
+    * `fold` and cases that state a fold: those of this fold validate (MONAI's convention).
+    * `fold` and cases that state none: patients, shuffled by `seed`, are dealt into round(1 / fraction) folds.
+    * No fold: patients are shuffled by `seed`, and `fraction` of them, at least one, validate.
+    * One patient: each scan is cut into 2 * round(1 / fraction) blocks of slices, two of which, half a scan apart,
+      validate (`fold` or `seed` says which). Slices at the edge of a block resemble their neighbors, so the validation
+      is kinder than one on another patient; the note says so.
+
+    A patient is the entry "patient" of a case, else its "id"; no patient is on both sides.
+
+    Args:
+        cases: cases of one section, each with "id" and "label".
+        task: slice axis.
+        fraction: share of validation.
+        fold: which fold validates, from 0.
+        seed: of the shuffling.
+
+    Raises:
+        UsageError: an impossible fraction or fold, or no cases.
+    """
+    if not cases:
+        raise UsageError("there are no labelled cases to split; list some under training")
+    if not 0 < fraction <= 0.5:
+        raise UsageError(f"the validation fraction must lie above 0 and be at most 0.5, got {fraction}")
+    patients = list(dict.fromkeys(_patient(case) for case in cases))
+    stated = {case["fold"] for case in cases if "fold" in case}
+    if fold is not None and stated:
+        return _by_stated_fold(cases, fold, stated)
+    folds = round(1 / fraction)
+    if fold is not None and not 0 <= fold < folds:
+        raise UsageError(f"fold {fold} does not exist: a fraction of {fraction} makes folds 0 to {folds - 1}")
+    if len(patients) == 1:
+        return _by_slices(cases, task, folds, random.Random(seed).randrange(folds) if fold is None else fold)
+    random.Random(seed).shuffle(patients)
+    if fold is None:
+        chosen = patients[: max(1, round(fraction * len(patients)))]
+    else:
+        folds = min(folds, len(patients))
+        if fold >= folds:
+            raise UsageError(f"fold {fold} does not exist: {len(patients)} patients make folds 0 to {folds - 1}")
+        chosen = patients[fold::folds]
+    note = f"by patient: {len(chosen)} of {len(patients)} patients validate"
+    return _by_patient(cases, set(chosen), note)
+
+
+def _patient(case: Case) -> str:
+    return str(case.get("patient") or case["id"])
+
+
+def _by_patient(cases: Sequence[Case], chosen: set[str], note: str) -> Split:
+    validation = [case for case in cases if _patient(case) in chosen]
+    return Split([case for case in cases if _patient(case) not in chosen], validation, note)
+
+
+def _by_stated_fold(cases: Sequence[Case], fold: int, stated: set[int]) -> Split:
+    if fold not in stated:
+        raise UsageError(f"no case states fold {fold}; choose from {', '.join(map(str, sorted(stated)))}")
+    chosen = {_patient(case) for case in cases if case.get("fold") == fold}
+    torn = [case["id"] for case in cases if _patient(case) in chosen and case.get("fold") != fold]
+    if torn:
+        raise UsageError(f"case {torn[0]!r} is in another fold than the same patient's other scans; correct the folds")
+    result = _by_patient(cases, chosen, f"by the datalist's fold {fold}: {len(chosen)} patients validate")
+    if not result.training:
+        raise UsageError(f"all cases are in fold {fold}, so none is left to train on; choose another fold")
+    return result
+
+
+def _by_slices(cases: Sequence[Case], task: Task, folds: int, fold: int) -> Split:
+    training, validation = [], []
+    for case in cases:
+        count = _slice_count(case["image"], task)
+        edges = [round(count * i / (2 * folds)) for i in range(2 * folds + 1)]
+        blocks = list(itertools.pairwise(edges))
+        held = [block for i, block in enumerate(blocks) if i % folds == fold]
+        rest = [block for i, block in enumerate(blocks) if i % folds != fold]
+        training.append(case | {"slices": _join(rest)})
+        validation.append(case | {"slices": _join(held)})
+    number = sum(end - first for case in validation for first, end in case["slices"])
+    if number == 0:
+        raise UsageError(f"{count} slices leave none to validate; add a patient")
+    note = (
+        f"one patient only: {number} {task.axis} slices in contiguous blocks validate, the rest of the scan trains; "
+        "expect lower scores on other patients"
+    )
+    return Split(training, validation, note)
+
+
+def _slice_count(path: str, task: Task) -> int:
+    """Slices along the task's axis after reorientation to RAS, from the header."""
+    shape, affine = read_geometry(path)
+    axes = nib.io_orientation(affine)[:, 0]
+    return shape[int(np.flatnonzero(axes == AXIS[task.axis])[0])]
+
+
+def _join(blocks: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Adjacent ranges as one; empty ones dropped."""
+    joined: list[tuple[int, int]] = []
+    for first, end in blocks:
+        if joined and joined[-1][1] == first:
+            joined[-1] = (joined[-1][0], end)
+        elif end > first:
+            joined.append((first, end))
+    return joined

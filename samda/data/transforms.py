@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MONAI transforms: from paths to preprocessed volumes, and random changes of slices for training."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import (
+    Compose,
+    EnsureChannelFirstd,
+    EnsureTyped,
+    LoadImaged,
+    MapTransform,
+    Orientationd,
+    RandAdjustContrastd,
+    RandAffined,
+    RandBiasFieldd,
+    RandGaussianNoised,
+    RandGaussianSmoothd,
+    RandHistogramShiftd,
+    RandScaleIntensityd,
+    RandStdShiftIntensityd,
+    ScaleIntensityRanged,
+)
+
+from samda.data.intensity import ScaleBodyIntensityd
+from samda.data.labels import MapLabelsd
+from samda.data.readers import SimpleITKReader
+from samda.data.task import Task
+from samda.errors import InputError, UsageError, cause_of, nearest
+
+__all__ = ["CheckSameGridd", "LoadScand", "Preprocessing", "build_augmentation", "build_preprocessing"]
+
+RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
+SAME_PLACE = 0.1  # of the smallest voxel side: how far apart corners of image and label may lie
+
+
+class Preprocessing(Compose):
+    """MONAI's Compose, except that samda's own errors pass as they are instead of inside RuntimeErrors."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except RuntimeError as error:
+            cause = cause_of(error)
+            if cause is None:
+                raise
+            raise cause from None
+
+
+class LoadScand(LoadImaged):
+    """MONAI's LoadImaged with samda's reader and no other: what it refuses is refused.
+
+    Args:
+        keys: keys of the paths.
+        channels: number of channels a voxel must have.
+
+    Raises:
+        InputError: a key is missing, or its file cannot be read (see :func:`samda.data.readers.read_scan`).
+    """
+
+    def __init__(self, keys: KeysCollection, channels: int = 1) -> None:
+        self.reader = SimpleITKReader(channels)
+        super().__init__(keys, reader=self.reader, dtype=None, image_only=True)
+
+    def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
+        for key in self.keys:
+            if not data.get(key):
+                name = data.get("id") or data.get("image") or "without a name"
+                raise InputError(f"case {str(name)!r} has no {key}; {nearest(str(key), map(str, data))}")
+            if key == "label" and Path(str(data[key])).suffix.lower() in (".jpg", ".jpeg"):
+                raise InputError(f"{data[key]} is a label saved as JPEG, which alters ids; save labels as PNG or NIfTI")
+        return super().__call__(data, reader or self.reader)
+
+
+class CheckSameGridd(MapTransform):
+    """Refuse a label that does not lie on the grid of its image; both in RAS order.
+
+    Corners may be apart by a tenth of the smallest voxel side, which is what formats lose in rounding.
+
+    Args:
+        keys: keys of the labels.
+        image_key: key of the image.
+
+    Raises:
+        InputError: other shape or other place, with both.
+    """
+
+    def __init__(self, keys: KeysCollection, image_key: str = "image") -> None:
+        super().__init__(keys)
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        image = d[self.image_key]
+        for key in self.key_iterator(d):
+            self._check(image, d[key], str(d[key].meta.get("filename_or_obj", key)))
+        return d
+
+    def _check(self, image: MetaTensor, label: MetaTensor, name: str) -> None:
+        if image.shape[1:] != label.shape[1:]:
+            sizes = [" x ".join(map(str, volume.shape[1:])) for volume in (label, image)]
+            raise InputError(f"{name} has {sizes[0]} voxels but its image {sizes[1]}; give the label of this very scan")
+        corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
+        corners[:, :3] *= np.array(image.shape[1:]) - 1
+        difference = (image.affine.numpy() - label.affine.numpy()) @ corners.T
+        apart = float(np.linalg.norm(difference[:3], axis=0).max())
+        if apart > SAME_PLACE * float(image.pixdim.min()):
+            raise InputError(
+                f"{name} lies up to {apart:.2f} mm beside its image; give the label of this very scan, "
+                "or resample it to the image's grid"
+            )
+
+
+def build_preprocessing(
+    task: Task, labels: bool, dataset_labels: Mapping[str, tuple[int, ...]] | None = None
+) -> Preprocessing:
+    """From the paths of a case to a volume the network's slices are cut from.
+
+    {"image": path, "label": path} -> {"image": (C, X, Y, Z) float32 in [0, 1], "label": (1, X, Y, Z) uint8 class
+    indices}, both MetaTensors in RAS order on the scan's own grid. Other keys pass.
+
+    Args:
+        task: the task.
+        labels: read "label" too? Otherwise it is left as it is.
+        dataset_labels: the data set's own name -> ids, used where the task has none
+            (see :func:`samda.data.labels.label_map`).
+
+    Raises:
+        InputError: when called, for a scan or label that cannot be used; the message names it and the remedy.
+    """
+    keys = ["image", "label"] if labels else ["image"]
+    steps: list[Any] = [LoadScand("image", channels=task.in_channels)]
+    if labels:
+        steps.append(LoadScand("label"))
+    steps.append(EnsureChannelFirstd(keys))
+    steps.append(Orientationd(keys, axcodes="RAS", labels=RAS_LABELS))
+    if labels:
+        steps += [CheckSameGridd("label"), MapLabelsd("label", task, dataset_labels)]
+    steps.append(ScaleBodyIntensityd("image", task))
+    return Preprocessing(steps)
+
+
+def build_augmentation(task: Task, strength: float = 1.0) -> Compose:
+    """Random changes of a slice: {"image": (C, H, W) in [0, 1], "label": (1, H, W)} -> the same, as plain tensors.
+
+    Geometry: small rotations, scalings and shifts; no flips, as left and right organs differ. Intensity: strong, so
+    that the model meets tissue contrasts of other scanners and contrast media: curved gray value maps, gamma,
+    brightness, contrast, a bias field, noise and blur. Seed it with `set_random_state`.
+
+    Args:
+        task: the task.
+        strength: 0 changes nothing, 1 is the default, 2 doubles every range.
+
+    Raises:
+        UsageError: a negative strength.
+    """
+    if strength < 0:
+        raise UsageError(f"the strength of the augmentation must not be negative, got {strength}")
+    plain = EnsureTyped(["image", "label"], dtype=(torch.float32, torch.uint8), track_meta=False)
+    if strength == 0:
+        return Compose([plain])
+    s = strength
+    shift = 0.06 * s * task.image_size  # pixels
+    steps: list[Any] = [
+        RandAffined(
+            ["image", "label"],
+            prob=0.8,
+            rotate_range=np.deg2rad(12) * s,
+            scale_range=(0.15 * s, 0.15 * s),
+            translate_range=(shift, shift),
+            mode=("bilinear", "nearest"),
+            padding_mode="zeros",
+        ),
+        RandHistogramShiftd("image", num_control_points=(5, 9), prob=min(1.0, 0.3 * s)),
+        RandAdjustContrastd("image", prob=min(1.0, 0.5 * s), gamma=(1 / (1 + 0.6 * s), 1 + 0.6 * s)),
+        RandScaleIntensityd("image", factors=0.3 * s, prob=min(1.0, 0.5 * s)),
+        # a shifted window moves tissue, but air stays clipped at 0
+        RandStdShiftIntensityd("image", factors=0.5 * s, nonzero=True, prob=min(1.0, 0.5 * s)),
+        RandBiasFieldd("image", degree=3, coeff_range=(-0.1 * s, 0.1 * s), prob=min(1.0, 0.3 * s)),
+        RandGaussianSmoothd("image", sigma_x=(0.3, 0.3 + s), sigma_y=(0.3, 0.3 + s), prob=min(1.0, 0.2 * s)),
+        RandGaussianNoised("image", std=0.04 * s, prob=min(1.0, 0.3 * s)),
+        ScaleIntensityRanged("image", a_min=0.0, a_max=1.0, b_min=0.0, b_max=1.0, clip=True),
+    ]
+    return Compose([*steps, plain])

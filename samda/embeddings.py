@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Embeddings computed once: training that leaves the image encoder unchanged pays for it once, not every epoch.
+
+Every slice is encoded in a fixed number of augmented views before the first step; an epoch then draws one view of each
+slice. All choices are functions of (seed, epoch, index), so a resumed training sees what an uninterrupted one sees.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from samda.errors import UsageError
+
+__all__ = ["EmbeddingDataset", "Views", "allocate", "draw", "split_key"]
+
+logger = logging.getLogger(__name__)
+
+
+class Views(Protocol):
+    """A data set of slices that can be seen in augmented views; view 0 is the slice as it is."""
+
+    foreground: torch.Tensor  # (N,) bool, does the slice hold foreground?
+
+    def __len__(self) -> int: ...
+
+    def signature(self) -> list[int]:
+        """Numbers that tell this data set from another."""
+        ...
+
+    def view(self, index: int, view: int) -> dict[str, Any]:
+        """The slice `index` in augmentation `view`: {"image": (C, H, W), "label": (1, H, W), ...}."""
+        ...
+
+
+def draw(*parts: object) -> int:
+    """A number in [0, 2^32) that depends on nothing but `parts` (no generator is touched)."""
+    return zlib.crc32("/".join(map(str, parts)).encode())
+
+
+def split_key(key: int | tuple[int, int]) -> tuple[int, int]:
+    """Epoch and index of a sampler's key: a plain index means epoch 0, that is no augmentation."""
+    epoch, index = key if isinstance(key, tuple) else (0, key)
+    return int(epoch), int(index)
+
+
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, memory_mb: float, folder: str | Path | None = None) -> torch.Tensor:
+    """An empty tensor in memory, or mapped from a nameless file in `folder` where it exceeds `memory_mb`.
+
+    The file vanishes with the process, also when that is killed.
+
+    Args:
+        shape: shape of the tensor.
+        dtype: its type.
+        memory_mb: largest size that is kept in memory (1 MB = 10^6 bytes).
+        folder: where the file lies; None takes the system's temporary folder.
+    """
+    bytes_needed = int(np.prod(shape)) * dtype.itemsize
+    if bytes_needed <= memory_mb * 1e6:
+        return torch.empty(shape, dtype=dtype)
+    kind = torch.empty(0, dtype=dtype).numpy().dtype
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - the mapping keeps it open
+    return torch.from_numpy(np.memmap(file, dtype=kind, mode="w+", shape=shape))  # type: ignore[call-overload]
+
+
+class EmbeddingDataset(Dataset):
+    """Slices as the frozen encoder sees them: {"embedding": (256, h, w), "label": (1, H, W), ...}.
+
+    `dataset[index]` is the slice without augmentation; `dataset[epoch, index]` the view that this epoch draws. Each
+    slice runs through its views in turn, from a start of its own, so a view returns after `views` epochs.
+
+    Args:
+        slices: what is encoded; see :class:`Views`. Its further entries (numbers, for instance the case) pass through.
+        network: has `encode(image) -> embedding`; `encoder_adapted` must not be true.
+        views: views of each slice, the unchanged one included.
+        seed: of the choice of views.
+        batch_size: slices encoded at once.
+        device: where the encoder runs; the embeddings stay in main memory.
+        memory_mb: size beyond which the embeddings lie on disk (MB).
+        folder: folder of that file; None takes the system's temporary folder.
+        amp: encode under bfloat16 autocast (CUDA only); embeddings are kept in fp32.
+
+    Attributes:
+        cost: what it took: {"seconds", "megabytes", "slices", "views", "on_disk"}.
+
+    Raises:
+        UsageError: an adapter changes the encoder, or `views` is below 1.
+    """
+
+    def __init__(
+        self,
+        slices: Views,
+        network: nn.Module,
+        views: int = 1,
+        seed: int = 0,
+        batch_size: int = 8,
+        device: torch.device | str = "cpu",
+        memory_mb: float = 2048,
+        folder: str | Path | None = None,
+        amp: bool = False,
+    ) -> None:
+        if views < 1:
+            raise UsageError(f"views must be at least 1 (the slice itself), got {views}")
+        if getattr(network, "encoder_adapted", False):
+            raise UsageError("these adapters change the encoder, so embeddings cannot be computed once; set embeddings=False")
+        self.slices, self.views, self.seed = slices, views, seed
+        self.extras: list[dict[str, Any]] = []
+        start = time.perf_counter()
+        device = torch.device(device)
+        cast = torch.autocast("cuda", torch.bfloat16, enabled=amp and device.type == "cuda")
+        with torch.no_grad(), cast:
+            network.eval()
+            self._fill(network.encode, batch_size, device, memory_mb, folder)  # type: ignore[arg-type]
+        self.cost = {
+            "seconds": round(time.perf_counter() - start, 3),
+            "megabytes": round(self.embeddings.nbytes / 1e6, 3),
+            "slices": len(slices),
+            "views": views,
+            "on_disk": self.embeddings.nbytes > memory_mb * 1e6,
+        }
+        logger.info("encoded %(slices)d slices x %(views)d views in %(seconds).1f s: %(megabytes).0f MB", self.cost)
+
+    def _fill(
+        self,
+        encode: Callable[[torch.Tensor], torch.Tensor],
+        batch_size: int,
+        device: torch.device,
+        memory_mb: float,
+        folder: str | Path | None,
+    ) -> None:
+        keys = [(index, view) for index in range(len(self.slices)) for view in range(self.views)]
+        bar = tqdm(total=len(keys), desc="encoding", unit="slice", leave=False, disable=None)
+        for at in range(0, len(keys), batch_size):
+            batch = keys[at : at + batch_size]
+            items = [self.slices.view(index, view) for index, view in batch]
+            embeddings = encode(torch.stack([item["image"] for item in items]).to(device)).float().cpu()
+            labels = torch.stack([item["label"] for item in items])
+            if at == 0:
+                places = (len(self.slices), self.views)
+                self.embeddings = allocate(places + tuple(embeddings.shape[1:]), torch.float32, memory_mb, folder)
+                self.labels = allocate(places + tuple(labels.shape[1:]), labels.dtype, memory_mb, folder)
+            for (index, view), item, embedding, label in zip(batch, items, embeddings, labels, strict=True):
+                self.embeddings[index, view] = embedding
+                self.labels[index, view] = label
+                if view == 0:
+                    self.extras.append({k: v for k, v in item.items() if k not in ("image", "label")})
+            bar.update(len(batch))
+        bar.close()
+
+    def choose(self, epoch: int, index: int) -> int:
+        """The view of slice `index` in this epoch; epoch 0 is the slice itself."""
+        return 0 if epoch == 0 else (draw(self.seed, "view", index) + epoch) % self.views
+
+    @property
+    def foreground(self) -> torch.Tensor:
+        """(N,) bool, does the slice hold foreground?"""
+        return self.slices.foreground
+
+    def signature(self) -> list[int]:
+        """Numbers that tell these slices from others."""
+        return self.slices.signature()
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = split_key(key)
+        if not 0 <= index < len(self):
+            raise IndexError(f"slice {index} of {len(self)}")
+        view = self.choose(epoch, index)
+        return {"embedding": self.embeddings[index, view], "label": self.labels[index, view], **self.extras[index]}

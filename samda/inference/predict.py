@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predict one scan, or a folder of them, in which a bad one does not stop the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from nibabel.spatialimages import SpatialImage
+
+from samda.data.datalists import Case, read_datalist
+from samda.data.readers import stem
+from samda.data.task import Task
+from samda.data.transforms import build_preprocessing
+from samda.errors import UsageError, cause_of
+from samda.inference.postprocessing import own_grid, warn_empty
+from samda.inference.volume import VolumeInferer
+from samda.inference.writer import (
+    check_output_folder,
+    label_path,
+    probability_path,
+    write_labels,
+    write_probabilities,
+)
+
+__all__ = ["FolderResult", "Prediction", "Predictor", "find_cases", "predict_folder"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The label map of one scan on the scan's own grid.
+
+    Attributes:
+        case: name of the case.
+        labels: (X, Y, Z) class indices, uint8 (uint16 beyond 255 classes), in the axis order of the scan's file.
+        affine: (4, 4) voxel index to RAS mm.
+        classes: names of the classes, background first.
+        image: the scan's file or DICOM folder; None for a scan that came as an object.
+        probabilities: (K, X, Y, Z) float32, if asked for.
+    """
+
+    case: str
+    labels: np.ndarray
+    affine: np.ndarray
+    classes: tuple[str, ...]
+    image: Path | None = None
+    probabilities: np.ndarray | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Is everything background?"""
+        return not self.labels.any()
+
+    def volumes_ml(self) -> dict[str, float]:
+        """Volume of each foreground class in ml."""
+        planes = np.moveaxis(self.labels, -1, 0)  # one at a time: counting needs 8 bytes a voxel
+        counts = sum(np.bincount(plane.ravel(), minlength=len(self.classes)) for plane in planes)
+        voxel_ml = abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000.0
+        return {name: int(counts[k]) * voxel_ml for k, name in enumerate(self.classes) if k}
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the label map (and the probabilities) into `folder`; returns the path of the label map."""
+        folder = check_output_folder(folder)
+        if self.probabilities is not None:
+            write_probabilities(probability_path(folder, self.case), self.probabilities, self.image, self.affine)
+        path = label_path(folder, self.case, self.image)
+        return write_labels(path, self.labels, self.classes, self.image, self.affine)
+
+
+class Predictor:
+    """A network and its task, ready for scans.
+
+    Args:
+        network: (n, C, H, W) slices in [0, 1] -> (n, K, H, W) logits; it is put into eval mode on `device`.
+        task: what it segments, and the geometry it was trained with.
+        device: torch device.
+        batch_size: slices in one call of the network.
+        overlap: of the windows where a body is larger than the field of view.
+        memory_budget_mb: memory for class maps on the scan's grid, see :class:`VolumeInferer`.
+        amp: "bf16", "fp16" or None.
+        progress: progress bar per scan, on a terminal only.
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., torch.Tensor],
+        task: Task,
+        device: torch.device | str = "cpu",
+        batch_size: int = 8,
+        overlap: float = 0.5,
+        memory_budget_mb: float = 512.0,
+        amp: str | None = None,
+        progress: bool = False,
+    ) -> None:
+        if isinstance(network, torch.nn.Module):
+            network = network.to(device).eval()
+        self.network, self.task = network, task
+        self.preprocessing = build_preprocessing(task, labels=False)
+        self.inferer = VolumeInferer(
+            task, batch_size, overlap, memory_budget_mb=memory_budget_mb, amp=amp, device=device, progress=progress
+        )
+
+    def predict(self, image: str | Path | SpatialImage | Mapping[str, Any], probabilities: bool = False) -> Prediction:
+        """Segment one scan.
+
+        Args:
+            image: path of a file or DICOM folder, a nibabel image, or a case {"image": path, "id": name}.
+            probabilities: return the class probabilities, too: 4 K bytes per voxel.
+
+        Raises:
+            InputError: the scan cannot be read or used.
+        """
+        if isinstance(image, SpatialImage):
+            return self._predict_object(image, probabilities)
+        case = {"image": str(image)} if isinstance(image, str | Path) else {k: image[k] for k in image if k != "label"}
+        data = self.preprocessing(case)
+        labels, kept = self.inferer.segment(data["image"][None], self.network, keep_probabilities=probabilities)
+        restored = self._restore(data, labels)
+        return Prediction(
+            case=str(case.get("id") or stem(case["image"])),
+            labels=restored.as_tensor()[0].numpy(),
+            affine=np.asarray(restored.affine, float),
+            classes=self.task.classes,
+            image=Path(case["image"]),
+            probabilities=None if kept is None else self._restore(data, kept).as_tensor().numpy(),
+        )
+
+    def _restore(self, data: Mapping[str, Any], result: torch.Tensor) -> MetaTensor:
+        return own_grid(self.preprocessing)({"image": data["image"], "pred": MetaTensor(result[0])})["pred"]
+
+    def _predict_object(self, image: SpatialImage, probabilities: bool) -> Prediction:
+        """By way of a file, so that an object is read, and refused, as a file is."""
+        source = image.get_filename()
+        with tempfile.TemporaryDirectory(prefix="samda-") as folder:
+            path = Path(folder) / "image.nii"
+            nib.save(type(image)(image.dataobj, image.affine, image.header), path)  # saving renames the object saved
+            prediction = self.predict(path, probabilities)
+        return dataclasses.replace(prediction, case=stem(source) if source else "image", image=None)
+
+
+@dataclasses.dataclass
+class FolderResult:
+    """What became of each case of a folder.
+
+    Attributes:
+        done: predicted cases.
+        skipped: cases that were finished before.
+        empty: predicted cases without any foreground.
+        failed: case -> why it could not be predicted, in one line.
+    """
+
+    done: list[str] = dataclasses.field(default_factory=list)
+    skipped: list[str] = dataclasses.field(default_factory=list)
+    empty: list[str] = dataclasses.field(default_factory=list)
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """0 if every case is there, else 1."""
+        return 1 if self.failed else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self) | {"exit_code": self.exit_code}
+
+
+def find_cases(inputs: str | Path, section: str | None = None) -> list[Case]:
+    """The cases to predict: a scan, a folder of scans or DICOM series, one series, or a data set.
+
+    Args:
+        inputs: file or folder, see :func:`samda.data.datalists.read_datalist`.
+        section: "training", "validation" or "test" of a data set; None takes "test".
+
+    Raises:
+        InputError: nothing to read there.
+        UsageError: the section holds no case, or a case has a name that is no file name.
+    """
+    data = read_datalist(inputs)
+    chosen = data.cases.get(section or "test", [])
+    if not chosen:
+        counts = ", ".join(f"{name} ({len(cases)})" for name, cases in data.cases.items() if cases)
+        raise UsageError(f"{inputs} holds no cases in section {section or 'test'!r}; choose from {counts or 'none'}")
+    for case in chosen:
+        if Path(case["id"]).name != case["id"] or case["id"].startswith("."):
+            raise UsageError(f"case id {case['id']!r} is no file name; give it another id")
+    return chosen
+
+
+def predict_folder(
+    predictor: Predictor,
+    inputs: str | Path,
+    output: str | Path,
+    save_probabilities: bool = False,
+    skip_finished: bool = False,
+    section: str | None = None,
+    on_case: Callable[[str, str], None] | None = None,
+) -> FolderResult:
+    """Predict every case and write its label map; a case that fails is listed, and the next one follows.
+
+    Args:
+        predictor: the predictor.
+        inputs: see :func:`find_cases`.
+        output: folder of the label maps, one per case, named as the case.
+        save_probabilities: also `probabilities/<case>.nii.gz`.
+        skip_finished: leave out cases whose result is there already.
+        section: of a data set.
+        on_case: called with case and "done", "skipped", "empty" or the reason of its failure.
+
+    Returns:
+        What became of each case.
+
+    Raises:
+        UsageError: nothing can be written to `output`, or results would replace scans.
+        InputError: there are no scans.
+    """
+    cases = find_cases(inputs, section)
+    folder = check_output_folder(output)
+    _refuse_overwriting(cases, folder)
+    result = FolderResult()
+    for case in cases:
+        name = case["id"]
+        finished = label_path(folder, name, case["image"]).exists()
+        finished &= not save_probabilities or probability_path(folder, name).exists()
+        if skip_finished and finished:
+            result.skipped.append(name)
+            outcome = "skipped"
+        else:
+            outcome = _predict_case(predictor, case, folder, save_probabilities, result)
+        if on_case:
+            on_case(name, outcome)
+    return result
+
+
+def _predict_case(
+    predictor: Predictor, case: Case, folder: Path, save_probabilities: bool, result: FolderResult
+) -> str:
+    name = case["id"]
+    try:
+        prediction = predictor.predict(case, save_probabilities)
+        prediction.save(folder)
+    except Exception as error:  # whatever is wrong with this scan, the others are still wanted
+        known = cause_of(error)
+        reason = " ".join(str(known).split()) if known else f"unexpected {type(error).__name__}: {error}"
+        logger.debug("case %s failed", name, exc_info=True)
+        logger.error("case %s: %s", name, reason)
+        result.failed[name] = reason
+        return reason
+    result.done.append(name)
+    if prediction.empty:
+        warn_empty(name)
+        result.empty.append(name)
+        return "empty"
+    return "done"
+
+
+def _refuse_overwriting(cases: list[Case], folder: Path) -> None:
+    """Label maps are named as their scans: in the same folder they would replace them, or be taken for scans."""
+    for case in cases:
+        image = Path(case["image"])
+        if folder.resolve() == (image if image.is_dir() else image.parent).resolve():
+            raise UsageError(f"output {folder} is the folder of the scan {image.name}; choose another output folder")

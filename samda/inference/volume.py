@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole volume through a network of slices: slab by slab, so that memory does not grow with classes x voxels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.inferers import Inferer, sliding_window_inference
+from tqdm import tqdm
+
+from samda.data.slices import SliceGrid
+from samda.data.task import Task
+from samda.errors import InputError, SamdaError, UsageError, nearest
+
+__all__ = ["VolumeInferer"]
+
+OUTPUTS = ("labels", "probabilities", "logits")
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SMALLEST = 1e-12  # probability whose logarithm stands for zero
+
+
+class VolumeInferer(Inferer):
+    """Segment a preprocessed volume slice by slice and return the result on the volume's own grid.
+
+    Slices are cut by :class:`samda.data.slices.SliceGrid` and go through the network in batches; where the body is
+    larger than the field of view, in overlapping windows that are blended with Gaussian weights. The class
+    probabilities return to the volume's in-plane grid *before* the largest is taken, so borders are as smooth as the
+    volume's grid allows. This happens a few slices (a slab) at a time: beside the volume, the label map and what the
+    network itself needs for `batch_size` slices, memory stays within the budget. The result does not depend on it.
+
+    Args:
+        task: a Task or its values.
+        batch_size: slices (or windows) in one call of the network.
+        overlap: share of a window that it has in common with its neighbor, in [0, 1).
+        output: "labels" (1, 1, X, Y, Z), uint8, or uint16 beyond 255 classes; "probabilities" (1, K, X, Y, Z) float32;
+            or "logits", the logarithm of these probabilities: softmax gives them back, argmax the labels.
+        memory_budget_mb: memory for the class maps of a slab on the volume's grid (MB = 10^6 bytes); a slab holds at
+            least one slice.
+        amp: "bf16" or "fp16" autocast of the network call; None is full precision. Stitching is always in float32.
+        device: where the network runs; None takes the device of its parameters, else that of the inputs.
+        progress: show a progress bar, on a terminal only.
+
+    Raises:
+        UsageError: an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        task: Task | Mapping[str, Any],
+        batch_size: int = 8,
+        overlap: float = 0.5,
+        output: str = "labels",
+        memory_budget_mb: float = 512.0,
+        amp: str | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+    ) -> None:
+        super().__init__()
+        if output not in OUTPUTS:
+            raise UsageError(f"output {output!r} is unknown; {nearest(str(output), OUTPUTS)}")
+        if amp is not None and amp not in PRECISIONS:
+            raise UsageError(f"amp {amp!r} is unknown; choose from bf16, fp16, or none")
+        if batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+        if not 0 <= overlap < 1:
+            raise UsageError(f"overlap must be in [0, 1), got {overlap}")
+        if memory_budget_mb <= 0:
+            raise UsageError(f"memory_budget_mb must be positive, got {memory_budget_mb}")
+        self.task = task if isinstance(task, Task) else Task.from_dict(task)
+        self.batch_size, self.overlap, self.output = int(batch_size), overlap, output
+        self.memory_budget_mb, self.amp, self.device, self.progress = memory_budget_mb, amp, device, progress
+
+    def __call__(  # type: ignore[override]
+        self,
+        inputs: torch.Tensor,
+        network: Callable[..., torch.Tensor],
+        *args: Any,
+        spacing_mm: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Segment one volume.
+
+        Args:
+            inputs: (1, C, X, Y, Z) in [0, 1], RAS; a MetaTensor, or a tensor with `spacing_mm`.
+            network: (n, C, H, W) slices -> (n, K, H, W) logits.
+            args: further arguments of the network.
+            spacing_mm: size of a voxel along X, Y, Z, for a plain tensor.
+            kwargs: further keywords of the network.
+
+        Returns:
+            (1, 1 or K, X, Y, Z), see `output`; on the device of the inputs, with their metadata.
+
+        Raises:
+            UsageError: more than one volume, or no geometry.
+            InputError: the volume is not in RAS order.
+        """
+        labels, probabilities = self.segment(
+            inputs, network, *args, spacing_mm=spacing_mm, keep_probabilities=self.output != "labels", **kwargs
+        )
+        result = labels if probabilities is None else probabilities
+        if self.output == "logits":
+            result = result.clamp_(min=SMALLEST).log_()
+        return MetaTensor(result).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else result
+
+    @torch.no_grad()
+    def segment(
+        self,
+        inputs: torch.Tensor,
+        network: Callable[..., torch.Tensor],
+        *args: Any,
+        spacing_mm: Sequence[float] | None = None,
+        keep_probabilities: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As the call, but labels (1, 1, X, Y, Z) and, if asked for, probabilities (1, K, X, Y, Z) in one pass."""
+        geometry = _geometry(inputs, spacing_mm)
+        volume = (inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs)[0]
+        grid = SliceGrid.from_volume(volume, geometry, self.task)
+        device = self._device(network, volume)
+        shape, classes = tuple(volume.shape[1:]), self.task.num_classes
+        kind = torch.uint8 if classes <= 255 else torch.uint16
+        labels = torch.empty(shape, dtype=kind, device=volume.device)
+        kept = torch.empty((classes, *shape), device=volume.device) if keep_probabilities else None
+
+        def predict(slices: torch.Tensor) -> torch.Tensor:
+            return self._logits(slices, network, args, kwargs)
+
+        for place, maps in self._slabs(volume, grid, device, predict):
+            labels[place] = maps.argmax(0).to(kind).to(labels.device)
+            if kept is not None:
+                kept[(slice(None), *place)] = maps.to(kept.device)
+        return labels[None, None], None if kept is None else kept[None]
+
+    def _slabs(
+        self,
+        volume: torch.Tensor,
+        grid: SliceGrid,
+        device: torch.device,
+        predict: Callable[[torch.Tensor], torch.Tensor],
+    ) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
+        """The place of each slab in (X, Y, Z), and its class probabilities (K, ...) there."""
+        across = grid.axes[0]
+        size = self.slab_size(grid)
+        bar = tqdm(total=grid.num_slices, unit="slice", leave=False, disable=None if self.progress else True)
+        # a batch always holds the same slices, so that the network's rounding cannot depend on the slab
+        for start in range(0, grid.num_slices, self.batch_size):
+            stop = min(start + self.batch_size, grid.num_slices)
+            logits = predict(grid.extract(volume, range(start, stop)).to(device))
+            for first in range(start, stop, size):
+                last = min(first + size, stop)
+                maps = grid.restore(logits[first - start : last - start].softmax(1))
+                yield (slice(None),) * across + (slice(first, last),), maps
+            bar.update(stop - start)
+        bar.close()
+
+    def slab_size(self, grid: SliceGrid) -> int:
+        """Slices whose class maps lie on the volume's grid at one time, from the memory budget."""
+        rows, columns = grid.canvas
+        height, width = (grid.shape[axis] for axis in grid.axes[1:])
+        maps = rows * columns + rows * width + height * width  # softmax, after the first of two products, restored
+        bytes_per_slice = 4 * self.task.num_classes * maps + 8 * height * width  # argmax counts in int64
+        return max(1, min(self.batch_size, int(self.memory_budget_mb * 1e6 // bytes_per_slice)))
+
+    def _logits(
+        self, slices: torch.Tensor, network: Callable[..., torch.Tensor], args: tuple, kwargs: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """(n, C, rows, columns) -> (n, K, rows, columns), float32, in windows where the canvas is larger than one."""
+
+        def call(windows: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(windows.device.type, PRECISIONS.get(self.amp or ""), enabled=self.amp is not None):
+                logits = network(windows, *args, **kwargs)
+            return logits.to(torch.float32, copy=True)  # the blending multiplies in place what it is given
+
+        size = self.task.image_size
+        if tuple(slices.shape[2:]) == (size, size):
+            logits = call(slices)
+        else:
+            logits = sliding_window_inference(
+                slices, (size, size), self.batch_size, call, overlap=self.overlap, mode="gaussian"
+            )
+        classes = self.task.num_classes
+        if logits.shape[1] != classes:
+            raise UsageError(f"the network gives {logits.shape[1]} classes, task {self.task.name!r} has {classes}")
+        if not torch.isfinite(logits).all():
+            remedy = "use bf16 or full precision" if self.amp == "fp16" else "its parameters are damaged"
+            raise SamdaError(f"the network gives values that are not finite; {remedy}")
+        return logits
+
+    def _device(self, network: Callable, volume: torch.Tensor) -> torch.device:
+        parameter = next(network.parameters(), None) if isinstance(network, torch.nn.Module) else None
+        device = torch.device(self.device) if self.device is not None else getattr(parameter, "device", volume.device)
+        if device.type == "cpu" and self.amp == "fp16":
+            raise UsageError("amp 'fp16' needs a GPU; on a CPU use bf16 or none")
+        return device
+
+
+def _geometry(inputs: torch.Tensor, spacing_mm: Sequence[float] | None) -> Any:
+    """The affine (4, 4) of a MetaTensor, or the given spacing (3,)."""
+    if inputs.ndim != 5 or len(inputs) != 1:
+        raise UsageError(f"expected one volume (1, C, X, Y, Z), got {tuple(inputs.shape)}; give volumes one at a time")
+    if spacing_mm is not None:
+        return spacing_mm
+    if not isinstance(inputs, MetaTensor):
+        raise UsageError("a tensor without metadata needs spacing_mm, the size of a voxel along X, Y, Z")
+    affine = np.asarray(torch.as_tensor(inputs.affine).detach().cpu(), float).reshape(-1, 4, 4)[0]
+    order = "".join(map(str, nib.orientations.aff2axcodes(affine)))
+    if order != "RAS":
+        raise InputError(f"the volume lies in {order} order, slices are cut from RAS; preprocess it as the task says")
+    return affine

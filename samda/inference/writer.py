@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Label maps and probabilities on disk, on exactly the grid of the scan they belong to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk
+
+from samda.data.readers import NIFTI_SUFFIXES, PICTURE_SUFFIXES
+from samda.errors import InputError, UsageError
+from samda.version import __version__
+
+__all__ = ["check_output_folder", "label_path", "probability_path", "write_labels", "write_probabilities"]
+
+PURPOSE = "research use only, not for clinical decisions"
+
+
+def check_output_folder(folder: str | Path) -> Path:
+    """The folder, made if only it is missing, and known to be writable: asked before any work is done.
+
+    Raises:
+        UsageError: it is a file, the folder above it is missing, or nothing can be written into it.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"output {folder} is a file; give a folder")
+    if not folder.exists() and not folder.parent.is_dir():
+        raise UsageError(f"output folder {folder} cannot be made, {folder.parent} does not exist; make it first")
+    try:
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"nothing can be written to {folder} ({error.strerror}); choose another output folder"
+        ) from error
+    return folder
+
+
+def label_path(folder: str | Path, case: str, image: str | Path | None = None) -> Path:
+    """Where the label map of a case goes: `case.nii.gz`, for a picture `case.png`."""
+    picture = image is not None and str(image).lower().endswith(PICTURE_SUFFIXES)
+    return Path(folder) / f"{case}{'.png' if picture else '.nii.gz'}"
+
+
+def probability_path(folder: str | Path, case: str) -> Path:
+    """Where the probabilities of a case go: a folder of their own, so that they are never taken for label maps."""
+    return Path(folder) / "probabilities" / f"{case}.nii.gz"
+
+
+def write_labels(
+    path: str | Path,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    image: str | Path | None = None,
+    affine: np.ndarray | None = None,
+) -> Path:
+    """Write a label map, and beside it `<case>.json` with the name of each value.
+
+    A NIfTI gets the header of the scan where that is NIfTI, so affine, shape and form codes are the scan's own, bit for
+    bit. The label map is put in place last, in one step: where it exists, the case is finished.
+
+    Args:
+        path: `.nii.gz` or `.nii`, or `.png` for a map of one slice.
+        labels: (X, Y, Z) class indices in the axis order of the scan's file.
+        classes: names of the classes, background first.
+        image: the scan's file (or DICOM folder).
+        affine: (4, 4) voxel index to RAS mm; needed where `image` is no NIfTI file.
+
+    Returns:
+        The path written.
+    """
+    path = Path(path)
+    labels = labels.astype(np.uint8 if len(classes) <= 255 else np.uint16, copy=False)
+    about = {
+        "labels": {name: k for k, name in enumerate(classes)},
+        "created_by": f"samda {__version__}",
+        "note": PURPOSE,
+    }
+    with _replacing(path.with_name(_case(path) + ".json")) as temporary:
+        temporary.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with _replacing(path) as temporary:
+        if path.suffix.lower() == ".png":
+            _save_png(labels, temporary)
+        else:
+            _nifti(labels, image, affine).to_filename(temporary)
+    return path
+
+
+def write_probabilities(
+    path: str | Path,
+    probabilities: np.ndarray,
+    image: str | Path | None = None,
+    affine: np.ndarray | None = None,
+) -> Path:
+    """Write class probabilities as one NIfTI (X, Y, Z, K), float32.
+
+    NIfTI, because it keeps the grid and opens in every viewer; float32, because NIfTI has no half precision.
+
+    Args:
+        path: `.nii.gz`.
+        probabilities: (K, X, Y, Z) in the axis order of the scan's file.
+        image: the scan's file.
+        affine: (4, 4), see :func:`write_labels`.
+    """
+    path = Path(path)
+    path.parent.mkdir(exist_ok=True)
+    with _replacing(path) as temporary:
+        _nifti(np.moveaxis(probabilities.astype(np.float32, copy=False), 0, -1), image, affine).to_filename(temporary)
+    return path
+
+
+def _nifti(array: np.ndarray, image: str | Path | None, affine: np.ndarray | None) -> Any:
+    """A NIfTI image of `array` on the grid of the scan; further dimensions of the array follow."""
+    if image is None or not str(image).lower().endswith(NIFTI_SUFFIXES):
+        if affine is None:
+            raise UsageError("an affine is needed to write a NIfTI for a scan that is none")
+        result = nib.Nifti1Image(array, affine)
+        for set_form in (result.set_sform, result.set_qform):
+            set_form(affine, code="scanner")
+        result.header.set_xyzt_units("mm")
+        return result
+    source = nib.load(image)
+    header = source.header.copy()
+    shape = source.shape
+    if (*shape, 1, 1)[:3] != array.shape[:3]:
+        raise InputError(
+            f"{image} has {shape} voxels, its result {array.shape}; the file has changed, predict it again"
+        )
+    if array.ndim == 3 and array.size == int(np.prod(shape)):  # the scan may be (X, Y), or (X, Y, Z, 1)
+        array = array.reshape(shape)
+    header.extensions.clear()  # may name the patient, as may the texts below
+    for key in ("descrip", "aux_file", "db_name", "intent_name"):
+        header[key] = b""
+    header["descrip"] = PURPOSE.encode()
+    header["cal_min"] = header["cal_max"] = 0
+    header.set_intent("none")
+    header.set_data_dtype(array.dtype)
+    header.set_slope_inter(1, 0)
+    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    return kind(array, None, header)  # no affine: the header's forms and codes stay as they are
+
+
+def _save_png(labels: np.ndarray, path: Path) -> None:
+    if labels.ndim != 3 or labels.shape[2] != 1:
+        raise UsageError(f"a PNG holds one slice, got a map of {labels.shape}; write a .nii.gz")
+    sitk.WriteImage(sitk.GetImageFromArray(np.ascontiguousarray(labels[:, :, 0].T)), str(path))
+
+
+def _case(path: Path) -> str:
+    name = path.name
+    for suffix in sorted((*NIFTI_SUFFIXES, ".png"), key=len, reverse=True):
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    raise UsageError(f"{path}: label maps are written as .nii.gz, .nii or .png; rename the output")
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A hidden name of the same type beside `path`, renamed to it when the block ends well."""
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

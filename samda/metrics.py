@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Overlap, surface distance and volume of a segmentation, in mm and ml, with one written rule for empty structures.
+
+| structure is in        | status   | Dice, IoU | HD95                  | NSD |
+|------------------------|----------|-----------|-----------------------|-----|
+| prediction and label   | `both`   | computed  | computed              | computed |
+| the label only         | `missed` | 0         | the volume's diagonal | 0   |
+| the prediction only    | `extra`  | 0         | the volume's diagonal | 0   |
+| neither                | `absent` | NaN       | NaN                   | NaN |
+
+A mean leaves NaN out and always comes with the number of values in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.metrics.utils import get_edge_surface_distance
+from scipy import ndimage
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from samda.errors import InputError
+
+__all__ = ["DEFINITIONS", "SCORES", "ClassScores", "confusion_matrix", "score_case", "summarize", "surface_scores"]
+
+CHUNK = 1 << 22  # voxels counted at once: the counting needs some 30 bytes each
+
+SCORES = ("dice", "iou", "hd95_mm", "nsd")
+COUNTED = ("missed", "extra", "absent")
+
+DEFINITIONS = {
+    "dice": "2 |P & L| / (|P| + |L|), over the voxels of the whole volume on the label's own grid",
+    "iou": "|P & L| / |P | L|",
+    "hd95_mm": "larger of the two directed 95th percentiles of the distances (mm) between surface voxels, each voxel "
+    "counted once (as MONAI and medpy do; not weighted by area)",
+    "nsd": "share of the surface voxels of both that lie within the tolerance (mm) of the other surface",
+    "surface": "voxels of a structure with a face on its outside or on the border of the volume; a volume of one "
+    "slice is measured in its plane",
+    "volumes": "voxels times the volume of a voxel, in ml",
+    "missed": "in the label, not in the prediction: Dice, IoU and NSD 0, HD95 the diagonal of the volume",
+    "extra": "in the prediction, not in the label: Dice, IoU and NSD 0, HD95 the diagonal of the volume",
+    "absent": "in neither: no value (NaN), left out of every mean",
+    "mean": "over the n cases that have a value; `all` is the mean of the classes' means",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassScores:
+    """The scores of one class in one case; see the table of this module."""
+
+    status: str  # "both", "missed", "extra" or "absent"
+    dice: float
+    iou: float
+    hd95_mm: float
+    nsd: float
+    predicted_ml: float
+    label_ml: float
+
+
+def confusion_matrix(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> np.ndarray:
+    """Voxel counts (K, K): rows are the label's class, columns the prediction's.
+
+    Args:
+        prediction: (X, Y, Z) class indices.
+        label: (X, Y, Z) class indices.
+        num_classes: K, background included.
+
+    Raises:
+        InputError: the shapes differ, or a voxel holds no class index.
+    """
+    _check(prediction, label, num_classes)
+    counter = MulticlassConfusionMatrix(num_classes, validate_args=False)
+    planes = max(1, CHUNK // max(1, prediction[..., 0].size))
+    for start in range(0, prediction.shape[-1], planes):
+        part = [torch.from_numpy(a[..., start : start + planes].astype(np.int64)) for a in (prediction, label)]
+        counter.update(*part)
+    return counter.compute().numpy().astype(np.int64)
+
+
+def score_case(
+    prediction: np.ndarray,
+    label: np.ndarray,
+    spacing_mm: Sequence[float],
+    num_classes: int,
+    nsd_tolerance_mm: float,
+) -> list[ClassScores]:
+    """Scores of the foreground classes 1 .. K-1 of one case.
+
+    Args:
+        prediction: (X, Y, Z) class indices.
+        label: (X, Y, Z) class indices on the same grid.
+        spacing_mm: size of a voxel along X, Y, Z.
+        num_classes: K, background included.
+        nsd_tolerance_mm: tolerance of the normalized surface distance.
+
+    Raises:
+        InputError: the shapes differ, or a voxel holds no class index.
+    """
+    counts = confusion_matrix(prediction, label, num_classes)
+    boxes = [ndimage.find_objects(a, max_label=num_classes) for a in (prediction, label)]
+    voxel_ml = float(np.prod(spacing_mm)) / 1000.0
+    diagonal_mm = math.hypot(*(n * s for n, s in zip(label.shape, spacing_mm, strict=True)))
+    scores = []
+    for k in range(1, num_classes):
+        overlap, predicted, true = int(counts[k, k]), int(counts[:, k].sum()), int(counts[k].sum())
+        volumes = {"predicted_ml": predicted * voxel_ml, "label_ml": true * voxel_ml}
+        if not predicted and not true:
+            scores.append(ClassScores("absent", math.nan, math.nan, math.nan, math.nan, **volumes))
+        elif not predicted or not true:
+            scores.append(ClassScores("missed" if true else "extra", 0.0, 0.0, diagonal_mm, 0.0, **volumes))
+        else:
+            box = _union(boxes[0][k - 1], boxes[1][k - 1])
+            masks = [_squeezed(a[box] == k, label.shape) for a in (prediction, label)]
+            spacing = [s for s, kept in zip(spacing_mm, _kept_axes(label.shape), strict=True) if kept]
+            hd95, nsd = surface_scores(*masks, spacing, nsd_tolerance_mm)
+            dice, iou = 2 * overlap / (predicted + true), overlap / (predicted + true - overlap)
+            scores.append(ClassScores("both", dice, iou, hd95, nsd, **volumes))
+    return scores
+
+
+def surface_scores(
+    prediction: np.ndarray, label: np.ndarray, spacing_mm: Sequence[float], nsd_tolerance_mm: float
+) -> tuple[float, float]:
+    """HD95 (mm) and normalized surface distance of one structure; both masks hold at least one voxel.
+
+    The masks may be cropped to the structure: what lies outside the array counts as outside the structure, as it does
+    at the border of a volume.
+
+    Args:
+        prediction: boolean mask in two or three dimensions.
+        label: boolean mask, same shape.
+        spacing_mm: size of a voxel along each axis.
+        nsd_tolerance_mm: tolerance.
+    """
+    _, distances, _ = get_edge_surface_distance(
+        torch.from_numpy(np.ascontiguousarray(prediction)),
+        torch.from_numpy(np.ascontiguousarray(label)),
+        spacing=[float(s) for s in spacing_mm],
+        symmetric=True,
+        warn_empty=False,
+    )
+    to_label, to_prediction = (d.double().numpy() for d in distances)
+    hd95 = max(np.percentile(to_label, 95), np.percentile(to_prediction, 95))
+    # distances come in float32: a surface exactly at the tolerance is within it
+    within = [(d <= nsd_tolerance_mm * (1 + 1e-6)).sum() for d in (to_label, to_prediction)]
+    return float(hd95), float(sum(within) / (len(to_label) + len(to_prediction)))
+
+
+def summarize(cases: Iterable[Sequence[ClassScores]], classes: Sequence[str]) -> dict[str, Any]:
+    """Mean, standard deviation and median per class, with the number of cases behind each.
+
+    Args:
+        cases: per case the scores of the foreground classes, as :func:`score_case` gives them.
+        classes: names of the foreground classes.
+
+    Returns:
+        {"classes": {class: entry}, "all": entry}; an entry is {"dice": {"mean", "std", "median", "n"}, ..., "missed":
+        count, "extra": count, "absent": count}. `all` takes the means of the classes as its values, so its n is the
+        number of classes that have one, and adds up the counts.
+    """
+    cases = list(cases)
+    per_class: dict[str, dict[str, Any]] = {}
+    for k, name in enumerate(classes):
+        scores = [case[k] for case in cases]
+        entry: dict[str, Any] = {key: _moments([getattr(s, key) for s in scores]) for key in SCORES}
+        per_class[name] = entry | {what: sum(s.status == what for s in scores) for what in COUNTED}
+    entries = per_class.values()
+    total: dict[str, Any] = {key: _moments([entry[key]["mean"] for entry in entries]) for key in SCORES}
+    return {"classes": per_class, "all": total | {what: sum(entry[what] for entry in entries) for what in COUNTED}}
+
+
+def _moments(values: Sequence[float]) -> dict[str, float]:
+    known = np.asarray([v for v in values if not math.isnan(v)], float)
+    if not len(known):
+        return {"mean": math.nan, "std": math.nan, "median": math.nan, "n": 0}
+    spread = float(known.std(ddof=1)) if len(known) > 1 else math.nan
+    return {"mean": float(known.mean()), "std": spread, "median": float(np.median(known)), "n": len(known)}
+
+
+def _check(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> None:
+    if prediction.shape != label.shape:
+        sizes = [" x ".join(map(str, a.shape)) for a in (prediction, label)]
+        raise InputError(f"prediction ({sizes[0]}) and label ({sizes[1]}) differ in size; compare them on one grid")
+    for name, array in (("prediction", prediction), ("label", label)):
+        if array.dtype.kind not in "iu":
+            raise InputError(f"the {name} has voxels of type {array.dtype}; class indices are integers")
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high >= num_classes:
+            value = low if low < 0 else high
+            raise InputError(f"the {name} holds {value}, which is no class index (0 to {num_classes - 1})")
+
+
+def _union(a: tuple[slice, ...], b: tuple[slice, ...]) -> tuple[slice, ...]:
+    return tuple(slice(min(s.start, t.start), max(s.stop, t.stop)) for s, t in zip(a, b, strict=True))
+
+
+def _kept_axes(shape: Sequence[int]) -> list[bool]:
+    """Axes in which surfaces are measured: all, but of a volume of one slice only those of its plane."""
+    flat = [axis for axis in reversed(range(len(shape))) if shape[axis] == 1][: max(0, len(shape) - 2)]
+    return [axis not in flat for axis in range(len(shape))]
+
+
+def _squeezed(mask: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    return mask.squeeze(tuple(axis for axis, kept in enumerate(_kept_axes(shape)) if not kept))

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Versions of a trained model: the source as it was trained, and candidates distilled at a site.
+
+    model/adapter.json, adapter.safetensors        version "source"; never written to
+    model/versions/NAME/adapter.json, ...          a candidate, a complete adapter folder of its own
+    model/versions/active.json                     {"stack": [..., NAME], "history": [...]}: the last of the stack is active
+
+Nothing becomes active unless :func:`activate` is called, which only the command `samda site activate` does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from samda.errors import InputError, UsageError, nearest
+from samda.networks.files import replacing
+
+__all__ = ["SOURCE", "activate", "active_version", "check_name", "history", "list_versions", "rollback", "version_folder"]
+
+SOURCE = "source"
+FOLDER = "versions"
+POINTER = "active.json"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def check_name(name: str) -> str:
+    """A name that is a plain folder name and not "source".
+
+    Raises:
+        UsageError: any other.
+    """
+    if not NAME.fullmatch(name) or name == SOURCE:
+        raise UsageError(f"{name!r} cannot name a version; use up to 64 letters, digits, '.', '_' and '-'")
+    return name
+
+
+def list_versions(model: str | Path) -> list[str]:
+    """The versions of a model folder, "source" first."""
+    folder = Path(model) / FOLDER
+    found = [path.parent.name for path in folder.glob("*/adapter.json") if NAME.fullmatch(path.parent.name)]
+    return [SOURCE, *sorted(found)]
+
+
+def active_version(model: str | Path) -> str:
+    """The version that `predict`, `evaluate` and `adapt` use unless told otherwise.
+
+    Raises:
+        InputError: the pointer is damaged or names a version that is gone.
+    """
+    active = _pointer(model)["stack"][-1]
+    if active not in list_versions(model):
+        raise InputError(f"{model}: the active version {active!r} is gone; choose another with samda site activate")
+    return active
+
+
+def version_folder(model: str | Path, version: str | None = None) -> Path:
+    """The adapter folder of a version; None takes the active one.
+
+    Raises:
+        UsageError: there is no such version.
+    """
+    version = active_version(model) if version is None else version
+    versions = list_versions(model)
+    if version not in versions:
+        raise UsageError(f"{model} has no version {version!r}; {nearest(version, versions)}")
+    return Path(model) if version == SOURCE else Path(model) / FOLDER / version
+
+
+def activate(model: str | Path, version: str) -> str:
+    """Make a version the active one; returns the one that was active before."""
+    version_folder(model, version)
+    pointer = _pointer(model)
+    before = pointer["stack"][-1]
+    _write(model, [*pointer["stack"], version], pointer["history"], before)
+    return before
+
+
+def rollback(model: str | Path) -> tuple[str, str]:
+    """Return to the version that was active before the present one; (from, to).
+
+    Raises:
+        UsageError: nothing was ever activated.
+    """
+    pointer = _pointer(model)
+    if len(pointer["stack"]) == 1:
+        raise UsageError(f"{model}: the version {SOURCE!r} is active and there is none before it")
+    stack = pointer["stack"][:-1]
+    version_folder(model, stack[-1])
+    _write(model, stack, pointer["history"], pointer["stack"][-1])
+    return pointer["stack"][-1], stack[-1]
+
+
+def history(model: str | Path) -> list[dict[str, str]]:
+    """Every change of the active version: {"time", "from", "to"}, oldest first."""
+    return _pointer(model)["history"]
+
+
+def _write(model: str | Path, stack: list[str], log: list[dict[str, str]], before: str) -> None:
+    entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "from": before, "to": stack[-1]}
+    with replacing(Path(model) / FOLDER / POINTER) as temporary:
+        text = json.dumps({"stack": stack, "history": [*log, entry]}, indent=1)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _pointer(model: str | Path) -> dict[str, Any]:
+    path = Path(model) / FOLDER / POINTER
+    if not path.exists():
+        return {"stack": [SOURCE], "history": []}
+    try:
+        pointer = json.loads(path.read_text(encoding="utf-8"))
+        return {"stack": [str(name) for name in pointer["stack"]] or [SOURCE], "history": list(pointer["history"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); delete it, and the source version is active again") from error

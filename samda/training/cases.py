@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training needs to know before it reads a scan: the task, and which cases train and validate."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from samda.data.datalists import DataList
+from samda.data.splits import Split, split
+from samda.data.task import Task
+from samda.errors import InputError, UsageError
+
+__all__ = ["build_task", "training_cases"]
+
+logger = logging.getLogger(__name__)
+
+
+def build_task(
+    task: Task | Mapping[str, Any] | str | Path | None,
+    labels: Mapping[str, tuple[int, ...]] | None = None,
+    image_size: int | None = None,
+    spacing: float | None = None,
+) -> Task:
+    """The task of a training.
+
+    Args:
+        task: a Task, its values, or a YAML or JSON file. None takes the classes that the data set states and says which
+            modality it assumes.
+        labels: class name -> ids as the data set states them.
+        image_size: pixels of a slice instead of the task's.
+        spacing: mm per pixel instead of the task's.
+
+    Raises:
+        UsageError: neither a task nor labels, a file that does not exist, or values that no task can have.
+    """
+    if task is None:
+        task = _task_of(labels)
+    elif isinstance(task, str | Path):
+        if not Path(task).is_file():
+            raise UsageError(f"there is no task file {str(task)!r}; give a YAML or JSON file with the classes")
+        task = Task.from_file(task)
+    elif not isinstance(task, Task):
+        task = Task.from_dict(task)
+    changes = {"image_size": image_size, "spacing": spacing}
+    return dataclasses.replace(task, **{key: value for key, value in changes.items() if value is not None})
+
+
+def _task_of(labels: Mapping[str, tuple[int, ...]] | None) -> Task:
+    if not labels:
+        raise UsageError("this data set does not name its classes; give a task file with classes, labels and modality")
+    names = sorted((name for name in labels if 0 not in labels[name]), key=lambda name: labels[name])
+    task = Task(classes=("background", *names))
+    logger.warning("no task given: %d classes of the data set, modality %s", task.num_classes, task.modality)
+    return task
+
+
+def training_cases(
+    datalist: DataList, task: Task, fold: int | None = None, fraction: float = 0.2, seed: int = 0
+) -> Split:
+    """Which cases train and which validate.
+
+    The data set's own validation cases are taken where it has some and no `fold` is asked for; otherwise its training
+    cases are split, see :func:`samda.data.splits.split`.
+
+    Raises:
+        InputError: no labelled case.
+        UsageError: an impossible fold or fraction.
+    """
+    training, validation = datalist.cases["training"], datalist.cases["validation"]
+    if not training:
+        number = len(datalist.cases["test"])
+        raise InputError(f"the data set has no labelled training case ({number} without a label); list some under training")
+    if validation and fold is None:
+        result = Split(training, validation, f"by the data set: {len(validation)} cases validate")
+    else:
+        result = split(training, task, fraction, fold, seed)
+    logger.info("validation %s", result.note)
+    return result

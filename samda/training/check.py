@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Refuse what MONAI would pass in silence: unknown config keys, and values of the wrong type.
+
+MONAI adds any override to the config, so `--epoch 5` trains with the default number of epochs. The first entry of
+`initialize` in our configs calls :func:`check_overrides`, which compares what runs with the config file it came from.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pydoc
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+from samda.errors import UsageError, nearest
+
+__all__ = ["check_config", "check_overrides"]
+
+FREE = ("adapters", "backbone", "task", "_meta_")  # these may be mappings whose keys their own builders check
+TRACKING = ("tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "output_dir")
+TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
+
+
+def check_overrides(config_file: str) -> None:
+    """Check the running config against the file `config_file` beside which it was started.
+
+    Only that file is the reference, so keys that a user adds to an own copy of the bundle are valid there.
+
+    Args:
+        config_file: name of the reference in the folder of the first config file, for instance "train.json".
+
+    Raises:
+        UsageError: naming the key and the nearest valid one, or the expected type.
+    """
+    workflow = _running_workflow()
+    if workflow is None:  # a bare ConfigParser: nothing was overridden through MONAI
+        return
+    reference = Path(workflow.config_root_path) / config_file
+    check_config(workflow.parser.get(), ConfigParser.load_config_file(reference))
+
+
+def check_config(config: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
+    """Check every key of `config`, nested ones too, and the type of its plain values.
+
+    Args:
+        config: the config after overlays and overrides, before it is resolved.
+        reference: the config that defines the valid keys; a null value takes any type.
+
+    Raises:
+        UsageError: naming the key path and the nearest valid key, or the type expected and the value received.
+    """
+    _check_mapping(config, reference, "", TRACKING)
+
+
+def _check_mapping(config: Mapping[str, Any], reference: Mapping[str, Any], path: str, extra: tuple[str, ...]) -> None:
+    valid = _parameters(config) or list(reference)
+    for key, value in config.items():
+        where = f"{path}::{key}" if path else str(key)
+        if key not in valid and key not in extra and not str(key).startswith("_"):
+            raise UsageError(f"config key {where!r} is unknown; {nearest(str(key), valid)}")
+        default = reference.get(key)
+        if key in FREE and isinstance(value, Mapping):
+            continue
+        if isinstance(default, Mapping) and isinstance(value, Mapping):
+            _check_mapping(value, default, where, ())
+        elif key in reference:
+            _check_type(where, value, default)
+
+
+def _check_type(where: str, value: Any, default: Any) -> None:
+    """A plain default fixes the type; references, expressions and null say nothing about it."""
+    if default is None or _is_dynamic(default) or _is_dynamic(value):
+        return
+    kind = type(default)
+    right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if kind is float:
+        right = isinstance(value, int | float) and not isinstance(value, bool)
+    if not right:
+        raise UsageError(f"config key {where!r} must be {TYPES[kind]}, got {value!r}")
+
+
+def _is_dynamic(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "_target_" in value
+    return isinstance(value, str) and value.startswith(("$", "@", "%"))
+
+
+def _parameters(config: Mapping[str, Any]) -> list[str]:
+    """Parameters of the component that `config` describes; empty where it describes none or takes any keyword."""
+    target = config.get("_target_")
+    component = pydoc.locate(target) if isinstance(target, str) and "." in target else None
+    if component is None:
+        return []
+    parameters = inspect.signature(component).parameters  # type: ignore[arg-type]
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return []
+    return list(parameters)
+
+
+def _running_workflow() -> ConfigWorkflow | None:
+    """The workflow whose expression is being evaluated.
+
+    MONAI hands expressions the values they refer to, never the config as a whole, so we look up the call stack.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, ConfigWorkflow):
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    return None

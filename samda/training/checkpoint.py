@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoint that a training goes on from: it holds everything, so a resumed run equals one that never stopped."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+
+from samda.errors import InputError, UsageError
+
+__all__ = ["Checkpoint", "Resume", "SaveCheckpoint"]
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoint:
+    """`folder`/last.pt: the state of `objects`, the epoch, all random generators and, for comparison, `settings`.
+
+    Tensors and plain values only. It serves one's own resume and is no part of the model.
+
+    Args:
+        folder: where last.pt lies.
+        objects: name -> object with `state_dict` and `load_state_dict` (network, optimizer, schedule, record).
+        settings: what must not change between start and resume.
+        resume: go on from last.pt; where there is none, the training starts anew and says so.
+        overwrite: replace the training that `folder` holds instead of refusing to.
+
+    Raises:
+        UsageError: `folder` holds a training and neither `resume` nor `overwrite` is given, or both are.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        objects: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.path = Path(folder) / "last.pt"
+        self.objects, self.settings, self.resume = dict(objects), dict(settings), resume
+        if resume and overwrite:
+            raise UsageError("resume and overwrite exclude each other; choose one")
+        if self.path.exists() and not resume and not overwrite:
+            raise UsageError(f"{self.path.parent} already holds a training; resume it, overwrite it or choose another folder")
+        if resume and not self.path.exists():
+            logger.warning("nothing to resume in %s: starting at the first epoch", self.path.parent)
+
+    def save(self, engine: Engine) -> None:
+        """Write last.pt under a temporary name (always the same: a killed run leaves no litter), then rename it."""
+        state: dict[str, Any] = {name: thing.state_dict() for name, thing in self.objects.items()}
+        state |= {"epoch": engine.state.epoch, "settings": self.settings, "random": _random_state()}
+        scaler = getattr(engine, "scaler", None)
+        if scaler is not None:
+            state["scaler"] = scaler.state_dict()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(".last.pt.tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, self.path)
+
+    def load(self, engine: Engine) -> None:
+        """Put everything back as last.pt has it.
+
+        Raises:
+            InputError: the file is damaged.
+            UsageError: a setting has changed since.
+        """
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise InputError(f"{self.path} cannot be read ({error}); train anew with overwrite") from error
+        for key, value in self.settings.items():
+            before = state["settings"].get(key)
+            if before != value:
+                raise UsageError(f"resume: {key} was {before!r} and is now {value!r}; keep it or use another folder")
+        for name, thing in self.objects.items():
+            thing.load_state_dict(state[name])
+        scaler = getattr(engine, "scaler", None)
+        if scaler is not None and "scaler" in state:
+            scaler.load_state_dict(state["scaler"])
+        engine.state.epoch = state["epoch"]
+        engine.state.iteration = state["epoch"] * engine.state.epoch_length
+        _set_random_state(state["random"])
+        logger.info("resumed after epoch %d", state["epoch"])
+
+
+class Resume:
+    """Load the checkpoint when the training starts, if it is to be resumed. Attach it first."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the training engine."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if self.checkpoint.resume and self.checkpoint.path.exists():
+            self.checkpoint.load(engine)
+
+
+class SaveCheckpoint:
+    """Save the checkpoint every `interval` epochs and at the end. Attach it last, after everything of an epoch is done."""
+
+    def __init__(self, checkpoint: Checkpoint, interval: int = 1) -> None:
+        if interval < 1:
+            raise UsageError(f"checkpoint_interval must be at least 1 epoch, got {interval}")
+        self.checkpoint, self.interval = checkpoint, interval
+        self._saved = 0  # epoch
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the training engine."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self)
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if engine.state.epoch != self._saved:
+            self.checkpoint.save(engine)
+            self._saved = engine.state.epoch
+
+
+def _random_state() -> dict[str, Any]:
+    """Every global generator, as tensors and plain values."""
+    kind, keys, *numbers = np.random.get_state()  # noqa: NPY002 - the generator that libraries use
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [str(kind), torch.from_numpy(np.asarray(keys, dtype=np.int64)), *numbers],
+        "python": list(random.getstate()),
+    }
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, *numbers = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *numbers))  # noqa: NPY002
+    version, values, gauss = state["python"]
+    random.setstate((version, tuple(values), gauss))

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From cases to training items: slices with labels, kept in memory, seen as augmented images or as embeddings."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from monai.transforms import Compose
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from samda.data.slices import SliceGrid
+from samda.data.task import Task
+from samda.embeddings import EmbeddingDataset, allocate, draw, split_key
+from samda.errors import InputError
+
+__all__ = ["SliceDataset", "build_dataset", "prepare_batch", "tile_starts"]
+
+logger = logging.getLogger(__name__)
+
+
+def build_dataset(
+    data: Sequence[Mapping[str, Any]],
+    transform: Callable,
+    task: Task,
+    network: nn.Module,
+    augmentation: Compose | None = None,
+    views: int = 1,
+    seed: int = 0,
+    embeddings: bool = True,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    memory_mb: float = 2048,
+    amp: bool = False,
+    part: str = "training",
+) -> SliceDataset | EmbeddingDataset:
+    """The data set of one part of a training.
+
+    Embeddings are computed once where `embeddings` allows it and no adapter changes the encoder; otherwise every item is
+    an image, augmented anew in every epoch.
+
+    Args:
+        data: cases, see :class:`SliceDataset`.
+        transform: preprocessing of a case.
+        task: the task.
+        network: the segmenter with its adapters attached, on `device`.
+        augmentation: random transforms of a slice; None leaves the slices as they are.
+        views: augmented views of a slice that are encoded, the unchanged one included; without effect on images.
+        seed: of augmentation and choice of views.
+        embeddings: encode once where possible.
+        batch_size: slices encoded at once.
+        device: where they are encoded.
+        memory_mb: memory for slices and for embeddings, each (MB); what exceeds it lies on disk.
+        amp: encode under autocast (CUDA only).
+        part: "training" or "validation", for messages.
+    """
+    slices = SliceDataset(data, transform, task, augmentation, seed, memory_mb, part)
+    if not embeddings or network.encoder_adapted:
+        return slices
+    views = views if augmentation is not None else 1
+    return EmbeddingDataset(slices, network, views, seed, batch_size, device, memory_mb, amp=amp)
+
+
+def prepare_batch(
+    batch: Mapping[str, torch.Tensor], device: torch.device | str | None = None, non_blocking: bool = False, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor, tuple, dict[str, Any]]:
+    """Inputs, labels and the network's keyword for MONAI's engines, from {"embedding" or "image", "label"}."""
+    embedded = "embedding" in batch
+    inputs = batch["embedding" if embedded else "image"].to(device, non_blocking=non_blocking, **kwargs)
+    return inputs, batch["label"].to(device, non_blocking=non_blocking), (), {"embedded": embedded}
+
+
+def tile_starts(length: int, size: int) -> list[int]:
+    """Starts of the fewest windows of `size` that cover `length` pixels, evenly spread."""
+    count = -(-length // size)
+    return [round(i * (length - size) / max(1, count - 1)) for i in range(count)]
+
+
+class SliceDataset(Dataset):
+    """All slices of some cases with their labels: {"image": (C, H, W), "label": (1, H, W), "case": number of the case}.
+
+    The cases are read once. A case may limit itself to ranges of slices, `"slices": [(first, end), ...]`. Where a body
+    exceeds the field of view, a slice gives several tiles. `dataset[index]` is the slice without augmentation;
+    `dataset[epoch, index]` is augmented as (seed, epoch, index) say, whatever was drawn before.
+
+    Args:
+        data: cases: {"image", "label"} and optionally "id" and "slices".
+        transform: preprocessing: paths -> "image" (C, X, Y, Z) in [0, 1] and "label" (1, X, Y, Z) class indices.
+        task: the task.
+        augmentation: random transforms of a slice; None leaves the slices as they are.
+        seed: of the augmentation.
+        memory_mb: memory for the slices (MB); what exceeds it lies on disk.
+        part: "training" or "validation", for messages.
+
+    Attributes:
+        foreground: (N,) bool, does the item hold foreground?
+        present: (K,) bool, does the class occur at all?
+
+    Raises:
+        InputError: no case, a case without label, image and label that do not match, or no foreground anywhere.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Mapping[str, Any]],
+        transform: Callable,
+        task: Task,
+        augmentation: Compose | None = None,
+        seed: int = 0,
+        memory_mb: float = 2048,
+        part: str = "training",
+    ) -> None:
+        self.task, self.augmentation, self.seed = task, augmentation, seed
+        self.images: list[torch.Tensor] = []  # per case (n, C, H, W)
+        self.labels: list[torch.Tensor] = []  # per case (n, 1, H, W)
+        self.items: list[tuple[int, int]] = []  # case, position in it
+        if not data:
+            raise InputError(f"the data set has no {part} case; add labelled scans")
+        self.names = [_name(case) for case in data]
+        left = memory_mb
+        checksum = 0
+        for number, case in enumerate(tqdm(data, desc=f"reading {part} cases", leave=False, disable=None)):
+            image, label = _slices(case, self.names[number], transform, task)
+            checksum = zlib.crc32(label.numpy().tobytes(), checksum)
+            self.images.append(_keep(image, left))
+            self.labels.append(_keep(label, left))
+            left -= (image.nbytes + label.nbytes) / 1e6
+            self.items += [(number, position) for position in range(len(image))]
+        self._checksum = checksum
+        self.foreground = torch.cat([(label > 0).flatten(1).any(1) for label in self.labels])
+        counts = sum(torch.bincount(label.flatten().long(), minlength=task.num_classes) for label in self.labels)
+        self.present = counts > 0  # type: ignore[operator]
+        self._check_foreground(part)
+
+    def _check_foreground(self, part: str) -> None:
+        names = ", ".join(self.task.classes[1:])
+        if not self.foreground.any():
+            raise InputError(
+                f"the {part} labels hold no foreground ({names}) in {len(self.items)} slices; check the task's label ids"
+            )
+        absent = [name for name, present in zip(self.task.classes, self.present, strict=True) if not present]
+        if absent and part == "training":
+            logger.warning("no training slice holds %s; the network cannot learn it", ", ".join(absent))
+
+    def view(self, index: int, view: int) -> dict[str, Any]:
+        """The item in augmentation `view`; 0 is the item as it is."""
+        case, position = self.items[index]
+        item = {"image": self.images[case][position], "label": self.labels[case][position]}
+        if view and self.augmentation is not None:
+            self.augmentation.set_random_state(seed=draw(self.seed, "augment", view, index))
+            item = self.augmentation(item)
+        return {"image": item["image"].float(), "label": item["label"].to(torch.uint8), "case": case}
+
+    def signature(self) -> list[int]:
+        """Numbers that tell this data set from another: cases, slices, and a checksum of the labels."""
+        return [len(self.names), len(self.items), self._checksum]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = split_key(key)
+        if not 0 <= index < len(self):
+            raise IndexError(f"slice {index} of {len(self)}")
+        return self.view(index, epoch)
+
+
+def _name(case: Mapping[str, Any]) -> str:
+    return str(case.get("id") or Path(str(case["image"])).name)
+
+
+def _keep(values: torch.Tensor, memory_mb: float) -> torch.Tensor:
+    return allocate(tuple(values.shape), values.dtype, memory_mb).copy_(values)
+
+
+def _slices(
+    case: Mapping[str, Any], name: str, transform: Callable, task: Task
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The slices of a case, cut into tiles of the task's size: (n, C, H, W) and (n, 1, H, W)."""
+    if not case.get("label"):
+        raise InputError(f"case {name!r} has no label; training needs one for every case")
+    scan = transform(dict(case))
+    image, label = scan["image"], scan["label"]
+    grid = SliceGrid.from_volume(image, image.affine, task)
+    chosen: list[int] = []
+    for first, end in case.get("slices") or [(0, grid.num_slices)]:
+        if not 0 <= first < end <= grid.num_slices:
+            raise InputError(f"case {name!r}: slices {first} to {end} do not lie within its {grid.num_slices} slices")
+        chosen += range(first, end)
+    images, labels = grid.extract(image, chosen), grid.extract_labels(label, chosen)[:, None]
+    size = task.image_size
+    rows, columns = (tile_starts(side, size) for side in grid.canvas)
+    windows = [(slice(None), slice(None), slice(r, r + size), slice(c, c + size)) for r in rows for c in columns]
+    return torch.cat([images[window] for window in windows]), torch.cat([labels[window] for window in windows])

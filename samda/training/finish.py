@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The end of a training: the best parameters become a model folder, which is a MONAI bundle of its own."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from samda.adapters.base import count_parameters
+from samda.data.splits import Split
+from samda.data.task import Task
+from samda.networks.files import replacing
+from samda.networks.model_folder import save_model
+from samda.networks.segmenter import SamSegmenter
+from samda.resources import packaged
+from samda.training.record import TrainingRecord, write_json
+from samda.version import __version__
+
+__all__ = ["copy_bundle", "package_versions", "save_training"]
+
+PACKAGES = ("torch", "monai", "timm", "segment-anything", "numpy", "nibabel", "SimpleITK")
+
+
+def save_training(
+    network: SamSegmenter,
+    record: TrainingRecord,
+    task: Task,
+    cases: Split,
+    folder: str | Path,
+    bundle_root: str | Path,
+    settings: Mapping[str, Any],
+    cost: Mapping[str, Any] | None = None,
+    statistics: Callable[[], Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Put the best parameters back into the network and write the model folder with a bundle around it.
+
+    Args:
+        network: the trained network.
+        record: of the training.
+        task: its task.
+        cases: who trained and who validated.
+        folder: the model folder.
+        bundle_root: the bundle whose configs and docs are copied; samda's own where it holds no configs/train.json.
+        settings: the keys that shaped the training.
+        cost: what the embeddings took.
+        statistics: gives the statistics of the training data.
+
+    Returns:
+        {"model", "epochs", "best_epoch", "mean_dice", "dice", "seconds", "parameters", "split", "embeddings"}; Dice on
+        the validation slices, at the task's spacing.
+    """
+    record.restore_best(network)
+    best = next((row for row in record.history if row["epoch"] == record.best_epoch), {})
+    summary = {
+        "model": str(folder),
+        "epochs": len(record.history),
+        "best_epoch": record.best_epoch,
+        "mean_dice": best.get("mean_dice"),
+        "dice": best.get("dice", {}),
+        "seconds": round(sum(row["seconds"] for row in record.history), 1),
+        "parameters": count_parameters(network),
+        "split": cases.note,
+        "embeddings": None if cost is None else dict(cost),
+    }
+    training = {key: value for key, value in summary.items() if key not in ("model", "mean_dice", "dice")}
+    training |= {"cases": {"training": len(cases.training), "validation": len(cases.validation)}}
+    training |= {"settings": {key: value for key, value in settings.items() if key != "task"}}
+    content = {
+        "purpose": "research use only",
+        "versions": package_versions(),
+        "training": training,
+        "metrics": {
+            "where": "validation cases, slices at the task's spacing, pooled per case",
+            "mean_dice": summary["mean_dice"],
+            "dice": summary["dice"],
+        },
+        "statistics": None if statistics is None else dict(statistics()),
+    }
+    save_model(network, folder, task, content)
+    copy_bundle(bundle_root, folder, task, network)
+    return summary
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of samda, Python and the packages that shape the numbers."""
+    return {"samda": __version__, "python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in PACKAGES
+    }
+
+
+def copy_bundle(bundle_root: str | Path, folder: str | Path, task: Task, network: torch.nn.Module) -> None:
+    """Make a model folder a MONAI bundle: configs, docs, license, metadata that name the classes, models/model.pt.
+
+    models/model.pt repeats adapter.safetensors for MONAI's own tools; samda does not read it.
+
+    Args:
+        bundle_root: where configs and docs are copied from.
+        folder: the model folder.
+        task: its task.
+        network: the trained network.
+    """
+    source, folder = Path(bundle_root), Path(folder)
+    if not (source / "configs" / "train.json").is_file():
+        source = packaged("bundles", "sam_segmentation")
+    if source.resolve() != folder.resolve():
+        for name in ("configs", "docs"):
+            if (source / name).is_dir():
+                shutil.copytree(source / name, folder / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py*"))
+        shutil.copyfile(source / "LICENSE", folder / "LICENSE")
+    path = folder / "configs" / "metadata.json"
+    metadata = json.loads(path.read_text(encoding="utf-8"))
+    metadata["name"] = f"{task.name}: SAM segmentation with adapters"
+    metadata["network_data_format"]["inputs"]["image"] |= {"modality": task.modality, "num_channels": task.in_channels}
+    channels = {str(k): name for k, name in enumerate(task.classes)}
+    metadata["network_data_format"]["outputs"]["pred"] |= {"num_channels": task.num_classes, "channel_def": channels}
+    write_json(path, metadata)
+    with replacing(folder / "models" / "model.pt") as temporary:
+        torch.save(network.state_dict(), temporary)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizer: named parameter groups that follow from what adapters and class head declare as their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn as nn
+
+from samda.adapters.base import adapter_parameters, trainable_parameters
+from samda.errors import UsageError
+
+__all__ = ["build_optimizer", "build_schedule", "parameter_groups"]
+
+
+def parameter_groups(network: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """The trainable parameters, each in exactly one group: "adapters", "head" and "base" (what a baseline trains).
+
+    Empty groups are left out. Names are full names in `network`.
+    """
+    trainable = trainable_parameters(network)
+    adapters = set(adapter_parameters(network))
+    head = set(network.head_params())  # type: ignore[operator]
+    groups: dict[str, dict[str, nn.Parameter]] = {"adapters": {}, "head": {}, "base": {}}
+    for name, parameter in trainable.items():
+        group = "adapters" if name in adapters else "head" if name in head else "base"
+        groups[group][name] = parameter
+    return {group: parameters for group, parameters in groups.items() if parameters}
+
+
+def build_optimizer(
+    network: nn.Module,
+    learning_rate: float | Mapping[str, float] = 1e-3,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> torch.optim.AdamW:
+    """AdamW over the groups of :func:`parameter_groups`.
+
+    Vectors and scalars (biases, scales and shifts of norms, gates, singular values) do not decay, matrices and kernels
+    do; a group "adapters" therefore appears as "adapters" and "adapters/vectors".
+
+    Args:
+        network: a segmenter with its adapters attached.
+        learning_rate: one rate, or a rate per group name ("adapters", "head", "base").
+        weight_decay: of tensors with two or more axes.
+        betas: of AdamW.
+
+    Raises:
+        UsageError: a rate is missing for a group, is not positive, or names a group that does not exist.
+    """
+    groups = parameter_groups(network)
+    if isinstance(learning_rate, Mapping):
+        unknown = [name for name in learning_rate if name not in ("adapters", "head", "base")]
+        missing = [name for name in groups if name not in learning_rate]
+        if unknown or missing:
+            what = f"unknown group {unknown[0]!r}" if unknown else f"no rate for the group {missing[0]!r}"
+            raise UsageError(f"learning_rate: {what}; this network has {', '.join(groups)}")
+    settings = []
+    for group, parameters in groups.items():
+        rate = learning_rate[group] if isinstance(learning_rate, Mapping) else learning_rate
+        if not 0 < rate < math.inf:
+            raise UsageError(f"learning_rate of {group!r} must be positive, got {rate}")
+        for name, vectors in ((group, False), (f"{group}/vectors", True)):
+            chosen = [p for p in parameters.values() if (p.ndim < 2) == vectors]
+            if chosen:
+                decay = 0.0 if vectors else weight_decay
+                settings.append({"name": name, "params": chosen, "lr": rate, "weight_decay": decay})
+    return torch.optim.AdamW(settings, lr=1e-3, betas=tuple(betas))
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, epochs: int, iterations: int, warmup: float = 0.05
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then half a cosine to zero, one step per iteration.
+
+    Unlike MONAI's `WarmupCosineSchedule` it does not spend the first iteration at rate zero, and its state leaves the
+    length of the training open, so one can resume with more epochs.
+
+    With T = epochs x iterations and w = round(warmup T), the rate of step t is multiplied by (t + 1) / (w + 1) for
+    t < w, else by (1 + cos(pi (t - w) / (T - w))) / 2.
+
+    Args:
+        optimizer: whose rates are scheduled.
+        epochs: epochs of the training.
+        iterations: iterations of an epoch.
+        warmup: share of all iterations in which the rate rises, in [0, 1).
+    """
+    if not 0 <= warmup < 1:
+        raise UsageError(f"warmup is a share of the training, in [0, 1); got {warmup}")
+    total = max(1, epochs * iterations)
+    rise = round(warmup * total)
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / (rise + 1)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, total - rise))))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`train`: the bundle's train.json, run by MONAI's ConfigWorkflow, with overlays and overrides."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+from samda.data.task import Task
+from samda.errors import UsageError, cause_of, nearest
+from samda.resources import packaged
+
+__all__ = ["find_overlay", "literal", "train", "training_workflow"]
+
+WRAPPERS = ("Failed to evaluate", "Failed to instantiate")  # how MONAI's errors begin that only say where
+
+Adapters = Mapping[str, Mapping[str, Any]] | Sequence[str | Path] | str | Path
+
+
+def train(
+    dataset: str | Path,
+    output: str | Path,
+    task: Task | Mapping[str, Any] | str | Path | None = None,
+    adapters: Adapters | None = None,
+    backbone: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Train on a data set and write a model folder.
+
+    It runs the same config as `python -m monai.bundle run --config_file .../train.json`; an argument that is None keeps
+    the value of that file.
+
+    Args:
+        dataset: a folder or datalist, see :func:`samda.data.datalists.read_datalist`.
+        output: the model folder to write.
+        task: a Task, its values, or a YAML or JSON file; None takes the classes from the data set.
+        adapters: adapter name -> settings; or names of overlays ("salt", "flagship") and paths of YAML files, whose
+            adapters are taken together.
+        backbone: "vit_t", "vit_b", "vit_l" or "vit_h".
+        overrides: further config keys, nested ones written "train::loss::batch".
+        resume: go on from `output`/last.pt, exactly as if the training had not stopped.
+        overwrite: replace the training that `output` holds.
+        device: torch device; None takes a GPU where there is one.
+
+    Returns:
+        What was trained and reached, see :func:`samda.training.finish.save_training`.
+
+    Raises:
+        UsageError: an unknown key or name, a value of the wrong type, or a folder that holds a training already.
+        InputError: the data cannot be used.
+
+    Example:
+        `train("scans", "model", task="abdomen.yaml", adapters=["salt", "sam_da"], overrides={"epochs": 20})`
+    """
+    with _one_voice():
+        workflow = training_workflow(dataset, output, task, adapters, backbone, overrides, resume, overwrite, device)
+        workflow.initialize()
+        workflow.run()
+        return workflow.finalize()[0]
+
+
+def training_workflow(
+    dataset: str | Path,
+    output: str | Path,
+    task: Task | Mapping[str, Any] | str | Path | None = None,
+    adapters: Adapters | None = None,
+    backbone: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+) -> ConfigWorkflow:
+    """The workflow that :func:`train` runs, not yet initialized; the same arguments."""
+    config_file = packaged("bundles", "sam_segmentation", "configs", "train.json")
+    keys = {
+        "bundle_root": literal(str(config_file.parent.parent)),
+        "dataset_dir": literal(str(dataset)),
+        "output_dir": literal(str(output)),
+        "resume": resume,
+        "overwrite": overwrite,
+    }
+    if task is not None:
+        keys["task"] = literal(task.to_dict() if isinstance(task, Task) else task)
+    if backbone is not None:
+        keys["backbone"] = backbone
+    if device is not None:
+        keys["device"] = str(device)
+    overrides = dict(overrides or {})
+    for key in overrides:
+        if key in keys:
+            raise UsageError(f"override {key!r} is an argument of its own; give it there")
+    if isinstance(adapters, Mapping):
+        keys["adapters"] = dict(adapters)
+    elif adapters is not None:
+        names = [adapters] if isinstance(adapters, str | Path) else adapters
+        keys |= _merged((find_overlay(name) for name in names), overrides)
+    workflow = ConfigWorkflow(str(config_file), workflow_type="train", logging_file=False)
+    for key, value in (keys | overrides).items():
+        workflow.parser.set(value, key)  # new nested keys are taken, too; `initialize` then refuses them by name
+    return workflow
+
+
+def find_overlay(name: str | Path) -> Path:
+    """The file of an adapter overlay: one of ours by its name, or a path.
+
+    Raises:
+        UsageError: there is neither.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
+        return path
+    ours = {file.stem: file for file in packaged("configs", "adapters").glob("*.yaml")}
+    if str(name) not in ours:
+        raise UsageError(f"no adapter overlay {str(name)!r}; {nearest(str(name), ours)} or give a YAML file")
+    return ours[str(name)]
+
+
+def literal(value: Any) -> Any:
+    """A value that MONAI's config takes as it is.
+
+    MONAI replaces `#` in every text and reads texts that begin with `$`, `@` or `%`; such texts become an expression
+    that evaluates to themselves.
+    """
+    if isinstance(value, Mapping):
+        return {key: literal(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [literal(entry) for entry in value]
+    if isinstance(value, Path):
+        return literal(str(value))
+    if isinstance(value, str) and ("#" in value or value.startswith(("$", "@", "%"))):
+        return "$" + repr(value).replace("#", "\\x23").replace("@", "\\x40")
+    return value
+
+
+def _merged(files: Iterable[Path], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of several overlays; their adapters are taken together.
+
+    Raises:
+        UsageError: two overlays disagree on a key that no override settles.
+    """
+    merged: dict[str, Any] = {"adapters": {}}
+    for file in files:
+        for key, value in ConfigParser.load_config_file(file).items():
+            target, entries = (merged["adapters"], value) if key == "adapters" else (merged, {key: value})
+            for name, entry in entries.items():
+                if target.get(name, entry) != entry and name not in overrides:
+                    raise UsageError(f"the overlays disagree on {name!r} ({target[name]!r}, {entry!r}); set it yourself")
+                target[name] = entry
+    return merged
+
+
+@contextlib.contextmanager
+def _one_voice() -> Iterator[None]:
+    """One line per error: the error itself where MONAI wrapped it in the story of its config item, and no log beside it."""
+    chatty = [logging.getLogger(name) for name in ("monai.bundle.workflows", "ignite")]
+    levels = [logger.level for logger in chatty]
+    for logger in chatty:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException = cause_of(error) or error
+        while cause.__cause__ is not None and str(cause).startswith(WRAPPERS):
+            cause = cause.__cause__
+        raise cause from None
+    finally:
+        for logger, level in zip(chatty, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inner loop on a network of one scale and one shift per class."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.nn as nn
+
+from samda.adaptation.objectives import Objective, build_objective
+from samda.adaptation.trajectory import NotFinite, OutOfTime, descend, held
+
+
+class Scaler(nn.Module):
+    """Logits z -> s z + b; `base` never moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, 1, 1))
+        self.shift = nn.Parameter(torch.full((3, 1, 1), 0.1))
+        self.base = nn.Parameter(torch.ones(3, 1, 1), requires_grad=False)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.base * (self.scale * z + self.shift)
+
+    def moving(self) -> dict[str, nn.Parameter]:
+        return {"scale": self.scale, "shift": self.shift}
+
+
+@pytest.fixture
+def logits() -> torch.Tensor:
+    z = torch.randn(3, 2, 3, 6, 6, generator=torch.Generator().manual_seed(4))
+    z[:, :, 0] += 1.0
+    return z
+
+
+def run(network: Scaler, logits: torch.Tensor, name: str = "tent", steps: int = 4, **options: object):
+    with held(network, network.moving()) as start:
+        trajectory = descend(lambda: network(logits), network.moving(), build_objective(name), steps, 0.05, **options)
+        inside = {k: v.detach().clone() for k, v in network.moving().items()}
+    return trajectory, start, inside
+
+
+def test_curves_cover_every_iterate_and_the_loss_falls(logits: torch.Tensor) -> None:
+    trajectory, _, _ = run(Scaler(), logits)
+    for curve in (trajectory.loss, trajectory.agreement, trajectory.entropy, trajectory.displacement, trajectory.merit):
+        assert len(curve) == 5
+    assert trajectory.loss[-1] < trajectory.loss[0]
+    assert trajectory.displacement[0] == 0.0 and trajectory.displacement[-1] > 0
+
+
+def test_first_adam_step_moves_every_number_by_the_rate(logits: torch.Tensor) -> None:
+    trajectory, start, _ = run(Scaler(), logits, steps=1, merit=lambda z: float("nan"))
+    for name, tensor in trajectory.tensors.items():
+        moved = (tensor - start[name]).abs()
+        torch.testing.assert_close(moved, torch.full_like(moved, 0.05), rtol=1e-3, atol=0)
+
+
+def test_the_iterate_of_highest_merit_is_kept(logits: torch.Tensor) -> None:
+    scores = iter([0.1, 0.5, 0.9, 0.9, 0.3])
+    trajectory, _, inside = run(Scaler(), logits, merit=lambda z: next(scores))
+    assert trajectory.best_step == 2
+    shorter, _, _ = run(Scaler(), logits, steps=2, merit=lambda z: float("nan"))  # NaN keeps the last one
+    assert shorter.best_step == 2
+    for name in inside:
+        assert torch.equal(inside[name], shorter.tensors[name]) and torch.equal(inside[name], trajectory.tensors[name])
+
+
+def test_nothing_better_keeps_the_source(logits: torch.Tensor) -> None:
+    trajectory, start, inside = run(Scaler(), logits, merit=lambda z: 0.5)
+    assert trajectory.best_step == 0
+    assert all(torch.equal(inside[name], start[name]) for name in start)
+
+
+def test_no_steps_measure_the_source(logits: torch.Tensor) -> None:
+    trajectory, start, inside = run(Scaler(), logits, steps=0)
+    assert trajectory.best_step == 0 and len(trajectory.loss) == 1
+    assert all(torch.equal(inside[name], start[name]) for name in start)
+
+
+def test_everything_is_restored(logits: torch.Tensor) -> None:
+    network = Scaler().train()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    run(network, logits)
+    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+    assert network.training and not network.base.requires_grad
+    assert all(p.grad is None for p in network.parameters())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
+def test_everything_is_restored_after_an_exception(logits: torch.Tensor, error: type[BaseException]) -> None:
+    network = Scaler()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    calls = []
+
+    def merit(z: torch.Tensor) -> float:
+        calls.append(0)
+        if len(calls) == 3:
+            raise error("in the middle")
+        return 1.0
+
+    with pytest.raises(error):
+        run(network, logits, merit=merit)
+    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+    assert network.scale.requires_grad and not network.base.requires_grad
+
+
+def test_only_what_is_named_moves(logits: torch.Tensor) -> None:
+    network = Scaler()
+    moving = {"scale": network.scale}
+    with held(network, moving):
+        assert not network.shift.requires_grad
+        trajectory = descend(lambda: network(logits), moving, build_objective("tent"), 2, 0.05)
+        assert torch.equal(network.shift, torch.full((3, 1, 1), 0.1)) and network.shift.grad is None
+    assert set(trajectory.tensors) == {"scale"} and network.shift.requires_grad
+
+
+class Broken(Objective):
+    def loss(self, logits: torch.Tensor, state: object) -> torch.Tensor:
+        return logits.sum() * float("nan")
+
+
+class Steep(Objective):
+    def loss(self, logits: torch.Tensor, state: object) -> torch.Tensor:
+        return (logits - logits.detach()).abs().sqrt().sum()  # 0, with an infinite slope
+
+
+@pytest.mark.parametrize("objective", [Broken(), Steep()])
+def test_not_finite_is_reported(logits: torch.Tensor, objective: Objective) -> None:
+    network = Scaler()
+    with pytest.raises(NotFinite), held(network, network.moving()):
+        descend(lambda: network(logits), network.moving(), objective, 2, 0.05)
+    assert torch.equal(network.scale, torch.ones(3, 1, 1))
+
+
+def test_out_of_time(logits: torch.Tensor) -> None:
+    network = Scaler()
+    with pytest.raises(OutOfTime), held(network, network.moving()):
+        descend(lambda: network(logits), network.moving(), build_objective("tent"), 2, 0.05, deadline=time.monotonic())
+
+
+def test_the_anchor_holds_back(logits: torch.Tensor) -> None:
+    free, _, _ = run(Scaler(), logits, "class_entropy", steps=6, merit=lambda z: float("nan"))
+    network = Scaler()
+    with held(network, network.moving()):
+        tied = descend(
+            lambda: network(logits),
+            network.moving(),
+            build_objective("class_entropy", {"anchor": 100.0}),
+            6,
+            0.05,
+            merit=lambda z: float("nan"),
+        )
+    assert tied.displacement[-1] < 0.7 * free.displacement[-1]

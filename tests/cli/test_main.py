@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as a whole: help, speed, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from samda.cli import main as cli
+from samda.version import __version__
+
+
+def samda(*args: str, **settings) -> subprocess.CompletedProcess:
+    """Run the command line in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "samda", *args], capture_output=True, text=True, **settings)
+
+
+def test_help_names_every_command_and_needs_no_torch() -> None:
+    code = "import sys, samda.cli.main as cli; cli.main(['--help']); print({'torch', 'monai', 'numpy'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+    for name in cli.COMMANDS:
+        assert f"\n    {name} " in done.stdout
+
+
+@pytest.mark.parametrize("args", [["--help"], ["train", "--help"]])
+def test_help_is_fast(args: list[str]) -> None:
+    seconds = []
+    for _ in range(3):  # the best of three: the machine may be busy
+        start = time.perf_counter()
+        assert samda(*args).returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+
+
+def test_version() -> None:
+    assert samda("--version").stdout == f"samda {__version__}\n"
+
+
+def test_every_command_explains_itself(capsys: pytest.CaptureFixture) -> None:
+    for name in cli.COMMANDS:
+        assert cli.main([name, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert f"usage: samda {name}" in text
+        assert "--debug" in text
+
+
+def test_no_command_is_wrong_usage(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main([]) == 2
+    assert "usage: samda" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["trian"], ["'trian' is unknown", "did you mean 'train'?"]),
+        (["--jsn"], ["unknown option '--jsn'"]),
+        (["predict", "-m", "m", "-i", "i", "--otput", "o"], ["unknown option '--otput'", "did you mean '--output'?"]),
+        (["predict", "-device", "cpu"], ["unknown option '-device'", "did you mean '--device'?"]),
+        (["predict", "--dev", "cpu"], ["unknown option '--dev'", "did you mean"]),  # no abbreviations
+        (["predict", "-m", "m"], ["required", "-i/--input", "-o/--output"]),
+        (["train", "-d", "d", "-o", "o", "--epochs", "many"], ["--epochs", "'many'"]),
+        (["train", "-d", "d", "-o", "o", "--epochs", "0"], ["--epochs", "'0'"]),
+        (["info", "extra"], ["unrecognized arguments: extra"]),
+    ],
+)
+def test_wrong_usage_is_one_line_with_code_2(args: list[str], words: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("samda")
+    for word in words:
+        assert word in err
+
+
+COMMAND = """\
+'''Does what the test says.
+
+More about it.
+'''
+from samda.errors import InputError, UsageError
+
+def add_arguments(parser):
+    parser.add_argument("--times", type=int, default=1)
+
+def run(args):
+    {body}
+"""
+WRAPPED = """\
+try:
+        raise InputError("scan 'a.nii.gz' has two time points; choose one")
+    except InputError as error:
+        raise RuntimeError("Failed to evaluate '$build()'") from error
+"""
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Add the command `samda extra`, whose file ends with the given line."""
+
+    def put(body: str) -> None:
+        name = f"extra_{tmp_path.name}"
+        (tmp_path / f"{name}.py").write_text(COMMAND.format(body=body))
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setitem(cli.COMMANDS, "extra", name)
+
+    return put
+
+
+def test_a_command_is_one_file(command, capsys: pytest.CaptureFixture) -> None:
+    command('print("done " * args.times)')
+    assert cli.main(["--help"]) == 0
+    assert "extra               Does what the test says." in capsys.readouterr().out
+    assert cli.main(["extra", "--times", "2"]) == 0
+    assert capsys.readouterr().out == "done done \n"
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "line"),
+    [
+        ("pass", 0, ""),
+        ("""raise InputError("no scan\\nin 'x'; check it")""", 1, "samda extra: no scan in 'x'; check it"),
+        ("raise UsageError('rank must be positive')", 2, "samda extra: rank must be positive (see samda extra --help)"),
+        ("raise KeyError('spleen')", 1, "samda extra: unexpected KeyError: 'spleen' (--debug shows where)"),
+        ("raise KeyboardInterrupt", 130, "samda extra: interrupted"),
+        (WRAPPED, 1, "samda extra: scan 'a.nii.gz' has two time points; choose one"),
+    ],
+)
+def test_what_a_command_raises(body: str, code: int, line: str, command, capsys: pytest.CaptureFixture) -> None:
+    command(body)
+    assert cli.main(["extra"]) == code
+    assert capsys.readouterr().err.strip() == line
+
+
+def test_debug_shows_the_traceback(command, capsys: pytest.CaptureFixture) -> None:
+    command("raise KeyError('spleen')")
+    assert cli.main(["extra", "--debug"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in err
+    assert err.strip().endswith("samda extra: unexpected KeyError: 'spleen' (--debug shows where)")
+
+
+def test_closed_pipe_is_quiet(tmp_path) -> None:
+    (tmp_path / "extra.py").write_text(COMMAND.format(body="for _ in range(100000): print('line')"))
+    code = "import sys; from samda.cli import main; main.COMMANDS['extra'] = 'extra'; sys.exit(main.main(['extra']))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "line\n"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+
+from samda.data.labels import MapLabelsd, label_map
+from samda.data.task import Task
+from samda.errors import InputError, UsageError
+
+CLASSES = ("background", "liver", "kidney")
+PLAIN = Task(classes=CLASSES)
+LISTED = Task(classes=CLASSES, labels={"liver": 5, "kidney": [2, 3]})
+DATASET = {"background": (0,), "kidney": (2,), "spleen": (4,), "liver": (1,)}
+
+
+def mapped(values, task, dataset_labels=None, dtype=torch.int16) -> list[int]:
+    label = MetaTensor(torch.tensor(values, dtype=dtype).reshape(1, 1, 1, -1))
+    label.meta["filename_or_obj"] = "labels.nii.gz"
+    result = MapLabelsd("label", task, dataset_labels)({"label": label})["label"]
+    assert result.dtype == torch.uint8
+    assert result.shape == label.shape
+    return result.flatten().tolist()
+
+
+def test_listed_ids_count_and_all_others_are_background():
+    assert mapped([0, 1, 2, 3, 4, 5, 117], LISTED) == [0, 0, 2, 2, 0, 1, 0]
+
+
+def test_names_of_the_data_set():
+    # the spleen is named but no class of the task
+    assert mapped([0, 1, 2, 4], PLAIN, DATASET) == [0, 1, 2, 0]
+
+
+def test_ids_that_the_data_set_does_not_name_are_refused():
+    with pytest.raises(
+        InputError, match=r"labels.nii.gz holds ids that the data set's labels does not name: 3, 9"
+    ) as e:
+        mapped([0, 1, 9, 3], PLAIN, DATASET)
+    assert "known: 0, 1, 2, 4" in str(e.value)
+    assert "list the ids" in str(e.value)
+
+
+def test_without_any_names_id_k_is_class_k():
+    assert mapped([0, 1, 2, 2], PLAIN) == [0, 1, 2, 2]
+    with pytest.raises(InputError, match="does not name: 3, 255"):
+        mapped([0, 255, 3], PLAIN)
+
+
+def test_a_class_that_the_data_set_does_not_name():
+    with pytest.raises(InputError, match="'liver'; did you mean 'Liver'"):
+        label_map(PLAIN, {"Liver": (1,), "kidney": (2,)})
+
+
+def test_task_and_data_set_that_disagree():
+    with pytest.raises(InputError, match=r"'liver' has ids \[5\] .* \[1\] in the data set"):
+        label_map(LISTED, {"liver": (1,)})
+    label_map(LISTED, {"liver": (5,), "kidney_right": (2,), "kidney_left": (3,)})  # merged names do not
+
+
+def test_regions_that_overlap_are_refused():
+    with pytest.raises(UsageError, match="'liver' and 'kidney' share id 1"):
+        label_map(PLAIN, {"liver": (1, 2), "kidney": (1,)})
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, torch.float32])
+def test_number_types(dtype):
+    assert mapped([5, 0, 2, 3], LISTED, dtype=dtype) == [1, 0, 2, 2]
+
+
+def test_negative_and_distant_ids():
+    task = Task(classes=CLASSES, labels={"liver": -3, "kidney": 70_000})
+    assert mapped([-3, 70_000, 0], task, dtype=torch.int32) == [1, 2, 0]
+
+
+def test_fractions_are_refused():
+    with pytest.raises(InputError, match="fractions"):
+        mapped([0.0, 1.0, 1.5], PLAIN, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("values", [[0.0, float("nan")], [-1e9, 1e9]])
+def test_values_that_are_no_ids_are_refused(values):
+    with pytest.raises(InputError, match="is it a label map"):
+        mapped(values, LISTED, dtype=torch.float32)
+
+
+def test_long_labels_are_mapped_in_parts(monkeypatch):
+    monkeypatch.setattr("samda.data.labels.CHUNK", 7)
+    values = np.random.default_rng(0).integers(0, 6, 100)
+    table = np.array([0, 0, 2, 2, 0, 1])
+    assert mapped(values.tolist(), LISTED) == table[values].tolist()

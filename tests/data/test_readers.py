@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import gzip
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from volumes import AFFINES, SHAPE, numbered, save
+
+from samda.data.readers import SimpleITKReader, read_geometry, read_scan, stem
+from samda.errors import InputError
+
+
+def refusal(path, channels=1, named=None) -> str:
+    with pytest.raises(InputError) as caught:
+        read_scan(path, channels)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(named or path) in message
+    return message
+
+
+# -------------------------------------------------------------------------------------------------------------- NIfTI
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("name", AFFINES)
+def test_nifti_keeps_values_and_nibabels_affine(tmp_path, name, ending):
+    path = save(tmp_path / f"a{ending}", numbered(), AFFINES[name])
+    scan = read_scan(path)
+    np.testing.assert_array_equal(scan.array, numbered())
+    assert scan.array.dtype == np.int16
+    np.testing.assert_allclose(scan.affine, nib.load(path).affine, atol=1e-6)
+    np.testing.assert_allclose(scan.affine, AFFINES[name], atol=1e-4)
+
+
+@pytest.mark.parametrize(("sform", "qform"), [(1, 0), (0, 2), (2, 4)])
+def test_form_codes_that_agree_give_one_affine_without_a_warning(tmp_path, recwarn, sform, qform):
+    path = save(tmp_path / "a.nii", numbered(), AFFINES["oblique"], sform, qform)
+    np.testing.assert_allclose(read_scan(path).affine, AFFINES["oblique"], atol=1e-4)
+    assert not [w for w in recwarn if "form" in str(w.message)]
+
+
+def test_sform_wins_over_a_qform_that_differs_and_this_is_said(tmp_path):
+    image = nib.Nifti1Image(numbered(), AFFINES["ras"])
+    image.set_sform(AFFINES["ras"], 2)
+    image.set_qform(AFFINES["lps"], 1)
+    nib.save(image, tmp_path / "a.nii")
+    with pytest.warns(UserWarning, match="sform and qform differ by up to 36.0 mm"):  # 2 * (10 - 1) * 2 mm along x
+        scan = read_scan(tmp_path / "a.nii")
+    np.testing.assert_allclose(scan.affine, AFFINES["ras"])
+
+
+def test_nifti_without_any_form_code_warns(tmp_path):
+    path = save(tmp_path / "a.nii", numbered(), AFFINES["ras"], 0, 0)
+    with pytest.warns(UserWarning, match="neither sform nor qform"):
+        read_scan(path)
+
+
+def test_sheared_affine_that_itk_refuses_is_kept(tmp_path):
+    affine = AFFINES["ras"].copy()
+    affine[1, 2] = 0.8  # a tilted gantry
+    path = save(tmp_path / "a.nii.gz", numbered(), affine, 1, 0)
+    with pytest.raises(RuntimeError, match="orthonormal"):
+        sitk.ReadImage(path)
+    scan = read_scan(path)
+    np.testing.assert_allclose(scan.affine, affine, atol=1e-6)
+    np.testing.assert_array_equal(scan.array, numbered())
+
+
+@pytest.mark.parametrize("what", ["flat", "nan"])
+def test_unusable_affines_are_refused(tmp_path, what):
+    affine = AFFINES["ras"].copy()
+    if what == "flat":
+        affine[:3, 2] = affine[:3, 1]  # two axes in one direction
+    else:
+        affine[0, 3] = np.nan
+    assert "unusable affine" in refusal(save(tmp_path / "a.nii", numbered(), affine, 1, 0))
+
+
+def test_scaled_nifti_is_float32_with_slope_and_intercept(tmp_path):
+    image = nib.Nifti1Image(numbered(), AFFINES["ras"])
+    image.header.set_slope_inter(0.5, -1024)
+    nib.save(image, tmp_path / "a.nii.gz")
+    stored = nib.load(tmp_path / "a.nii.gz")  # nibabel stores (value - intercept) / slope
+    scan = read_scan(tmp_path / "a.nii.gz")
+    assert scan.array.dtype == np.float32
+    np.testing.assert_allclose(scan.array, stored.get_fdata(), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("uint8", "uint8"), ("uint16", "int32"), (">i2", "int16"), ("uint32", "int64"), ("float64", "float32")],
+)
+def test_number_types_that_torch_lacks_are_widened_or_narrowed(tmp_path, given, kept):
+    array = (numbered() + 100).clip(0, 250).astype(given)
+    header = nib.Nifti1Header(endianness=">" if given.startswith(">") else "<")
+    header.set_data_dtype(array.dtype)
+    image = nib.Nifti1Image(array, AFFINES["ras"], header)
+    nib.save(image, tmp_path / "a.nii")
+    scan = read_scan(tmp_path / "a.nii")
+    assert scan.array.dtype == np.dtype(kept)
+    np.testing.assert_array_equal(scan.array, array)
+
+
+def test_complex_voxels_are_refused(tmp_path):
+    path = save(tmp_path / "a.nii", numbered().astype(np.complex64), AFFINES["ras"])
+    assert "complex64" in refusal(path)
+
+
+@pytest.mark.parametrize("shape", [(10, 14), (10, 14, 1), (10, 14, 2), (10, 14, 6, 1), (10, 14, 6, 1, 1)])
+def test_few_or_trailing_dimensions(tmp_path, shape):
+    array = numbered(shape)
+    scan = read_scan(save(tmp_path / "a.nii", array, AFFINES["ras"]))
+    expected = array.reshape((*shape, 1)[:3])
+    np.testing.assert_array_equal(scan.array, expected)
+    assert read_geometry(tmp_path / "a.nii")[0] == expected.shape
+
+
+@pytest.mark.parametrize("shape", [(*SHAPE, 3), (*SHAPE, 1, 3)])
+def test_4d_needs_declared_channels(tmp_path, shape):
+    array = numbered(shape)
+    path = save(tmp_path / "a.nii.gz", array, AFFINES["ras"])
+    assert "10 x 14 x 6 x 3" in refusal(path)
+    np.testing.assert_array_equal(read_scan(path, channels=3).array, array.reshape(*SHAPE, 3))
+
+
+def test_gray_scan_is_refused_where_colors_are_declared(tmp_path):
+    path = save(tmp_path / "a.nii.gz", numbered(), AFFINES["ras"])
+    assert "in_channels" in refusal(path, channels=3)
+
+
+# -------------------------------------------------------------------------------------------------- NRRD and MetaImage
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha", ".mhd"])
+def test_itk_formats_have_ras_affines(tmp_path, ending):
+    image = sitk.GetImageFromArray(numbered().transpose(2, 1, 0))  # ITK's arrays are (z, y, x)
+    image.SetSpacing((2.0, 0.7, 3.0))
+    image.SetOrigin((4.0, -6.0, 11.0))
+    image.SetDirection((0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0))
+    path = tmp_path / f"a{ending}"
+    sitk.WriteImage(image, str(path))
+    scan = read_scan(path)
+    np.testing.assert_array_equal(scan.array, numbered())
+    # LPS columns: x runs along +y (2 mm), y along -x (0.7 mm); then x and y change sign
+    expected = [[0, 0.7, 0, -4], [-2, 0, 0, 6], [0, 0, 3, 11], [0, 0, 0, 1]]
+    np.testing.assert_allclose(scan.affine, expected, atol=1e-9)
+    lps = np.array(image.TransformIndexToPhysicalPoint((3, 5, 2)))
+    np.testing.assert_allclose((scan.affine @ [3, 5, 2, 1])[:3], lps * [-1, -1, 1])
+    assert read_geometry(path)[0] == SHAPE
+    np.testing.assert_allclose(read_geometry(path)[1], expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha"])
+def test_itk_vector_images_have_channels_last(tmp_path, ending):
+    array = numbered((*SHAPE, 3))
+    image = sitk.GetImageFromArray(array.transpose(2, 1, 0, 3), isVector=True)
+    sitk.WriteImage(image, str(tmp_path / f"a{ending}"))
+    np.testing.assert_array_equal(read_scan(tmp_path / f"a{ending}", channels=3).array, array)
+    assert "10 x 14 x 6 x 3" in refusal(tmp_path / f"a{ending}")
+
+
+def test_itk_time_series_is_refused(tmp_path):
+    volume = sitk.GetImageFromArray(numbered().transpose(2, 1, 0))
+    sitk.WriteImage(sitk.JoinSeries([volume, volume]), str(tmp_path / "a.mha"))
+    assert "10 x 14 x 6 x 2" in refusal(tmp_path / "a.mha")
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def picture(path: Path, array: np.ndarray) -> Path:
+    """Write rows x columns[, channels] uint8."""
+    sitk.WriteImage(sitk.GetImageFromArray(array, isVector=array.ndim == 3), str(path))
+    return path
+
+
+def test_png_keeps_its_orientation(tmp_path):
+    array = np.zeros((5, 8), np.uint8)
+    array[1, 6] = 200  # second row from the top, second column from the right
+    scan = read_scan(picture(tmp_path / "a.png", array))
+    assert scan.array.shape == (8, 5, 1)
+    assert scan.array[6, 1, 0] == 200
+    np.testing.assert_array_equal(scan.affine, np.diag([-1.0, -1.0, 1.0, 1.0]))
+
+
+def test_pixel_size_of_a_picture_is_one_whatever_the_file_says(tmp_path):
+    image = sitk.GetImageFromArray(np.eye(6, dtype=np.uint8))
+    image.SetSpacing((0.25, 0.25))
+    sitk.WriteImage(image, str(tmp_path / "a.png"))
+    np.testing.assert_array_equal(read_scan(tmp_path / "a.png").affine, np.diag([-1.0, -1.0, 1.0, 1.0]))
+    np.testing.assert_array_equal(read_geometry(tmp_path / "a.png")[1], np.diag([-1.0, -1.0, 1.0, 1.0]))
+
+
+def test_jpeg_is_read(tmp_path):
+    scan = read_scan(picture(tmp_path / "a.jpg", np.full((6, 9), 77, np.uint8)))
+    np.testing.assert_allclose(scan.array, np.full((9, 6, 1), 77), atol=2)  # lossy
+
+
+def test_colors_and_alpha(tmp_path):
+    colors = np.random.default_rng(0).integers(0, 255, (5, 8, 3), dtype=np.uint8)
+    opaque = np.concatenate([colors, np.full((5, 8, 1), 255, np.uint8)], axis=2)
+    expected = colors.transpose(1, 0, 2)[:, :, None]
+    np.testing.assert_array_equal(read_scan(picture(tmp_path / "rgb.png", colors), 3).array, expected)
+    np.testing.assert_array_equal(read_scan(picture(tmp_path / "rgba.png", opaque), 3).array, expected)
+    assert "channel" in refusal(tmp_path / "rgb.png")
+    opaque[0, 0, 3] = 0
+    assert "transparent" in refusal(picture(tmp_path / "clear.png", opaque), 3)
+
+
+def test_gray_picture_saved_with_three_equal_channels_is_gray(tmp_path):
+    gray = np.random.default_rng(0).integers(0, 255, (5, 8), dtype=np.uint8)
+    path = picture(tmp_path / "a.png", np.stack([gray] * 3, axis=2))
+    np.testing.assert_array_equal(read_scan(path).array[:, :, 0], gray.T)
+
+
+# -------------------------------------------------------------------------------------------------------------- DICOM
+
+
+def dicom(folder: Path, positions, series="1.2.3", name="made up", start=0) -> Path:
+    """A series of slices at z = positions (mm); every slice has its own value."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for number, z in enumerate(positions):
+        position = z if isinstance(z, tuple) else (-4.0, -6.0, z)
+        image = sitk.GetImageFromArray(np.full((1, 7, 5), 10 * number, np.int16))
+        image.SetSpacing((0.5, 0.25, 1.0))
+        tags = {
+            "0008|0016": "1.2.840.10008.5.1.4.1.1.2",
+            "0008|0018": f"{series}.{number + 1}",
+            "0008|0060": "CT",
+            "0008|103e": name,
+            "0020|000d": "1.2.9",
+            "0020|000e": series,
+            "0020|0013": str(number),
+            "0020|0032": "\\".join(map(str, position)),
+            "0020|0037": "1\\0\\0\\0\\1\\0",
+        }
+        for key, value in tags.items():
+            image.SetMetaData(key, value)
+        writer.SetFileName(str(folder / f"{start + 90 - number}.dcm"))  # names against the order of positions
+        writer.Execute(image)
+    return folder
+
+
+def test_dicom_series_is_ordered_by_position(tmp_path):
+    folder = dicom(tmp_path / "series", [100.0, 102.5, 105.0])
+    scan = read_scan(folder)
+    assert scan.array.shape == (5, 7, 3)
+    np.testing.assert_array_equal(scan.array[2, 3], [0, 10, 20])
+    expected = [[-0.5, 0, 0, 4], [0, -0.25, 0, 6], [0, 0, 2.5, 100], [0, 0, 0, 1]]
+    np.testing.assert_allclose(scan.affine, expected, atol=1e-6)
+    shape, affine = read_geometry(folder)
+    assert shape == (5, 7, 3)
+    np.testing.assert_allclose(affine, expected, atol=1e-6)
+
+
+def test_single_dicom_file_is_one_slice(tmp_path):
+    folder = dicom(tmp_path / "series", [100.0, 102.5])
+    np.testing.assert_array_equal(read_scan(folder / "89.dcm").array, np.full((5, 7, 1), 10))
+
+
+def test_several_series_are_refused_by_name(tmp_path):
+    dicom(tmp_path / "both", [0.0, 2.0, 4.0], series="1.2.3", name="arterial")
+    dicom(tmp_path / "both", [0.0, 2.0], series="1.2.4", name="venous", start=500)
+    message = refusal(tmp_path / "both")
+    assert "'arterial' (3 files)" in message
+    assert "'venous' (2 files)" in message
+
+
+def test_a_missing_slice_is_refused(tmp_path):
+    assert "unevenly spaced (2.00 to 4.00 mm)" in refusal(dicom(tmp_path / "gap", [0.0, 2.0, 6.0, 8.0]))
+
+
+def test_tilted_gantry_gives_a_sheared_affine(tmp_path):
+    scan = read_scan(dicom(tmp_path / "tilt", [(-4.0, -6.0 + 0.5 * i, 2.0 * i) for i in range(4)]))
+    np.testing.assert_allclose(scan.affine[:3, 2], [0, -0.5, 2.0], atol=1e-6)  # LPS +y is RAS -y
+
+
+def test_real_series_equals_its_own_values(examples):
+    """Each file of patient B, read alone, is one slice of the volume at the place its header states."""
+    scan = read_scan(examples["B"].image)
+    assert scan.array.shape == (512, 512, 20)
+    files = sorted(examples["B"].image.iterdir())
+    heights = []
+    for file in files:
+        single = sitk.ReadImage(str(file))
+        z = float(single.GetMetaData("0020|0032").split("\\")[2])
+        heights.append(z)
+        index = round((z - scan.affine[2, 3]) / 2.0)
+        assert scan.affine[2, 3] + 2.0 * index == pytest.approx(z, abs=1e-4)
+        np.testing.assert_array_equal(scan.array[:, :, index], sitk.GetArrayFromImage(single)[0].T)
+    assert len(set(heights)) == 20
+    # the label file of the same scan lies in another orientation of the same grid
+    label = nib.load(examples["B"].label)
+    assert nib.aff2axcodes(label.affine) == ("L", "A", "S")
+    assert nib.aff2axcodes(scan.affine) == ("L", "P", "S")
+    np.testing.assert_allclose((scan.affine @ [0, 511, 0, 1])[:3], label.affine[:3, 3], atol=1e-3)
+
+
+# -------------------------------------------------------------------------------------------------------- wrong inputs
+
+
+def test_missing_file(tmp_path):
+    assert "there is no" in refusal(tmp_path / "nothing.nii.gz")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "a.nrrd", "a.mha", "a.png", "a.nii", "a.nii.gz", "a.dcm"])
+def test_what_is_no_image(tmp_path, name):
+    (tmp_path / name).write_text("dear colleague, thank you for the scans")
+    assert "cannot be read as a scan" in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.nrrd", "a.mha"])
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_truncated_files(tmp_path, name, share):
+    array = np.random.default_rng(0).integers(-1000, 1000, (30, 20, 25)).astype(np.int16)
+    if ".nii" in name:
+        save(tmp_path / name, array, AFFINES["ras"])
+    else:
+        sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / name))
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: int(share * len(content))])
+    assert "cannot be read as a scan" in refusal(tmp_path / name)
+
+
+def test_gzip_with_a_flipped_byte(tmp_path):
+    path = Path(save(tmp_path / "a.nii.gz", np.random.default_rng(0).random((30, 20, 25)), AFFINES["ras"]))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    assert "cannot be read as a scan" in refusal(path)
+
+
+def test_folder_without_dicom(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "holds no DICOM series" in refusal(tmp_path / "empty")
+
+
+def test_damaged_dicom_series(tmp_path):
+    folder = dicom(tmp_path / "series", [0.0, 2.0, 4.0])
+    file = folder / "88.dcm"  # the last slice: its loss would leave no gap
+    file.write_bytes(file.read_bytes()[:-40])
+    assert "damaged DICOM file" in refusal(folder, named=file)
+
+
+# ------------------------------------------------------------------------------------------------------- MONAI's reader
+
+
+def test_reader_gives_monai_what_its_transforms_need(tmp_path):
+    path = save(tmp_path / "a.nii.gz", numbered((*SHAPE, 3)), AFFINES["oblique"])
+    reader = SimpleITKReader(channels=3)
+    array, meta = reader.get_data(reader.read((path,)))
+    np.testing.assert_array_equal(array, numbered((*SHAPE, 3)))
+    np.testing.assert_array_equal(meta["affine"], meta["original_affine"])
+    assert meta["original_channel_dim"] == -1
+    assert list(meta["spatial_shape"]) == list(SHAPE)
+    with pytest.raises(InputError, match="one file, got 2"):
+        reader.read([path, path])
+
+
+def test_reader_knows_its_suffixes(tmp_path):
+    reader = SimpleITKReader()
+    assert all(reader.verify_suffix(name) for name in ("a.NII.GZ", "b.png", ("c.nrrd",), str(tmp_path)))
+    assert not any(reader.verify_suffix(name) for name in ("a.txt", ("a.nii", "b.nii")))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("x/liver_0.nii.gz", "liver_0"), ("a.b.nrrd", "a.b"), ("CT.1.3.12", "CT.1.3.12")]
+)
+def test_stem(name, expected):
+    assert stem(name) == expected
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+MEASURE = """
+import resource, sys
+from samda.data.slices import SliceGrid
+from samda.data.task import Task
+from samda.data.transforms import build_preprocessing
+task = Task()
+volume = build_preprocessing(task, labels=False)({"image": sys.argv[1]})["image"]
+grid = SliceGrid.from_volume(volume, volume.affine, task)
+grid.extract(volume, slice(0, 8))
+assert grid.num_slices == 600, grid.num_slices
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def test_a_large_ct_stays_below_2500_megabytes(tmp_path):
+    """512 x 512 x 600 int16 are 315 MB in the file and 630 MB as float32."""
+    path = tmp_path / "large.nii.gz"
+    plane = np.full((512, 512), -1000, np.int16)
+    plane[100:400, 150:380] = 40
+    header = nib.Nifti1Image(np.zeros((1, 1, 1), np.int16), np.diag([-0.8, -0.8, 1.0, 1.0])).header
+    header.set_data_shape((512, 512, 600))
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(header.binaryblock + b"\0\0\0\0")
+        for _ in range(600):
+            file.write(plane.tobytes("F"))
+    done = subprocess.run([sys.executable, "-c", MEASURE, path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 2500
+    shutil.rmtree(tmp_path)

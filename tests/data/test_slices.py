@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from scipy.ndimage import map_coordinates
+from volumes import AFFINES
+
+from samda.data.slices import SliceGrid, interpolation_matrix
+from samda.data.task import Task
+from samda.errors import InputError
+
+TASK = Task(classes=("background", "a", "b"), spacing=1.5, image_size=64)
+AXES = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}  # across, along rows, along columns
+SHAPE, SPACING = (50, 38, 7), (1.1, 2.3, 5.0)
+BOX = np.array([[6, 41], [3, 30], [0, 7]])
+
+
+def task_along(axis: str, **changes) -> Task:
+    return dataclasses.replace(TASK, axis=axis, **changes)
+
+
+def smooth(shape=SHAPE, seed=0) -> torch.Tensor:
+    values = np.random.default_rng(seed).random([n + 6 for n in shape])
+    for axis in range(3):  # a moving mean of 7
+        values = np.stack([values.take(range(i, i + 7), axis).mean(axis) for i in range(shape[axis])], axis)
+    return torch.tensor(values[None], dtype=torch.float32)
+
+
+def center_of(first: int, end: int) -> float:
+    """The middle of the voxels `first` to `end - 1`, moved to the border between two voxels where it lies in one."""
+    middle = (first + end - 1) / 2
+    return middle if middle % 1 else middle + 0.5
+
+
+def canvas_positions(grid: SliceGrid, axis: str, box=BOX, shape=SHAPE, spacing=SPACING):
+    """Voxel index of every canvas row and column along its axis, by the definition of the canvas."""
+    positions = []
+    for volume_axis, pixels in zip(AXES[axis][1:], grid.canvas, strict=True):
+        first, end = box[volume_axis]
+        center_mm = spacing[volume_axis] * center_of(first, end)
+        offsets_mm = [(pixels - 1) / 2 * TASK.spacing - k * TASK.spacing for k in range(pixels)]  # against the axis
+        positions.append(np.array([(center_mm + offset) / spacing[volume_axis] for offset in offsets_mm]))
+    return positions
+
+
+# ------------------------------------------------------------------------------------------------- interpolation matrix
+
+
+def test_matrix_by_hand():
+    found = interpolation_matrix(np.array([0.0, 0.25, 2.0, -0.4, 2.5, -0.6, 2.6]), 3)
+    expected = [[1, 0, 0], [0.75, 0.25, 0], [0, 0, 1], [1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 0, 0]]
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+
+
+def test_shrinking_matrix_averages():
+    # half width 2 at sample 2: weights 1/2, 1, 1/2 at 1, 2, 3 (0 at 0 and 4), divided by 2
+    found = interpolation_matrix(np.array([2.0, 0.0]), 5, width=2.0)
+    np.testing.assert_allclose(found.numpy(), [[0, 0.25, 0.5, 0.25, 0], [2 / 3, 1 / 3, 0, 0, 0]], atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------- geometry
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_rows_and_columns_run_as_on_a_light_box(axis):
+    """A marked voxel near the right, anterior, superior corner is at the top, on the side that the convention says."""
+    volume = torch.zeros((1, *SHAPE))
+    volume[0, 40, 30, 5] = 1  # RAS: large x is right, large y is anterior, large z is superior
+    grid = SliceGrid(SHAPE, SPACING, np.array([[0, n] for n in SHAPE]), task_along(axis))
+    across = AXES[axis][0]
+    plane = grid.extract(volume, (40, 30, 5)[across])[0, 0]
+    row, column = np.unravel_index(plane.argmax(), plane.shape)
+    middle = {"x": 24.5, "y": 18.5, "z": 3.5}
+    sizes = dict(zip("xyz", SPACING, strict=True))
+    along_rows, along_columns = {"axial": "yx", "coronal": "zx", "sagittal": "zy"}[axis]
+    voxel = {"x": 40, "y": 30, "z": 5}
+    # distance (pixels of 1.5 mm) from the middle of the canvas, towards the top and the left
+    assert row == pytest.approx(31.5 - (voxel[along_rows] - middle[along_rows]) * sizes[along_rows] / 1.5, abs=0.51)
+    assert column == pytest.approx(
+        31.5 - (voxel[along_columns] - middle[along_columns]) * sizes[along_columns] / 1.5, abs=0.51
+    )
+    assert row < 31.5
+    assert column < 31.5
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_extraction_equals_linear_interpolation(axis):
+    """Where nothing shrinks, the canvas is the linear interpolation of the plane."""
+    volume = smooth()
+    spacing = (1.7, 2.3, 5.0)  # all coarser than 1.5 mm: no anti-aliasing
+    grid = SliceGrid(SHAPE, spacing, BOX, task_along(axis))
+    across, *plane_axes = AXES[axis]
+    rows, columns = canvas_positions(grid, axis, spacing=spacing)
+    index = 3
+    plane = np.moveaxis(volume[0].numpy(), (across, *plane_axes), (0, 1, 2))[index]
+    expected = map_coordinates(plane, np.meshgrid(rows, columns, indexing="ij"), order=1, mode="nearest")
+    outside = np.add.outer(*[(p < -0.5) | (p > n - 0.5) for p, n in zip((rows, columns), plane.shape, strict=True)])
+    found = grid.extract(volume, index)[0, 0].numpy()
+    np.testing.assert_allclose(found, np.where(outside, 0, expected), atol=1e-5)
+    assert outside.any()
+
+
+def test_shrinking_extraction_keeps_the_mean_of_fine_stripes():
+    stripes = torch.zeros((1, 200, 120, 2))
+    stripes[:, ::2] = 1  # period 2 x 0.5 mm, far finer than a pixel of 1.5 mm
+    grid = SliceGrid((200, 120, 2), (0.5, 0.5, 3.0), np.array([[0, 200], [0, 120], [0, 2]]), TASK)
+    found = grid.extract(stripes, 0)[0, 0]
+    inside = found[20:44, 12:68]  # the volume has 60 mm along the 64 rows and 100 mm along the 80 columns
+    assert 0.35 < inside.min() < inside.max() < 0.65
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("spacing", [SPACING, (0.7, 0.9, 2.0), (3.0, 3.0, 3.0)])
+def test_restore_equals_linear_interpolation(axis, spacing):
+    grid = SliceGrid(SHAPE, spacing, BOX, task_along(axis))
+    maps = torch.nn.functional.avg_pool2d(
+        torch.rand((2, 3, *grid.canvas), generator=torch.Generator().manual_seed(0)), 5, 1, 2
+    )
+    found = grid.restore(maps)
+    across, *plane_axes = AXES[axis]
+    size = list(SHAPE)
+    size[across] = 2
+    assert found.shape == (3, *size)
+    coordinates, covered, widths = [], [], []
+    for volume_axis, pixels in zip(plane_axes, grid.canvas, strict=True):
+        center = center_of(*BOX[volume_axis])
+        pixel = (pixels - 1) / 2 - (np.arange(SHAPE[volume_axis]) - center) * spacing[volume_axis] / TASK.spacing
+        coordinates.append(pixel)
+        covered.append((pixel >= -0.5) & (pixel <= pixels - 0.5))
+        widths.append(spacing[volume_axis] / TASK.spacing)
+    inside = np.logical_and.outer(*covered)
+    for n in range(2):
+        for k in range(3):
+            plane = np.moveaxis(found[k].numpy(), (across, *plane_axes), (0, 1, 2))[n]
+            if max(widths) <= 1:  # the volume is finer than the canvas: plain interpolation
+                expected = map_coordinates(
+                    maps[n, k].numpy(), np.meshgrid(*coordinates, indexing="ij"), order=1, mode="nearest"
+                )
+                np.testing.assert_allclose(plane[inside], expected[inside], atol=1e-5)
+            np.testing.assert_array_equal(plane[~inside], 1.0 if k == 0 else 0.0)
+
+
+def test_restored_probabilities_sum_to_one_everywhere():
+    grid = SliceGrid((120, 90, 4), (1.3, 0.8, 4.0), np.array([[40, 80], [30, 60], [0, 4]]), TASK)
+    maps = torch.softmax(torch.randn((4, 3, *grid.canvas), generator=torch.Generator().manual_seed(0)), dim=1)
+    found = grid.restore(maps)
+    torch.testing.assert_close(found.sum(dim=0), torch.ones(120, 90, 4))
+    # 64 pixels of 1.5 mm are 96 mm; the volume has 156 mm along x, so its ends are not covered
+    assert (found[0, 0] == 1).all()
+    assert (found[1:, 0] == 0).all()
+    assert grid.restore(maps - 5, outside=-2.0)[0, 0, 0, 0] == -2.0
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_labels_of_the_restored_maps(axis):
+    grid = SliceGrid((120, 90, 5), (1.3, 0.8, 40.0), np.array([[40, 80], [30, 60], [0, 5]]), task_along(axis))
+    maps = torch.randn((3, 4, *grid.canvas), generator=torch.Generator().manual_seed(1)) - 3
+    found = grid.restore_labels(maps)
+    assert found.dtype == torch.uint8
+    assert torch.equal(found.long(), grid.restore(maps, outside=100.0).argmax(dim=0))
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("spacing", [(3.0, 3.0, 3.0), (1.5, 1.5, 1.5), (2.0, 3.1, 6.0)])
+def test_labels_survive_the_round_trip(axis, spacing):
+    """Blocks of labels, cut to slices and put back, are the same, where the scan is no finer than the task."""
+    label = torch.zeros((1, *SHAPE), dtype=torch.uint8)
+    label[0, 10:24, 8:20, 1:5] = 1
+    label[0, 24:38, 8:26, 2:6] = 2
+    grid = SliceGrid(SHAPE, spacing, np.array([[0, n] for n in SHAPE]), task_along(axis))
+    slices = grid.extract_labels(label, slice(None))
+    onehot = torch.nn.functional.one_hot(slices.long(), 3).permute(0, 3, 1, 2)
+    assert torch.equal(grid.restore_labels(onehot.float()), label[0])
+
+
+def test_image_survives_the_round_trip_at_equal_spacing():
+    volume = smooth()
+    grid = SliceGrid(SHAPE, (1.5, 1.5, 5.0), np.array([[0, 50], [0, 38], [0, 7]]), TASK)
+    restored = grid.restore(grid.extract(volume, slice(None)))
+    torch.testing.assert_close(restored, volume, atol=1e-5, rtol=0)
+
+
+def test_extracted_labels_take_the_larger_share():
+    """A fine label, shrunk by three: each canvas pixel takes the class that fills most of it."""
+    label = torch.zeros((1, 96, 96, 1), dtype=torch.uint8)
+    label[0, 33:60, 30:63] = 1
+    label[0, 39:48, 42:51] = 2
+    grid = SliceGrid((96, 96, 1), (0.5, 0.5, 1.0), np.array([[0, 96], [0, 96], [0, 1]]), TASK)
+    found = grid.extract_labels(label, 0)[0]
+    assert found.dtype == torch.uint8
+    # along x: pixels of three voxels from 0 to 95 against the axis, 16 pixels of padding before them
+    columns = np.flatnonzero((found > 0).any(0))
+    rows = np.flatnonzero((found > 0).any(1))
+    assert [columns.min(), columns.max()] == [16 + (96 - 60) // 3, 16 + (96 - 33) // 3 - 1]
+    assert [rows.min(), rows.max()] == [16 + (96 - 63) // 3, 16 + (96 - 30) // 3 - 1]
+    assert (found == 2).sum() == 9
+    assert found[0, 0] == 0
+
+
+# --------------------------------------------------------------------------------------------------- canvas and windows
+
+
+@pytest.mark.parametrize(("extent", "canvas"), [(30, 64), (64, 64), (65, 80), (80, 80), (100, 112)])
+def test_canvas_grows_in_steps_of_16_with_the_body(extent, canvas):
+    shape = (400, 50, 3)
+    grid = SliceGrid(shape, (1.5, 1.5, 1.0), np.array([[90, 90 + extent], [0, 50], [0, 3]]), TASK)
+    assert grid.canvas == (64, canvas)
+
+
+def test_canvas_is_centered_on_the_body():
+    volume = torch.zeros((1, 100, 90, 1))
+    volume[0, 70:90, 10:20] = 1
+    grid = SliceGrid.from_volume(volume, (1.5, 1.5, 1.5), TASK)
+    plane = grid.extract(volume, 0)[0, 0]
+    rows, columns = np.flatnonzero(plane.any(1)), np.flatnonzero(plane.any(0))
+    # the box is found on a grid of 2 voxels
+    assert rows.mean() == pytest.approx(31.5, abs=1)
+    assert columns.mean() == pytest.approx(31.5, abs=1)
+    assert plane.sum() == 200
+
+
+def test_a_volume_smaller_than_the_field_of_view_is_padded_with_zeros():
+    volume = torch.ones((1, 20, 10, 2))
+    grid = SliceGrid.from_volume(volume, (1.5, 1.5, 1.5), TASK)
+    plane = grid.extract(volume, 1)[0, 0]
+    assert plane.sum() == pytest.approx(200)
+    assert set(plane.unique().tolist()) == {0.0, 1.0}
+
+
+# -------------------------------------------------------------------------------------------------------- use of it all
+
+
+@pytest.mark.parametrize("name", AFFINES)
+def test_affine_and_spacing_mean_the_same(name):
+    volume = smooth((20, 24, 6))
+    affine = AFFINES[name]
+    sizes = tuple(float(np.sqrt((affine[:3, i] ** 2).sum())) for i in range(3))
+    by_affine = SliceGrid.from_volume(volume, torch.tensor(affine), TASK)
+    by_spacing = SliceGrid.from_volume(volume, sizes, TASK)
+    assert by_affine.spacing_mm == pytest.approx(by_spacing.spacing_mm)
+    torch.testing.assert_close(by_affine.extract(volume, [1, 4]), by_spacing.extract(volume, [1, 4]))
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_any_choice_of_slices(axis):
+    volume = torch.cat([smooth(), smooth(seed=1)])
+    grid = SliceGrid(SHAPE, SPACING, BOX, task_along(axis))
+    assert grid.num_slices == SHAPE[AXES[axis][0]]
+    every = grid.extract(volume, slice(None))
+    assert every.shape == (grid.num_slices, 2, *grid.canvas)
+    for index in (slice(2, 5), [2, 3, 4], range(2, 5), torch.tensor([2, 3, 4])):
+        torch.testing.assert_close(grid.extract(volume, index), every[2:5])
+    torch.testing.assert_close(grid.extract(volume, [6, 0, 3]), every[[6, 0, 3]])
+    torch.testing.assert_close(grid.extract(volume, 4), every[4:5])
+    assert len(grid.extract(volume, [])) == 0
+
+
+def test_two_slices_only():
+    volume = smooth((40, 30, 2))
+    grid = SliceGrid.from_volume(volume, (2.0, 2.0, 8.0), task_along("axial"))
+    assert grid.num_slices == 2
+    assert grid.restore(torch.ones((2, 3, *grid.canvas))).shape == (3, 40, 30, 2)
+
+
+def test_plain_tensors_come_out_of_metatensors():
+    volume = MetaTensor(smooth())
+    grid = SliceGrid.from_volume(volume, SPACING, TASK)
+    assert type(grid.extract(volume, [0, 1])) is torch.Tensor
+    torch.testing.assert_close(grid.extract(volume, 0), grid.extract(volume.as_tensor(), 0))
+
+
+def test_only_the_chosen_slices_are_touched():
+    volume = torch.full((1, *SHAPE), float("nan"))
+    volume[..., 2:4] = 0.5
+    grid = SliceGrid(SHAPE, SPACING, BOX, TASK)
+    assert grid.extract(volume, [2, 3]).isfinite().all()
+
+
+def test_wrong_shapes_are_refused():
+    grid = SliceGrid(SHAPE, SPACING, BOX, TASK)
+    with pytest.raises(InputError, match="made for a volume of"):
+        grid.extract(torch.zeros((1, 50, 38, 8)), 0)
+    with pytest.raises(InputError, match="as the canvas is"):
+        grid.restore(torch.zeros((1, 3, 64, 32)))
+    with pytest.raises(InputError, match="4, 4"):
+        SliceGrid.from_volume(smooth(), (1.0, 2.0), TASK)
+    with pytest.raises(InputError, match="C, X, Y, Z"):
+        SliceGrid.from_volume(torch.zeros((4, 5, 6)), SPACING, TASK)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from samda.data.task import Task
+from samda.errors import UsageError
+from samda.resources import packaged
+
+
+def test_values_survive_json():
+    task = Task(classes=["background", "liver"], labels={"liver": [5, 7]}, window=[-100, 300], modality="CT")
+    assert task.labels == {"liver": (5, 7)}
+    assert task.window == (-100.0, 300.0)
+    assert Task.from_dict(json.loads(json.dumps(task.to_dict()))) == task
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"clases": ["background", "a"]}, "unknown key 'clases'; did you mean 'classes'"),
+        ({"classes": ["background"]}, "at least one more"),
+        ({"classes": ["background", "a", "a"]}, "all different"),
+        ({"classes": ["background", "liver"], "labels": {"livr": 1}}, "did you mean 'liver'"),
+        ({"classes": ["background", "a", "b"], "labels": {"a": 1}}, "no ids for b"),
+        ({"classes": ["background", "a", "b"], "labels": {"a": 1, "b": [2, 1]}}, "id 1 to both 'a' and 'b'"),
+        ({"labels": {"foreground": "one"}}, "invalid literal"),
+        ({"axis": "axail"}, "did you mean 'axial'"),
+        ({"modality": "PET"}, "CT, MR, image"),
+        ({"image_size": 250}, "multiple of 16, got 250"),
+        ({"image_size": "256"}, "image_size must be a number, got '256'"),
+        ({"spacing": 0}, "spacing must be positive"),
+        ({"nsd_tolerance": -1}, "nsd_tolerance must be positive"),
+        ({"in_channels": 2}, "1 or 3, got 2"),
+        ({"window": [240, -160]}, "low < high"),
+        ({"window": [1, 2, 3]}, "low, high"),
+        ({"window": 5}, "task"),
+        ({"percentiles": [1, 101]}, "between 0 and 100"),
+    ],
+)
+def test_wrong_values_are_refused_in_one_line(values, message):
+    with pytest.raises(UsageError) as caught:
+        Task.from_dict(values)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_file_with_and_without_the_key_task(tmp_path):
+    (tmp_path / "a.yaml").write_text("name: x\nspacing: 2\n")
+    (tmp_path / "b.json").write_text('{"task": {"name": "x", "spacing": 2.0}}')
+    assert Task.from_file(tmp_path / "a.yaml") == Task.from_file(tmp_path / "b.json") == Task(name="x", spacing=2.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("- a\n- b", "mapping"), ("a: [", "no YAML"), (None, "there is no task file")]
+)
+def test_wrong_files_are_refused_in_one_line(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UsageError) as caught:
+        Task.from_file(tmp_path / "a.yaml")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_shipped_tasks():
+    files = sorted(packaged("configs", "tasks").rglob("*.yaml"))
+    assert [file.stem for file in files] == ["abdomen_ct", "abdomen_mr", "chest_ct", "pictures"]
+    for file in files:
+        assert Task.from_file(file).name == file.stem
+        assert f"samda train -d DATASET -o MODEL --task configs/tasks/{file.name}" in file.read_text()
+        assert file.read_text().startswith("#")
+    ct, mr = (Task.from_file(packaged("configs", "tasks", f"abdomen_{m}.yaml")) for m in ("ct", "mr"))
+    assert ct.classes == mr.classes
+    assert ct.labels["aorta"] == (52,)
+    assert mr.labels["aorta"] == (23,)

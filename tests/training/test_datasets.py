@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from samda.data.task import Task
+from samda.data.transforms import build_augmentation, build_preprocessing
+from samda.embeddings import EmbeddingDataset
+from samda.errors import InputError
+from samda.networks.segmenter import SamSegmenter
+from samda.training import SliceDataset, build_dataset, prepare_batch
+from samda.training.datasets import tile_starts
+
+Write = Callable[..., dict[str, Any]]
+
+
+def dataset_of(cases: list[dict[str, Any]], task: Task, **settings: Any) -> SliceDataset:
+    return SliceDataset(cases, build_preprocessing(task, labels=True), task, **settings)
+
+
+def test_items_are_all_slices_of_all_cases(write_case: Write, task: Task) -> None:
+    dataset = dataset_of([write_case("a", 1), write_case("b", 2, shape=(40, 36, 6))], task)
+    assert [dataset[i]["case"] for i in range(len(dataset))] == [0] * 8 + [1] * 6
+    assert dataset.foreground.tolist() == [False] + [True] * 6 + [False] * 2 + [True] * 4 + [False]
+    assert dataset.present.tolist() == [True, True, True]
+    item = dataset[3]
+    assert item["image"].shape == (1, 64, 64) and item["label"].shape == (1, 64, 64)
+    assert item["label"].dtype == torch.uint8
+
+
+def test_image_and_label_lie_on_each_other(write_case: Write, task: Task) -> None:
+    item = dataset_of([write_case("a", 1)], task)[3]
+    image, label = item["image"][0], item["label"][0]
+    # -50, 70 and 210 HU in the window -160 to 240: 0.275, 0.575, 0.925
+    for k, value in enumerate((0.275, 0.575, 0.925)):
+        inside = image[label == k] if k else image[20:44, 20:44][label[20:44, 20:44] == 0]
+        assert float(inside.median()) == pytest.approx(value, abs=0.05)
+
+
+def test_ranges_of_slices_are_respected(write_case: Write, task: Task) -> None:
+    case = write_case("a", 1)
+    whole, part = dataset_of([case], task), dataset_of([case | {"slices": [(2, 4), (6, 7)]}], task)
+    assert len(part) == 3
+    for i, j in enumerate((2, 3, 6)):
+        assert torch.equal(part[i]["image"], whole[j]["image"])
+        assert torch.equal(part[i]["label"], whole[j]["label"])
+    with pytest.raises(InputError, match="case 'a': slices 6 to 12 do not lie within its 8 slices"):
+        dataset_of([case | {"slices": [(6, 12)]}], task)
+
+
+def test_augmentation_follows_from_seed_epoch_and_index_alone(write_case: Write, task: Task) -> None:
+    case = write_case("a", 1)
+
+    def make(seed: int) -> SliceDataset:
+        return dataset_of([case], task, augmentation=build_augmentation(task), seed=seed)
+
+    first, second = make(7), make(7)
+    np.random.seed(3), torch.manual_seed(3)
+    _ = first[1, 2], first[5, 4]
+    for key in [(3, 2), (3, 5), (4, 2)]:
+        a, b = first[key], second[key]
+        assert torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"])
+    assert not torch.equal(first[3, 2]["image"], first[4, 2]["image"])
+    assert not torch.equal(first[3, 2]["image"], make(8)[3, 2]["image"])
+    assert torch.equal(first[2]["image"], dataset_of([case], task)[2]["image"])  # a plain index: not augmented
+
+
+def test_a_body_beyond_the_field_of_view_gives_tiles(write_case: Write, task: Task) -> None:
+    small = Task(classes=task.classes, spacing=4.0, image_size=32)
+    dataset = dataset_of([write_case("a", 1)], small)  # the body fills 34 x 30 pixels: canvas 48 x 32 or larger
+    assert len(dataset) > 8 and len(dataset) % 8 == 0
+    assert dataset[0]["image"].shape == (1, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "starts"), [(64, 64, [0]), (80, 64, [0, 16]), (128, 64, [0, 64]), (144, 64, [0, 40, 80])]
+)
+def test_tiles_cover_the_canvas(length: int, size: int, starts: list[int]) -> None:
+    assert tile_starts(length, size) == starts
+
+
+def test_what_exceeds_the_memory_lies_on_disk_and_is_the_same(write_case: Write, task: Task) -> None:
+    case = write_case("a", 1)
+    memory, disk = dataset_of([case], task), dataset_of([case], task, memory_mb=0)
+    assert torch.equal(memory[4]["image"], disk[4]["image"])
+
+
+def test_the_signature_tells_data_apart(write_case: Write, task: Task) -> None:
+    a, b = write_case("a", 1), write_case("b", 2)
+    assert dataset_of([a], task).signature() == dataset_of([a], task).signature() != dataset_of([b], task).signature()
+
+
+def test_labels_without_foreground_are_one_line(write_case: Write, task: Task) -> None:
+    with pytest.raises(InputError) as error:
+        dataset_of([write_case("a", empty=True)], task)
+    assert str(error.value) == (
+        "the training labels hold no foreground (liver, spleen) in 8 slices; check the task's label ids"
+    )
+
+
+def test_a_class_that_never_occurs_is_named(write_case: Write, task: Task, caplog: pytest.LogCaptureFixture) -> None:
+    more = Task(classes=(*task.classes, "kidney"), spacing=4.0, image_size=64)
+    dataset_of([write_case("a")], more)
+    assert "no training slice holds kidney" in caplog.text
+
+
+def test_a_label_of_another_scan_is_one_line(write_case: Write, task: Task) -> None:
+    case, other = write_case("a"), write_case("b", shape=(40, 36, 6))
+    with pytest.raises(InputError, match=r"40 x 36 x 6 voxels but its image 40 x 36 x 8"):
+        dataset_of([case | {"label": other["label"]}], task)
+
+
+def test_no_case_and_no_label_are_one_line(write_case: Write, task: Task) -> None:
+    with pytest.raises(InputError, match="the data set has no validation case"):
+        dataset_of([], task, part="validation")
+    case = write_case("a")
+    del case["label"]
+    with pytest.raises(InputError, match="case 'a' has no label"):
+        dataset_of([case], task)
+
+
+def test_embeddings_where_the_encoder_stays_images_where_not(
+    write_case: Write, task: Task, make_segmenter: Callable[..., SamSegmenter]
+) -> None:
+    cases, transform = [write_case("a")], build_preprocessing(task, labels=True)
+    augmentation = build_augmentation(task)
+
+    def build(adapters: dict[str, Any], **settings: Any) -> Any:
+        network = make_segmenter(adapters=adapters)
+        return build_dataset(cases, transform, task, network, augmentation, views=3, **settings)
+
+    embedded = build({"sam_da": {}})
+    assert isinstance(embedded, EmbeddingDataset) and embedded.views == 3
+    assert embedded.foreground.tolist() == [False] + [True] * 6 + [False]
+    images = build({"sam_da": {}}, embeddings=False)
+    assert isinstance(images, SliceDataset) and images.signature() == embedded.signature()
+    assert isinstance(build({"salt": {}}), SliceDataset)
+    plain = build_dataset(cases, transform, task, make_segmenter(), None, views=3)
+    assert plain.views == 1  # without augmentation all views would be equal
+
+
+def test_embeddings_hold_the_augmented_view_of_image_and_label(
+    write_case: Write, task: Task, make_segmenter: Callable[..., SamSegmenter]
+) -> None:
+    network = make_segmenter()
+    args = ([write_case("a")], build_preprocessing(task, labels=True), task)
+    embedded = build_dataset(*args, network, build_augmentation(task), views=3, seed=2)
+    slices = SliceDataset(*args, augmentation=build_augmentation(task), seed=2)
+    for epoch, index in [(1, 3), (2, 3), (3, 5)]:
+        item = embedded[epoch, index]
+        view = slices.view(index, embedded.choose(epoch, index))
+        with torch.no_grad():
+            torch.testing.assert_close(item["embedding"], network.encode(view["image"][None])[0], rtol=1e-4, atol=1e-5)
+        assert torch.equal(item["label"], view["label"])
+
+
+def test_prepare_batch_names_what_the_network_gets() -> None:
+    label = torch.ones(2, 1, 8, 8)
+    for key, embedded in (("image", False), ("embedding", True)):
+        inputs, labels, args, keywords = prepare_batch({key: torch.zeros(2, 3), "label": label}, torch.device("cpu"))
+        assert (inputs.sum(), labels.sum(), args, keywords) == (0, 128, (), {"embedded": embedded})
+
+
+def test_the_slices_are_the_file_seen_from_below(write_case: Write, task: Task) -> None:
+    """Rows run from anterior to posterior, columns from right to left."""
+    case = write_case("a", 1)
+    label = nib.load(case["label"]).get_fdata()
+    x, y = (axis.mean() for axis in np.nonzero(label[:, :, 3] == 1))
+    other_x, other_y = (axis.mean() for axis in np.nonzero(label[:, :, 3] == 2))
+    seen = dataset_of([case], task)[3]["label"][0]
+    rows, columns = zip(*[torch.nonzero(seen == k).float().mean(0).tolist() for k in (1, 2)], strict=True)
+    assert columns[0] - columns[1] == pytest.approx((other_x - x) * 4.2 / 4.0, abs=0.6)
+    assert rows[0] - rows[1] == pytest.approx((other_y - y) * 3.9 / 4.0, abs=0.6)

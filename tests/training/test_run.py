@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Engine
+from safetensors.torch import load_file
+from tiny_scans import TASK, write_case
+
+from samda.data.task import Task
+from samda.errors import AdapterError, InputError, UsageError
+from samda.networks.model_folder import load_model
+from samda.resources import packaged
+from samda.training import Progress, train
+from samda.training.run import find_overlay, literal
+
+Keys = dict[str, Any]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter.safetensors")
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    rows = json.loads((folder / "history.json").read_text())["epochs"]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_training_writes_a_model_that_loads(datalist: Path, tmp_path: Path, keys: Keys) -> None:
+    result = train(datalist, tmp_path / "model", Task.from_dict(TASK), overrides=keys)
+    assert result["epochs"] == 2 and 0 <= result["mean_dice"] <= 1
+    assert result["parameters"]["sam_da"] == 395_522
+    assert result["embeddings"]["views"] == 2
+    network, task, record = load_model(tmp_path / "model", weights=keys["weights"])
+    assert task == Task.from_dict(TASK)
+    assert record["metrics"]["mean_dice"] == result["mean_dice"]
+    assert record["training"]["cases"] == {"training": 2, "validation": 1}
+    assert same(dict(network.state_dict()), tensors(tmp_path / "model"))
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(datalist: Path, tmp_path: Path, keys: Keys) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(datalist, tmp_path / name, TASK, overrides=keys | {"seed": seed})
+    assert same(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
+    assert not same(tensors(tmp_path / "a"), tensors(tmp_path / "c"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums are added in the same order in every process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_killed_and_resumed_equals_uninterrupted(datalist: Path, tmp_path: Path, keys: Keys, one_thread: None) -> None:
+    """`kill -9` in mid-training, then resume: parameters and curve equal those of a run that was never stopped."""
+    keys |= {"epochs": 6}
+    code = f"""
+import time, torch
+torch.set_num_threads(1)
+from samda.training import Progress, train
+advance = Progress.advance
+def slow(self, engine):  # leave the killer time between two epochs
+    advance(self, engine)
+    time.sleep(0.5)
+Progress.advance = slow
+train({str(datalist)!r}, {str(tmp_path / "parts")!r}, {TASK!r}, overrides={keys!r})
+"""
+    killed = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    train(datalist, tmp_path / "whole", TASK, overrides=keys)
+    until = time.monotonic() + 120
+    while not (tmp_path / "parts" / "last.pt").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    time.sleep(0.7)  # into a later epoch
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert 1 <= len(curve(tmp_path / "parts")) < 6 and not (tmp_path / "parts" / "adapter.safetensors").exists()
+    train(datalist, tmp_path / "parts", TASK, overrides=keys, resume=True)
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    assert same(tensors(tmp_path / "parts"), tensors(tmp_path / "whole"))
+
+
+def test_resuming_continues_augmentation_and_dropout(
+    datalist: Path, tmp_path: Path, keys: Keys, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images instead of embeddings, dropout in the adapters, an error in the third epoch."""
+    adapters = {"lka": {"act": "both", "dropout": 0.5}}
+    train(datalist, tmp_path / "whole", TASK, adapters, overrides=keys | {"epochs": 4})
+    advance = Progress.advance
+
+    def fail(self: Progress, engine: Engine) -> None:
+        advance(self, engine)
+        if engine.state.epoch == 3:
+            raise MemoryError("no memory left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "advance", fail)
+        with pytest.raises(MemoryError, match="no memory left"):
+            train(datalist, tmp_path / "parts", TASK, adapters, overrides=keys | {"epochs": 4})
+    train(datalist, tmp_path / "parts", TASK, adapters, overrides=keys | {"epochs": 4}, resume=True)
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    assert same(tensors(tmp_path / "parts"), tensors(tmp_path / "whole"))
+
+
+def test_the_best_parameters_are_the_ones_that_are_saved(datalist: Path, tmp_path: Path, keys: Keys) -> None:
+    """A learning rate that destroys what was learned: the model folder holds the best epoch, not the last."""
+    result = train(datalist, tmp_path / "model", TASK, overrides=keys | {"epochs": 8, "learning_rate": 0.02, "patience": 0})
+    scores = [row["mean_dice"] for row in curve(tmp_path / "model")]
+    assert result["best_epoch"] == scores.index(max(scores)) + 1
+    last = torch.load(tmp_path / "model" / "last.pt", weights_only=True)
+    assert same(tensors(tmp_path / "model"), last["record"]["best_state"])
+    assert same(tensors(tmp_path / "model"), torch.load(tmp_path / "model" / "models" / "model.pt", weights_only=True))
+
+
+def test_a_single_patient_validates_on_blocks_of_its_slices(tmp_path: Path, keys: Keys) -> None:
+    case = write_case(tmp_path, "a", shape=(40, 36, 20))
+    (tmp_path / "one.json").write_text(json.dumps({"training": [case]}))
+    result = train(tmp_path / "one.json", tmp_path / "model", TASK, overrides=keys)
+    assert "one patient only: 4 axial slices" in result["split"]
+    assert result["embeddings"]["slices"] == 16
+
+
+def test_adapters_by_overlay_are_taken_together(datalist: Path, tmp_path: Path, keys: Keys) -> None:
+    result = train(datalist, tmp_path / "model", TASK, adapters=["lka", "sam_da"], overrides=keys | {"epochs": 1})
+    assert [name for name in result["parameters"] if name in ("lka", "sam_da")] == ["lka", "sam_da"]
+    assert result["embeddings"] is None  # LKA changes the encoder
+
+
+def test_overlays_that_disagree_need_a_word(datalist: Path, tmp_path: Path, keys: Keys) -> None:
+    with pytest.raises(UsageError, match="the overlays disagree on 'learning_rate'"):
+        train(datalist, tmp_path / "model", TASK, adapters=["decoder", "dka"], overrides=keys)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epoch": 3}, "config key 'epoch' is unknown; did you mean 'epochs'?"),
+        ({"epochs": "many"}, "config key 'epochs' must be a whole number, got 'many'"),
+        ({"train::loss::batches": True}, "config key 'train::loss::batches' is unknown; did you mean 'batch'?"),
+        ({"train::lss::batch": True}, "config key 'train::lss' is unknown; did you mean 'loss'?"),
+        ({"resume": True}, "override 'resume' is an argument of its own; give it there"),
+    ],
+)
+def test_wrong_keys_are_refused_before_any_work(
+    datalist: Path, tmp_path: Path, keys: Keys, change: Keys, message: str
+) -> None:
+    with pytest.raises(UsageError) as error:
+        train(datalist, tmp_path / "model", TASK, overrides=keys | change)
+    assert str(error.value) == message
+    assert not (tmp_path / "model").exists()
+
+
+def test_wrong_names_are_refused_with_the_nearest(datalist: Path, tmp_path: Path, keys: Keys) -> None:
+    with pytest.raises(UsageError, match=r"no adapter overlay 'flagshp'; did you mean 'flagship'"):
+        train(datalist, tmp_path / "model", TASK, adapters="flagshp", overrides=keys)
+    with pytest.raises(UsageError, match="there is no adapter 'slat'; did you mean 'salt'"):
+        train(datalist, tmp_path / "model", TASK, adapters={"slat": {}}, overrides=keys)
+    with pytest.raises(UsageError, match="there is no task file 'nowhere.yaml'"):
+        train(datalist, tmp_path / "model", "nowhere.yaml", overrides=keys)
+
+
+def test_labels_without_foreground_end_in_one_line(tmp_path: Path, keys: Keys) -> None:
+    cases = [write_case(tmp_path, name, empty=True) for name in "ab"]
+    (tmp_path / "list.json").write_text(json.dumps({"training": cases}))
+    with pytest.raises(InputError) as error:
+        train(tmp_path / "list.json", tmp_path / "model", TASK, overrides=keys)
+    assert "labels hold no foreground (liver, spleen)" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_finished_training_is_not_overwritten_by_chance(datalist: Path, tmp_path: Path, keys: Keys) -> None:
+    train(datalist, tmp_path / "model", TASK, overrides=keys)
+    before = tensors(tmp_path / "model")
+    with pytest.raises(UsageError, match="already holds a training"):
+        train(datalist, tmp_path / "model", TASK, overrides=keys | {"seed": 1})
+    with pytest.raises(UsageError, match="resume: seed was 0 and is now 1"):
+        train(datalist, tmp_path / "model", TASK, overrides=keys | {"seed": 1}, resume=True)
+    assert same(before, tensors(tmp_path / "model"))
+    train(datalist, tmp_path / "model", TASK, overrides=keys | {"seed": 1}, overwrite=True)
+    assert not same(before, tensors(tmp_path / "model"))
+
+
+def test_more_epochs_can_be_added_on_resume(datalist: Path, tmp_path: Path, keys: Keys) -> None:
+    train(datalist, tmp_path / "model", TASK, overrides=keys)
+    assert train(datalist, tmp_path / "model", TASK, overrides=keys | {"epochs": 3}, resume=True)["epochs"] == 3
+
+
+@pytest.mark.parametrize("name", ["case#3", "@home", "$HOME", "%x", "it's"])
+def test_folders_may_have_any_name(datalist: Path, tmp_path: Path, keys: Keys, name: str) -> None:
+    """MONAI reads #, @, $ and % in texts; a path means itself."""
+    folder = tmp_path / name
+    folder.mkdir()
+    shutil.copytree(datalist.parent, folder / "scans")
+    train(folder / "scans" / "datalist.json", folder / "model", TASK, overrides=keys | {"epochs": 1})
+    assert (folder / "model" / "adapter.safetensors").exists()
+
+
+def test_literal_leaves_plain_values_alone() -> None:
+    values = {"a": [1, "b", None], "c": 2.5}
+    assert literal(values) == values
+    assert eval(literal("x#y@z")[1:]) == "x#y@z"
+
+
+OVERLAYS = sorted(packaged("configs", "adapters").glob("**/*.yaml"))
+
+
+def test_there_are_thirteen_overlays() -> None:
+    assert len(OVERLAYS) == 13
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
+def test_every_overlay_trains_by_the_command_that_it_states(
+    path: Path, datalist: Path, tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = path.read_text().splitlines()[:2]
+    assert first == f"# samda train --data DATA --output MODEL --task TASK.yaml --adapter {path.stem}"
+    assert second.startswith("# python -m monai.bundle run ") and f"configs/adapters/{path.name}" in second
+    assert find_overlay(path.stem) == path
+    monkeypatch.chdir(tmp_path)
+    few = {"epochs": 1, "empty_share": 0.0, "batch_size": 12, "augmentation": 0.0}
+    result = train(datalist, "model", TASK, adapters=path.stem, overrides=keys | few)
+    assert result["epochs"] == 1
+    try:
+        load_model("model", weights=keys["weights"])
+    except AdapterError as error:
+        pytest.fail(str(error))
