@@ -55,7 +55,9 @@ def split_key(key: int | tuple[int, int]) -> tuple[int, int]:
     return int(epoch), int(index)
 
 
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, memory_mb: float, folder: str | Path | None = None) -> torch.Tensor:
+def allocate(
+    shape: tuple[int, ...], dtype: torch.dtype, memory_mb: float, folder: str | Path | None = None
+) -> torch.Tensor:
     """An empty tensor in memory, or mapped from a nameless file in `folder` where it exceeds `memory_mb`.
 
     The file vanishes with the process, also when that is killed.
@@ -113,7 +115,9 @@ class EmbeddingDataset(Dataset):
         if views < 1:
             raise UsageError(f"views must be at least 1 (the slice itself), got {views}")
         if getattr(network, "encoder_adapted", False):
-            raise UsageError("these adapters change the encoder, so embeddings cannot be computed once; set embeddings=False")
+            raise UsageError(
+                "these adapters change the encoder, so embeddings cannot be computed once; set embeddings=False"
+            )
         self.slices, self.views, self.seed = slices, views, seed
         self.extras: list[dict[str, Any]] = []
         start = time.perf_counter()

@@ -72,8 +72,8 @@ class EmbeddingReplay:
 
     Args:
         network: the segmenter.
-        memory_mb: embeddings beyond it are not kept but computed again (MB = 10^6 bytes); 0 keeps none, which is what an
-            encoder that is adapted needs.
+        memory_mb: embeddings beyond it are not kept but computed again (MB = 10^6 bytes); 0 keeps none, which is what
+            an encoder that is adapted needs.
     """
 
     def __init__(self, network: nn.Module, memory_mb: float) -> None:
@@ -166,7 +166,9 @@ def cut_windows(images: torch.Tensor, labels: torch.Tensor, size: int) -> torch.
     for image, label in zip(images, labels, strict=True):
         places = torch.nonzero(label)
         middle = places.float().mean(0) if len(places) else torch.tensor([rows / 2, columns / 2])
-        at = [int(min(max(round(float(m) - size / 2), 0), n - size)) for m, n in zip(middle, (rows, columns), strict=True)]
+        at = [
+            int(min(max(round(float(m) - size / 2), 0), n - size)) for m, n in zip(middle, (rows, columns), strict=True)
+        ]
         windows.append(image[:, at[0] : at[0] + size, at[1] : at[1] + size])
     return torch.stack(windows)
 

@@ -8,8 +8,7 @@ to where they were, bit for bit. No case can see another, so their order changes
 
 from __future__ import annotations
 
-import dataclasses
-import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
+from torch.utils.checkpoint import checkpoint
 
 from samda.adaptation import record as records
 from samda.adaptation.case import (
@@ -31,25 +30,27 @@ from samda.adaptation.case import (
     slice_areas,
     slice_axis,
 )
-from samda.adaptation.guard import Decision, Evidence, GuardSettings, after, before
-from samda.adaptation.measures import agreement
+from samda.adaptation.guard import GuardSettings
 from samda.adaptation.objectives import Objective, build_objective
-from samda.adaptation.trajectory import NotFinite, OutOfTime, Trajectory, descend, held, load
+from samda.adaptation.outcome import AdaptedCase, finish
+from samda.adaptation.plausibility import Judge
+from samda.adaptation.trajectory import Trajectory, descend, held, load
 from samda.adaptation.views import FAMILIES, make_views, mirrored_classes, restore_view, seed_of
+from samda.adapters.base import unmerge
 from samda.adapters.files import state_tensors
 from samda.adapters.scopes import scope_parameters
 from samda.data.readers import stem
 from samda.data.slices import SliceGrid
 from samda.data.task import Task
 from samda.data.transforms import build_preprocessing
-from samda.errors import AdapterError, InputError, UsageError
-from samda.inference.postprocessing import own_grid
+from samda.errors import AdapterError, UsageError, from_mapping
 from samda.inference.volume import VolumeInferer
+from samda.networks.saving import full_state
 from samda.networks.segmenter import SamSegmenter
 
-__all__ = ["AdaptedCase", "Adaptation"]
+__all__ = ["Adaptation"]
 
-logger = logging.getLogger(__name__)
+GRADIENT_PIXELS = 1 << 15  # embedding pixels decoded at once with gradients: about 1 GB
 
 
 class Adaptation:
@@ -111,6 +112,7 @@ class Adaptation:
         device: torch.device | str = "cpu",
         version: str = "source",
     ) -> None:
+        unmerge(network)  # a merged adapter has no parameters of its own to move
         self.network, self.task, self.device = network.to(device).eval(), task, torch.device(device)
         self.version, self.memory_mb, self.time_limit_s = version, memory_mb, time_limit_s
         self.objective: Objective = build_objective(method, objective)
@@ -130,8 +132,7 @@ class Adaptation:
         self.mirror = mirrored_classes(task.classes)
         self.preprocessing = build_preprocessing(task, labels=False)
         self.inferer = VolumeInferer(task, batch_size, device=device)
-        self._start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        self._hashes = {
+        self.hashes = {
             "model_sha256": records.tensors_sha256(full_state(network)),
             "adapter_sha256": records.tensors_sha256(state_tensors(network)),
         }
@@ -149,7 +150,7 @@ class Adaptation:
             **{key: list(v) if isinstance(v, tuple) else v for key, v in self.view_settings.items()},
             "slices": self.slices,
             "seed": self.seed,
-            "guard": dataclasses.asdict(self.guard),
+            "guard": self.guard.to_dict(),
             "time_limit_s": self.time_limit_s,
             "batch_size": self.batch_size,
         }
@@ -163,10 +164,11 @@ class Adaptation:
         Raises:
             InputError: the scan cannot be read or used. Errors while adapting do not raise: the case falls back.
         """
-        return finish_case(self, self.prepare(image))
+        started = records.now()
+        return finish(self, self.prepare(image), started)
 
     def prepare(self, image: str | Path | Mapping[str, Any]) -> PreparedCase:
-        """Everything of a case that does not depend on the objective: read, predict plainly, choose slices, encode views.
+        """Everything of a case that does not depend on the objective: source prediction, chosen slices, encoded views.
 
         A prepared case serves every objective of the same scope, views, slices and seed.
         """
@@ -251,3 +253,29 @@ class Adaptation:
             adapted = segment(self.inferer, prepared.data, prepared.grid, prepared.replay)
         prepared.seconds["predict_adapted"] = time.perf_counter() - begin
         return adapted
+
+
+def _check_trained(network: SamSegmenter, parameters: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a class head that still has SAM's equal mask tokens, and SAM-DA tensors whose gates never opened.
+
+    Raises:
+        AdapterError: naming what was never trained.
+    """
+    tokens = network.mask_decoder.mask_tokens.weight
+    if bool((tokens == tokens[0]).all()):
+        raise AdapterError("the class head was never trained; train the model before adapting it")
+    gates = [parameter for name, parameter in parameters.items() if name.endswith((".gate", ".residual"))]
+    if gates and not any(bool(gate.any()) for gate in gates):
+        raise AdapterError(
+            "the SAM-DA adapter was never trained (its gates are zero); train the model before adapting it"
+        )
+
+
+def _check_ranges(engine: Adaptation) -> None:
+    for name, least in (("steps", 0), ("views", 1), ("slices", 1), ("batch_size", 1)):
+        if getattr(engine, name) < least:
+            raise UsageError(f"{name} must be at least {least}, got {getattr(engine, name)}")
+    if not (engine.lr > 0 and math.isfinite(engine.lr)):
+        raise UsageError(f"lr must be positive, got {engine.lr}")
+    if engine.time_limit_s is not None and engine.time_limit_s <= 0:
+        raise UsageError(f"time_limit_s must be positive, got {engine.time_limit_s}")

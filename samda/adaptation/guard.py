@@ -105,6 +105,10 @@ class GuardSettings:
     volume_factor: float = 2.0
     tolerance: float = 0.01
 
+    def to_dict(self) -> dict[str, float]:
+        """Plain values for the record."""
+        return dataclasses.asdict(self)
+
     def __post_init__(self) -> None:
         if self.volume_factor < 1:
             raise UsageError(f"guard: volume_factor must be at least 1, got {self.volume_factor}")
@@ -192,7 +196,5 @@ def _class_reason(
             settings.absent if was_plausible is None else was_plausible
         )
         if gain <= 0:
-            return Decision.of(
-                "fallback_volume", f"{name}: {volume:.1f} -> {now:.1f} ml and plausibility {gain:+.2f}"
-            )
+            return Decision.of("fallback_volume", f"{name}: {volume:.1f} -> {now:.1f} ml and plausibility {gain:+.2f}")
     return None

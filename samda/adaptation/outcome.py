@@ -176,28 +176,34 @@ def _record(engine: Adaptation, prepared: PreparedCase, outcome: Outcome, starte
     }
 
 
-def failed_record(engine: Adaptation, input_sha256: str | None, name: str, error: Exception, started: str) -> dict[str, Any]:
+def failed_record(
+    engine: Adaptation, input_sha256: str | None, name: str, error: Exception, started: str
+) -> dict[str, Any]:
     """The record of a scan that gave no prediction at all; `name` stands in where not even its hash is known."""
     reason = "failed_input" if isinstance(error, SamdaError) else "failed_error"
     text = " ".join(str(error).split())
     case_id = records.pseudonym(input_sha256 or records.sha256_of(name))
-    empty: dict[str, Any] = dict.fromkeys(("loss", "agreement", "entropy", "merit", "param_displacement"), [])
-    return _frame(engine, case_id, input_sha256, started) | empty | {
-        "seconds": {},
-        "seed": None,
-        "slices": [],
-        "views": [],
-        "steps_run": 0,
-        "best_step": 0,
-        "volumes_ml": {},
-        "dice_source_adapted": {},
-        "quality": {"source": None, "adapted": None},
-        "decision": "failed",
-        "reason": reason,
-        "explanation": "the scan cannot be used" if reason == "failed_input" else "an unexpected error",
-        "labels_sha256": None,
-        "error": f"{type(error).__name__}: {text}",
-    }
+    empty: dict[str, Any] = {key: [] for key in ("loss", "agreement", "entropy", "merit", "param_displacement")}
+    return (
+        _frame(engine, case_id, input_sha256, started)
+        | empty
+        | {
+            "seconds": {},
+            "seed": None,
+            "slices": [],
+            "views": [],
+            "steps_run": 0,
+            "best_step": 0,
+            "volumes_ml": {},
+            "dice_source_adapted": {},
+            "quality": {"source": None, "adapted": None},
+            "decision": "failed",
+            "reason": reason,
+            "explanation": "the scan cannot be used" if reason == "failed_input" else "an unexpected error",
+            "labels_sha256": None,
+            "error": f"{type(error).__name__}: {text}",
+        }
+    )
 
 
 def _frame(engine: Adaptation, case_id: str, input_sha256: str | None, started: str) -> dict[str, Any]:

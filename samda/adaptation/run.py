@@ -157,7 +157,11 @@ class _Job:
             record = self.stored(case)
             if record is None or record["decision"] == "failed":
                 continue
-            for key, what in (("config_sha256", "settings"), ("adapter_sha256", "a model"), ("model_sha256", "a model")):
+            for key, what in (
+                ("config_sha256", "settings"),
+                ("adapter_sha256", "a model"),
+                ("model_sha256", "a model"),
+            ):
                 if record[key] != own[key]:
                     raise UsageError(
                         f"{self.folder} holds results of other {what.removeprefix('a ')} (case {case['id']!r}); choose "

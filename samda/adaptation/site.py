@@ -3,8 +3,8 @@
 
 Every accepted case ended at parameters theta_i, a few steps from the same theta_0. The candidate is their mean: what is
 particular to a patient averages out, what the scanner did to all of them stays. The order of cases does not matter, and
-a case without labels cannot do more harm than its share. The candidate lies beside the source version; it becomes active
-when a person says so (`samda site activate`), and `samda site rollback` returns to the version before.
+no case can do more harm than its share. The candidate lies beside the source version; it becomes active when a person
+says so (`samda site activate`), and `samda site rollback` returns to the version before.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def distil(adaptation: Adaptation, model: str | Path, run: AdaptRun, name: str, 
             f"{len(chosen)} of {len(run.records)} cases were accepted with a change; a site version needs at least "
             f"{min_cases}"
         )
-    order = sorted(chosen, key=lambda case: (chosen[case]["input_sha256"], case))  # so that rounding cannot depend on it
+    order = sorted(
+        chosen, key=lambda case: (chosen[case]["input_sha256"], case)
+    )  # so that rounding cannot depend on it
     start = {key: parameter.detach().cpu().clone() for key, parameter in adaptation.parameters.items()}
     total = {key: torch.zeros_like(tensor, dtype=torch.float64) for key, tensor in start.items()}
     for case in order:
@@ -90,7 +92,9 @@ def distil(adaptation: Adaptation, model: str | Path, run: AdaptRun, name: str, 
     return about
 
 
-def _write(adaptation: Adaptation, model: Path, name: str, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
+def _write(
+    adaptation: Adaptation, model: Path, name: str, tensors: dict[str, torch.Tensor], about: dict[str, Any]
+) -> None:
     """A complete adapter folder under a temporary name, then renamed."""
     file = read_adapters(version_folder(model, adaptation.version))
     place = model / "versions" / name
@@ -122,4 +126,3 @@ def describe_versions(model: str | Path, active: str) -> list[dict[str, Any]]:
             }
         )
     return rows
-

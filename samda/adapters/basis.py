@@ -49,6 +49,8 @@ def singular_basis(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch
 
 def sign(u: torch.Tensor, s: torch.Tensor, vt: torch.Tensor) -> torch.Tensor:
     """The signature (3, k) of a basis: s, g_out^T U and V^T g_in, with fixed vectors g of entries of order 1."""
+    if u.is_meta:
+        return s.new_empty(3, len(s))
     seen_by_u = _probe(len(u), u) @ u
     seen_by_v = vt @ _probe(vt.shape[1], vt)
     return torch.stack([s, seen_by_u, seen_by_v]).detach()

@@ -2,8 +2,8 @@
 """Adapt a trained model to scans of another site, case by case, without labels; every case is decided and recorded.
 
 For each scan a few adapter parameters move for a few steps, the scan is predicted, and the parameters return. A guard
-decides whether the adapted label map may replace the plain one; otherwise the plain one is written, byte for byte. A run
-that was interrupted goes on when the same command is given again.
+decides whether the adapted label map may replace the plain one; otherwise the plain one is written, byte for byte. A
+run that was interrupted goes on when the same command is given again.
 
   samda adapt -m model -i scans -o adapted
   samda adapt -m model -i scans -o adapted --dry-run            decide and record only
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from samda.cli.options import add_device, add_json, existing, parse_settings, pick_device, positive, print_json, say
-from samda.errors import InputError, UsageError
+from samda.errors import InputError, UsageError, check_keys
 
-# keys of Adaptation that `--set` takes beside the options below
+OPTIONS = ("method", "scope", "steps", "lr", "views", "slices", "seed")  # arguments of Adaptation with an option
 SETTINGS = ("families", "flips", "strength", "guard", "objective", "time_limit_s", "batch_size", "memory_mb")
 
 
@@ -37,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--views", type=positive, default=8, metavar="N", help="views of each slice; default 8")
     parser.add_argument("--slices", type=positive, default=12, metavar="N", help="slices adapted on; default 12")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the views; default 0")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help=f"any of {', '.join(SETTINGS)}"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"any of {', '.join(SETTINGS)}")
     parser.add_argument("--report", type=Path, metavar="FILE", help="file of the records; default OUT/run.jsonl")
     parser.add_argument("--labels", type=Path, metavar="FOLDER", help="label maps, used for nothing but the report")
     parser.add_argument("--site", metavar="NAME", help="distil accepted cases into a candidate version of this name")
@@ -63,7 +61,7 @@ def tell(case: str, record: Mapping[str, Any]) -> None:
 def run(args: argparse.Namespace) -> None:
     """Adapt; raise at the end if a case failed."""
     existing(args.input, "input")
-    settings = parse_settings(args.set)
+    settings = read_settings(args)
     if args.site and args.dry_run:
         raise UsageError("--site needs adapted cases; leave out --dry-run")
     device = pick_device(args.device)
@@ -73,16 +71,7 @@ def run(args: argparse.Namespace) -> None:
         args.model,
         args.input,
         args.output,
-        settings={
-            "method": args.method,
-            "scope": args.scope,
-            "steps": args.steps,
-            "lr": args.lr,
-            "views": args.views,
-            "slices": args.slices,
-            "seed": args.seed,
-        },
-        more_settings=settings,
+        settings=settings,
         report=args.report,
         labels=args.labels,
         site=args.site,
@@ -103,4 +92,17 @@ def run(args: argparse.Namespace) -> None:
         if args.site:
             print(f"candidate version {args.site}; samda site activate -m {args.model} {args.site} makes it active")
     if result["failed"]:
-        raise InputError(f"{len(result['failed'])} of {len(result['cases'])} cases failed: {', '.join(result['failed'])}")
+        raise InputError(
+            f"{len(result['failed'])} of {len(result['cases'])} cases failed: {', '.join(result['failed'])}"
+        )
+
+
+def read_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of Adaptation that the options set.
+
+    Raises:
+        UsageError: an unknown key.
+    """
+    settings = parse_settings(args.set)
+    check_keys(settings, SETTINGS, "--set")
+    return {key: getattr(args, key) for key in OPTIONS} | settings

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Show the backbones and adapters with their parameter counts, or what a model folder holds.
+"""Show adapters and parameter counts, or a trained model.
 
-  samda info             backbones, adapters and counts; needs no weights
+  samda info             backbones, adapters and their counts
   samda info -m model    backbone, adapters, classes, geometry and results of a trained model
+
+Neither needs base weights.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def describe_package() -> dict[str, Any]:
     from samda.networks.segmenter import SamSegmenter
     from samda.resources import packaged
 
-    overlays = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(packaged("configs", "adapters").glob("*"))}
+    overlays = {
+        path.stem: yaml.safe_load(path.read_text()) for path in sorted(packaged("configs", "adapters").glob("*"))
+    }
     adapters: dict[str, Any] = {
         name: {"settings": overlay["adapters"], "parameters": {}} for name, overlay in overlays.items()
     }
@@ -94,3 +98,25 @@ def describe_model(folder: Path) -> dict[str, Any]:
         "task": file.task,
         "record": file.record,
     }
+
+
+def print_model(facts: dict[str, Any]) -> None:
+    """The main points of :func:`describe_model`."""
+    task, record = facts["task"], facts["record"]
+    training, metrics = record.get("training", {}), record.get("metrics", {})
+    rows = [
+        ("model", facts["model"]),
+        ("backbone", facts["network"].get("backbone")),
+        ("base weights", facts["base"].get("file") or "in the folder"),
+        ("adapters", ", ".join(facts["adapters"]) or "none"),
+        ("numbers in the file", f"{facts['parameters']:,}"),
+        ("classes", ", ".join(task.get("classes", []))),
+        ("modality", task.get("modality")),
+        ("slices", f"{task.get('axis')}, {task.get('image_size')} pixels of {task.get('spacing')} mm"),
+        ("trained", f"{training.get('epochs')} epochs, best {training.get('best_epoch')}; {training.get('split')}"),
+        ("validation Dice", metrics.get("mean_dice")),
+        ("samda", record.get("versions", {}).get("samda")),
+        ("purpose", record.get("purpose")),
+    ]
+    for name, value in rows:
+        print(f"{name:<20} {value}")

@@ -25,14 +25,14 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse, but unknown options are refused first: a mistyped `--output` is not a missing `--output`."""
-        if args is not None and not self._subparsers:
+        if args is not None:
             self._check_options(args)
         return super().parse_known_args(args, namespace)
 
     def _check_options(self, args: Sequence[str]) -> None:
         valid = list(self._option_string_actions)
         for token in args:
-            if token == "--":
+            if token == "--" or (self._subparsers and not token.startswith("-")):  # the command checks the rest
                 return
             name = token.partition("=")[0]
             if name.startswith("-") and len(name) > 1 and name not in valid and not _is_number(token):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segment scans with a trained model: one label map per scan, on the scan's own grid. No labels are needed.
+"""Segment scans with a trained model.
 
-The input is a scan (NIfTI, NRRD, MHA, a picture, a folder with one DICOM series), a folder of scans, or a data set, of
-which the test cases are taken. A scan that fails is reported and does not stop the others; the exit code is then 1.
+Each scan gets one label map on its own grid; no labels are needed. The input is a scan (NIfTI, NRRD, MHA, a picture, a
+folder with one DICOM series), a folder of scans, or a data set, of which the test cases are taken. A scan that fails is
+reported and does not stop the others; the exit code is then 1.
 
   samda predict -m model -i scans -o labels
   samda predict -m model -i scans -o labels --continue      leave out what is finished

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train adapters and a class head on labelled scans; the result is a model folder.
+"""Train adapters and a class head on labelled scans.
 
-The data set is an nnU-Net or Medical Segmentation Decathlon folder, or a MONAI datalist (JSON). What is not given keeps
-the value of the bundle's train.json.
+The result is a model folder. The data set is an nnU-Net or Medical Segmentation Decathlon folder, or a MONAI datalist
+(JSON). What is not given keeps the value of the bundle's train.json.
 
   samda train -d Dataset001_Liver -o model --task liver.yaml
   samda train -d Dataset001_Liver -o model --task liver.yaml --adapter salt,dka,sam_da --backbone vit_b --epochs 40

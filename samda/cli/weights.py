@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fetch base weights into the cache, or list them: what is there, where, and the sha256 of the published file.
+"""Fetch base weights, or list them.
 
   samda weights          list
   samda weights vit_t    fetch, if they are not there, and print the path
@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> None:
         return
     for name, entry in known.items():
         print(f"{name}  {'cached' if entry['cached'] else 'not in the cache'}")
-        print(f"  path     {entry['path']}\n  sha256   {entry['sha256']}\n  address  {entry['address']}")
+        print(f"  path       {entry['path']}")
+        print(f"  published  {entry['published']['address']}\n  sha256     {entry['published']['sha256']}")
 
 
 def list_weights() -> dict[str, dict[str, Any]]:
@@ -52,7 +53,6 @@ def list_weights() -> dict[str, dict[str, Any]]:
         known[name] = {
             "cached": cached is not None,
             "path": cached or file.path,
-            "sha256": file.sha256,
-            "address": file.address,
+            "published": {"address": file.address, "sha256": file.sha256},
         }
     return known

@@ -85,6 +85,9 @@ class Examples(Mapping[str, Example]):
             raise InputError(f"the chest CT comes with slicerio, which is not installed: pip install {CHEST}")
         return self._scans[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._scans
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._scans)
 

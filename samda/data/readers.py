@@ -173,10 +173,9 @@ def _existing(path: str | Path) -> Path:
 
 def _not_a_scan(path: Path, error: BaseException) -> InputError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = lines[-1].replace(str(path), path.name)
     known = ", ".join(SCAN_SUFFIXES)
-    return InputError(
-        f"{path} cannot be read as a scan ({lines[-1]}); give a complete file ({known}) or a DICOM folder"
-    )
+    return InputError(f"{path} cannot be read as a scan ({reason}); give a complete file ({known}) or a DICOM folder")
 
 
 # ------------------------------------------------------------------------------------------------------------- NIfTI

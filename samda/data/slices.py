@@ -135,10 +135,9 @@ class SliceGrid:
         geometry = np.asarray(torch.as_tensor(affine_or_spacing_mm).detach().cpu(), float)
         if geometry.shape not in ((4, 4), (3,)):
             raise InputError(f"geometry must be an affine (4, 4) or a spacing (3,), got shape {geometry.shape}")
-        spacing = np.linalg.norm(geometry[:3, :3], axis=0) if geometry.ndim == 2 else geometry
-        plain = _plain(volume).detach().cpu().numpy()
-        box = body_box(plain[0], spacing, task)
-        return cls(volume.shape[1:], spacing, box, task)
+        spacing_mm = np.linalg.norm(geometry[:3, :3], axis=0) if geometry.ndim == 2 else geometry
+        box = body_box(_plain(volume)[0].detach().cpu().numpy(), spacing_mm, task)
+        return cls(volume.shape[1:], spacing_mm.tolist(), box, task)
 
     def extract(self, volume: torch.Tensor, index: int | slice | Iterable[int]) -> torch.Tensor:
         """Slices of a volume on the canvas.

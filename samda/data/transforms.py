@@ -67,7 +67,7 @@ class LoadScand(LoadImaged):
 
     def __init__(self, keys: KeysCollection, channels: int = 1) -> None:
         self.reader = SimpleITKReader(channels)
-        super().__init__(keys, reader=self.reader, dtype=None, image_only=True)
+        super().__init__(keys, dtype=None, image_only=True)
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
         for key in self.keys:

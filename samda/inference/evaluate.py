@@ -1,1 +1,233 @@
-def evaluate(): ...
+# SPDX-License-Identifier: Apache-2.0
+"""Compare label maps with labels: per case and class, in mm and ml, with the rules printed beside the numbers."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+
+from samda.data.labels import MapLabelsd
+from samda.data.readers import PICTURE_SUFFIXES, Scan, read_scan
+from samda.data.task import Task
+from samda.errors import InputError, UsageError, cause_of
+from samda.inference.pairs import find_pairs
+from samda.inference.writer import check_output_folder, replacing
+from samda.metrics import COUNTED, DEFINITIONS, SCORES, ClassScores, score_case, summarize
+
+__all__ = ["Evaluation", "evaluate", "format_table", "score_files"]
+
+logger = logging.getLogger(__name__)
+
+SAME_PLACE = 0.1  # of the smallest voxel side: how far apart corners of prediction and label may lie
+COLUMNS = tuple(field.name for field in dataclasses.fields(ClassScores))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The scores of a set of cases.
+
+    Attributes:
+        classes: names of the foreground classes.
+        cases: case -> scores of the foreground classes.
+        failed: case -> why it could not be scored, in one line; it is in no mean.
+        nsd_tolerance_mm: tolerance of the normalized surface distance.
+    """
+
+    classes: tuple[str, ...]
+    cases: dict[str, list[ClassScores]]
+    failed: dict[str, str]
+    nsd_tolerance_mm: float
+
+    @property
+    def exit_code(self) -> int:
+        """0 if every case was scored, else 1."""
+        return 1 if self.failed else 0
+
+    def summary(self) -> dict[str, Any]:
+        """Means and counts, see :func:`samda.metrics.summarize`."""
+        return summarize(self.cases.values(), self.classes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; what has no value is None."""
+        cases = {
+            case: {name: dataclasses.asdict(score) for name, score in zip(self.classes, scores, strict=True)}
+            for case, scores in self.cases.items()
+        }
+        values = {
+            "definitions": DEFINITIONS,
+            "nsd_tolerance_mm": self.nsd_tolerance_mm,
+            "summary": self.summary(),
+            "cases": cases,
+            "failed": self.failed,
+        }
+        return _without_nan(values)
+
+    def to_csv(self) -> str:
+        """One row per case and class; what has no value is empty."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["case", "class", *COLUMNS])
+        for case, scores in self.cases.items():
+            for name, score in zip(self.classes, scores, strict=True):
+                values = [getattr(score, column) for column in COLUMNS]
+                writer.writerow([case, name, *("" if _is_nan(v) else v for v in values)])
+        return text.getvalue()
+
+    def save(self, folder: str | Path) -> None:
+        """Write `metrics.csv` and `metrics.json` into `folder`."""
+        folder = check_output_folder(folder)
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        for name, content in (("metrics.csv", self.to_csv()), ("metrics.json", text)):
+            with replacing(folder / name) as temporary:
+                temporary.write_text(content, encoding="utf-8")
+
+
+def evaluate(
+    predictions: str | Path,
+    labels: str | Path,
+    task: Task,
+    output: str | Path | None = None,
+    nsd_tolerance_mm: float | None = None,
+    section: str | None = None,
+    on_case: Callable[[str, str], None] | None = None,
+) -> Evaluation:
+    """Score predictions against labels; a pair that cannot be compared is listed, and the next one follows.
+
+    Args:
+        predictions: folder of label maps as :func:`samda.inference.predict.predict_folder` writes them, or one file.
+        labels: folder of label files, one file, or a data set whose cases have labels.
+        task: classes, and the ids of the label files.
+        output: folder for `metrics.csv` and `metrics.json`; None writes nothing.
+        nsd_tolerance_mm: None takes the task's.
+        section: "training", "validation" or "test" of a data set; None takes those of which there are predictions.
+        on_case: called with case and "done" or the reason why it could not be scored.
+
+    Raises:
+        UsageError: nothing can be written to `output`, or a tolerance below 0.
+        InputError: no predictions, no labels, or not a single pair.
+    """
+    tolerance = task.nsd_tolerance if nsd_tolerance_mm is None else nsd_tolerance_mm
+    if tolerance < 0:
+        raise UsageError(f"the NSD tolerance must not be negative (mm), got {tolerance:g}")
+    if output is not None:
+        check_output_folder(output)
+    pairs, dataset_labels = find_pairs(predictions, labels, section)
+    mapping = MapLabelsd("label", task, dataset_labels)
+    result = Evaluation(task.classes[1:], {}, {}, tolerance)
+    for case, (prediction, label) in pairs.items():
+        outcome = "done"
+        try:
+            if prediction is None:
+                raise InputError(f"there is no prediction for label {label}; predict this case too")
+            result.cases[case] = score_files(prediction, label, task, tolerance, mapping)
+        except Exception as error:  # whatever is wrong with this pair, the others are still wanted
+            known = cause_of(error)
+            outcome = " ".join(str(known).split()) if known else f"unexpected {type(error).__name__}: {error}"
+            logger.debug("case %s failed", case, exc_info=True)
+            logger.error("case %s: %s", case, outcome)
+            result.failed[case] = outcome
+        if on_case:
+            on_case(case, outcome)
+    if output is not None:
+        result.save(output)
+    return result
+
+
+def score_files(
+    prediction: str | Path,
+    label: str | Path,
+    task: Task,
+    nsd_tolerance_mm: float,
+    mapping: MapLabelsd | None = None,
+) -> list[ClassScores]:
+    """Score one pair of files; see :func:`samda.metrics.score_case`.
+
+    Args:
+        prediction: label map of class indices.
+        label: label file, in the ids of the task or data set.
+        task: the task.
+        nsd_tolerance_mm: tolerance.
+        mapping: from the ids of the label file to class indices; None takes the task's.
+
+    Raises:
+        InputError: a file cannot be read, the two are not on one grid, or values are no classes.
+    """
+    predicted, true = read_scan(prediction), read_scan(label)
+    _refuse_other_grid(predicted, true, prediction, label)
+    mapping = mapping or MapLabelsd("label", task)
+    ids = MetaTensor(torch.from_numpy(np.ascontiguousarray(true.array)), meta={"filename_or_obj": str(label)})
+    classes = mapping({"label": ids})["label"].as_tensor().numpy()
+    spacing_mm = np.linalg.norm(true.affine[:3, :3], axis=0)
+    return score_case(_whole(predicted.array, prediction), classes, spacing_mm, task.num_classes, nsd_tolerance_mm)
+
+
+def _refuse_other_grid(prediction: Scan, label: Scan, path: str | Path, label_path: str | Path) -> None:
+    if prediction.array.shape != label.array.shape:
+        sizes = [" x ".join(map(str, scan.array.shape)) for scan in (prediction, label)]
+        raise InputError(f"{path} has {sizes[0]} voxels but {label_path} {sizes[1]}; compare them on one grid")
+    if str(path).lower().endswith(PICTURE_SUFFIXES) or str(label_path).lower().endswith(PICTURE_SUFFIXES):
+        return  # a picture has no place
+    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
+    corners[:, :3] *= np.array(label.array.shape) - 1
+    apart = float(np.linalg.norm(((prediction.affine - label.affine) @ corners.T)[:3], axis=0).max())
+    if apart > SAME_PLACE * np.linalg.norm(label.affine[:3, :3], axis=0).min():
+        raise InputError(f"{path} lies up to {apart:.2f} mm beside {label_path}; compare them on one grid")
+
+
+def _whole(array: np.ndarray, path: str | Path) -> np.ndarray:
+    """Class indices as integers; a label map saved as float is accepted if it holds whole numbers."""
+    if array.dtype.kind == "f":
+        whole = array.astype(np.int32)
+        if not np.array_equal(whole, array):
+            raise InputError(f"{path} holds fractions, which are no class indices; give the label map")
+        return whole
+    return array
+
+
+# -------------------------------------------------------------------------------------------------------------- output
+
+
+def format_table(evaluation: Evaluation) -> str:
+    """The summary as text: the rules first, then one line per class with the number of cases behind each mean."""
+    rules = [f"{key}: {DEFINITIONS[key]}" for key in (*SCORES, *COUNTED, "mean")]
+    counts = f"cases: {len(evaluation.cases)} scored, {len(evaluation.failed)} failed"
+    header = [counts, *rules, f"NSD tolerance: {evaluation.nsd_tolerance_mm:g} mm"]
+    summary = evaluation.summary()
+    rows = [["class", *(f"{name} (n)" for name in SCORES), *COUNTED]]
+    for name, entry in [*summary["classes"].items(), ("all", summary["all"])]:
+        means = [f"{_number(entry[key]['mean'], key)} ({entry[key]['n']})" for key in SCORES]
+        rows.append([name, *means, *(str(entry[what]) for what in COUNTED)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells in rows:
+        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *right]))
+    failed = [f"not scored: {case}: {reason}" for case, reason in evaluation.failed.items()]
+    return "\n".join([*(f"# {line}" for line in header), *lines, *failed])
+
+
+def _number(value: float, key: str) -> str:
+    return "-" if math.isnan(value) else f"{value:.1f}" if key == "hd95_mm" else f"{value:.3f}"
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_without_nan(entry) for entry in value]
+    return None if _is_nan(value) else value

@@ -121,36 +121,37 @@ class VolumeInferer(Inferer):
         geometry = _geometry(inputs, spacing_mm)
         volume = (inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs)[0]
         grid = SliceGrid.from_volume(volume, geometry, self.task)
-        device = self._device(network, volume)
         shape, classes = tuple(volume.shape[1:]), self.task.num_classes
         kind = torch.uint8 if classes <= 255 else torch.uint16
         labels = torch.empty(shape, dtype=kind, device=volume.device)
         kept = torch.empty((classes, *shape), device=volume.device) if keep_probabilities else None
-
-        def predict(slices: torch.Tensor) -> torch.Tensor:
-            return self._logits(slices, network, args, kwargs)
-
-        for place, maps in self._slabs(volume, grid, device, predict):
+        for place, maps in self.slabs(volume, grid, network, *args, **kwargs):
             labels[place] = maps.argmax(0).to(kind).to(labels.device)
             if kept is not None:
                 kept[(slice(None), *place)] = maps.to(kept.device)
         return labels[None, None], None if kept is None else kept[None]
 
-    def _slabs(
-        self,
-        volume: torch.Tensor,
-        grid: SliceGrid,
-        device: torch.device,
-        predict: Callable[[torch.Tensor], torch.Tensor],
+    def slabs(
+        self, volume: torch.Tensor, grid: SliceGrid, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
-        """The place of each slab in (X, Y, Z), and its class probabilities (K, ...) there."""
+        """Class probabilities slab by slab; the network sees the same batches in the same order on every pass.
+
+        Args:
+            volume: (C, X, Y, Z) in [0, 1], RAS.
+            grid: its slices.
+            network: as in the call, with its `args` and `kwargs`.
+
+        Yields:
+            The place of a slab in (X, Y, Z), and the probabilities (K, ...) there, on the network's device.
+        """
+        device = self._device(network, volume)
         across = grid.axes[0]
         size = self.slab_size(grid)
         bar = tqdm(total=grid.num_slices, unit="slice", leave=False, disable=None if self.progress else True)
-        # a batch always holds the same slices, so that the network's rounding cannot depend on the slab
+        # a batch holds the same slices whatever the slab, so that the network's rounding cannot depend on it
         for start in range(0, grid.num_slices, self.batch_size):
             stop = min(start + self.batch_size, grid.num_slices)
-            logits = predict(grid.extract(volume, range(start, stop)).to(device))
+            logits = self._logits(grid.extract(volume, range(start, stop)).to(device), network, args, kwargs)
             for first in range(start, stop, size):
                 last = min(first + size, stop)
                 maps = grid.restore(logits[first - start : last - start].softmax(1))

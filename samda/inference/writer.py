@@ -19,7 +19,7 @@ from samda.data.readers import NIFTI_SUFFIXES, PICTURE_SUFFIXES
 from samda.errors import InputError, UsageError
 from samda.version import __version__
 
-__all__ = ["check_output_folder", "label_path", "probability_path", "write_labels", "write_probabilities"]
+__all__ = ["check_output_folder", "label_path", "probability_path", "replacing", "write_labels", "write_probabilities"]
 
 PURPOSE = "research use only, not for clinical decisions"
 
@@ -86,9 +86,9 @@ def write_labels(
         "created_by": f"samda {__version__}",
         "note": PURPOSE,
     }
-    with _replacing(path.with_name(_case(path) + ".json")) as temporary:
+    with replacing(path.with_name(_case(path) + ".json")) as temporary:
         temporary.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         if path.suffix.lower() == ".png":
             _save_png(labels, temporary)
         else:
@@ -114,7 +114,7 @@ def write_probabilities(
     """
     path = Path(path)
     path.parent.mkdir(exist_ok=True)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         _nifti(np.moveaxis(probabilities.astype(np.float32, copy=False), 0, -1), image, affine).to_filename(temporary)
     return path
 
@@ -165,7 +165,7 @@ def _case(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A hidden name of the same type beside `path`, renamed to it when the block ends well."""
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:

@@ -24,7 +24,9 @@ import torch.nn.functional as F
 __all__ = ["DerivedTensors", "choose_formulation", "relative_attention", "relative_table"]
 
 
-MASK_ELEMENTS = 2**22  # of the masks that exist at a time, one head's at least
+# of the masks that exist at a time, one head's at least: near the cache of a CPU, in few kernel calls elsewhere
+MASK_ELEMENTS = {"cpu": 2**22}
+MANY_MASK_ELEMENTS = 2**28
 MAX_FUSED_WIDTH = 256  # channels per head that the fused CUDA kernels take
 
 
@@ -84,9 +86,9 @@ def relative_table(table: torch.Tensor, size: int) -> torch.Tensor:
 def choose_formulation(q: torch.Tensor, size: tuple[int, int]) -> str:
     """The faster formulation for queries `q` (N, heads, H W, d) on a grid of `size` (H, W).
 
-    On a CPU the mask is faster (ViT-B's 64 x 64 grid: 1.5 times) unless gradients are needed: the fused kernel takes no
-    mask with gradients, and beyond a 16 x 16 grid the channels then cost no more and need no (HW, HW) memory. On CUDA
-    the channels keep the kernels that need no such memory either, as long as they fit into the widest head (256).
+    Measured on a CPU: the mask is faster unless gradients are needed, for which the fused kernel takes no mask; beyond
+    a 16 x 16 grid the channels then cost no more and need no (HW, HW) memory. Reasoned for CUDA, not measured: the
+    channels keep the kernels that need no such memory, as long as they fit into the widest head.
     """
     tokens = size[0] * size[1]
     if tokens <= 256 or (q.is_cuda and q.shape[-1] + sum(size) > MAX_FUSED_WIDTH):
@@ -128,8 +130,9 @@ def relative_attention(
 def _with_mask(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias_h: torch.Tensor, bias_w: torch.Tensor
 ) -> torch.Tensor:
-    """A few heads at a time: their masks stay near the cache, and memory does not grow with the heads."""
-    heads = max(1, MASK_ELEMENTS // (q.shape[0] * q.shape[2] ** 2))
+    """A few heads at a time, so that the memory for masks does not grow with the heads."""
+    elements = MASK_ELEMENTS.get(q.device.type, MANY_MASK_ELEMENTS)
+    heads = max(1, elements // (q.shape[0] * q.shape[2] ** 2))
     out = []
     for q_, k_, v_, h_, w_ in zip(*(t.split(heads, 1) for t in (q, k, v, bias_h, bias_w)), strict=True):
         mask = (h_[..., :, None] + w_[..., None, :]).flatten(3)

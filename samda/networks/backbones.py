@@ -106,6 +106,6 @@ def backbone_config(backbone: str | Mapping[str, Any] | BackboneConfig) -> Backb
         if kind not in TYPES:
             raise UsageError(f"backbone type {kind!r} is unknown; {nearest(kind, TYPES)}")
         return from_mapping(TYPES[kind], values, "backbone")
-    if backbone not in BACKBONES:
+    if not isinstance(backbone, str) or backbone not in BACKBONES:
         raise UsageError(f"unknown backbone {backbone!r}; {nearest(str(backbone), BACKBONES)}")
     return BACKBONES[backbone]

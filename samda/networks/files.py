@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import shutil
 import tempfile
@@ -67,10 +68,14 @@ def download(url: str, path: Path, sha256: str) -> None:
     """Download `url` to `path` and check it.
 
     Raises:
-        OSError: the address cannot be reached.
-        WeightsError: what came is not the expected file.
+        WeightsError: the address cannot be reached, or what came is not the expected file; nothing is left then.
     """
     with replacing(path) as temporary:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, temporary.open("wb") as file:
-            shutil.copyfileobj(answer, file, 1 << 20)
-        check_sha256(temporary, sha256)
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, temporary.open("wb") as file:
+                shutil.copyfileobj(answer, file, 1 << 20)
+        except (OSError, http.client.HTTPException) as error:
+            raise WeightsError(f"{url}: {error}") from error
+        found = sha256_of(temporary)
+        if found != sha256:
+            raise WeightsError(f"{url} brought a file with sha256 {found}, expected {sha256}")

@@ -81,20 +81,26 @@ def load_model(
         The network in evaluation with its adapters loaded, the task, and the record.
 
     Raises:
-        AdapterError: a file of the folder is missing, damaged or contradicts itself.
+        AdapterError, InputError, UsageError: a file of the folder is missing, damaged or contradicts itself.
         WeightsError: the base weights are missing or not those of the training.
     """
     folder = Path(folder)
     file = read_adapters(folder)
+    for section, keys in (("network", NETWORK_KEYS), ("base", BASE_KEYS)):
+        values = getattr(file, section)
+        check_keys(values, keys, f"{folder}/adapter.json: {section}")
+        missing = [key for key in keys if key not in values]
+        if missing:
+            raise InputError(f"{folder}/adapter.json: {section} lacks {missing[0]!r}; copy the model folder again")
+    task = Task.from_dict(file.task)
     try:
-        check_keys(file.network, NETWORK_KEYS, "network")
-        check_keys(file.base, BASE_KEYS, "base")
-        task = Task.from_dict(file.task)
         network = SamSegmenter(**file.network, weights=_base_weights(file, folder, weights))
-        _check_task(network, task, str(folder))
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder}/adapter.json is not complete ({error}); copy the model folder again") from error
-    check_fingerprint(network, file.base["fingerprint"])
+        check_fingerprint(network, file.base["fingerprint"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # values of other types than save_model writes
+        raise InputError(
+            f"{folder}/adapter.json describes no network ({error}); copy the model folder again"
+        ) from error
+    _check_task(network, task, str(folder))
     attach(network, file.adapters)
     load_adapters(network, file)
     return network.to(device).eval(), task, file.record
@@ -107,7 +113,7 @@ def _base_weights(file: AdapterFile, folder: Path, given: str | Path | None) -> 
         return folder / BASE
     trained_on, backbone = file.base["file"], file.network["backbone"]
     published = [known.name for known in KNOWN_FILES.values()] + [CONVERTED]
-    if backbone in BACKBONES and trained_on in published:
+    if isinstance(backbone, str) and backbone in BACKBONES and trained_on in published:
         return "pretrained"
     raise WeightsError(f"{folder} was trained on the base weights {trained_on}; give that file as weights")
 

@@ -14,8 +14,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from segment_anything.modeling import PromptEncoder
 
-from samda.adapters import base
-from samda.adapters.base import AdapterConfig
+from samda.adapters.base import attach, freeze, trainable_parameters
+from samda.adapters.files import load_adapters
+from samda.adapters.registry import build_configs
+from samda.adapters.settings import AdapterConfig
 from samda.adapters.sites import Site
 from samda.errors import UsageError
 from samda.networks.attention import DerivedTensors
@@ -73,10 +75,10 @@ class SamSegmenter(nn.Module):
         adapter_file: str | Path | None = None,
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise UsageError(f"num_classes must be at least 2 (background and one more), got {num_classes}")
+        if not isinstance(num_classes, int) or num_classes < 2:
+            raise UsageError(f"num_classes must be at least 2 (background and one more), got {num_classes!r}")
         if in_channels not in (1, 3):
-            raise UsageError(f"in_channels must be 1 or 3, got {in_channels}")
+            raise UsageError(f"in_channels must be 1 or 3, got {in_channels!r}")
         self.config = backbone_config(backbone)
         self.num_classes = num_classes
         self.in_channels = in_channels
@@ -96,15 +98,10 @@ class SamSegmenter(nn.Module):
         self.eval()
         if weights is not None:
             self.load_base(fetch_weights(self.config.name) if weights == "pretrained" else weights)
+        freeze(self)
         if adapters:
-            from samda.adapters import build_configs
-
-            base.attach(self, build_configs(adapters))
-        else:
-            base.freeze(self)
+            attach(self, build_configs(adapters))
         if adapter_file is not None:
-            from samda.adapters.files import load_adapters
-
             load_adapters(self, adapter_file)
 
     def load_base(self, path: str | Path) -> BaseReport:
@@ -164,8 +161,7 @@ class SamSegmenter(nn.Module):
     @property
     def encoder_adapted(self) -> bool:
         """Does the embedding depend on anything that is trained? Then it cannot be cached."""
-        encoder = "image_encoder."
-        return any(name.startswith(encoder) for name in base.trainable_parameters(self))
+        return any(name.startswith("image_encoder.") for name in trainable_parameters(self))
 
     def train(self, mode: bool = True) -> SamSegmenter:
         """Switch adapters and class head; the base stays in evaluation (batch norms keep their statistics)."""

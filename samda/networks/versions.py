@@ -3,7 +3,7 @@
 
     model/adapter.json, adapter.safetensors        version "source"; never written to
     model/versions/NAME/adapter.json, ...          a candidate, a complete adapter folder of its own
-    model/versions/active.json                     {"stack": [..., NAME], "history": [...]}: the last of the stack is active
+    model/versions/active.json                     {"stack": [..., NAME], "history": [...]}; active is the last
 
 Nothing becomes active unless :func:`activate` is called, which only the command `samda site activate` does.
 """
@@ -14,12 +14,28 @@ import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from samda.errors import InputError, UsageError, nearest
 from samda.networks.files import replacing
 
-__all__ = ["SOURCE", "activate", "active_version", "check_name", "history", "list_versions", "rollback", "version_folder"]
+if TYPE_CHECKING:
+    import torch
+
+    from samda.data.task import Task
+    from samda.networks.segmenter import SamSegmenter
+
+__all__ = [
+    "SOURCE",
+    "activate",
+    "active_version",
+    "check_name",
+    "history",
+    "list_versions",
+    "load_version",
+    "rollback",
+    "version_folder",
+]
 
 SOURCE = "source"
 FOLDER = "versions"
@@ -97,6 +113,29 @@ def rollback(model: str | Path) -> tuple[str, str]:
 def history(model: str | Path) -> list[dict[str, str]]:
     """Every change of the active version: {"time", "from", "to"}, oldest first."""
     return _pointer(model)["history"]
+
+
+def load_version(
+    model: str | Path,
+    version: str | None = None,
+    weights: str | Path | None = None,
+    device: str | torch.device = "cpu",
+) -> tuple[SamSegmenter, Task, dict[str, Any], str]:
+    """Read a version of a trained model: network, task, record, and the name of the version.
+
+    Args:
+        model: the model folder.
+        version: its name; None takes the active one.
+        weights: file with the base weights; None takes those of the training.
+        device: where the network goes.
+    """
+    from samda.networks.model_folder import BASE, load_model
+
+    version = active_version(model) if version is None else version
+    base = Path(model) / BASE
+    if weights is None and base.exists():
+        weights = base
+    return *load_model(version_folder(model, version), weights, device), version
 
 
 def _write(model: str | Path, stack: list[str], log: list[dict[str, str]], before: str) -> None:

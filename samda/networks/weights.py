@@ -104,8 +104,8 @@ def fetch_weights(name: str) -> Path:
         logger.info("fetching %s", known.address)
         download(known.address, known.path, known.sha256)
         return known.path
-    except OSError as error:
-        reasons = [f"{known.address}: {getattr(error, 'reason', error)}"]
+    except WeightsError as error:
+        reasons = [str(error)]
     if name == "vit_t":
         try:
             return _fetch_converted(converted)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from samda.training.cases import build_task, training_cases
+from samda.training.cases import build_task, labelled_cases, training_cases
 from samda.training.check import check_config, check_overrides
 from samda.training.checkpoint import Checkpoint, Resume, SaveCheckpoint
 from samda.training.datasets import SliceDataset, build_dataset, prepare_batch
@@ -31,6 +31,7 @@ __all__ = [
     "build_task",
     "check_config",
     "check_overrides",
+    "labelled_cases",
     "parameter_groups",
     "prepare_batch",
     "save_training",

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from samda.data.datalists import DataList
+from samda.data.datalists import Case, DataList
 from samda.data.splits import Split, split
 from samda.data.task import Task
-from samda.errors import InputError, UsageError
+from samda.errors import InputError, UsageError, nearest
 
-__all__ = ["build_task", "training_cases"]
+__all__ = ["build_task", "labelled_cases", "training_cases"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def build_task(
         task = Task.from_file(task)
     elif not isinstance(task, Task):
         task = Task.from_dict(task)
-    changes = {"image_size": image_size, "spacing": spacing}
+    changes: dict[str, Any] = {"image_size": image_size, "spacing": spacing}
     return dataclasses.replace(task, **{key: value for key, value in changes.items() if value is not None})
 
 
@@ -73,10 +73,28 @@ def training_cases(
     training, validation = datalist.cases["training"], datalist.cases["validation"]
     if not training:
         number = len(datalist.cases["test"])
-        raise InputError(f"the data set has no labelled training case ({number} without a label); list some under training")
+        raise InputError(
+            f"the data set has no labelled training case ({number} without a label); list some under training"
+        )
     if validation and fold is None:
         result = Split(training, validation, f"by the data set: {len(validation)} cases validate")
     else:
         result = split(training, task, fraction, fold, seed)
     logger.info("validation %s", result.note)
     return result
+
+
+def labelled_cases(datalist: DataList, section: str) -> list[Case]:
+    """The cases of a section that have labels to compare with.
+
+    Raises:
+        UsageError: no such section.
+        InputError: none of its cases has a label; the message says which sections have.
+    """
+    if section not in datalist.cases:
+        raise UsageError(f"section {section!r} is unknown; {nearest(str(section), datalist.cases)}")
+    counts = {name: sum("label" in case for case in cases) for name, cases in datalist.cases.items()}
+    if not counts[section]:
+        having = ", ".join(f"{name} ({count})" for name, count in counts.items())
+        raise InputError(f"the data set has no label in section {section!r}; labels per section: {having}")
+    return [case for case in datalist.cases[section] if "label" in case]

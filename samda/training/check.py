@@ -22,7 +22,14 @@ __all__ = ["check_config", "check_overrides"]
 
 FREE = ("adapters", "backbone", "task", "_meta_")  # these may be mappings whose keys their own builders check
 TRACKING = ("tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "output_dir")
-TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
+TYPES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+}
 
 
 def check_overrides(config_file: str) -> None:

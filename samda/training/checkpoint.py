@@ -50,7 +50,9 @@ class Checkpoint:
         if resume and overwrite:
             raise UsageError("resume and overwrite exclude each other; choose one")
         if self.path.exists() and not resume and not overwrite:
-            raise UsageError(f"{self.path.parent} already holds a training; resume it, overwrite it or choose another folder")
+            raise UsageError(
+                f"{self.path.parent} already holds a training; resume it, overwrite it or choose another folder"
+            )
         if resume and not self.path.exists():
             logger.warning("nothing to resume in %s: starting at the first epoch", self.path.parent)
 
@@ -108,7 +110,7 @@ class Resume:
 
 
 class SaveCheckpoint:
-    """Save the checkpoint every `interval` epochs and at the end. Attach it last, after everything of an epoch is done."""
+    """Save the checkpoint every `interval` epochs and at the end. Attach it last, when all of an epoch is done."""
 
     def __init__(self, checkpoint: Checkpoint, interval: int = 1) -> None:
         if interval < 1:

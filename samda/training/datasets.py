@@ -19,6 +19,7 @@ from samda.data.slices import SliceGrid
 from samda.data.task import Task
 from samda.embeddings import EmbeddingDataset, allocate, draw, split_key
 from samda.errors import InputError
+from samda.statistics import SliceStatistics
 
 __all__ = ["SliceDataset", "build_dataset", "prepare_batch", "tile_starts"]
 
@@ -42,8 +43,8 @@ def build_dataset(
 ) -> SliceDataset | EmbeddingDataset:
     """The data set of one part of a training.
 
-    Embeddings are computed once where `embeddings` allows it and no adapter changes the encoder; otherwise every item is
-    an image, augmented anew in every epoch.
+    Embeddings are computed once where `embeddings` allows it and no adapter changes the encoder; otherwise every item
+    is an image, augmented anew in every epoch.
 
     Args:
         data: cases, see :class:`SliceDataset`.
@@ -68,7 +69,10 @@ def build_dataset(
 
 
 def prepare_batch(
-    batch: Mapping[str, torch.Tensor], device: torch.device | str | None = None, non_blocking: bool = False, **kwargs: Any
+    batch: Mapping[str, torch.Tensor],
+    device: torch.device | str | None = None,
+    non_blocking: bool = False,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, tuple, dict[str, Any]]:
     """Inputs, labels and the network's keyword for MONAI's engines, from {"embedding" or "image", "label"}."""
     embedded = "embedding" in batch
@@ -101,6 +105,7 @@ class SliceDataset(Dataset):
     Attributes:
         foreground: (N,) bool, does the item hold foreground?
         present: (K,) bool, does the class occur at all?
+        statistics: of the slices as they are, for the record of the model.
 
     Raises:
         InputError: no case, a case without label, image and label that do not match, or no foreground anywhere.
@@ -123,10 +128,10 @@ class SliceDataset(Dataset):
         if not data:
             raise InputError(f"the data set has no {part} case; add labelled scans")
         self.names = [_name(case) for case in data]
-        left = memory_mb
-        checksum = 0
+        self.statistics = SliceStatistics(task)
+        left, checksum = memory_mb, 0
         for number, case in enumerate(tqdm(data, desc=f"reading {part} cases", leave=False, disable=None)):
-            image, label = _slices(case, self.names[number], transform, task)
+            image, label = self._read(case, self.names[number], transform)
             checksum = zlib.crc32(label.numpy().tobytes(), checksum)
             self.images.append(_keep(image, left))
             self.labels.append(_keep(label, left))
@@ -135,14 +140,35 @@ class SliceDataset(Dataset):
         self._checksum = checksum
         self.foreground = torch.cat([(label > 0).flatten(1).any(1) for label in self.labels])
         counts = sum(torch.bincount(label.flatten().long(), minlength=task.num_classes) for label in self.labels)
-        self.present = counts > 0  # type: ignore[operator]
+        self.present = torch.as_tensor(counts) > 0
         self._check_foreground(part)
+
+    def _read(self, case: Mapping[str, Any], name: str, transform: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slices of a case, cut into tiles of the task's size: (n, C, H, W) and (n, 1, H, W)."""
+        if not case.get("label"):
+            raise InputError(f"case {name!r} has no label; training needs one for every case")
+        scan = transform(dict(case))
+        image, label = scan["image"], scan["label"]
+        grid = SliceGrid.from_volume(image, image.affine, self.task)
+        chosen: list[int] = []
+        for first, end in case.get("slices") or [(0, grid.num_slices)]:
+            if not 0 <= first < end <= grid.num_slices:
+                raise InputError(
+                    f"case {name!r}: slices {first} to {end} do not lie within its {grid.num_slices} slices"
+                )
+            chosen += range(first, end)
+        images, labels = grid.extract(image, chosen), grid.extract_labels(label, chosen)
+        self.statistics.update(images, labels)
+        size = self.task.image_size
+        rows, columns = (tile_starts(side, size) for side in grid.canvas)
+        windows = [(..., slice(r, r + size), slice(c, c + size)) for r in rows for c in columns]
+        return torch.cat([images[w] for w in windows]), torch.cat([labels[w] for w in windows])[:, None]
 
     def _check_foreground(self, part: str) -> None:
         names = ", ".join(self.task.classes[1:])
         if not self.foreground.any():
             raise InputError(
-                f"the {part} labels hold no foreground ({names}) in {len(self.items)} slices; check the task's label ids"
+                f"the {part} labels hold no foreground ({names}) in {len(self.items)} slices; check the task's labels"
             )
         absent = [name for name, present in zip(self.task.classes, self.present, strict=True) if not present]
         if absent and part == "training":
@@ -151,10 +177,10 @@ class SliceDataset(Dataset):
     def view(self, index: int, view: int) -> dict[str, Any]:
         """The item in augmentation `view`; 0 is the item as it is."""
         case, position = self.items[index]
-        item = {"image": self.images[case][position], "label": self.labels[case][position]}
+        item = {"image": self.images[case][position].clone(), "label": self.labels[case][position].clone()}
         if view and self.augmentation is not None:
             self.augmentation.set_random_state(seed=draw(self.seed, "augment", view, index))
-            item = self.augmentation(item)
+            item = self.augmentation(item)  # some transforms write into what they are given
         return {"image": item["image"].float(), "label": item["label"].to(torch.uint8), "case": case}
 
     def signature(self) -> list[int]:
@@ -177,24 +203,3 @@ def _name(case: Mapping[str, Any]) -> str:
 
 def _keep(values: torch.Tensor, memory_mb: float) -> torch.Tensor:
     return allocate(tuple(values.shape), values.dtype, memory_mb).copy_(values)
-
-
-def _slices(
-    case: Mapping[str, Any], name: str, transform: Callable, task: Task
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The slices of a case, cut into tiles of the task's size: (n, C, H, W) and (n, 1, H, W)."""
-    if not case.get("label"):
-        raise InputError(f"case {name!r} has no label; training needs one for every case")
-    scan = transform(dict(case))
-    image, label = scan["image"], scan["label"]
-    grid = SliceGrid.from_volume(image, image.affine, task)
-    chosen: list[int] = []
-    for first, end in case.get("slices") or [(0, grid.num_slices)]:
-        if not 0 <= first < end <= grid.num_slices:
-            raise InputError(f"case {name!r}: slices {first} to {end} do not lie within its {grid.num_slices} slices")
-        chosen += range(first, end)
-    images, labels = grid.extract(image, chosen), grid.extract_labels(label, chosen)[:, None]
-    size = task.image_size
-    rows, columns = (tile_starts(side, size) for side in grid.canvas)
-    windows = [(slice(None), slice(None), slice(r, r + size), slice(c, c + size)) for r in rows for c in columns]
-    return torch.cat([images[window] for window in windows]), torch.cat([labels[window] for window in windows])

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ import torch
 from samda.adapters.base import count_parameters
 from samda.data.splits import Split
 from samda.data.task import Task
+from samda.embeddings import EmbeddingDataset
 from samda.networks.files import replacing
 from samda.networks.model_folder import save_model
 from samda.networks.segmenter import SamSegmenter
 from samda.resources import packaged
+from samda.training.datasets import SliceDataset
 from samda.training.record import TrainingRecord, write_json
 from samda.version import __version__
 
@@ -36,8 +38,7 @@ def save_training(
     folder: str | Path,
     bundle_root: str | Path,
     settings: Mapping[str, Any],
-    cost: Mapping[str, Any] | None = None,
-    statistics: Callable[[], Mapping[str, Any]] | None = None,
+    dataset: SliceDataset | EmbeddingDataset,
 ) -> dict[str, Any]:
     """Put the best parameters back into the network and write the model folder with a bundle around it.
 
@@ -49,14 +50,15 @@ def save_training(
         folder: the model folder.
         bundle_root: the bundle whose configs and docs are copied; samda's own where it holds no configs/train.json.
         settings: the keys that shaped the training.
-        cost: what the embeddings took.
-        statistics: gives the statistics of the training data.
+        dataset: the training data, for its statistics and for what its embeddings took.
 
     Returns:
         {"model", "epochs", "best_epoch", "mean_dice", "dice", "seconds", "parameters", "split", "embeddings"}; Dice on
         the validation slices, at the task's spacing.
     """
     record.restore_best(network)
+    cost = getattr(dataset, "cost", None)
+    slices: Any = getattr(dataset, "slices", dataset)
     best = next((row for row in record.history if row["epoch"] == record.best_epoch), {})
     summary = {
         "model": str(folder),
@@ -67,7 +69,7 @@ def save_training(
         "seconds": round(sum(row["seconds"] for row in record.history), 1),
         "parameters": count_parameters(network),
         "split": cases.note,
-        "embeddings": None if cost is None else dict(cost),
+        "embeddings": cost,
     }
     training = {key: value for key, value in summary.items() if key not in ("model", "mean_dice", "dice")}
     training |= {"cases": {"training": len(cases.training), "validation": len(cases.validation)}}
@@ -81,7 +83,7 @@ def save_training(
             "mean_dice": summary["mean_dice"],
             "dice": summary["dice"],
         },
-        "statistics": None if statistics is None else dict(statistics()),
+        "statistics": slices.statistics.to_dict(),
     }
     save_model(network, folder, task, content)
     copy_bundle(bundle_root, folder, task, network)
@@ -112,7 +114,9 @@ def copy_bundle(bundle_root: str | Path, folder: str | Path, task: Task, network
     if source.resolve() != folder.resolve():
         for name in ("configs", "docs"):
             if (source / name).is_dir():
-                shutil.copytree(source / name, folder / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py*"))
+                shutil.copytree(
+                    source / name, folder / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py*")
+                )
         shutil.copyfile(source / "LICENSE", folder / "LICENSE")
     path = folder / "configs" / "metadata.json"
     metadata = json.loads(path.read_text(encoding="utf-8"))

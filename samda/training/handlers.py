@@ -62,7 +62,8 @@ class RecordEpoch:
 
     def add_loss(self, engine: Engine) -> None:
         """Note the loss of an iteration, without waiting for the device."""
-        self._losses.append(engine.state.output["loss"].detach())
+        output: Any = engine.state.output
+        self._losses.append(output["loss"].detach())
 
     def finish(self, engine: Engine) -> None:
         """Write the row, keep the best."""
@@ -78,7 +79,9 @@ class RecordEpoch:
             row["dice"] = validation.metric_details.get(validation.key_metric_name, {})
             self.record.validated(row["mean_dice"], epoch, self.network)
         self.record.history.append(row)
-        best = {"epoch": self.record.best_epoch, "mean_dice": self.record.best_score} if self.record.best_epoch else None
+        best = (
+            {"epoch": self.record.best_epoch, "mean_dice": self.record.best_score} if self.record.best_epoch else None
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "history.json", {"best": best, "epochs": self.record.history})
         self.stop_if_done(engine)
@@ -109,7 +112,9 @@ class Progress:
     def start(self, engine: Engine) -> None:
         """Open the bar at the epoch that the training starts from."""
         total = engine.state.max_epochs
-        self.bar = tqdm(desc="training", unit="epoch", total=total, initial=engine.state.epoch, leave=False, disable=None)
+        self.bar = tqdm(
+            desc="training", unit="epoch", total=total, initial=engine.state.epoch, leave=False, disable=None
+        )
 
     def advance(self, engine: Engine) -> None:
         """One epoch further."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
@@ -66,7 +67,9 @@ class CaseDice:
         """Register with an evaluation engine."""
 
         def iteration(engine: Engine) -> None:
-            self.update(engine.state.output["pred"], engine.state.output["label"], engine.state.batch["case"])
+            output: Any = engine.state.output
+            batch: Any = engine.state.batch
+            self.update(output["pred"], output["label"], batch["case"])
 
         def epoch(engine: Engine) -> None:
             engine.state.metrics[name] = self.compute()

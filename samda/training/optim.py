@@ -67,7 +67,7 @@ def build_optimizer(
             if chosen:
                 decay = 0.0 if vectors else weight_decay
                 settings.append({"name": name, "params": chosen, "lr": rate, "weight_decay": decay})
-    return torch.optim.AdamW(settings, lr=1e-3, betas=tuple(betas))
+    return torch.optim.AdamW(settings, lr=1e-3, betas=betas)
 
 
 def build_schedule(

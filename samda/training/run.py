@@ -152,14 +152,16 @@ def _merged(files: Iterable[Path], overrides: Mapping[str, Any]) -> dict[str, An
             target, entries = (merged["adapters"], value) if key == "adapters" else (merged, {key: value})
             for name, entry in entries.items():
                 if target.get(name, entry) != entry and name not in overrides:
-                    raise UsageError(f"the overlays disagree on {name!r} ({target[name]!r}, {entry!r}); set it yourself")
+                    raise UsageError(
+                        f"the overlays disagree on {name!r} ({target[name]!r}, {entry!r}); set it yourself"
+                    )
                 target[name] = entry
     return merged
 
 
 @contextlib.contextmanager
 def _one_voice() -> Iterator[None]:
-    """One line per error: the error itself where MONAI wrapped it in the story of its config item, and no log beside it."""
+    """One line per error: the error itself, not the config item that MONAI wraps it in, and no log line."""
     chatty = [logging.getLogger(name) for name in ("monai.bundle.workflows", "ignite")]
     levels = [logger.level for logger in chatty]
     for logger in chatty:

@@ -18,8 +18,8 @@ class SliceSampler(DistributedSampler):
     """Every slice with foreground once, and so many of the empty ones that they make up `empty_share` of the epoch.
 
     Empty slices teach the network to stay silent, but there are many and one is much like the next; at least one is
-    drawn where there is any, at most all. It yields (epoch, index), so a data set can derive the augmentation of a slice
-    from the epoch. Order and choice follow from (seed, epoch) alone; MONAI's engines call `set_epoch`.
+    drawn where there is any, at most all. It yields (epoch, index), so a data set can derive the augmentation of a
+    slice from the epoch. Order and choice follow from (seed, epoch) alone; MONAI's engines call `set_epoch`.
 
     Args:
         foreground: (N,) bool, does the slice hold foreground?

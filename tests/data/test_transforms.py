@@ -8,7 +8,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from monai.data import DataLoader, Dataset, MetaTensor
-from monai.transforms import Invertd
+from monai.transforms import Invertd, apply_transform
 from volumes import AFFINES, SHAPE, numbered, save, world
 
 from samda.data.slices import SliceGrid
@@ -30,7 +30,7 @@ def case(folder, affine, ending=".nii.gz", label_affine=None, label=None) -> dic
     }
 
 
-# --------------------------------------------------------------------------------------------------------- preprocessing
+# -------------------------------------------------------------------------------------------------------- preprocessing
 
 
 @pytest.mark.parametrize("name", AFFINES)
@@ -55,16 +55,12 @@ def test_every_voxel_keeps_its_value_at_its_physical_place(tmp_path, name):
 
 def test_marked_voxel_lies_where_it_belongs_on_the_slice(tmp_path):
     """Files with flipped axes give the same picture: the marked voxel is anterior right, so top left."""
+    flip = np.array([[-1, 0, 0, 9], [0, -1, 0, 13], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+    files = {"as it is": ((8, 11, 4), AFFINES["ras"]), "flipped": ((1, 2, 4), AFFINES["ras"] @ flip)}
     places = []
-    for name in ("ras", "lps"):
-        flip = AFFINES["ras"] @ np.linalg.inv(AFFINES["lps"])
+    for name, (voxel, affine) in files.items():
         array = np.full(SHAPE, -100, np.int16)
-        array[(8, 11, 4) if name == "ras" else (1, 2, 4)] = 700
-        affine = (
-            AFFINES["ras"]
-            if name == "ras"
-            else flip @ AFFINES["lps"] @ np.array([[-1, 0, 0, 9], [0, -1, 0, 13], [0, 0, 1, 0], [0, 0, 0, 1.0]])
-        )
+        array[voxel] = 700
         path = save(tmp_path / f"{name}.nii.gz", array, affine)
         image = build_preprocessing(TASK, labels=False)({"image": path})["image"]
         grid = SliceGrid(image.shape[1:], image.pixdim, np.array([[0, n] for n in image.shape[1:]]), TASK)
@@ -177,13 +173,15 @@ def test_missing_keys_and_lossy_labels(tmp_path):
 
 
 def test_errors_pass_through_monai(tmp_path):
-    """As they are from the preprocessing itself, and to be found behind MONAI's RuntimeError from its Dataset."""
+    """As they are from the preprocessing and a Dataset; behind the RuntimeErrors of other MONAI code they are found."""
     (tmp_path / "a.nii.gz").write_text("no scan")
     with pytest.raises(InputError, match="cannot be read as a scan"):
         build_preprocessing(TASK, labels=False)({"image": str(tmp_path / "a.nii.gz")})
     data = Dataset([{"image": str(tmp_path / "a.nii.gz")}], build_preprocessing(TASK, labels=False))
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(InputError, match="cannot be read as a scan"):
         data[0]
+    with pytest.raises(RuntimeError) as caught:
+        apply_transform(data.transform.transforms[0], data.data[0])
     assert "cannot be read as a scan" in str(cause_of(caught.value))
     assert cause_of(ValueError("else")) is None
 
@@ -206,7 +204,7 @@ def test_names_of_the_data_set_reach_the_labels(tmp_path):
         build_preprocessing(TASK, labels=True)(paths)
 
 
-# ---------------------------------------------------------------------------------------------------------- augmentation
+# --------------------------------------------------------------------------------------------------------- augmentation
 
 
 def item(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -266,7 +264,8 @@ def test_label_stays_on_the_image():
         image, label = found["image"][0], found["label"][0]
         assert image.dtype == torch.float32
         assert label.dtype == torch.uint8
-        assert 0 <= image.min() and image.max() <= 1
+        assert image.min() >= 0
+        assert image.max() <= 1
         assert set(label.unique().tolist()) <= {0, 1, 2}
         assert type(found["image"]) is torch.Tensor
         moved += not torch.equal(label, original["label"][0])

@@ -428,8 +428,7 @@ def test_the_bundles_chain_writes_the_same_bytes(
     tmp_path: Path,
     phantom: SimpleNamespace,
     band_task: Task,
-    make_segmenter: Callable,
-    caplog: pytest.LogCaptureFixture,
+    small_sam: torch.nn.Module,
 ) -> None:
     folder = tmp_path / "in"
     folder.mkdir()

@@ -62,8 +62,18 @@ def test_heads_in_portions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     q, k, v, rh, rw = random_inputs(2, 5, 4, 4, 8)
     tables = relative_table(rh, 4), relative_table(rw, 4)
     whole = relative_attention(q, k, v, *tables, "mask")
-    monkeypatch.setattr(attention, "MASK_ELEMENTS", 2 * 2 * 16**2)  # two heads at a time: 2, 2 and 1
+    monkeypatch.setitem(attention.MASK_ELEMENTS, "cpu", 2 * 2 * 16**2)  # two heads at a time: 2, 2 and 1
     assert torch.equal(relative_attention(q, k, v, *tables, "mask"), whole)
+
+
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+def test_half_precision_stays_near(formulation: str) -> None:
+    q, k, v, rh, rw = random_inputs(2, 2, 6, 4, 16)
+    expected = relative_attention(q, k, v, relative_table(rh, 6), relative_table(rw, 4))
+    half = [tensor.bfloat16() for tensor in (q, k, v)]
+    found = relative_attention(*half, relative_table(rh, 6), relative_table(rw, 4), formulation)
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).norm() < 0.03 * expected.norm()
 
 
 @pytest.mark.parametrize("size", [4, 7, 11])

@@ -162,6 +162,7 @@ def test_without_memory_for_counting() -> None:
     ("arguments", "message"),
     [
         ({"num_classes": 1}, "num_classes must be at least 2 .* got 1"),
+        ({"num_classes": "3"}, "num_classes must be at least 2 .* got '3'"),
         ({"in_channels": 2}, "in_channels must be 1 or 3, got 2"),
         ({"backbone": "vit_x"}, "unknown backbone 'vit_x'"),
         ({"adapters": {"lorra": {}}}, "lorra"),

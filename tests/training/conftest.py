@@ -16,7 +16,7 @@ from samda.networks.backbones import ViTConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_scans import TASK, tiny_keys, write_case, write_datalist  # noqa: E402
+from tiny_scans import TASK, tiny_keys, write_case, write_datalist
 
 
 @pytest.fixture(scope="session")

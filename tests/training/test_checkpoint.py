@@ -18,22 +18,31 @@ class Toy:
     """A training whose every step depends on parameters, momentum, schedule and all global random generators."""
 
     def __init__(self, folder: Path, epochs: int, resume: bool = False, **settings: Any) -> None:
-        torch.manual_seed(0), np.random.seed(0), random.seed(0)
+        torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002 - what libraries draw from
+        random.seed(0)
         self.network = torch.nn.Linear(3, 2)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=0.1)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
         self.record = TrainingRecord()
-        objects = {"network": self.network, "optimizer": self.optimizer, "schedule": self.schedule, "record": self.record}
+        objects = {
+            "network": self.network,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "record": self.record,
+        }
         checkpoint = Checkpoint(folder, objects, {"seed": 0} | settings, resume)
         self.engine = Engine(self.step)
         Resume(checkpoint).attach(self.engine)
-        self.engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: self.record.validated(-e.state.epoch, e.state.epoch, self.network))
+        self.engine.add_event_handler(
+            Events.EPOCH_COMPLETED, lambda e: self.record.validated(-e.state.epoch, e.state.epoch, self.network)
+        )
         SaveCheckpoint(checkpoint).attach(self.engine)
         self.engine.state.epoch_length = 3
         self.engine.run(range(3), max_epochs=epochs)
 
     def step(self, engine: Engine, batch: int) -> None:
-        x = torch.rand(4, 3) + random.random() + np.random.rand()
+        x = torch.rand(4, 3) + random.random() + np.random.rand()  # noqa: NPY002
         self.optimizer.zero_grad()
         self.network(x).square().mean().backward()
         self.optimizer.step()

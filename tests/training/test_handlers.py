@@ -14,7 +14,9 @@ from samda.errors import InputError
 from samda.training import Progress, RecordEpoch, TrainingRecord
 
 
-def run(folder: Path, scores: list[float], patience: int = 0, loss: float = 2.0, interval: int = 1) -> tuple[TrainingRecord, torch.nn.Module]:
+def run(
+    folder: Path, scores: list[float], patience: int = 0, loss: float = 2.0, interval: int = 1
+) -> tuple[TrainingRecord, torch.nn.Module]:
     """Train a parameter that counts epochs, with the given validation scores."""
     network = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(network.weight)
@@ -34,7 +36,12 @@ def run(folder: Path, scores: list[float], patience: int = 0, loss: float = 2.0,
                 engine.state.metrics[name] = scores[engine.state.epoch - 1]
 
     evaluator = SupervisedEvaluator(
-        torch.device("cpu"), [0], network, iteration_update=lambda e, b: {}, key_val_metric={"dice": Score()}, decollate=False
+        torch.device("cpu"),
+        [0],
+        network,
+        iteration_update=lambda e, b: {},
+        key_val_metric={"dice": Score()},
+        decollate=False,
     )
     record, trainer = TrainingRecord(), Engine(step)
     ValidationHandler(interval, evaluator).attach(trainer)

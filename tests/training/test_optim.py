@@ -49,7 +49,10 @@ def test_the_groups_are_what_adapters_and_head_declare(make_segmenter: Make) -> 
 
 def test_rates_by_group(make_segmenter: Make) -> None:
     optimizer = build_optimizer(make_segmenter(adapters={"sam_da": {}}), {"adapters": 0.5, "head": 0.25, "base": 9.0})
-    assert {group["name"].split("/")[0]: group["lr"] for group in optimizer.param_groups} == {"adapters": 0.5, "head": 0.25}
+    assert {group["name"].split("/")[0]: group["lr"] for group in optimizer.param_groups} == {
+        "adapters": 0.5,
+        "head": 0.25,
+    }
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,9 @@ def test_a_training_writes_a_model_that_loads(datalist: Path, tmp_path: Path, ke
     network, task, record = load_model(tmp_path / "model", weights=keys["weights"])
     assert task == Task.from_dict(TASK)
     assert record["metrics"]["mean_dice"] == result["mean_dice"]
+    statistics = record["statistics"]
+    assert (statistics["cases"], statistics["slices"], statistics["classes"]["liver"]["slices"]) == (2, 16, 12)
+    assert statistics["classes"]["liver"]["area_mm2"][3] == pytest.approx(80 * 4.2 * 3.9, rel=0.15)  # 8 x 10 voxels
     assert record["training"]["cases"] == {"training": 2, "validation": 1}
     assert same(dict(network.state_dict()), tensors(tmp_path / "model"))
 
@@ -121,7 +124,9 @@ def test_resuming_continues_augmentation_and_dropout(
 
 def test_the_best_parameters_are_the_ones_that_are_saved(datalist: Path, tmp_path: Path, keys: Keys) -> None:
     """A learning rate that destroys what was learned: the model folder holds the best epoch, not the last."""
-    result = train(datalist, tmp_path / "model", TASK, overrides=keys | {"epochs": 8, "learning_rate": 0.02, "patience": 0})
+    result = train(
+        datalist, tmp_path / "model", TASK, overrides=keys | {"epochs": 8, "learning_rate": 0.02, "patience": 0}
+    )
     scores = [row["mean_dice"] for row in curve(tmp_path / "model")]
     assert result["best_epoch"] == scores.index(max(scores)) + 1
     last = torch.load(tmp_path / "model" / "last.pt", weights_only=True)
@@ -172,7 +177,7 @@ def test_wrong_names_are_refused_with_the_nearest(datalist: Path, tmp_path: Path
         train(datalist, tmp_path / "model", TASK, adapters="flagshp", overrides=keys)
     with pytest.raises(UsageError, match="there is no adapter 'slat'; did you mean 'salt'"):
         train(datalist, tmp_path / "model", TASK, adapters={"slat": {}}, overrides=keys)
-    with pytest.raises(UsageError, match="there is no task file 'nowhere.yaml'"):
+    with pytest.raises(UsageError, match=r"there is no task file 'nowhere.yaml'"):
         train(datalist, tmp_path / "model", "nowhere.yaml", overrides=keys)
 
 

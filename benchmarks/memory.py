@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peak memory of predicting one large CT, file to file, in a process of its own:
+
+    python benchmarks/memory.py [--network cheap] [--shape 512 512 600] [--classes 7] [--budget 512]
+
+Prints the peak resident memory, the time, and the share that Python and torch take before any work. `--network vit_t`
+(the default) is the real segmenter; `cheap` is one convolution, so that what remains is samda's own handling of the
+volume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+LIMIT = 4.0  # GB, of a 512 x 512 x 600 CT with 7 classes
+
+
+def peak_gb() -> float:
+    """Largest resident memory of this process so far (10^9 bytes)."""
+    status = Path("/proc/self/status")
+    if status.exists():  # rusage would also count the process that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def write_ct(path: Path, shape: tuple[int, int, int]) -> None:
+    """An elliptic body of soft tissue with some organs and noise, int16, 0.75 x 0.75 x 1 mm."""
+    rng = np.random.default_rng(0)
+    x, y = np.ogrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j]
+    volume = np.empty(shape, np.int16)
+    noise = rng.normal(0, 20, shape[:2]).astype(np.int16)
+    for k in range(shape[2]):
+        plane = np.where((x / 0.85) ** 2 + (y / 0.6) ** 2 < 1, 40, -1000)
+        plane[((x - 0.4) / 0.3) ** 2 + (y / 0.3) ** 2 < 1] = 110
+        plane[((x + 0.3 * np.sin(k / 40)) / 0.15) ** 2 + ((y + 0.2) / 0.15) ** 2 < 1] = 180
+        volume[:, :, k] = plane + np.roll(noise, 7 * k, axis=0)
+    nib.save(nib.Nifti1Image(volume, np.diag([-0.75, -0.75, 1.0, 1.0])), path)
+
+
+def predict(scan: Path, output: Path, network_name: str, classes: int, budget: float, batch_size: int) -> dict:
+    """Predict in this process; returns what it took."""
+    import torch
+
+    from samda import Predictor, SamSegmenter, Task
+    from samda.errors import WeightsError
+
+    weights = None
+    if network_name == "cheap":
+        network: torch.nn.Module = torch.nn.Conv2d(1, classes, 3, padding=1)
+    else:
+        try:
+            network, weights = SamSegmenter(network_name, classes), "pretrained"
+        except WeightsError:  # memory does not depend on the values
+            network, weights = SamSegmenter(network_name, classes, weights=None), "random"
+    task = Task(classes=("background", *(f"class {k}" for k in range(1, classes))))
+    before, start = peak_gb(), time.perf_counter()
+    predictor = Predictor(network, task, memory_budget_mb=budget, batch_size=batch_size, progress=True)
+    predictor.predict(scan).save(output)
+    seconds = round(time.perf_counter() - start, 1)
+    peak = round(peak_gb(), 2)
+    return {"peak_gb": peak, "before_gb": round(before, 2), "seconds": seconds, "weights": weights}
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Write the scan, then predict it in a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        scan = Path(folder) / "ct.nii.gz"
+        write_ct(scan, tuple(args.shape))
+        command = [sys.executable, __file__, "--scan", str(scan), "--network", args.network]
+        command += ["--classes", str(args.classes), "--budget", str(args.budget), "--batch-size", str(args.batch_size)]
+        run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        saved = nib.load(Path(folder) / "labels" / "ct.nii.gz")
+        if saved.shape != tuple(args.shape):
+            raise SystemExit(f"the label map has shape {saved.shape}, expected {tuple(args.shape)}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def main() -> int:
+    """Run; the exit code is 1 where the peak exceeds the limit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="vit_t", choices=("vit_t", "vit_b", "cheap"))
+    parser.add_argument("--shape", type=int, nargs=3, default=(512, 512, 600))
+    parser.add_argument("--classes", type=int, default=7)
+    parser.add_argument("--budget", type=float, default=512.0, help="memory budget for class maps (MB)")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--limit", type=float, default=LIMIT, help="largest peak that passes (GB)")
+    parser.add_argument("--scan", type=Path, help=argparse.SUPPRESS)  # the child process
+    args = parser.parse_args()
+    if args.scan:
+        folder = args.scan.parent / "labels"
+        print(json.dumps(predict(args.scan, folder, args.network, args.classes, args.budget, args.batch_size)))
+        return 0
+    result = measure(args)
+    size = " x ".join(map(str, args.shape))
+    print(f"{args.network}, {size}, {args.classes} classes, weights {result['weights']}:")
+    print(f"peak {result['peak_gb']} GB ({result['before_gb']} GB before the scan), {result['seconds']} s")
+    if result["peak_gb"] > args.limit:
+        print(f"above the limit of {args.limit} GB")
+    return int(result["peak_gb"] > args.limit)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole job behind `samda adapt` and the bundle's adapt.json: model, scans, page, scores, site version."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from samda.adaptation.engine import Adaptation
+from samda.adaptation.page import write_page
+from samda.adaptation.run import AdaptRun, adapt_folder, details_folder
+from samda.adaptation.site import check_site, distil
+from samda.data.labels import MapLabelsd
+from samda.data.task import Task
+from samda.errors import UsageError
+from samda.inference.evaluate import score_files
+from samda.inference.pairs import find_pairs
+from samda.networks.versions import load_version
+
+__all__ = ["CaseScores", "run_adaptation", "score_run"]
+
+CaseScores = dict[str, dict[str, tuple[float, float]]]  # case -> class -> Dice of the source and of the final map
+
+
+def run_adaptation(
+    model: str | Path,
+    inputs: str | Path,
+    output: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    report: str | Path | None = None,
+    labels: str | Path | None = None,
+    site: str | None = None,
+    section: str | None = None,
+    dry_run: bool = False,
+    keep_names: bool = False,
+    overwrite: bool = False,
+    weights: str | Path | None = None,
+    version: str | None = None,
+    device: torch.device | str = "cpu",
+    on_case: Callable[[str, Mapping[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Adapt a trained model to scans; everything `samda adapt` does.
+
+    Args:
+        model: a model folder.
+        inputs: scans, see :func:`samda.adaptation.run.adapt_folder`; as are section, dry_run, keep_names, overwrite.
+        output: folder of the results.
+        settings: arguments of :class:`samda.adaptation.engine.Adaptation`.
+        report: file of the records.
+        labels: label files or a data set with labels: read when everything is decided, for the page alone.
+        site: name of a candidate version to distil from the accepted cases.
+        weights: base weights; None takes those of the training.
+        version: of the model; None takes the active one.
+        device: torch device.
+        on_case: called with name and record of each case.
+
+    Returns:
+        {"output", "page", "version", "counts", "cases", "failed", "dice", "site"}, plain values.
+
+    Raises:
+        SamdaError: as the parts do; what is finished stays.
+    """
+    if site is not None:
+        if dry_run:
+            raise UsageError("a site version needs adapted cases; do without the dry run")
+        check_site(model, site)
+    network, task, record, version = load_version(model, version, weights)
+    adaptation = Adaptation(network, task, record, device=device, version=version, **dict(settings or {}))
+    run = adapt_folder(
+        adaptation,
+        inputs,
+        output,
+        report=report,
+        section=section,
+        dry_run=dry_run,
+        keep_names=keep_names,
+        keep_tensors=site is not None,
+        overwrite=overwrite,
+        on_case=on_case,
+    )
+    scores = score_run(run, labels, task) if labels is not None and not dry_run else None
+    page = write_page(adaptation, run, inputs, section=section, scores=scores, keep_names=keep_names)
+    distilled = None if site is None else distil(adaptation, model, run, site)
+    return run.to_dict() | {
+        "page": str(page),
+        "version": version,
+        "failed": run.failed,
+        "dice": None if scores is None else {case: mean_dice(score) for case, score in scores.items()},
+        "site": distilled,
+    }
+
+
+def score_run(run: AdaptRun, labels: str | Path, task: Task) -> CaseScores:
+    """Dice before and after of every case that has a label, for each foreground class; NaN where neither has it.
+
+    Raises:
+        InputError: no label belongs to any case.
+    """
+    pairs, dataset_labels = find_pairs(run.output, labels)
+    mapping = MapLabelsd("label", task, dataset_labels)
+    scores: CaseScores = {}
+    for case, (final, label) in pairs.items():
+        record = run.records.get(case)
+        if final is None or record is None or "source" not in record["output_files"]:
+            continue
+        source = details_folder(run.output, case) / record["output_files"]["source"]
+        both = [score_files(path, label, task, task.nsd_tolerance, mapping) for path in (source, final)]
+        scores[case] = {
+            name: (before.dice, after.dice) for name, before, after in zip(task.classes[1:], *both, strict=True)
+        }
+    return scores
+
+
+def mean_dice(score: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
+    """Mean over the classes that prediction or label have, before and after."""
+    columns = list(zip(*score.values(), strict=True))
+    means = []
+    for column in columns:
+        values = [value for value in column if not math.isnan(value)]
+        means.append(sum(values) / len(values) if values else math.nan)
+    return means[0], means[1]

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Score label maps against labels.
+
+Dice, IoU, HD95 and NSD per case and class, in mm, on the grid of the labels. Cases pair by name. The output folder
+receives metrics.json and metrics.csv. A case that cannot be scored is reported and does not stop the others; the exit
+code is then 1.
+
+  samda evaluate -m model -i predictions -l labels -o scores
+  samda evaluate --task liver.yaml -i predictions -l Dataset001_Liver -o scores
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from samda.cli.options import add_json, existing, print_json, task_file
+from samda.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `samda evaluate`."""
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "-m", "--model", type=Path, metavar="MODEL", help="a model folder, for its classes and label ids"
+    )
+    which.add_argument("--task", metavar="FILE", help="a task file instead, or the name of one of samda's")
+    parser.add_argument("-i", "--input", type=Path, required=True, metavar="PREDICTIONS", help="label maps of predict")
+    parser.add_argument(
+        "-l", "--labels", type=Path, required=True, metavar="LABELS", help="folder of label files, or a data set"
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="SCORES", help="folder of the scores")
+    parser.add_argument("--section", choices=("training", "validation", "test"), help="which cases of a data set")
+    parser.add_argument("--nsd-tolerance", type=float, metavar="MM", help="of NSD; default: the task's")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate; raise at the end if a case failed."""
+    existing(args.input, "input")
+    existing(args.labels, "labels")
+    from samda.adapters.files import read_adapters
+    from samda.data.task import Task
+    from samda.inference.evaluate import evaluate, format_table
+
+    task = Task.from_dict(read_adapters(args.model).task) if args.model else Task.from_file(task_file(args.task))
+    result = evaluate(
+        args.input, args.labels, task, args.output, nsd_tolerance_mm=args.nsd_tolerance, section=args.section
+    )
+    if args.json:
+        print_json(result.to_dict())
+    else:
+        print(format_table(result))
+    if result.failed:
+        total = len(result.failed) + len(result.cases)
+        raise InputError(f"{len(result.failed)} of {total} cases could not be scored: {', '.join(result.failed)}")

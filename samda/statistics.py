@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the labels and intensities of the training scans look like, slice by slice: stored with a model, so that a later
+prediction on another site can be judged without labels.
+
+Everything is a distribution over slices, since scans differ in how much of the body they show; no value belongs to one
+patient. The same collector measures the slices and predictions of a new scan, so the two compare entry by entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from samda.data.body import body_mask, body_threshold
+from samda.data.task import Task
+from samda.errors import InputError
+
+__all__ = ["FEATURES", "QUANTILES", "SliceStatistics", "ellipse_moments", "slice_statistics"]
+
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+BINS = 256  # of the intensity histograms over [0, 1]: quantiles are exact to 1 / 256
+COARSE_MM = 3.0  # step of the grid on which the body is searched
+VERSION = 1
+
+FEATURES = {
+    "area_mm2": "area in a slice",
+    "components": "connected pieces in a slice (pixels that share an edge)",
+    "compactness": "area over that of the ellipse of equal second moments: 1 for an ellipse, 3 / pi for a rectangle, "
+    "less where it is scattered or hollow",
+    "elongation": "longer over shorter axis of that ellipse",
+    "row": "centroid in the box of the body, 0 its first and 1 its last row",
+    "column": "the same for columns",
+}
+
+
+class SliceStatistics:
+    """Collect statistics of slices with their labels, case by case.
+
+    Args:
+        task: classes, spacing of the slices and modality.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.cases = self.slices = 0
+        self.features: list[dict[str, list[float]]] = [{name: [] for name in FEATURES} for _ in task.classes]
+        self.histograms = np.zeros((task.num_classes, task.in_channels, BINS), np.int64)
+        self.body_areas: list[float] = []
+        self.body_histogram = np.zeros((task.in_channels, BINS), np.int64)
+
+    def update(self, images: torch.Tensor | np.ndarray, labels: torch.Tensor | np.ndarray) -> None:
+        """Add the slices of one case.
+
+        Args:
+            images: (n, C, H, W) in [0, 1], neighboring slices of one scan in their order.
+            labels: (n, H, W) class indices; a label or a prediction.
+
+        Raises:
+            InputError: shapes that do not belong together, or a label that is no class.
+        """
+        images, labels = np.asarray(images), np.asarray(labels)
+        self._check(images, labels)
+        pixel_mm2 = self.task.spacing**2
+        for image, label, body in zip(images, labels, self._body(images), strict=True):
+            box = _box(body)
+            for k in np.unique(label[label > 0]):
+                self._measure(int(k), label == k, box, pixel_mm2)
+            self._count(image, label, body)
+            self.body_areas.append(float(body.sum()) * pixel_mm2)
+        self.cases, self.slices = self.cases + 1, self.slices + len(images)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON.
+
+        Returns:
+            {"version", "cases", "slices", "spacing_mm", "quantiles": which, "body": {"area_mm2", "intensity"},
+            "classes": {name: {"slices": number that hold it, "share": of all slices, feature of `FEATURES`: quantiles
+            over these slices, "intensity": per channel, quantiles over its pixels}}}; None where there is nothing.
+        """
+        classes = {}
+        for k, name in enumerate(self.task.classes):
+            if k:
+                count = len(self.features[k]["area_mm2"])
+                entry: dict[str, Any] = {"slices": count, "share": _short(count / max(1, self.slices))}
+                entry |= {feature: _quantiles(values) for feature, values in self.features[k].items()}
+                entry["intensity"] = [_histogram_quantiles(h) for h in self.histograms[k]]
+                classes[name] = entry
+        body = {
+            "area_mm2": _quantiles(self.body_areas),
+            "intensity": [_histogram_quantiles(h) for h in self.body_histogram],
+        }
+        return {
+            "version": VERSION,
+            "cases": self.cases,
+            "slices": self.slices,
+            "spacing_mm": self.task.spacing,
+            "quantiles": list(QUANTILES),
+            "body": body,
+            "classes": classes,
+        }
+
+    def _check(self, images: np.ndarray, labels: np.ndarray) -> None:
+        if images.ndim != 4 or labels.shape != (len(images), *images.shape[2:]):
+            raise InputError(f"images must be (n, C, H, W) and labels (n, H, W), got {images.shape} and {labels.shape}")
+        if images.shape[1] != self.task.in_channels:
+            raise InputError(f"the task has {self.task.in_channels} channel(s), the images have {images.shape[1]}")
+        if labels.size and not 0 <= labels.min() <= labels.max() < self.task.num_classes:
+            last = self.task.num_classes - 1
+            raise InputError(f"labels hold {labels.min()} to {labels.max()}, the classes are 0 to {last}")
+
+    def _body(self, images: np.ndarray) -> np.ndarray:
+        """(n, H, W) bool, the body as :mod:`samda.data.body` finds it; everything for pictures."""
+        values = images.mean(axis=1)
+        if self.task.modality == "image":
+            return np.ones(values.shape, bool)
+        step = max(1, int(COARSE_MM // self.task.spacing))
+        small = values[:, ::step, ::step].transpose(1, 2, 0)  # slices last, as axial planes lie in a volume
+        spacing_mm = np.array([step * self.task.spacing] * 2 + [COARSE_MM])
+        mask = body_mask(small, spacing_mm, body_threshold(small, self.task, scaled=True)).transpose(2, 0, 1)
+        return mask.repeat(step, 1).repeat(step, 2)[:, : values.shape[1], : values.shape[2]]
+
+    def _count(self, image: np.ndarray, label: np.ndarray, body: np.ndarray) -> None:
+        """Add the intensities of a slice (C, H, W) to the histograms."""
+        for channel, values in enumerate(image):
+            bins = np.clip((values * BINS).astype(np.int64), 0, BINS - 1)
+            joint = np.bincount((label.astype(np.int64) * BINS + bins).ravel(), minlength=self.task.num_classes * BINS)
+            self.histograms[:, channel] += joint.reshape(-1, BINS)
+            self.body_histogram[channel] += np.bincount(bins[body], minlength=BINS)
+
+    def _measure(self, k: int, mask: np.ndarray, box: tuple[slice, slice], pixel_mm2: float) -> None:
+        rows, columns = np.nonzero(mask)
+        compactness, elongation = ellipse_moments(rows, columns)
+        measured = {
+            "area_mm2": len(rows) * pixel_mm2,
+            "components": ndimage.label(mask)[1],
+            "compactness": compactness,
+            "elongation": elongation,
+            "row": _relative(rows.mean(), box[0]),
+            "column": _relative(columns.mean(), box[1]),
+        }
+        for name, value in measured.items():
+            self.features[k][name].append(float(value))
+
+
+def slice_statistics(
+    cases: Iterable[tuple[torch.Tensor | np.ndarray, torch.Tensor | np.ndarray]], task: Task
+) -> dict[str, Any]:
+    """Statistics of several cases at once, see :meth:`SliceStatistics.to_dict`.
+
+    Args:
+        cases: per case the images (n, C, H, W) and labels (n, H, W), see :meth:`SliceStatistics.update`.
+        task: the task.
+    """
+    statistics = SliceStatistics(task)
+    for images, labels in cases:
+        statistics.update(images, labels)
+    return statistics.to_dict()
+
+
+def ellipse_moments(rows: np.ndarray, columns: np.ndarray) -> tuple[float, float]:
+    """Compactness and elongation of a set of pixels from its second moments, see `FEATURES`.
+
+    S is the covariance of all points of the pixels: that of their centers, plus 1/12 in both directions as pixels are
+    unit squares. The ellipse of equal moments has the area 4 pi sqrt(det S); its axes are as the roots of S's
+    eigenvalues.
+
+    Args:
+        rows: (N,) row of each pixel.
+        columns: (N,) column of each pixel.
+    """
+    covariance = np.cov(np.stack([rows, columns]).astype(float), bias=True) + np.eye(2) / 12
+    small, large = np.linalg.eigvalsh(covariance)
+    return len(rows) / (4 * np.pi * np.sqrt(small * large)), float(np.sqrt(large / small))
+
+
+def _box(mask: np.ndarray) -> tuple[slice, slice]:
+    """Bounding box (rows, columns) of a mask, or the whole of it where it is empty."""
+    found = ndimage.find_objects(mask.astype(np.uint8))
+    return found[0] if found else (slice(0, mask.shape[0]), slice(0, mask.shape[1]))
+
+
+def _relative(position: float, side: slice) -> float:
+    return (position - side.start) / max(1, side.stop - 1 - side.start)
+
+
+def _quantiles(values: Sequence[float]) -> list[float] | None:
+    return [_short(v) for v in np.quantile(values, QUANTILES)] if len(values) else None
+
+
+def _histogram_quantiles(counts: np.ndarray) -> list[float] | None:
+    """Middle of the bin that holds each quantile."""
+    total = counts.sum()
+    if not total:
+        return None
+    bins = np.searchsorted(counts.cumsum(), np.asarray(QUANTILES) * total)
+    return [_short((b + 0.5) / BINS) for b in bins]
+
+
+def _short(value: float) -> float:
+    """Five significant digits: more would only make the file longer."""
+    return float(f"{value:.5g}")
