@@ -46,6 +46,7 @@ types: $(stamp)
 	$(python) -m mypy
 
 wheel: $(stamp)
+	rm -rf build
 	$(python) -m build --wheel --outdir dist .
 
 # after an upgrade of the environment: pin what is installed now

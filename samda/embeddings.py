@@ -8,6 +8,7 @@ slice. All choices are functions of (seed, epoch, index), so a resumed training 
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 import time
 import zlib
@@ -21,7 +22,7 @@ import torch.nn as nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from samda.errors import UsageError
+from samda.errors import InputError, UsageError
 
 __all__ = ["EmbeddingDataset", "Views", "allocate", "draw", "split_key"]
 
@@ -67,10 +68,20 @@ def allocate(
         dtype: its type.
         memory_mb: largest size that is kept in memory (1 MB = 10^6 bytes).
         folder: where the file lies; None takes the system's temporary folder.
+
+    Raises:
+        InputError: neither memory nor disk have the room.
     """
     bytes_needed = int(np.prod(shape)) * dtype.itemsize
     if bytes_needed <= memory_mb * 1e6:
         return torch.empty(shape, dtype=dtype)
+    folder = folder or tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if bytes_needed > free:  # a mapped file on a full disk ends the process without a word
+        raise InputError(
+            f"{bytes_needed / 1e9:.1f} GB do not fit into memory_mb={memory_mb:g} nor on the disk of {folder} "
+            f"({free / 1e9:.1f} GB free); raise memory_mb, lower views or set TMPDIR to a larger disk"
+        )
     kind = torch.empty(0, dtype=dtype).numpy().dtype
     file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - the mapping keeps it open
     return torch.from_numpy(np.memmap(file, dtype=kind, mode="w+", shape=shape))  # type: ignore[call-overload]

@@ -9,7 +9,7 @@ import torch.nn as nn
 from monai.losses import DiceCELoss
 
 from samda.embeddings import EmbeddingDataset, allocate, draw
-from samda.errors import UsageError
+from samda.errors import InputError, UsageError
 from samda.networks.backbones import ViTConfig
 from samda.networks.segmenter import SamSegmenter
 
@@ -85,6 +85,11 @@ def test_allocate_maps_a_file_that_can_be_written() -> None:
     mapped = allocate((3, 4), torch.uint8, memory_mb=0)
     mapped[1] = torch.tensor([1, 2, 3, 4], dtype=torch.uint8)
     assert mapped[1].tolist() == [1, 2, 3, 4] and mapped.dtype == torch.uint8
+
+
+def test_what_fits_nowhere_is_refused_before_it_is_written() -> None:
+    with pytest.raises(InputError, match="GB do not fit into memory_mb=1 nor on the disk of"):
+        allocate((10**6, 10**6, 10**3), torch.float32, memory_mb=1)
 
 
 def test_draw_depends_on_all_parts_and_on_nothing_else() -> None:

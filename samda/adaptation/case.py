@@ -38,7 +38,7 @@ class PreparedCase:
 
     Attributes:
         name: of the case.
-        input_sha256: of its file; None for a scan that came as an object.
+        input_sha256: of its file, or of its preprocessed values where it came as an object.
         data: the preprocessed case; "image" (C, X, Y, Z) in [0, 1], RAS.
         grid: its slices.
         replay: the network that the inferer runs, with the embeddings of all slices.
@@ -52,7 +52,7 @@ class PreparedCase:
     """
 
     name: str
-    input_sha256: str | None
+    input_sha256: str
     data: dict[str, Any]
     grid: SliceGrid
     replay: EmbeddingReplay

@@ -34,7 +34,7 @@ from samda.adaptation.guard import GuardSettings
 from samda.adaptation.objectives import Objective, build_objective
 from samda.adaptation.outcome import AdaptedCase, finish
 from samda.adaptation.plausibility import Judge
-from samda.adaptation.trajectory import Trajectory, descend, held, load
+from samda.adaptation.trajectory import Trajectory, descend, held, keep_last, load
 from samda.adaptation.views import FAMILIES, make_views, mirrored_classes, restore_view, seed_of
 from samda.adapters.base import unmerge
 from samda.adapters.files import state_tensors
@@ -70,6 +70,7 @@ class Adaptation:
         flips: mirror every second view; organs have sides, so not by default.
         slices: number of slices that are adapted on; all are predicted.
         seed: of the views, together with the input.
+        keep: "best" keeps the iterate on which the views agree best, "last" the last one.
         objective: further settings of the objective.
         guard: thresholds of the guard, see :class:`samda.adaptation.guard.GuardSettings`.
         time_limit_s: seconds after which a case falls back; None sets no limit.
@@ -104,6 +105,7 @@ class Adaptation:
         flips: bool = False,
         slices: int = 12,
         seed: int = 0,
+        keep: str = "best",
         objective: Mapping[str, Any] | None = None,
         guard: Mapping[str, Any] | None = None,
         time_limit_s: float | None = None,
@@ -122,8 +124,8 @@ class Adaptation:
         self.guard: GuardSettings = from_mapping(GuardSettings, dict(guard or {}), "guard")
         self.steps = self.objective.steps if steps is None else steps
         self.lr = self.objective.lr if lr is None else lr
-        self.views, self.slices, self.seed = views, slices, seed
-        self.view_settings = {"families": tuple(families), "strength": strength, "flips": flips}
+        self.views, self.slices, self.seed, self.keep = views, slices, seed, keep
+        self.view_settings: dict[str, Any] = {"families": tuple(families), "strength": strength, "flips": flips}
         self.batch_size = batch_size
         _check_ranges(self)
         make_views(views, 0, **self.view_settings)  # refuses unknown families now and not in the first case
@@ -150,10 +152,33 @@ class Adaptation:
             **{key: list(v) if isinstance(v, tuple) else v for key, v in self.view_settings.items()},
             "slices": self.slices,
             "seed": self.seed,
+            "keep": self.keep,
             "guard": self.guard.to_dict(),
             "time_limit_s": self.time_limit_s,
             "batch_size": self.batch_size,
         }
+
+    @classmethod
+    def from_record(
+        cls, network: SamSegmenter, task: Task, record: Mapping[str, Any], case: Mapping[str, Any], **settings: Any
+    ) -> Adaptation:
+        """The adaptation that a case's record describes; adapting the same scan again gives the same label map.
+
+        Args:
+            network, task, record: the model.
+            case: the record of the case.
+            settings: what decides nothing: device, memory_mb.
+
+        Raises:
+            AdapterError: the model is not the one of the record.
+        """
+        adaptation = cls(network, task, record, version=case["model_version"], **case["config"], **settings)
+        for key, value in adaptation.hashes.items():
+            if case[key] != value:
+                raise AdapterError(
+                    f"the record was made with another model ({key} {case[key][:12]}, here {value[:12]})"
+                )
+        return adaptation
 
     def adapt(self, image: str | Path | Mapping[str, Any]) -> AdaptedCase:
         """Adapt to one scan and decide; afterwards the model is as it was, bit for bit.
@@ -239,8 +264,9 @@ class Adaptation:
         begin = time.perf_counter()
         deadline = None if self.time_limit_s is None else time.monotonic() + self.time_limit_s
         with held(self.network, self.parameters):
+            merit = keep_last if self.keep == "last" else None
             run = descend(
-                lambda: self.logits(prepared), self.parameters, self.objective, self.steps, self.lr, deadline=deadline
+                lambda: self.logits(prepared), self.parameters, self.objective, self.steps, self.lr, merit, deadline
             )
         prepared.seconds["adapt"] = time.perf_counter() - begin
         return run
@@ -275,6 +301,8 @@ def _check_ranges(engine: Adaptation) -> None:
     for name, least in (("steps", 0), ("views", 1), ("slices", 1), ("batch_size", 1)):
         if getattr(engine, name) < least:
             raise UsageError(f"{name} must be at least {least}, got {getattr(engine, name)}")
+    if engine.keep not in ("best", "last"):
+        raise UsageError(f"keep must be best or last, got {engine.keep!r}")
     if not (engine.lr > 0 and math.isfinite(engine.lr)):
         raise UsageError(f"lr must be positive, got {engine.lr}")
     if engine.time_limit_s is not None and engine.time_limit_s <= 0:

@@ -94,8 +94,8 @@ class Objective:
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
-        """Plain values for the record."""
-        return dataclasses.asdict(self)
+        """Plain values for the record, without steps and rate, which the engine may override."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in ("steps", "lr")}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,7 +141,7 @@ def finish(engine: Adaptation, prepared: PreparedCase, started: str) -> AdaptedC
 
 def _restore(engine: Adaptation, prepared: PreparedCase, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A map in RAS order in the axis order of the scan's file, and its affine."""
-    data = {"image": prepared.data["image"], "pred": MetaTensor(torch.from_numpy(values)[None])}
+    data: dict[Any, Any] = {"image": prepared.data["image"], "pred": MetaTensor(torch.from_numpy(values)[None])}
     restored = own_grid(engine.preprocessing)(data)["pred"]
     return restored.as_tensor()[0].numpy().astype(values.dtype, copy=False), np.asarray(restored.affine, float)
 

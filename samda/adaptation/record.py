@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(Path(path), json.dumps(_plain(value), indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
-def write_lines(path: str | Path, records: list[Mapping[str, Any]]) -> None:
+def write_lines(path: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Write one line per record, under a temporary name, then rename: a reader never meets half a line."""
     write_text(Path(path), "".join(canonical_json(record) + "\n" for record in records))
 

@@ -16,7 +16,7 @@ import torch.nn as nn
 from samda.adaptation.measures import agreement, displacement, foreground_entropy, predicted_classes
 from samda.adaptation.objectives import Objective
 
-__all__ = ["NotFinite", "OutOfTime", "Trajectory", "descend", "held"]
+__all__ = ["NotFinite", "OutOfTime", "Trajectory", "descend", "held", "keep_last", "load"]
 
 GRADIENT_NORM = 1.0  # clip
 
@@ -130,6 +130,11 @@ def descend(
             optimizer.step()
     load(parameters, run.tensors)
     return run
+
+
+def keep_last(logits: torch.Tensor) -> float:
+    """The merit that keeps the last iterate, whatever it is like."""
+    return math.nan
 
 
 def _anchor(parameters: Mapping[str, nn.Parameter], start: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -96,7 +96,8 @@ class SaltAdapter(Adapter):
             return F.linear(*self._halves(x, change=False), bias)
         if not torch.is_grad_enabled():
             return F.linear(x, weight, bias)
-        return _LinearOfKnownValue.apply(*self._halves(x, change=False), x, weight, bias)
+        halves = self._halves_at_identity(x) if self.relu else self._halves(x, change=False)
+        return _LinearOfKnownValue.apply(*halves, x, weight, bias)
 
     def _at_identity(self) -> bool:
         """Is dW exactly zero? On a GPU the question costs a synchronization and is asked only until it is not."""
@@ -120,6 +121,12 @@ class SaltAdapter(Adapter):
             if not change:
                 q_tail = q_tail + p_tail * self.s[self.r :]
         return torch.cat([p * top, q_tail], dim=-1), self.u
+
+    def _halves_at_identity(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The halves where X Y = 0: the tail is diagonal, and ReLU passes no gradient to the zeros beside it."""
+        s, s_tail = self.s.split([self.r, self.m])
+        tail = s_tail + (self.left * self.right.T).sum(1)
+        return F.linear(x, self.vt) * torch.cat([(1 + self.scale) * s + self.shift, tail]).relu(), self.u
 
     def _folds(self, tokens: int) -> bool:
         """Is the tail cheaper multiplied into V (or U) than into the tokens? Products of forward and backward pass."""

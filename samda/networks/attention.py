@@ -130,13 +130,19 @@ def relative_attention(
 def _with_mask(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias_h: torch.Tensor, bias_w: torch.Tensor
 ) -> torch.Tensor:
-    """A few heads at a time, so that the memory for masks does not grow with the heads."""
+    """A few heads at a time, their masks in one buffer: fresh memory for each would cost more than filling it."""
     elements = MASK_ELEMENTS.get(q.device.type, MANY_MASK_ELEMENTS)
     heads = max(1, elements // (q.shape[0] * q.shape[2] ** 2))
+    recorded = torch.is_grad_enabled() and bias_h.requires_grad
+    buffer = None
     out = []
     for q_, k_, v_, h_, w_ in zip(*(t.split(heads, 1) for t in (q, k, v, bias_h, bias_w)), strict=True):
-        mask = (h_[..., :, None] + w_[..., None, :]).flatten(3)
-        out.append(F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask))
+        h_, w_ = h_[..., :, None], w_[..., None, :]
+        if recorded or buffer is None:
+            mask = buffer = h_ + w_
+        else:
+            mask = torch.add(h_, w_, out=buffer[:, : h_.shape[1]])
+        out.append(F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask.flatten(3)))
     return out[0] if len(out) == 1 else torch.cat(out, 1)
 
 

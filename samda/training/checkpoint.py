@@ -46,7 +46,8 @@ class Checkpoint:
         overwrite: bool = False,
     ) -> None:
         self.path = Path(folder) / "last.pt"
-        self.objects, self.settings, self.resume = dict(objects), dict(settings), resume
+        self.objects, self.settings = dict(objects), dict(settings)
+        self.resume = resume
         if resume and overwrite:
             raise UsageError("resume and overwrite exclude each other; choose one")
         if self.path.exists() and not resume and not overwrite:
@@ -95,7 +96,7 @@ class Checkpoint:
 
 
 class Resume:
-    """Load the checkpoint when the training starts, if it is to be resumed. Attach it first."""
+    """At the start, load the checkpoint or, with `overwrite`, remove that of another training. Attach it first."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -105,7 +106,9 @@ class Resume:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        if self.checkpoint.resume and self.checkpoint.path.exists():
+        if not self.checkpoint.resume:
+            self.checkpoint.path.unlink(missing_ok=True)
+        elif self.checkpoint.path.exists():
             self.checkpoint.load(engine)
 
 

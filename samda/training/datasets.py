@@ -105,7 +105,7 @@ class SliceDataset(Dataset):
     Attributes:
         foreground: (N,) bool, does the item hold foreground?
         present: (K,) bool, does the class occur at all?
-        statistics: of the slices as they are, for the record of the model.
+        statistics: of the training slices as they are, for the record of the model; empty for another part.
 
     Raises:
         InputError: no case, a case without label, image and label that do not match, or no foreground anywhere.
@@ -121,7 +121,7 @@ class SliceDataset(Dataset):
         memory_mb: float = 2048,
         part: str = "training",
     ) -> None:
-        self.task, self.augmentation, self.seed = task, augmentation, seed
+        self.task, self.augmentation, self.seed, self.part = task, augmentation, seed, part
         self.images: list[torch.Tensor] = []  # per case (n, C, H, W)
         self.labels: list[torch.Tensor] = []  # per case (n, 1, H, W)
         self.items: list[tuple[int, int]] = []  # case, position in it
@@ -141,7 +141,7 @@ class SliceDataset(Dataset):
         self.foreground = torch.cat([(label > 0).flatten(1).any(1) for label in self.labels])
         counts = sum(torch.bincount(label.flatten().long(), minlength=task.num_classes) for label in self.labels)
         self.present = torch.as_tensor(counts) > 0
-        self._check_foreground(part)
+        self._check_foreground()
 
     def _read(self, case: Mapping[str, Any], name: str, transform: Callable) -> tuple[torch.Tensor, torch.Tensor]:
         """The slices of a case, cut into tiles of the task's size: (n, C, H, W) and (n, 1, H, W)."""
@@ -158,20 +158,21 @@ class SliceDataset(Dataset):
                 )
             chosen += range(first, end)
         images, labels = grid.extract(image, chosen), grid.extract_labels(label, chosen)
-        self.statistics.update(images, labels)
+        if self.part == "training":
+            self.statistics.update(images, labels)
         size = self.task.image_size
         rows, columns = (tile_starts(side, size) for side in grid.canvas)
         windows = [(..., slice(r, r + size), slice(c, c + size)) for r in rows for c in columns]
         return torch.cat([images[w] for w in windows]), torch.cat([labels[w] for w in windows])[:, None]
 
-    def _check_foreground(self, part: str) -> None:
+    def _check_foreground(self) -> None:
         names = ", ".join(self.task.classes[1:])
         if not self.foreground.any():
             raise InputError(
-                f"the {part} labels hold no foreground ({names}) in {len(self.items)} slices; check the task's labels"
+                f"the {self.part} labels hold no foreground ({names}) in {len(self)} slices; check the task's labels"
             )
         absent = [name for name, present in zip(self.task.classes, self.present, strict=True) if not present]
-        if absent and part == "training":
+        if absent and self.part == "training":
             logger.warning("no training slice holds %s; the network cannot learn it", ", ".join(absent))
 
     def view(self, index: int, view: int) -> dict[str, Any]:
@@ -202,4 +203,7 @@ def _name(case: Mapping[str, Any]) -> str:
 
 
 def _keep(values: torch.Tensor, memory_mb: float) -> torch.Tensor:
-    return allocate(tuple(values.shape), values.dtype, memory_mb).copy_(values)
+    """`values`, on disk if they exceed the memory that is left."""
+    if values.nbytes <= memory_mb * 1e6:
+        return values
+    return allocate(tuple(values.shape), values.dtype, memory_mb=0).copy_(values)

@@ -1,19 +1,404 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One case through the engine: what moves, what stays, and that nothing is left behind."""
+"""One case through the engine: what moves, what stays, what is refused, and every way to end."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+from samda.adaptation import outcome as outcome_module
+from samda.adaptation.engine import Adaptation
+from samda.adaptation.record import validate_record
+from samda.adaptation.trajectory import NotFinite, OutOfTime
+from samda.adaptation.views import apply_view
+from samda.adapters import ADAPTERS
+from samda.adapters.base import base_parameters
+from samda.adapters.sam_da import SamDaConfig
+from samda.errors import AdapterError, InputError, UsageError
+from samda.inference.predict import Predictor
+from samda.networks.segmenter import SamSegmenter
+from tests.adaptation.conftest import TASK, build, save, scan
 
-def test_smoke(make_adaptation, scans: Path) -> None:
-    import time
-    t=time.time()
-    a = make_adaptation(guard={"skip_agreement": 2.0})
-    r = a.adapt(scans / "images" / "case2.nii.gz")
-    import json
-    print(json.dumps(r.record, indent=1)); print(time.time()-t, np.bincount(r.labels.ravel()))
-    assert 0
+NEVER_SKIP = {"skip_agreement": 2.0}
+ALWAYS = {"skip_agreement": 2.0, "tolerance": 1.0, "plausible": 1.0, "volume_factor": 1e9, "vanished": 0.0}
+
+
+@pytest.fixture
+def case(scans: Path) -> Path:
+    return scans / "images" / "case2.nii.gz"
+
+
+def snapshot(network: SamSegmenter) -> dict[str, torch.Tensor]:
+    network.full_state_dict = True
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network.full_state_dict = False
+    return state
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_times(record: dict) -> dict:
+    return {key: value for key, value in record.items() if key not in ("time_start", "time_end", "seconds")}
+
+
+# ------------------------------------------------------------------------------------------------- nothing left behind
+
+
+@pytest.mark.parametrize("method", ["tent", "default"])
+def test_every_tensor_returns_bit_for_bit(
+    make_adaptation: Callable, network: SamSegmenter, case: Path, method: str
+) -> None:
+    before = snapshot(network)
+    result = make_adaptation(method=method, lr=0.05, guard=NEVER_SKIP).adapt(case)
+    assert max(result.record["param_displacement"]) > 0  # something did move meanwhile
+    assert same(before, snapshot(network))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_every_tensor_returns_after_an_exception(
+    make_adaptation: Callable,
+    network: SamSegmenter,
+    case: Path,
+    error: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, flags = snapshot(network), [p.requires_grad for p in network.parameters()]
+    adaptation = make_adaptation(guard=NEVER_SKIP)
+    real, calls = adaptation.objective.loss, []
+
+    def loss(logits: torch.Tensor, state: object) -> torch.Tensor:
+        calls.append(0)
+        if len(calls) == 3:
+            raise error("in the middle")
+        return real(logits, state)
+
+    object.__setattr__(adaptation.objective, "loss", loss)
+    if error is RuntimeError:
+        assert adaptation.adapt(case).record["reason"] == "fallback_error"
+    else:
+        with pytest.raises(error):
+            adaptation.adapt(case)
+    assert same(before, snapshot(network)) and flags == [p.requires_grad for p in network.parameters()]
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_the_order_of_cases_changes_no_byte(make_adaptation: Callable, scans: Path) -> None:
+    paths = [scans / "images" / f"case{i}.nii.gz" for i in (2, 3)]
+    adaptation = make_adaptation(guard=ALWAYS, lr=0.02, keep="last")
+    first = {path: adaptation.adapt(path) for path in paths}
+    second = {path: adaptation.adapt(path) for path in reversed(paths)}
+    for path in paths:
+        assert first[path].labels.tobytes() == second[path].labels.tobytes()
+        assert first[path].uncertainty.tobytes() == second[path].uncertainty.tobytes()
+        assert without_times(first[path].record) == without_times(second[path].record)
+
+
+def test_only_the_scope_moves(make_adaptation: Callable, network: SamSegmenter, case: Path) -> None:
+    gate = make_adaptation(scope="gate", guard=NEVER_SKIP)
+    decoder = make_adaptation(scope="decoder", guard=NEVER_SKIP)
+    assert gate.adapt(case).record["parameters_moved"] == 131_074  # two gates, two 256 x 256 maps
+    assert decoder.adapt(case).record["parameters_moved"] == 395_522
+    moving = set(decoder.parameters)
+    assert moving.isdisjoint(base_parameters(network)) and moving.isdisjoint(network.head_params())
+    prepared = decoder.prepare(case)
+    run = decoder.optimize(prepared)
+    assert set(run.tensors) == moving
+
+
+def test_unknown_or_missing_scopes_are_refused(make_adaptation: Callable) -> None:
+    with pytest.raises(AdapterError, match="it has: gate, decoder"):
+        make_adaptation(scope="norm")
+
+
+# -------------------------------------------------------------------------------------------------------- predictions
+
+
+def test_source_map_is_the_plain_prediction(make_adaptation: Callable, network: SamSegmenter, case: Path) -> None:
+    plain = Predictor(network, TASK).predict(case)
+    result = make_adaptation(guard=NEVER_SKIP).adapt(case)
+    assert plain.labels.tobytes() == result.source.tobytes()
+    assert np.array_equal(plain.affine, result.affine) and plain.labels.shape == result.labels.shape
+    assert plain.volumes_ml()["liver"] == pytest.approx(result.record["volumes_ml"]["liver"][0], abs=1e-3)
+
+
+def test_no_steps_return_the_source(make_adaptation: Callable, case: Path) -> None:
+    for settings in ({"steps": 0}, {"method": "none", "steps": None}):
+        result = make_adaptation(guard=NEVER_SKIP, **settings).adapt(case)
+        assert result.record["reason"] == "accepted_unchanged" and result.record["steps_run"] == 0
+        assert result.labels.tobytes() == result.source.tobytes() and not result.difference.any()
+
+
+def test_uncertainty_is_the_normalized_entropy(make_adaptation: Callable, network: SamSegmenter, case: Path) -> None:
+    p = Predictor(network, TASK).predict(case, probabilities=True).probabilities
+    expected = -(p * np.log(np.maximum(p, 1e-12))).sum(0) / np.log(3)
+    result = make_adaptation(steps=0, guard=NEVER_SKIP).adapt(case)
+    assert np.allclose(result.uncertainty, expected, atol=1e-5)
+    assert result.uncertainty.min() >= 0 and result.uncertainty.max() <= 1
+
+
+def test_difference_map(make_adaptation: Callable, case: Path) -> None:
+    result = make_adaptation(steps=0).adapt(case)
+    result.source = np.array([[[0, 1, 1, 2, 0]]], np.uint8)
+    result.labels = np.array([[[0, 0, 2, 2, 1]]], np.uint8)
+    assert result.difference.tolist() == [[[0, 1, 3, 0, 2]]]
+
+
+def test_cached_and_uncached_runs_agree(make_adaptation: Callable, case: Path) -> None:
+    cached = make_adaptation(guard=ALWAYS, lr=0.02).adapt(case)
+    uncached = make_adaptation(guard=ALWAYS, lr=0.02, memory_mb=0.0).adapt(case)
+    assert cached.labels.tobytes() == uncached.labels.tobytes()
+    assert cached.record["loss"] == uncached.record["loss"]
+
+
+def test_chunks_of_a_large_case_give_the_same_gradients(
+    make_adaptation: Callable, case: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adaptation = make_adaptation(guard=NEVER_SKIP)
+    prepared = adaptation.prepare(case)
+    whole = adaptation.optimize(prepared)
+    monkeypatch.setattr("samda.adaptation.engine.GRADIENT_PIXELS", 5 * 16)  # five slices of 4 x 4 at a time
+    parts = adaptation.optimize(prepared)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-4)
+
+
+def test_encoder_scope_encodes_at_every_step(tiny_tinyvit_weights: Path, trained: tuple, case: Path) -> None:
+    network = build(tiny_tinyvit_weights, lora={"rank": 2})
+    state = network.state_dict() | trained[0]
+    network.load_state_dict(state)
+    adaptation = Adaptation(
+        network, TASK, trained[1], scope="decoder+encoder", steps=2, views=2, slices=2, guard=NEVER_SKIP
+    )
+    before = snapshot(network)
+    result = adaptation.adapt(case)
+    assert result.record["error"] is None and result.record["steps_run"] == 2
+    assert not adaptation.embedded and same(before, snapshot(network))
+
+
+def test_norm_scope(tiny_tinyvit_weights: Path, trained: tuple, case: Path) -> None:
+    network = build(tiny_tinyvit_weights, norm={})
+    network.load_state_dict(network.state_dict() | trained[0])
+    adaptation = Adaptation(network, TASK, trained[1], scope="norm", method="tent", steps=1, views=1, guard=NEVER_SKIP)
+    result = adaptation.adapt(case)
+    assert result.record["param_displacement"][1] > 0 and result.record["error"] is None
+    assert ADAPTERS["norm"] is not None and all(".adapters.norm." in name for name in adaptation.parameters)
+
+
+def test_flips_are_mapped_back(make_adaptation: Callable, network: SamSegmenter, case: Path) -> None:
+    adaptation = make_adaptation(views=3, flips=True)
+    prepared = adaptation.prepare(case)
+    assert [view.flip for view in prepared.views] == [False, True, False]
+    images = prepared.grid.extract(prepared.data["image"], prepared.slices)
+    with torch.no_grad():
+        found = adaptation.logits(prepared)
+        mirrored = network.decode(network.encode(apply_view(prepared.views[1], images, prepared.slices)))
+    torch.testing.assert_close(found[1], mirrored.flip(-1))  # liver and spleen have no twin of the other side
+    torch.testing.assert_close(found[0], network.decode(network.encode(images)))
+
+
+# ---------------------------------------------------------------------------------------------------------- decisions
+
+
+def test_a_good_case_is_left_alone(make_adaptation: Callable, case: Path) -> None:
+    result = make_adaptation(guard={"skip_agreement": 0.5, "skip_plausibility": 0.5}).adapt(case)
+    assert result.record["reason"] == "skipped_quality" and result.record["decision"] == "skipped"
+    assert result.labels.tobytes() == result.source.tobytes() and result.record["loss"] == []
+
+
+def test_nothing_in_sight_is_skipped(
+    make_adaptation: Callable, network: SamSegmenter, case: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blind = network.decode
+    offset = torch.tensor([100.0, 0.0, 0.0]).view(1, 3, 1, 1)
+    monkeypatch.setattr(network, "decode", lambda embedding: blind(embedding) + offset)
+    result = make_adaptation().adapt(case)
+    assert result.record["reason"] == "skipped_empty" and not result.labels.any()
+    assert result.record["volumes_ml"] == {"liver": [0.0, 0.0], "spleen": [0.0, 0.0]}
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (NotFinite("loss nan after 2 steps"), "fallback_nonfinite"),
+        (OutOfTime("step 3 of 8"), "fallback_timeout"),
+        (MemoryError(), "fallback_oom"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 GB"), "fallback_oom"),
+        (ValueError("something else"), "fallback_error"),
+    ],
+)
+def test_errors_while_adapting_fall_back_to_the_source(
+    make_adaptation: Callable, case: Path, error: Exception, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adaptation = make_adaptation(guard=NEVER_SKIP)
+
+    def fail(prepared: object) -> None:
+        raise error
+
+    monkeypatch.setattr(adaptation, "optimize", fail)
+    result = adaptation.adapt(case)
+    assert result.record["reason"] == code and result.record["decision"] == "fallback"
+    assert result.labels.tobytes() == result.source.tobytes() and result.tensors is None
+    assert type(error).__name__ in result.record["error"]
+
+
+def test_a_real_time_limit_and_a_real_divergence(make_adaptation: Callable, case: Path) -> None:
+    assert make_adaptation(guard=NEVER_SKIP, time_limit_s=1e-9).adapt(case).record["reason"] == "fallback_timeout"
+    diverged = make_adaptation(guard=NEVER_SKIP, lr=1e30, steps=4).adapt(case)
+    assert diverged.record["reason"] == "fallback_nonfinite"
+    assert diverged.labels.tobytes() == diverged.source.tobytes()
+
+
+def test_forced_collapse_falls_back(make_adaptation: Callable, case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything background, with perfect certainty: what plain entropy asks for."""
+    adaptation = make_adaptation(guard=NEVER_SKIP)
+    force(adaptation, monkeypatch, lambda labels: np.zeros_like(labels))
+    result = adaptation.adapt(case)
+    assert result.record["reason"] == "fallback_vanished"
+    assert result.labels.tobytes() == result.source.tobytes()
+
+
+def test_forced_doubling_falls_back(make_adaptation: Callable, case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adaptation = make_adaptation(guard=NEVER_SKIP)
+    force(adaptation, monkeypatch, lambda labels: np.where(np.arange(labels.shape[0])[:, None, None] < 26, 2, labels))
+    result = adaptation.adapt(case)
+    assert result.record["reason"] in ("fallback_volume", "fallback_plausibility")
+    assert result.labels.tobytes() == result.source.tobytes()
+
+
+def force(adaptation: Adaptation, monkeypatch: pytest.MonkeyPatch, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Let the adapted prediction be `change` of the source's, whatever the steps did."""
+    real = adaptation.optimize
+
+    def optimize(prepared: object):  # noqa: ANN202 - as the engine's
+        run = real(prepared)
+        return dataclasses.replace(run, best_step=len(run.loss) - 1)
+
+    def predict(prepared, tensors):  # noqa: ANN001, ANN202 - as the engine's
+        labels = change(prepared.source.labels).astype(prepared.source.labels.dtype)
+        return dataclasses.replace(prepared.source, labels=labels)
+
+    monkeypatch.setattr(adaptation, "optimize", optimize)
+    monkeypatch.setattr(adaptation, "predict", predict)
+
+
+def test_accepted_cases_give_the_adapted_map(make_adaptation: Callable, case: Path) -> None:
+    adaptation = make_adaptation(method="class_entropy", lr=0.02, keep="last", guard=ALWAYS)
+    result = adaptation.adapt(case)
+    assert result.record["reason"] == "accepted" and result.record["best_step"] == 3
+    assert result.labels.tobytes() != result.source.tobytes() and result.difference.any()
+    adapted = adaptation.predict(adaptation.prepare(case), result.tensors)
+    assert result.labels.tobytes() == adapted.labels.tobytes()  # a RAS file: the axis order is the same
+    assert result.record["labels_sha256"]["final"] != result.record["labels_sha256"]["source"]
+    dice = result.record["dice_source_adapted"]["liver"]
+    a, b = result.source == 1, result.labels == 1
+    assert dice == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()), abs=1e-6)
+
+
+def test_default_does_no_harm_on_twenty_mild_shifts(make_adaptation: Callable, tmp_path: Path) -> None:
+    """Gamma and noise on scans like those of the training: no case loses more than a hundredth of mean Dice."""
+    adaptation = make_adaptation(views=3, slices=3)
+    for seed in range(20):
+        image, labels = scan(seed)
+        rng = np.random.default_rng(seed)
+        unit = np.clip(image / 1000, 0, 1) ** rng.uniform(0.7, 1.4) + rng.normal(0, 0.02, image.shape)
+        result = adaptation.adapt(save(tmp_path / f"{seed}.nii.gz", (1000 * unit - 1).astype(np.float32)))
+        assert mean_dice(result.labels, labels) >= mean_dice(result.source, labels) - 0.01
+
+
+def mean_dice(prediction: np.ndarray, labels: np.ndarray) -> float:
+    pairs = [(prediction == k, labels == k) for k in (1, 2)]
+    return float(np.mean([2 * (a & b).sum() / (a.sum() + b.sum()) for a, b in pairs]))
+
+
+# ------------------------------------------------------------------------------------------------------------- record
+
+
+def test_the_record_is_valid_and_reproduces_the_map(
+    make_adaptation: Callable, network: SamSegmenter, trained: tuple, case: Path
+) -> None:
+    result = make_adaptation(guard=ALWAYS, lr=0.02, views=3, seed=5, keep="last").adapt(case)
+    record = result.record | {"dry_run": False}
+    validate_record(record)
+    assert "case2" not in str(record) and record["case_id"] == f"case-{record['input_sha256'][:12]}"
+    again = Adaptation.from_record(network, TASK, trained[1], record).adapt(case)
+    assert again.record["labels_sha256"] == record["labels_sha256"]
+    assert without_times(again.record) == without_times(result.record)
+
+
+def test_another_seed_gives_other_views(make_adaptation: Callable, case: Path) -> None:
+    a, b = (make_adaptation(guard=NEVER_SKIP, seed=seed).prepare(case) for seed in (0, 1))
+    assert a.seed != b.seed and a.views != b.views
+
+
+def test_labels_are_not_touched(make_adaptation: Callable, case: Path) -> None:
+    adaptation = make_adaptation()
+    adaptation.adapt({"image": case, "id": "x", "label": "there is no such file"})
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_untrained_models_are_refused(tiny_tinyvit_weights: Path, trained: tuple) -> None:
+    fresh = build(tiny_tinyvit_weights)
+    with pytest.raises(AdapterError, match="class head was never trained"):
+        Adaptation(fresh, TASK, trained[1])
+    state = {k: v for k, v in trained[0].items() if ".adapters." not in k}
+    fresh.load_state_dict(fresh.state_dict() | state)
+    with pytest.raises(AdapterError, match=r"SAM-DA adapter was never trained \(its gates are zero\)"):
+        Adaptation(fresh, TASK, trained[1])
+    assert SamDaConfig().side == "image"
+
+
+def test_a_model_without_statistics_is_refused(network: SamSegmenter) -> None:
+    for record in ({}, {"statistics": None}):
+        with pytest.raises(InputError, match="no source statistics"):
+            Adaptation(network, TASK, record)
+
+
+def test_statistics_of_other_classes_are_refused(network: SamSegmenter, trained: tuple) -> None:
+    classes = {"liver": trained[1]["statistics"]["classes"]["liver"]}
+    with pytest.raises(InputError, match="lack the class 'spleen'"):
+        Adaptation(network, TASK, {"statistics": trained[1]["statistics"] | {"classes": classes}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "tentt"}, "did you mean 'tent'"),
+        ({"keep": "worst"}, "keep must be best or last"),
+        ({"views": 0}, "views must be at least 1"),
+        ({"slices": 0}, "slices must be at least 1"),
+        ({"steps": -1}, "steps must be at least 0"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"time_limit_s": 0}, "time_limit_s must be positive"),
+        ({"families": ("gama",)}, "did you mean 'gamma'"),
+        ({"guard": {"tolerence": 1}}, "did you mean 'tolerance'"),
+        ({"objective": {"anker": 1}}, "did you mean 'anchor'"),
+    ],
+)
+def test_wrong_settings_are_refused_at_once(make_adaptation: Callable, settings: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_adaptation(**settings)
+
+
+@pytest.mark.parametrize("wrong", ["nan", "channels", "constant"])
+def test_unusable_scans_are_refused(make_adaptation: Callable, tmp_path: Path, wrong: str) -> None:
+    image, _ = scan(0)
+    if wrong == "nan":
+        image[0, 0, 0] = np.nan
+    elif wrong == "channels":
+        image = np.stack([image, image], axis=-1)
+    else:
+        image[:] = 40
+    with pytest.raises(InputError):
+        make_adaptation().adapt(save(tmp_path / "wrong.nii.gz", image))
+
+
+def test_outcome_is_what_the_engine_returns(make_adaptation: Callable, case: Path) -> None:
+    assert isinstance(make_adaptation(steps=0).adapt(case), outcome_module.AdaptedCase)

@@ -191,7 +191,9 @@ def test_the_metadata_has_what_monai_asks_for() -> None:
     for version in (*versions, *metadata["required_packages_version"].values()):
         assert all(part.isdigit() for part in version.split(".")), f"{version} is no exact pin"
     for side, name in (("inputs", "image"), ("outputs", "pred")):
-        assert len(metadata["network_data_format"][side][name]["spatial_shape"]) == 3
+        tensor = metadata["network_data_format"][side][name]
+        assert len(tensor["spatial_shape"]) == 3 and isinstance(tensor["num_channels"], int)
+        assert {"type", "format", "dtype", "value_range"} <= set(tensor)  # the schema's own list
     assert "research use only" in metadata["intended_use"].lower()
 
 

@@ -17,7 +17,9 @@ from samda.training import Checkpoint, Resume, SaveCheckpoint, TrainingRecord
 class Toy:
     """A training whose every step depends on parameters, momentum, schedule and all global random generators."""
 
-    def __init__(self, folder: Path, epochs: int, resume: bool = False, **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, epochs: int, resume: bool = False, overwrite: bool = False, **settings: Any
+    ) -> None:
         torch.manual_seed(0)
         np.random.seed(0)  # noqa: NPY002 - what libraries draw from
         random.seed(0)
@@ -31,7 +33,7 @@ class Toy:
             "schedule": self.schedule,
             "record": self.record,
         }
-        checkpoint = Checkpoint(folder, objects, {"seed": 0} | settings, resume)
+        checkpoint = Checkpoint(folder, objects, {"seed": 0} | settings, resume, overwrite)
         self.engine = Engine(self.step)
         Resume(checkpoint).attach(self.engine)
         self.engine.add_event_handler(
@@ -70,6 +72,8 @@ def test_a_folder_that_holds_a_training_is_not_overwritten(tmp_path: Path) -> No
     Toy(tmp_path, epochs=1)
     with pytest.raises(UsageError, match="already holds a training; resume it, overwrite it or choose another folder"):
         Toy(tmp_path, epochs=1)
+    weight = Toy(tmp_path, epochs=1, overwrite=True).network.weight
+    assert torch.equal(weight, Toy(tmp_path / "other", epochs=1).network.weight)
     with pytest.raises(UsageError, match="exclude each other"):
         Checkpoint(tmp_path, {}, {}, resume=True, overwrite=True)
 

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder of scans: what is written, what a rerun does, and what is left when something goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from samda.adaptation import run as run_module
+from samda.adaptation.record import validate_record
+from samda.adaptation.run import adapt_folder, details_folder
+from samda.errors import SamdaError, UsageError
+from tests.adaptation.conftest import save, scan
+
+CHANGED = {
+    "method": "class_entropy",
+    "lr": 0.02,
+    "keep": "last",
+    "guard": {"skip_agreement": 2.0, "tolerance": 1.0, "plausible": 1.0, "volume_factor": 1e9, "vanished": 0.0},
+}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """Three scans, one of them with a NaN."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for seed, name in enumerate(("anna", "bert", "carl")):
+        image, _ = scan(seed)
+        if name == "bert":
+            image[0, 0, 0] = np.nan
+        save(folder / f"{name}.nii.gz", image)
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_what_is_written(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = adapt_folder(make_adaptation(**CHANGED), inputs, out)
+    assert run.counts == {"accepted": 2, "fallback": 0, "skipped": 0, "failed": 1} and list(run.failed) == ["bert"]
+    found = {p.name for p in details_folder(out, "anna").iterdir()}
+    assert found == {
+        "source.nii.gz", "source.json", "difference.nii.gz", "difference.json", "uncertainty.nii.gz", "record.json",
+    }  # fmt: skip
+    scan_image = nib.load(inputs / "anna.nii.gz")
+    for path in (out / "anna.nii.gz", *details_folder(out, "anna").glob("*.nii.gz")):
+        image = nib.load(path)
+        assert np.array_equal(image.affine, scan_image.affine) and image.shape[:3] == scan_image.shape
+        assert image.header["qform_code"] == 1 and image.header["sform_code"] == 2
+    final, source = (
+        np.asarray(nib.load(p).dataobj) for p in (out / "anna.nii.gz", details_folder(out, "anna") / "source.nii.gz")
+    )
+    difference = np.asarray(nib.load(details_folder(out, "anna") / "difference.nii.gz").dataobj)
+    assert np.array_equal(difference > 0, final != source) and difference.any()
+    assert not (out / "bert.nii.gz").exists()
+
+
+def test_records_are_valid_and_without_names(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    adapt_folder(make_adaptation(steps=1), inputs, out, report=tmp_path / "audit" / "run.jsonl")
+    records = lines(tmp_path / "audit" / "run.jsonl")
+    assert len(records) == 3
+    for record in records:
+        validate_record(record)
+        assert record["case_id"] == f"case-{record['input_sha256'][:12]}"
+    text = (tmp_path / "audit" / "run.jsonl").read_text()
+    assert not any(name in text for name in ("anna", "bert", "carl", str(tmp_path)))
+    bad = next(r for r in records if r["decision"] == "failed")
+    assert bad["reason"] == "failed_input" and "NaN" in bad["error"]
+    key = (out / "cases.csv").read_text().splitlines()
+    assert key[0] == "case_id,case,decision,reason" and key[1].split(",")[1] == "anna"
+
+
+def test_names_are_kept_on_request(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:
+    run = adapt_folder(make_adaptation(steps=0), inputs, tmp_path / "out", keep_names=True)
+    assert [r["case_id"] for r in run.records.values()] == ["anna", "bert", "carl"]
+
+
+def test_a_fallback_is_the_source_file_byte_for_byte(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = adapt_folder(make_adaptation(guard={"skip_agreement": 2.0}, lr=1e30, steps=4), inputs, out)
+    assert run.records["anna"]["reason"] == "fallback_nonfinite"
+    assert (out / "anna.nii.gz").read_bytes() == (details_folder(out, "anna") / "source.nii.gz").read_bytes()
+    assert json.loads((out / "anna.json").read_text())["labels"] == {"background": 0, "liver": 1, "spleen": 2}
+
+
+def test_a_rerun_does_only_what_is_missing(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    adapt_folder(make_adaptation(**CHANGED), inputs, out)
+    before = files(out)
+    again = adapt_folder(make_adaptation(**CHANGED), inputs, out)
+    assert again.resumed == ["anna", "carl"]  # what failed is tried again
+    after = files(out)
+    same = {name for name in before if before[name] == after[name]}
+    assert set(before) == set(after) and set(before) - same <= {"run.jsonl", "details/bert/record.json"}
+    (out / "carl.nii.gz").unlink()
+    assert adapt_folder(make_adaptation(**CHANGED), inputs, out).resumed == ["anna"]
+    assert (out / "carl.nii.gz").read_bytes() == before["carl.nii.gz"]
+
+
+def test_a_changed_scan_is_done_again(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    adapt_folder(make_adaptation(steps=0), inputs, out)
+    save(inputs / "anna.nii.gz", scan(7)[0])
+    assert adapt_folder(make_adaptation(steps=0), inputs, out).resumed == ["carl"]
+
+
+def test_other_settings_need_another_folder(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    adapt_folder(make_adaptation(steps=0), inputs, out)
+    with pytest.raises(UsageError, match="results of other settings"):
+        adapt_folder(make_adaptation(steps=1), inputs, out)
+    run = adapt_folder(make_adaptation(steps=1), inputs, out, overwrite=True)
+    assert run.resumed == [] and run.records["anna"]["config"]["steps"] == 1
+
+
+def test_dry_run_writes_no_map_but_the_source(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    dry = adapt_folder(make_adaptation(**CHANGED), inputs, out, dry_run=True)
+    assert dry.records["anna"]["reason"] == "accepted" and dry.records["anna"]["dry_run"]
+    assert [p.name for p in sorted(out.rglob("*.nii.gz"))] == ["source.nii.gz", "source.nii.gz"]
+    wet = adapt_folder(make_adaptation(**CHANGED), inputs, out)  # a dry run does not count as done
+    assert wet.resumed == [] and (out / "anna.nii.gz").exists()
+    assert wet.records["anna"]["labels_sha256"] == dry.records["anna"]["labels_sha256"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("place", ["write_probabilities", "write_labels"])
+def test_half_a_case_leaves_nothing(
+    make_adaptation: Callable,
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    place: str,
+) -> None:
+    """The second good case is interrupted: the first stays, the half-done one leaves nothing, a rerun continues."""
+    (inputs / "bert.nii.gz").unlink()
+    out, real, calls = tmp_path / "out", getattr(run_module, place), []
+    wanted = 2 if place == "write_probabilities" else 6  # of carl: the uncertainty, the final map
+
+    def fail(*args: object, **kwargs: object) -> object:
+        calls.append(0)
+        if len(calls) == wanted:
+            raise error
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(run_module, place, fail)
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else SamdaError
+    with pytest.raises(expected, match="" if expected is KeyboardInterrupt else "disk of .* is full"):
+        adapt_folder(make_adaptation(**CHANGED), inputs, out)
+    assert (out / "anna.nii.gz").exists() and not (out / "carl.nii.gz").exists()
+    assert [p.name for p in (out / "details").iterdir()] == ["anna"]
+    assert len(lines(out / "run.jsonl")) == 1
+    monkeypatch.setattr(run_module, place, real)
+    again = adapt_folder(make_adaptation(**CHANGED), inputs, out)
+    assert again.resumed == ["anna"] and (out / "carl.nii.gz").exists() and len(lines(out / "run.jsonl")) == 2
+
+
+def test_results_never_go_to_the_scans(make_adaptation: Callable, inputs: Path) -> None:
+    with pytest.raises(UsageError, match="is the folder of the scan"):
+        adapt_folder(make_adaptation(), inputs, inputs)
+
+
+def test_adapted_parameters_are_kept_on_request(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:
+    run = adapt_folder(make_adaptation(**CHANGED), inputs, tmp_path / "out", keep_tensors=True)
+    assert run.records["anna"]["output_files"]["adapter"] == "adapter.safetensors"
+    assert (details_folder(tmp_path / "out", "anna") / "adapter.safetensors").stat().st_size > 4 * 395_522
