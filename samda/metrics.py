@@ -124,9 +124,9 @@ def score_case(
             scores.append(ClassScores("missed" if true else "extra", 0.0, 0.0, diagonal_mm, 0.0, **volumes))
         else:
             box = _union(boxes[0][k - 1], boxes[1][k - 1])
-            masks = [_squeezed(a[box] == k, label.shape) for a in (prediction, label)]
+            p, t = (_squeezed(a[box] == k, label.shape) for a in (prediction, label))
             spacing = [s for s, kept in zip(spacing_mm, _kept_axes(label.shape), strict=True) if kept]
-            hd95, nsd = surface_scores(*masks, spacing, nsd_tolerance_mm)
+            hd95, nsd = surface_scores(p, t, spacing, nsd_tolerance_mm)
             dice, iou = 2 * overlap / (predicted + true), overlap / (predicted + true - overlap)
             scores.append(ClassScores("both", dice, iou, hd95, nsd, **volumes))
     return scores

@@ -95,6 +95,7 @@ class GuardSettings:
         vanished: a class whose volume falls below this share of the source's has vanished.
         volume_factor: growth or shrinkage of a class that needs no justification.
         tolerance: loss of mean plausibility that passes.
+        agreement: the views must agree better than before by more than this.
     """
 
     skip_agreement: float = 0.95
@@ -104,6 +105,7 @@ class GuardSettings:
     vanished: float = 0.1
     volume_factor: float = 2.0
     tolerance: float = 0.01
+    agreement: float = 0.0
 
     def to_dict(self) -> dict[str, float]:
         """Plain values for the record."""
@@ -169,7 +171,7 @@ def after(
     if gain < -settings.tolerance:
         return Decision.of("fallback_plausibility", f"plausibility fell by {-gain:.3f}")
     agreed = adapted.agreement - source.agreement  # NaN with a single view: then plausibility alone decides
-    if agreed <= 0 and gain <= settings.tolerance:
+    if agreed <= settings.agreement and gain <= settings.tolerance:
         return Decision.of(
             "fallback_agreement", f"agreement {source.agreement:.3f} -> {adapted.agreement:.3f} without a gain"
         )

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="a model folder")
     parser.add_argument("-i", "--input", type=Path, required=True, metavar="SCANS", help="a scan, a folder, a data set")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="LABELS", help="folder of the label maps")
+    parser.add_argument("--version", metavar="NAME", help="version of the model (samda site); default: the active one")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="base weights; default: those of the training")
     parser.add_argument(
         "--section", choices=("training", "validation", "test"), help="which cases of a data set; default test"
@@ -48,14 +49,14 @@ def run(args: argparse.Namespace) -> None:
     existing(args.input, "input")
     device = pick_device(args.device)
     from samda.inference.predict import Predictor, find_cases, predict_folder
-    from samda.networks.model_folder import load_model
+    from samda.networks.versions import load_version
 
     total = len(find_cases(args.input, args.section))
-    network, task, _ = load_model(args.model, weights=args.weights)
+    network, task, _, version = load_version(args.model, args.version, args.weights)
     predictor = Predictor(
         network, task, device, batch_size=args.batch_size, memory_budget_mb=args.memory, progress=True
     )
-    say(f"{total} case{'s' if total > 1 else ''} on {device}")
+    say(f"{total} case{'s' if total > 1 else ''} on {device}, model version {version}")
     result = predict_folder(
         predictor,
         args.input,

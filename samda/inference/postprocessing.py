@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import Compose, Invertd, MapTransform
+from monai.transforms import Compose, Invertd, InvertibleTransform, MapTransform
 
 from samda.data.readers import stem
 from samda.data.task import Task
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 def build_postprocessing(
     task: Task | Mapping[str, Any],
-    preprocessing: Callable,
+    preprocessing: InvertibleTransform,
     output_dir: str | Path | None = None,
     keys: KeysCollection = "pred",
 ) -> Compose:
@@ -45,7 +45,7 @@ def build_postprocessing(
     return Compose(steps)
 
 
-def own_grid(preprocessing: Callable, keys: KeysCollection = "pred") -> Invertd:
+def own_grid(preprocessing: InvertibleTransform, keys: KeysCollection = "pred") -> Invertd:
     """MONAI's Invertd for predictions (C, X, Y, Z) of the preprocessed "image"; only the axis order changes."""
     return Invertd(keys, transform=preprocessing, orig_keys="image", nearest_interp=True, to_tensor=True)
 

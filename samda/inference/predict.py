@@ -63,8 +63,9 @@ class Prediction:
 
     def volumes_ml(self) -> dict[str, float]:
         """Volume of each foreground class in ml."""
-        planes = np.moveaxis(self.labels, -1, 0)  # one at a time: counting needs 8 bytes a voxel
-        counts = sum(np.bincount(plane.ravel(), minlength=len(self.classes)) for plane in planes)
+        counts = np.zeros(len(self.classes), np.int64)
+        for plane in np.moveaxis(self.labels, -1, 0):  # one at a time: counting needs 8 bytes a voxel
+            counts += np.bincount(plane.ravel(), minlength=len(counts))
         voxel_ml = abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000.0
         return {name: int(counts[k]) * voxel_ml for k, name in enumerate(self.classes) if k}
 

@@ -181,7 +181,7 @@ class VolumeInferer(Inferer):
         if tuple(slices.shape[2:]) == (size, size):
             logits = call(slices)
         else:
-            logits = sliding_window_inference(
+            logits = sliding_window_inference(  # type: ignore[assignment]
                 slices, (size, size), self.batch_size, call, overlap=self.overlap, mode="gaussian"
             )
         classes = self.task.num_classes

@@ -129,7 +129,7 @@ def _nifti(array: np.ndarray, image: str | Path | None, affine: np.ndarray | Non
             set_form(affine, code="scanner")
         result.header.set_xyzt_units("mm")
         return result
-    source = nib.load(image)
+    source: Any = nib.load(image)
     header = source.header.copy()
     shape = source.shape
     if (*shape, 1, 1)[:3] != array.shape[:3]:
@@ -139,11 +139,11 @@ def _nifti(array: np.ndarray, image: str | Path | None, affine: np.ndarray | Non
     if array.ndim == 3 and array.size == int(np.prod(shape)):  # the scan may be (X, Y), or (X, Y, Z, 1)
         array = array.reshape(shape)
     header.extensions.clear()  # may name the patient, as may the texts below
-    for key in ("descrip", "aux_file", "db_name", "intent_name"):
-        header[key] = b""
-    header["descrip"] = PURPOSE.encode()
+    for key, text in {"descrip": PURPOSE, "aux_file": "", "db_name": ""}.items():
+        if key in header:  # NIfTI-2 has fewer of them
+            header[key] = text.encode()
     header["cal_min"] = header["cal_max"] = 0
-    header.set_intent("none")
+    header.set_intent("none")  # clears its name, too
     header.set_data_dtype(array.dtype)
     header.set_slope_inter(1, 0)
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image

@@ -34,7 +34,8 @@ def model(tmp_path_factory: pytest.TempPathFactory, datalist: Path, tiny_vit_con
     """A model folder, trained by the command line of MONAI from a folder that is neither bundle nor checkout."""
     folder = tmp_path_factory.mktemp("elsewhere")
     (folder / "task.yaml").write_text(json.dumps(TASK))
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(BUNDLE / "configs" / "train.json")]
+    files = [str(BUNDLE / "configs" / "train.json"), str(packaged("configs", "adapters", "sam_da.yaml"))]
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files)]
     keys = {"bundle_root": BUNDLE, "dataset_dir": datalist, "output_dir": "model", "task": "task.yaml"}
     keys |= {"backbone": tiny_vit_config.to_json(), "weights": tiny_weights, "epochs": 2, "views": 2, "device": "cpu"}
     for key, value in keys.items():
