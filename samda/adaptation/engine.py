@@ -8,6 +8,7 @@ to where they were, bit for bit. No case can see another, so their order changes
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -76,6 +77,8 @@ class Adaptation:
         time_limit_s: seconds after which a case falls back; None sets no limit.
         batch_size: slices in one call of the encoder.
         memory_mb: memory for kept embeddings (MB); beyond it slices are encoded again.
+        modality: "CT" or "MR" where the scans are of another kind than those of the training; it decides how intensities
+            are mapped to [0, 1].
         device: torch device.
         version: name of the model's version, for the record.
 
@@ -111,9 +114,12 @@ class Adaptation:
         time_limit_s: float | None = None,
         batch_size: int = 8,
         memory_mb: float = 2048.0,
+        modality: str | None = None,
         device: torch.device | str = "cpu",
         version: str = "source",
     ) -> None:
+        if modality is not None:
+            task = dataclasses.replace(task, modality=modality)
         unmerge(network)  # a merged adapter has no parameters of its own to move
         self.network, self.task, self.device = network.to(device).eval(), task, torch.device(device)
         self.version, self.memory_mb, self.time_limit_s = version, memory_mb, time_limit_s
@@ -152,6 +158,7 @@ class Adaptation:
             **{key: list(v) if isinstance(v, tuple) else v for key, v in self.view_settings.items()},
             "slices": self.slices,
             "seed": self.seed,
+            "modality": self.task.modality,
             "keep": self.keep,
             "guard": self.guard.to_dict(),
             "time_limit_s": self.time_limit_s,

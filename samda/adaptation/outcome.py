@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -227,8 +228,9 @@ def _frame(engine: Adaptation, case_id: str, input_sha256: str | None, started: 
     }
 
 
-def _curve(values: list[float]) -> list[float]:
-    return [float(f"{value:.7g}") for value in values]
+def _curve(values: list[float]) -> list[float | None]:
+    """Seven digits; None where there is no value, as JSON has it."""
+    return [float(f"{value:.7g}") if math.isfinite(value) else None for value in values]
 
 
 def _dice(source: Segmentation, adapted: Segmentation | None, classes: tuple[str, ...]) -> Mapping[str, float | None]:

@@ -21,7 +21,16 @@ from typing import Any
 from samda.cli.options import add_device, add_json, existing, parse_settings, pick_device, positive, print_json, say
 from samda.errors import InputError, UsageError, check_keys
 
-OPTIONS = ("method", "scope", "steps", "lr", "views", "slices", "seed")  # arguments of Adaptation with an option
+OPTIONS = (
+    "method",
+    "scope",
+    "steps",
+    "lr",
+    "views",
+    "slices",
+    "seed",
+    "modality",
+)  # arguments of Adaptation with an option
 SETTINGS = ("families", "flips", "strength", "guard", "objective", "time_limit_s", "batch_size", "memory_mb")
 
 
@@ -36,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, metavar="RATE", help="learning rate; default: the objective's")
     parser.add_argument("--views", type=positive, default=8, metavar="N", help="views of each slice; default 8")
     parser.add_argument("--slices", type=positive, default=12, metavar="N", help="slices adapted on; default 12")
+    parser.add_argument(
+        "--modality", choices=("CT", "MR"), help="kind of the scans, where it is not that of the training"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the views; default 0")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"any of {', '.join(SETTINGS)}")
     parser.add_argument("--report", type=Path, metavar="FILE", help="file of the records; default OUT/run.jsonl")

@@ -2,8 +2,8 @@
 """Train on one real scan, predict another, write a report.
 
 Fetches the base weights (vit_t) and two abdominal CT scans, trains the default adapter on six organs of patient A, and
-predicts slices of A that were held out and patient B, who was scanned elsewhere and with contrast medium. The labels are
-predictions of another model and there is one patient of each kind: a demonstration, not a benchmark.
+predicts slices of A that were held out and patient B, who was scanned elsewhere and with contrast medium. The labels
+are predictions of another model and there is one patient of each kind: a demonstration, not a benchmark.
 
   samda demo            into the folder demo
   samda demo -o here
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     }
 
     say(f"[2/5] training on {device}")
-    overrides = {"epochs": args.epochs, "views": VIEWS}
+    overrides = {"epochs": args.epochs, "views": min(VIEWS, args.epochs)}
     trained = train(
         next(iter(data.values())), output / "model", task, "sam_da", "vit_t", overrides, overwrite=True, device=device
     )
@@ -79,12 +79,12 @@ def run(args: argparse.Namespace) -> None:
     scores = {what: evaluate(output / "predictions", dataset, task, section="test") for what, dataset in data.items()}
     seconds = time.perf_counter() - start
     write_metrics(output / "metrics.json", scores, trained, seconds)
-    for what, score in scores.items():
-        print(f"\n{what}\n{format_table(score)}")
-
-    say("\n[5/5] report")
+    say("[5/5] report")
     write_report(output, data, scores, task, trained)
-    print(f"\nreport in {output / 'report.html'}, model in {output / 'model'}, label maps in {output / 'predictions'}")
+    for what, score in scores.items():
+        rows = [line for line in format_table(score).splitlines() if not line.startswith("#")]  # without the rules
+        print("\n".join([f"\n{what}", *rows]))
+    print(f"\nlook at {output / 'report.html'}; model in {output / 'model'}, label maps in {output / 'predictions'}")
     print(f"total time {time.perf_counter() - start:.0f} s")
 
 
@@ -175,7 +175,7 @@ def write_report(
             prediction = label_path(output / "predictions", case["id"], case["image"])
             pieces += case_pictures(case, prediction, task)
         sections.append(report.section(what[0].upper() + what[1:], pieces))
-    history = json.loads((output / "model" / "history.json").read_text(encoding="utf-8"))
+    history = json.loads((output / "model" / "history.json").read_text(encoding="utf-8"))["epochs"]
     caption = "Dice on the slices of patient A that choose the best epoch."
     sections.append(report.section("Training", [report.curve(history, ["loss", "mean_dice"], caption=caption)]))
     report.write_page(output / "report.html", report.page("samda demo: six organs in abdominal CT", sections))

@@ -113,8 +113,8 @@ def test_readme_shows_these_counts(facts: dict) -> None:
 def markdown(facts: dict) -> str:
     """The table of README.md."""
     backbones = list(facts["backbones"])
-    last = ["head", "decoder", "full"]
-    names = sorted(facts["adapters"], key=lambda name: (name in last, name))
+    baselines = ["bottleneck", "head", "decoder", "full"]
+    names = [*(name for name in facts["adapters"] if name not in baselines), *baselines]
     rows = [[f"`{n}`", *(f"{facts['adapters'][n]['parameters'][b]:,}" for b in backbones)] for n in names]
     head = ["adapter", *(f"`{b}`" for b in backbones)]
     lines = ["| " + " | ".join(row) + " |" for row in [head, ["---", *["--:"] * len(backbones)], *rows]]

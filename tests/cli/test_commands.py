@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""train, predict, evaluate, info and weights on small synthetic scans and the real vit_t."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import yaml
+
+from samda.cli import main as cli
+
+AFFINE = np.array([[0, -2.0, 0, 30], [2.5, 0, 0, -40], [0, 0, 5.0, 7], [0, 0, 0, 1]])  # turned, three spacings
+TASK = {
+    "name": "balls",
+    "classes": ["background", "ball"],
+    "labels": {"ball": [7]},
+    "window": [-100, 200],
+    "spacing": 2.0,
+    "image_size": 64,
+}
+
+
+def write_scan(folder: Path, name: str, seed: int) -> tuple[Path, Path]:
+    """A bright ball in a body of water, (34, 44, 7) voxels, and its label file with id 7."""
+    shape = (34, 44, 7)
+    x, y, z = np.indices(shape)
+    ball = ((x - 15 - seed) * 2.5) ** 2 + ((y - 22) * 2.0) ** 2 + ((z - 3) * 5.0) ** 2 < 15**2
+    noise = np.random.default_rng(seed).normal(0, 5, shape)
+    image = np.where(ball, 150, 0) + noise
+    paths = folder / f"{name}.nii.gz", folder / f"{name}_label.nii.gz"
+    nib.Nifti1Image(image.astype(np.int16), AFFINE).to_filename(paths[0])
+    nib.Nifti1Image((7 * ball).astype(np.uint8), AFFINE).to_filename(paths[1])
+    return paths
+
+
+def samda(capsys: pytest.CaptureFixture, *args: str | Path) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command line."""
+    code = cli.main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a data set, a task file, unlabelled scans and a model trained for one epoch."""
+    place = tmp_path_factory.mktemp("balls")
+    (place / "data").mkdir()
+    (place / "scans").mkdir()
+    cases = []
+    for seed, name in enumerate("abc"):
+        image, label = write_scan(place / "data", name, seed)
+        cases.append({"id": name, "image": image.name, "label": label.name})
+    (place / "data" / "dataset.json").write_text(json.dumps({"training": cases[:2], "test": cases[2:]}))
+    shutil.copy(place / "data" / "c.nii.gz", place / "scans")
+    (place / "balls.yaml").write_text(yaml.safe_dump(TASK))
+    train = ["train", "-d", place / "data", "-o", place / "model", "--task", place / "balls.yaml"]
+    assert cli.main([*map(str, train), "--epochs", "1", "--set", "views=1"]) == 0
+    return place
+
+
+def test_train_says_what_it_did(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    train = ["train", "-d", place / "data", "-o", tmp_path / "m", "--task", place / "balls.yaml", "--json"]
+    code, out, _ = samda(capsys, *train, "--epochs", "2", "--set", "views=1", "--batch-size", "3", "--seed", "5")
+    result = json.loads(out)
+    assert (code, result["epochs"], result["parameters"]["sam_da"]) == (0, 2, 395_522)
+    assert result["parameters"]["head"] == 2 * 140_064
+    settings = json.loads((tmp_path / "m" / "adapter.json").read_text())["record"]["training"]["settings"]
+    assert (settings["batch_size"], settings["seed"]) == (3, 5)
+
+
+def test_train_with_several_adapters(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("adapters: {lka: {width: 4, kernel_size: 3}}")
+    train = ["train", "-d", place / "data", "-o", tmp_path / "m", "--task", place / "balls.yaml", "--json"]
+    code, out, _ = samda(capsys, *train, "--epochs", "1", "--adapter", f"sam_da,{own}")
+    blocks = [(2, 128), (6, 160), (2, 320)]
+    lka = sum(n * 2 * (2 * d * 4 + 4 * 3 * 3 + 2 * 4 + d) for n, d in blocks)
+    assert code == 0
+    assert json.loads(out)["parameters"]["lka"] == lka
+    assert json.loads(out)["parameters"]["sam_da"] == 395_522
+
+
+def test_predict_needs_no_label_and_keeps_the_grid(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    predict = ["predict", "-m", place / "model", "-i", place / "scans", "-o", tmp_path / "out"]
+    code, out, _ = samda(capsys, *predict, "--save-probabilities", "--memory", "1", "--batch-size", "2")
+    assert code == 0
+    assert out.startswith("1 predicted, 0 finished before")
+    found, scan = nib.load(tmp_path / "out" / "c.nii.gz"), nib.load(place / "scans" / "c.nii.gz")
+    assert found.shape == scan.shape == (34, 44, 7)
+    assert np.array_equal(found.affine, scan.affine)
+    chances = np.asarray(nib.load(tmp_path / "out" / "probabilities" / "c.nii.gz").dataobj)
+    assert np.array_equal(chances.argmax(-1), np.asarray(found.dataobj))
+    code, out, _ = samda(capsys, *predict, "--continue", "--json")
+    assert (code, json.loads(out)["skipped"]) == (0, ["c"])
+
+
+def test_one_bad_scan_does_not_stop_the_others(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.copytree(place / "scans", tmp_path / "scans")
+    (tmp_path / "scans" / "broken.nii.gz").write_bytes(b"no scan")
+    code, out, err = samda(capsys, "predict", "-m", place / "model", "-i", tmp_path / "scans", "-o", tmp_path / "out")
+    assert code == 1
+    assert out.startswith("1 predicted")
+    assert (tmp_path / "out" / "c.nii.gz").is_file()
+    assert err.splitlines()[-1] == "samda predict: 1 of 2 cases failed: broken"
+
+
+def test_evaluate(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    label = nib.load(place / "data" / "c_label.nii.gz")
+    true = np.asarray(label.dataobj) == 7
+    predicted = np.roll(true, 2, axis=1)
+    (tmp_path / "p").mkdir()
+    nib.Nifti1Image(predicted.astype(np.uint8), label.affine).to_filename(tmp_path / "p" / "c.nii.gz")
+    dice = 2 * (predicted & true).sum() / (predicted.sum() + true.sum())
+    evaluate = ["evaluate", "-i", tmp_path / "p", "-l", place / "data", "-o", tmp_path / "scores"]
+    for which in (["-m", place / "model"], ["--task", place / "balls.yaml"]):
+        code, out, _ = samda(capsys, *evaluate, *which, "--json")
+        assert code == 0
+        scores = json.loads(out)["cases"]["c"]["ball"]
+        assert scores["dice"] == pytest.approx(dice)
+        assert scores["hd95_mm"] == pytest.approx(4.0)  # two voxels of 2 mm
+    assert json.loads((tmp_path / "scores" / "metrics.json").read_text())["cases"]["c"]["ball"] == scores
+    with (tmp_path / "scores" / "metrics.csv").open() as file:
+        assert float(next(csv.DictReader(file))["dice"]) == pytest.approx(dice)
+    _, out, _ = samda(capsys, *evaluate, "--task", place / "balls.yaml")
+    assert f"{dice:.3f} (1)" in out
+
+
+def test_info_of_a_model(place: Path, capsys: pytest.CaptureFixture) -> None:
+    code, out, _ = samda(capsys, "info", "-m", place / "model", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["task"]["classes"] == ["background", "ball"]
+    assert facts["adapters"]["sam_da"]["type"] == "sam_da"
+    assert facts["parameters"] == 395_522 + 2 * 140_064
+    _, out, _ = samda(capsys, "info", "-m", place / "model")
+    assert "background, ball" in out
+    assert "64 pixels of 2.0 mm" in out
+
+
+def test_weights(capsys: pytest.CaptureFixture) -> None:
+    code, out, _ = samda(capsys, "weights", "--json")
+    known = json.loads(out)
+    assert code == 0
+    assert list(known) == ["vit_t", "vit_b", "vit_l", "vit_h"]
+    assert known["vit_t"]["cached"]  # the training above needed it
+    assert Path(known["vit_t"]["path"]).is_file()
+    assert known["vit_b"]["published"]["sha256"].startswith("ec2df6")
+    code, out, _ = samda(capsys, "weights", "vit_t")
+    assert (code, out.strip()) == (0, known["vit_t"]["path"])
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["train", "-d", "NOWHERE", "-o", "OUT"], 1, ["NOWHERE", "does not exist"]),
+        (["train", "-d", "DATA", "-o", "OUT"], 2, ["task"]),
+        (["train", "-d", "DATA", "-o", "OUT", "--task", "bals.yaml"], 1, ["bals.yaml", "does not exist"]),
+        (["train", "-d", "DATA", "-o", "OUT", "--task", "abdomen"], 1, ["did you mean 'abdomen_"]),
+        (
+            ["train", "-d", "DATA", "-o", "OUT", "--task", "TASK", "--adapter", "salr"],
+            2,
+            ["salr", "did you mean 'salt'?"],
+        ),
+        (["train", "-d", "DATA", "-o", "OUT", "--task", "TASK", "--backbone", "vit_x"], 2, ["vit_x", "did you mean"]),
+        (["train", "-d", "DATA", "-o", "OUT", "--task", "TASK", "--set", "epoch=3"], 2, ["did you mean 'epochs'?"]),
+        (["train", "-d", "DATA", "-o", "OUT", "--task", "TASK", "--epochs", "3", "--set", "epochs=3"], 2, ["twice"]),
+        (["train", "-d", "DATA", "-o", "MODEL", "--task", "TASK"], 2, ["already holds a training"]),
+        (["train", "-d", "DATA", "-o", "OUT", "--task", "TASK", "--weights", "no.pth"], 1, ["no.pth"]),
+        (["train", "-d", "DATA", "-o", "OUT", "--device", "cuda:99"], 2, ["cuda:99"]),
+        (["predict", "-m", "NOWHERE", "-i", "SCANS", "-o", "OUT"], 1, ["NOWHERE", "trained model"]),
+        (["predict", "-m", "MODEL", "-i", "NOWHERE", "-o", "OUT"], 1, ["NOWHERE", "does not exist"]),
+        (["predict", "-m", "MODEL", "-i", "SCANS", "-o", "SCANS"], 2, ["choose another output folder"]),
+        (["predict", "-m", "MODEL", "-i", "SCANS", "-o", "OUT", "--version", "sit"], 2, ["no version 'sit'"]),
+        (["evaluate", "-i", "SCANS", "-l", "DATA", "-o", "OUT"], 2, ["-m/--model", "--task"]),
+        (
+            ["evaluate", "-m", "MODEL", "--task", "TASK", "-i", "SCANS", "-l", "DATA", "-o", "OUT"],
+            2,
+            ["not allowed with"],
+        ),
+        (["evaluate", "-m", "MODEL", "-i", "SCANS", "-l", "NOWHERE", "-o", "OUT"], 1, ["NOWHERE", "does not exist"]),
+        (["info", "-m", "NOWHERE"], 1, ["NOWHERE", "trained model"]),
+        (["weights", "vit_q"], 2, ["vit_q", "did you mean 'vit_"]),
+    ],
+)
+def test_refusals(
+    args: list[str], code: int, words: list[str], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    paths = {
+        "DATA": place / "data",
+        "MODEL": place / "model",
+        "SCANS": place / "scans",
+        "TASK": place / "balls.yaml",
+        "OUT": tmp_path / "out",
+        "NOWHERE": tmp_path / "NOWHERE",
+    }
+    found, out, err = samda(capsys, *(paths.get(arg, arg) for arg in args))
+    assert found == code
+    assert out == ""
+    last = err.splitlines()[-1]
+    assert last.startswith(f"samda {args[0]}: ")
+    assert "unexpected" not in last
+    assert "Traceback" not in err
+    for word in words:
+        assert word in last
+
+
+class Payload:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_model_folder_from_a_stranger_runs_no_code(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model, mark = tmp_path / "model", tmp_path / "mark"
+    shutil.copytree(place / "model", model)
+    pickled = pickle.dumps(Payload(mark))
+    pickle.loads(pickled)
+    assert mark.exists()  # the payload works
+    mark.unlink()
+    for name in ("last.pt", "models/model.pt", "adapter.pt", "adapter.bin"):
+        (model / name).write_bytes(pickled)
+    evil = {"_target_": "pathlib.Path.touch", "self": str(mark)}
+    text = json.dumps({"initialize": [f"$__import__('pathlib').Path({str(mark)!r}).touch()"], "network_def": evil})
+    for name in ("train.json", "inference.json", "evaluate.json", "metadata.json"):
+        (model / "configs" / name).write_text(text)
+    (model / "samda.py").write_text(f"open({str(mark)!r}, 'w')")
+    predict = ["predict", "-m", model, "-i", place / "scans", "-o", tmp_path / "out"]
+    assert samda(capsys, *predict)[0] == 0
+    assert samda(capsys, "info", "-m", model)[0] == 0
+    assert not mark.exists()
+    header = json.loads((model / "adapter.json").read_text())
+    for key, value in [
+        ("network", {**header["network"], "backbone": evil}),
+        ("network", {**header["network"], "backbone": f"$open({str(mark)!r}, 'w')"}),
+        ("network", {**header["network"], "weights": str(mark), "_target_": "os.system"}),
+        ("adapters", {"sam_da": evil}),
+        ("base", {**header["base"], "file": "../last.pt"}),
+        ("task", {**header["task"], "name": f"$open({str(mark)!r}, 'w')", "_target_": "os.system"}),
+    ]:
+        (model / "adapter.json").write_text(json.dumps({**header, key: value}))
+        code, _, err = samda(capsys, *predict)
+        assert code in (1, 2), key
+        assert "unexpected" not in err, key
+        assert not mark.exists(), key

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What README and docs tell people to type exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import samda
+from samda.cli.main import COMMANDS, build_parser
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "data" / "README.md"])
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of the code blocks of a page."""
+    return FENCE.findall(page.read_text(encoding="utf-8"))
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The command lines of a page, comments and joined lines resolved."""
+    text = "".join(body for language, body in blocks(page) if language in ("", "sh", "bash"))
+    lines = text.replace("\\\n", " ").splitlines()
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return [shlex.split(part, comments=True) for part in parts if part.startswith(("samda ", "make "))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_samda_commands_parse(page: Path) -> None:
+    parser = build_parser()
+    for line in commands(page):
+        if line[0] == "samda" and "COMMAND" not in line and not {"--help", "--version"} & set(line):
+            assert parser.parse_args(line[1:]).command in COMMANDS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_make_targets_exist(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE).group(1).split())
+    for line in commands(page):
+        if line[0] == "make":
+            assert {word for word in line[1:] if "=" not in word} <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_python_uses_public_names(page: Path) -> None:
+    for language, body in blocks(page):
+        if language != "python":
+            continue
+        for node in ast.walk(ast.parse(body)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "samda":
+                assert node.attr in samda.__all__, node.attr
+            if isinstance(node, ast.ImportFrom) and node.module == "samda":
+                assert {alias.name for alias in node.names} <= set(samda.__all__)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_readme_names_the_two_commands_and_every_command() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert ["make", "demo"] in commands(ROOT / "README.md")
+    assert ["make", "test"] in commands(ROOT / "README.md")
+    assert "Research use only" in text
+    reference = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    for name in COMMANDS:
+        assert f"`samda {name}`" in reference
+
+
+def test_readme_tree_is_the_tree() -> None:
+    body = next(body for language, body in blocks(ROOT / "README.md") if body.startswith("samda/\n"))
+    package, rest = body.split("configs/", 1)
+    shown = {line.split()[0].rstrip("/") for line in package.splitlines()[1:]}
+    inside = {path.name for path in (ROOT / "samda").iterdir() if path.suffix == ".py" or any(path.glob("*.py"))}
+    assert shown == inside - {"__init__.py", "__main__.py", "version.py"}
+    for line in ("configs/" + rest).splitlines():
+        assert (ROOT / line.split()[0]).is_dir()
