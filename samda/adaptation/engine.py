@@ -77,8 +77,8 @@ class Adaptation:
         time_limit_s: seconds after which a case falls back; None sets no limit.
         batch_size: slices in one call of the encoder.
         memory_mb: memory for kept embeddings (MB); beyond it slices are encoded again.
-        modality: "CT" or "MR" where the scans are of another kind than those of the training; it decides how intensities
-            are mapped to [0, 1].
+        modality: "CT" or "MR" where the scans are of another kind than those of the training; it decides how
+            intensities are mapped to [0, 1].
         device: torch device.
         version: name of the model's version, for the record.
 

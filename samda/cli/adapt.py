@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
         counts = ", ".join(f"{number} {what}" for what, number in result["counts"].items() if number)
         print(f"{counts}; report in {result['page']}")
         if args.site:
-            print(f"candidate version {args.site}; samda site activate -m {args.model} {args.site} makes it active")
+            print(f"candidate version {args.site}; samda site activate {args.site} -m {args.model} makes it active")
     if result["failed"]:
         raise InputError(
             f"{len(result['failed'])} of {len(result['cases'])} cases failed: {', '.join(result['failed'])}"

@@ -5,7 +5,7 @@ A site version is a candidate until a person activates it; from then on predict,
 as it was trained is called "source" and never changes.
 
   samda site list -m model
-  samda site activate -m model clinic-a
+  samda site activate clinic-a -m model
   samda site rollback -m model
 """
 

@@ -18,7 +18,7 @@ from samda.adaptation.job import mean_dice, run_adaptation
 from samda.adaptation.page import look_first
 from samda.adaptation.site import describe_versions
 from samda.cli.main import main
-from samda.errors import InputError, UsageError
+from samda.errors import InputError, UsageError, cause_of
 from samda.networks.model_folder import save_model
 from samda.networks.segmenter import SamSegmenter
 from samda.networks.versions import active_version, list_versions, load_version
@@ -118,7 +118,7 @@ def test_a_site_version_is_a_candidate_until_a_person_activates_it(
     predict = ["predict", "-m", str(model), "-i", str(scans / "images" / "case0.nii.gz"), "-o"]
     assert main([*predict, str(tmp_path / "p0")]) == 0
     assert "model version source" in capsys.readouterr().err
-    assert main(["site", "activate", "-m", str(model), "clinic-a"]) == 0
+    assert main(["site", "activate", "clinic-a", "-m", str(model)]) == 0
     assert main([*predict, str(tmp_path / "p1")]) == 0
     assert "model version clinic-a" in capsys.readouterr().err
     maps = [np.asarray(nib.load(tmp_path / p / "case0.nii.gz").dataobj) for p in ("p0", "p1")]
@@ -166,7 +166,7 @@ def test_command_line_refusals(model: Path, scans: Path, tmp_path: Path, capsys:
         assert main([*args, *more]) in (1, 2)
         assert words in capsys.readouterr().err
     assert main(["site", "activate", "-m", str(model)]) == 2
-    assert main(["site", "activate", "-m", str(model), "nowhere"]) == 2
+    assert main(["site", "activate", "nowhere", "-m", str(model)]) == 2
     assert main(["site", "rollback", "-m", str(model)]) == 2
 
 
@@ -208,5 +208,6 @@ def test_bundle_config_refuses_unknown_keys(model: Path) -> None:
 
     path = str(packaged("bundles", "sam_segmentation", "configs", "adapt.json"))
     workflow = ConfigWorkflow(path, workflow_type=None, logging_file=False, stepz=3)
-    with pytest.raises(Exception, match="stepz"):
+    with pytest.raises(Exception) as error:
         workflow.initialize()
+    assert "'stepz' is unknown; did you mean 'steps'" in str(cause_of(error.value))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -84,3 +85,13 @@ def test_readme_tree_is_the_tree() -> None:
     assert shown == inside - {"__init__.py", "__main__.py", "version.py"}
     for line in ("configs/" + rest).splitlines():
         assert (ROOT / line.split()[0]).is_dir()
+
+
+def test_reference_is_complete() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    for name in samda.__all__:
+        assert name == "__version__" or f"`{name}`" in text, name
+    for field in dataclasses.fields(samda.Task):
+        assert f"| `{field.name}` |" in text, field.name
+    for name in samda.ADAPTERS:
+        assert f"`{name}`" in text, name
