@@ -82,9 +82,18 @@ def encoder(device: str, repeats: int) -> Iterator[Row]:
             error,
         )
         return
-    yield Row(f"{what}, fp32", "segment_anything fp32", ">= 1.5x", seconds, f"{base / fp32:.2f}x", base / fp32 >= 1.5, error)
-    yield Row(f"{what}, bf16", "segment_anything fp32", ">= 2.5x", {}, f"{base / bf16:.2f}x", base / bf16 >= 2.5, "same run")
-    yield Row(f"{what}, CUDA, bf16", "segment_anything bf16 / fp32", ">= 2x / >= 5x", notes="python benchmarks/speed.py --rows encoder --device cuda")
+    yield Row(
+        f"{what}, fp32", "segment_anything fp32", ">= 1.5x", seconds, f"{base / fp32:.2f}x", base / fp32 >= 1.5, error
+    )
+    yield Row(
+        f"{what}, bf16", "segment_anything fp32", ">= 2.5x", {}, f"{base / bf16:.2f}x", base / bf16 >= 2.5, "same run"
+    )
+    yield Row(
+        f"{what}, CUDA, bf16",
+        "segment_anything bf16 / fp32",
+        ">= 2x / >= 5x",
+        notes="python benchmarks/speed.py --rows encoder --device cuda",
+    )
 
 
 class RebuiltSalt(nn.Module):
@@ -107,7 +116,12 @@ def salt(device: str, repeats: int) -> Iterator[Row]:
     """SALT on the four linear layers of a ViT-B block, 1024 tokens, forward and backward."""
     shapes = {"attn.qkv": (768, 2304), "attn.proj": (768, 768), "mlp.fc1": (768, 3072), "mlp.fc2": (3072, 768)}
     for rank, lora_goal in ((4, 1.35), (256, 1.15)):
-        layers: dict[str, list[nn.Module]] = {"samda SALT": [], "published formula": [], f"LoRA rank {rank}": [], "plain linear": []}
+        layers: dict[str, list[nn.Module]] = {
+            "samda SALT": [],
+            "published formula": [],
+            f"LoRA rank {rank}": [],
+            "plain linear": [],
+        }
         torch.manual_seed(0)
         for role, (inside, outside) in shapes.items():
             site = LinearSite(inside, outside, SiteInfo(f"encoder.0.{role}", "linear", role, 0, inside))
@@ -123,7 +137,9 @@ def salt(device: str, repeats: int) -> Iterator[Row]:
                             parameter.add_(torch.randn_like(parameter) * 1e-2)
                 layers[name].append(adapted.to(device))
             adapter = layers["samda SALT"][-1][0].adapters["salt"]
-            layers["published formula"].append(RebuiltSalt(adapter, layers["samda SALT"][-1][0].bias.detach()).to(device))
+            layers["published formula"].append(
+                RebuiltSalt(adapter, layers["samda SALT"][-1][0].bias.detach()).to(device)
+            )
         inputs = [torch.randn(1, 1024, inside, device=device, requires_grad=True) for inside, _ in shapes.values()]
 
         def step(modules: list[nn.Module], inputs: list[torch.Tensor] = inputs) -> None:
@@ -195,7 +211,10 @@ def dka(device: str, repeats: int) -> Iterator[Row]:
             return depthwise(x, large + F.pad(small, (23,) * 4), None)
 
         error = relative_error(ours(), plain())
-        runs = {"nn.Conv2d": lambda f=plain: f().square().mean().backward(), "samda": lambda f=ours: f().square().mean().backward()}
+        runs = {
+            "nn.Conv2d": lambda f=plain: f().square().mean().backward(),
+            "samda": lambda f=ours: f().square().mean().backward(),
+        }
         seconds = interleave(runs, repeats, device=device)
         ratio = median(seconds["nn.Conv2d"]) / median(seconds["samda"])
         goal = ">= 10x" if width == 16 and device == "cpu" else "report"
@@ -249,7 +268,9 @@ def training_memory(device: str, repeats: int) -> Iterator[Row]:
     what = "training step, ViT-B 1024 px, SALT + DKA + SAM-DA: peak memory"
     rival = "the same adapters on segment_anything's own attention"
     if device != "cuda":
-        yield Row(what, rival, "<= 1/2 on CUDA", notes="python benchmarks/speed.py --rows training_memory --device cuda")
+        yield Row(
+            what, rival, "<= 1/2 on CUDA", notes="python benchmarks/speed.py --rows training_memory --device cuda"
+        )
         return
     from samda.networks import attention
 

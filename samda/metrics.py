@@ -54,6 +54,7 @@ DEFINITIONS = {
     "missed": "in the label, not in the prediction: Dice, IoU and NSD 0, HD95 the diagonal of the volume",
     "extra": "in the prediction, not in the label: Dice, IoU and NSD 0, HD95 the diagonal of the volume",
     "absent": "in neither: no value (NaN), left out of every mean",
+    "pooled_dice": "Dice of the voxels of all cases together, as if they were one case",
     "mean": "over the n cases that have a value; `all` is the mean of the classes' means",
 }
 
@@ -168,19 +169,29 @@ def summarize(cases: Iterable[Sequence[ClassScores]], classes: Sequence[str]) ->
         classes: names of the foreground classes.
 
     Returns:
-        {"classes": {class: entry}, "all": entry}; an entry is {"dice": {"mean", "std", "median", "n"}, ..., "missed":
-        count, "extra": count, "absent": count}. `all` takes the means of the classes as its values, so its n is the
-        number of classes that have one, and adds up the counts.
+        {"classes": {class: entry}, "all": entry}; an entry is {"dice": {"mean", "std", "median", "n"}, ...,
+        "pooled_dice": value, "missed": count, "extra": count, "absent": count}. The pooled Dice counts the voxels of
+        all cases together, as if they were one. `all` takes the means of the classes as its values, so its n is the
+        number of classes that have one, averages the pooled Dice and adds up the counts.
     """
     cases = list(cases)
     per_class: dict[str, dict[str, Any]] = {}
     for k, name in enumerate(classes):
         scores = [case[k] for case in cases]
         entry: dict[str, Any] = {key: _moments([getattr(s, key) for s in scores]) for key in SCORES}
+        entry["pooled_dice"] = _pooled(scores)
         per_class[name] = entry | {what: sum(s.status == what for s in scores) for what in COUNTED}
     entries = per_class.values()
     total: dict[str, Any] = {key: _moments([entry[key]["mean"] for entry in entries]) for key in SCORES}
+    total["pooled_dice"] = _moments([entry["pooled_dice"] for entry in entries])["mean"]
     return {"classes": per_class, "all": total | {what: sum(entry[what] for entry in entries) for what in COUNTED}}
+
+
+def _pooled(scores: Sequence[ClassScores]) -> float:
+    """Dice of all cases as one volume: the mean of theirs, weighted by the volumes that they compare."""
+    parts = [(s.dice, s.predicted_ml + s.label_ml) for s in scores if not math.isnan(s.dice)]
+    total_ml = sum(ml for _, ml in parts)
+    return sum(dice * ml for dice, ml in parts) / total_ml if total_ml else math.nan
 
 
 def _moments(values: Sequence[float]) -> dict[str, float]:

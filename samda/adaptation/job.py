@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,12 +17,14 @@ from samda.adaptation.run import AdaptRun, adapt_folder, details_folder
 from samda.adaptation.site import check_site, distil
 from samda.data.labels import MapLabelsd
 from samda.data.task import Task
-from samda.errors import UsageError
+from samda.errors import SamdaError, UsageError
 from samda.inference.evaluate import score_files
 from samda.inference.pairs import find_pairs
 from samda.networks.versions import load_version
 
 __all__ = ["CaseScores", "run_adaptation", "score_run"]
+
+logger = logging.getLogger(__name__)
 
 CaseScores = dict[str, dict[str, tuple[float, float]]]  # case -> class -> Dice of the source and of the final map
 
@@ -108,7 +111,11 @@ def score_run(run: AdaptRun, labels: str | Path, task: Task) -> CaseScores:
         if final is None or record is None or "source" not in record["output_files"]:
             continue
         source = details_folder(run.output, case) / record["output_files"]["source"]
-        both = [score_files(path, label, task, task.nsd_tolerance, mapping) for path in (source, final)]
+        try:
+            both = [score_files(path, label, task, task.nsd_tolerance, mapping) for path in (source, final)]
+        except SamdaError as error:  # a label that does not fit must not cost the page of a finished run
+            logger.error("case %s was not scored: %s", case, error)
+            continue
         scores[case] = {
             name: (before.dice, after.dice) for name, before, after in zip(task.classes[1:], *both, strict=True)
         }

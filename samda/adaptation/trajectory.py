@@ -34,6 +34,7 @@ class Trajectory:
     """What one adaptation did. Curves have one entry per iterate, the source model first (`steps` + 1 entries)."""
 
     tensors: dict[str, torch.Tensor]  # of the kept iterate
+    last: dict[str, torch.Tensor]  # of the last iterate
     best_step: int
     loss: list[float]
     agreement: list[float]
@@ -104,7 +105,7 @@ def descend(
     """
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer = torch.optim.Adam(list(parameters.values()), lr=lr)
-    run = Trajectory(start, 0, [], [], [], [], [])
+    run = Trajectory(start, start, 0, [], [], [], [], [])
     state: Any = None
     classes: set[int] = set()
     for step in range(steps + 1):
@@ -128,6 +129,7 @@ def descend(
             if not torch.isfinite(norm):
                 raise NotFinite(f"the gradient of step {step + 1}")
             optimizer.step()
+    run.last = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     load(parameters, run.tensors)
     return run
 

@@ -21,17 +21,9 @@ from typing import Any
 from samda.cli.options import add_device, add_json, existing, parse_settings, pick_device, positive, print_json, say
 from samda.errors import InputError, UsageError, check_keys
 
-OPTIONS = (
-    "method",
-    "scope",
-    "steps",
-    "lr",
-    "views",
-    "slices",
-    "seed",
-    "modality",
-)  # arguments of Adaptation with an option
-SETTINGS = ("families", "flips", "strength", "guard", "objective", "time_limit_s", "batch_size", "memory_mb")
+# arguments of Adaptation: those with an option of their own, and the others
+OPTIONS = ("method", "scope", "steps", "lr", "views", "slices", "seed", "modality")
+SETTINGS = ("families", "flips", "strength", "guard", "objective", "keep", "time_limit_s", "batch_size", "memory_mb")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +30,16 @@ if TYPE_CHECKING:
     from samda.data.task import Task
     from samda.inference.evaluate import Evaluation
 
-TEST_FOLD, VALIDATION_FOLD = 3, 4  # of 5 and of 10; both hold all six organs, and they do not overlap
-VIEWS = 4  # augmented views of a slice that are encoded
+BLOCK = 5  # slices: the part of patient A that holds organs is cut into blocks of this length
+TEST_BLOCKS, VALIDATION_BLOCKS = (2, 7), (4,)  # kept for the end; choose the best epoch. All others train
+RECIPE = {"views": 6, "augmentation": 0.5, "val_interval": 5, "patience": 0}  # otherwise the defaults of train.json
 SHOWN = 3  # slices with pictures, of each case
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `samda demo`."""
     parser.add_argument("-o", "--output", type=Path, default=Path("demo"), metavar="FOLDER", help="default demo")
-    parser.add_argument("--epochs", type=positive, default=120, metavar="N", help="default 120")
+    parser.add_argument("--epochs", type=positive, default=300, metavar="N", help="default 300")
     add_device(parser)
 
 
@@ -64,7 +65,8 @@ def run(args: argparse.Namespace) -> None:
     }
 
     say(f"[2/5] training on {device}")
-    overrides = {"epochs": args.epochs, "views": min(VIEWS, args.epochs)}
+    # a run of a few epochs sees a view or two, and validates at its end
+    overrides = {"epochs": args.epochs} | {key: min(value, args.epochs) for key, value in RECIPE.items()}
     trained = train(
         next(iter(data.values())), output / "model", task, "sam_da", "vit_t", overrides, overwrite=True, device=device
     )
@@ -110,27 +112,30 @@ def hold_out(scan: Example, folder: Path) -> Path:
         The datalist: `folder`/dataset.json.
     """
     import nibabel as nib
+    import numpy as np
 
-    from samda.data.splits import split
     from samda.networks.files import replacing
 
-    task, case = scan.task, scan.case
-    test = split([case], task, fraction=0.2, fold=TEST_FOLD).validation[0]["slices"]
-    choice = split([case], task, fraction=0.1, fold=VALIDATION_FOLD).validation[0]["slices"]
-    kept = {i for first, end in [*test, *choice] for i in range(first, end)}
     image, label = nib.load(scan.image), nib.load(scan.label)
+    ids = [i for values in (scan.task.labels or {}).values() for i in values]
+    first = int(np.flatnonzero(np.isin(np.asarray(label.dataobj), ids).any(axis=(0, 1)))[0])
+    test, choice = (
+        [(first + BLOCK * block, first + BLOCK * (block + 1)) for block in chosen]
+        for chosen in (TEST_BLOCKS, VALIDATION_BLOCKS)
+    )
+    kept = {i for start, end in [*test, *choice] for i in range(start, end)}
     rest = ranges(i for i in range(image.shape[2]) if i not in kept)
     folder.mkdir(exist_ok=True)
     blocks = []
-    for first, end in test:
-        block = {"id": f"A_{first}_{end}"}
+    for start, end in test:
+        block = {"id": f"A_{start}_{end}"}
         for key, volume in (("image", image), ("label", label)):
             block[key] = f"{block['id']}_{key}.nii.gz"
-            volume.slicer[:, :, first:end].to_filename(folder / block[key])
+            volume.slicer[:, :, start:end].to_filename(folder / block[key])
         blocks.append(block)
     content = {
-        "training": [case | {"slices": rest}],
-        "validation": [case | {"id": "A_validation", "slices": choice}],
+        "training": [scan.case | {"slices": rest}],
+        "validation": [scan.case | {"id": "A_validation", "slices": choice}],
         "test": blocks,
     }
     with replacing(folder / "dataset.json") as temporary:
@@ -169,7 +174,7 @@ def write_report(
 
     sections = [report.section("What this shows", [report.paragraph(text) for text in introduction(trained)])]
     for what, score in scores.items():
-        pieces = [report.table(["organ", "Dice", "HD95 (mm)", "NSD", "scans with it"], score_rows(score))]
+        pieces = [report.table(["organ", "Dice", "HD95 (mm)", "NSD", "blocks or scans"], score_rows(score))]
         pieces.append(report.legend(task.classes))
         for case in find_cases(data[what], "test"):
             prediction = label_path(output / "predictions", case["id"], case["image"])
@@ -195,11 +200,17 @@ def introduction(trained: Mapping[str, Any]) -> list[str]:
 
 
 def score_rows(score: Evaluation) -> list[list[Any]]:
-    """Mean scores of each organ, with the number of scans in which it occurs."""
+    """Dice of each organ over all slices together, mean distances, the number of blocks or scans; and their mean."""
     summary = score.summary()
     groups = [*summary["classes"].items(), ("mean", summary["all"])]
+    distances = ("hd95_mm", "nsd")
     return [
-        [name, *(entry[key]["mean"] for key in ("dice", "hd95_mm", "nsd")), entry["dice"]["n"]]
+        [
+            name,
+            entry["pooled_dice"],
+            *(entry[key]["mean"] for key in distances),
+            entry["dice"]["n"] if entry is not summary["all"] else None,
+        ]
         for name, entry in groups
     ]
 
@@ -212,7 +223,7 @@ def case_pictures(case: Mapping[str, Any], prediction: Path, task: Task) -> list
     plain = dataclasses.replace(task, labels={name: (k,) for k, name in enumerate(task.classes) if k})
     _, predicted = slices(case["image"], prediction, plain)
     pieces = []
-    for i in report.pick_slices(labels, SHOWN):
+    for i in report.pick_slices(labels, SHOWN if labels.any() else 1):
         columns = {
             "image": report.paint(images[i]),
             "label": report.paint(images[i], labels[i]),
@@ -222,7 +233,7 @@ def case_pictures(case: Mapping[str, Any], prediction: Path, task: Task) -> list
     return pieces
 
 
-def slices(image: str | Path, labels: str | Path, task: Task) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
+def slices(image: str | Path, labels: str | Path, task: Task) -> tuple[np.ndarray, np.ndarray]:
     """Slices (n, C, H, W) of a scan and (n, H, W) of a label file as the network sees them."""
     from samda.data.slices import SliceGrid
     from samda.data.transforms import build_preprocessing

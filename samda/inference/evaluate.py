@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
@@ -163,13 +164,23 @@ def score_files(
     Raises:
         InputError: a file cannot be read, the two are not on one grid, or values are no classes.
     """
-    predicted, true = read_scan(prediction), read_scan(label)
+    true = read_scan(label)
+    predicted = _turned(read_scan(prediction), true)
     _refuse_other_grid(predicted, true, prediction, label)
     mapping = mapping or MapLabelsd("label", task)
     ids = MetaTensor(torch.from_numpy(np.ascontiguousarray(true.array)), meta={"filename_or_obj": str(label)})
     classes = mapping({"label": ids})["label"].as_tensor().numpy()
     spacing_mm = np.linalg.norm(true.affine[:3, :3], axis=0)
     return score_case(_whole(predicted.array, prediction), classes, spacing_mm, task.num_classes, nsd_tolerance_mm)
+
+
+def _turned(scan: Scan, like: Scan) -> Scan:
+    """`scan` with its axes in the order and direction of `like`: one grid may be stored in several orders."""
+    turn = nib.orientations.ornt_transform(
+        nib.orientations.io_orientation(scan.affine), nib.orientations.io_orientation(like.affine)
+    )
+    array = nib.orientations.apply_orientation(scan.array, turn)
+    return Scan(array, scan.affine @ nib.orientations.inv_ornt_aff(turn, scan.array.shape))
 
 
 def _refuse_other_grid(prediction: Scan, label: Scan, path: str | Path, label_path: str | Path) -> None:
@@ -200,14 +211,14 @@ def _whole(array: np.ndarray, path: str | Path) -> np.ndarray:
 
 def format_table(evaluation: Evaluation) -> str:
     """The summary as text: the rules first, then one line per class with the number of cases behind each mean."""
-    rules = [f"{key}: {DEFINITIONS[key]}" for key in (*SCORES, *COUNTED, "mean")]
+    rules = [f"{key}: {DEFINITIONS[key]}" for key in (*SCORES, *COUNTED, "mean", "pooled_dice")]
     counts = f"cases: {len(evaluation.cases)} scored, {len(evaluation.failed)} failed"
     header = [counts, *rules, f"NSD tolerance: {evaluation.nsd_tolerance_mm:g} mm"]
     summary = evaluation.summary()
-    rows = [["class", *(f"{name} (n)" for name in SCORES), *COUNTED]]
+    rows = [["class", *(f"{name} (n)" for name in SCORES), "pooled_dice", *COUNTED]]
     for name, entry in [*summary["classes"].items(), ("all", summary["all"])]:
         means = [f"{_number(entry[key]['mean'], key)} ({entry[key]['n']})" for key in SCORES]
-        rows.append([name, *means, *(str(entry[what]) for what in COUNTED)])
+        rows.append([name, *means, _number(entry["pooled_dice"], "dice"), *(str(entry[what]) for what in COUNTED)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for name, *cells in rows:

@@ -11,14 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from samda.adaptation import outcome as outcome_module
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.record import validate_record
 from samda.adaptation.trajectory import NotFinite, OutOfTime
 from samda.adaptation.views import apply_view
-from samda.adapters import ADAPTERS
 from samda.adapters.base import base_parameters
-from samda.adapters.sam_da import SamDaConfig
 from samda.errors import AdapterError, InputError, UsageError
 from samda.inference.predict import Predictor
 from samda.networks.segmenter import SamSegmenter
@@ -186,7 +183,7 @@ def test_norm_scope(tiny_tinyvit_weights: Path, trained: tuple, case: Path) -> N
     adaptation = Adaptation(network, TASK, trained[1], scope="norm", method="tent", steps=1, views=1, guard=NEVER_SKIP)
     result = adaptation.adapt(case)
     assert result.record["param_displacement"][1] > 0 and result.record["error"] is None
-    assert ADAPTERS["norm"] is not None and all(".adapters.norm." in name for name in adaptation.parameters)
+    assert all(".adapters.norm." in name for name in adaptation.parameters)
 
 
 def test_flips_are_mapped_back(make_adaptation: Callable, network: SamSegmenter, case: Path) -> None:
@@ -351,7 +348,6 @@ def test_untrained_models_are_refused(tiny_tinyvit_weights: Path, trained: tuple
     fresh.load_state_dict(fresh.state_dict() | state)
     with pytest.raises(AdapterError, match=r"SAM-DA adapter was never trained \(its gates are zero\)"):
         Adaptation(fresh, TASK, trained[1])
-    assert SamDaConfig().side == "image"
 
 
 def test_a_model_without_statistics_is_refused(network: SamSegmenter) -> None:
@@ -397,7 +393,3 @@ def test_unusable_scans_are_refused(make_adaptation: Callable, tmp_path: Path, w
         image[:] = 40
     with pytest.raises(InputError):
         make_adaptation().adapt(save(tmp_path / "wrong.nii.gz", image))
-
-
-def test_outcome_is_what_the_engine_returns(make_adaptation: Callable, case: Path) -> None:
-    assert isinstance(make_adaptation(steps=0).adapt(case), outcome_module.AdaptedCase)

@@ -67,6 +67,16 @@ def test_page_and_scores(job: Callable, scans: Path, tmp_path: Path) -> None:
     assert "http" not in page.replace("http-equiv", "")
 
 
+def test_a_label_that_does_not_fit_costs_only_its_score(job: Callable, scans: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    for i in range(2):
+        (labels / f"case{i}.nii.gz").write_bytes((scans / "labels" / f"case{i}.nii.gz").read_bytes())
+    nib.save(nib.Nifti1Image(np.zeros((3, 3, 3), np.uint8), np.eye(4)), labels / "case1.nii.gz")
+    result = job(labels=labels, settings={"steps": 0, "views": 1})
+    assert list(result["dice"]) == ["case0"] and Path(result["page"]).exists()
+
+
 def test_page_without_labels_and_with_names(job: Callable) -> None:
     result = job(keep_names=True, dry_run=True)
     page = Path(result["page"]).read_text()

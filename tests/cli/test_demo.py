@@ -68,7 +68,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         assert np.array_equal(found.affine, scan.affine)
     assert nib.load(output / "predictions" / "B.nii.gz").shape == (512, 512, 20)
     page = (output / "report.html").read_text(encoding="utf-8")
-    assert page.count("<img ") == 3 + 3 + 3 + 1  # three slices of each of the three scans, and the curves
+    assert page.count("<img ") == 1 + 3 + 3 + 1  # a slice without organs, three with, three of B, and the curves
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "no expert" in page
     assert "Research use only" in page

@@ -80,6 +80,21 @@ def test_evaluates_folders(tmp_path: Path, task: Task) -> None:
     assert summary["liver"]["dice"]["mean"] == pytest.approx((0.75 + 1 + 1) / 3)
     assert (summary["aorta"]["dice"]["mean"], summary["aorta"]["dice"]["n"]) == (0.5, 2)
     assert (summary["aorta"]["missed"], summary["aorta"]["absent"]) == (1, 1)
+    # 16 voxels found and shared of 16 + 16 in the labels; the liver shares 48 + 64 + 64 of 3 x 64
+    assert summary["aorta"]["pooled_dice"] == pytest.approx(2 * 16 / (16 + 32))
+    assert summary["liver"]["pooled_dice"] == pytest.approx(176 / 192)
+
+
+@pytest.mark.parametrize("turn", [[[0, -1], [1, 1], [2, 1]], [[2, 1], [0, -1], [1, -1]]])
+def test_one_grid_stored_in_another_order(tmp_path: Path, task: Task, turn: list) -> None:
+    label = nib.Nifti1Image(boxes(5, 52), AFFINE)
+    prediction = nib.Nifti1Image(boxes(1, 2, shift=1), AFFINE).as_reoriented(np.array(turn))
+    assert prediction.affine.tolist() != AFFINE.tolist()
+    for name, image in (("p", prediction), ("l", label)):
+        nib.save(image, tmp_path / f"{name}.nii.gz")
+    liver, aorta = score_files(tmp_path / "p.nii.gz", tmp_path / "l.nii.gz", task, nsd_tolerance_mm=1.0)
+    assert (liver.dice, aorta.dice) == (0.75, 1.0)
+    assert liver.hd95_mm == 2.0
 
 
 def test_files_of_scores(tmp_path: Path, task: Task) -> None:
@@ -121,7 +136,7 @@ def test_the_table_states_its_rules_and_counts(tmp_path: Path, task: Task) -> No
     assert "# NSD tolerance: 2 mm" in lines
     (aorta,) = [line.split() for line in lines if line.startswith("aorta")]
     # half of the diagonal, sqrt(24^2 + 14^2 + 40^2) / 2 = 24.35
-    assert aorta == ["aorta", "0.500", "(2)", "0.500", "(2)", "24.4", "(2)", "0.500", "(2)", "1", "0", "1"]
+    assert aorta == ["aorta", "0.500", "(2)", "0.500", "(2)", "24.4", "(2)", "0.500", "(2)", "0.667", "1", "0", "1"]
     assert lines[-1].startswith("all")
 
 
