@@ -116,7 +116,7 @@ def hold_out(scan: Example, folder: Path) -> Path:
 
     from samda.networks.files import replacing
 
-    image, label = nib.load(scan.image), nib.load(scan.label)
+    image, label = (nib.Nifti1Image.from_filename(path) for path in (scan.image, scan.label))
     ids = [i for values in (scan.task.labels or {}).values() for i in values]
     first = int(np.flatnonzero(np.isin(np.asarray(label.dataobj), ids).any(axis=(0, 1)))[0])
     test, choice = (

@@ -6,13 +6,14 @@ Exit codes: 0 done, 1 the job failed, 2 wrong usage; 130 and 141 as shells repor
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from samda.cli.parser import Parser
@@ -67,8 +68,8 @@ def _run(argv: list[str]) -> int:
         if args.command is None:
             parser.print_help(sys.stderr)
             return 2
-        _speak_plainly(debug)
-        _module(args.command).run(args)
+        with _plain_speech(debug):
+            _module(args.command).run(args)
         return 0
     except SystemExit as done:  # --help and --version
         return int(done.code or 0)
@@ -84,13 +85,22 @@ def _run(argv: list[str]) -> int:
         return _report(f"{name}: {_line(known)}{hint}", 2 if isinstance(known, UsageError) else 1, debug)
 
 
-def _speak_plainly(debug: bool) -> None:
-    """One line per log message and warning, on standard error; those of other packages only where they matter."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
-    logging.getLogger("samda").setLevel(logging.DEBUG if debug else logging.INFO)
-    if not debug:
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        warnings.formatwarning = lambda message, *_args, **_more: f"warning: {' '.join(str(message).split())}\n"
+@contextlib.contextmanager
+def _plain_speech(debug: bool) -> Iterator[None]:
+    """Within the block: one line per log message and warning on standard error; of other packages only warnings."""
+    handler, own = logging.StreamHandler(), logging.getLogger("samda")
+    before = own.level
+    logging.getLogger().addHandler(handler)
+    own.setLevel(logging.DEBUG if debug else logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.filterwarnings("ignore", category=FutureWarning)
+                warnings.showwarning = lambda message, *_: print(f"warning: {_line(message)}", file=sys.stderr)
+            yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        own.setLevel(before)
 
 
 def _report(line: str, code: int, debug: bool) -> int:
@@ -101,8 +111,8 @@ def _report(line: str, code: int, debug: bool) -> int:
     return code
 
 
-def _line(error: BaseException) -> str:
-    """The message of an error, in one line."""
+def _line(error: object) -> str:
+    """The message of an error or warning, in one line."""
     return " ".join(str(error).split()) or "no message"
 
 

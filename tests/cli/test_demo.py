@@ -59,16 +59,18 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert re.search(r"total time \d+ s", printed)
     metrics = json.loads((output / "metrics.json").read_text())
     held, other = metrics["scores"].values()
-    assert list(held["cases"]) == ["A_34_45", "A_90_101"]
+    blocks = [case["id"] for case in json.loads((output / "data" / "dataset.json").read_text())["test"]]
+    assert list(held["cases"]) == blocks
     assert list(other["cases"]) == ["B"]
     assert held["failed"] == other["failed"] == {}
-    for case, image in [("A_90_101", output / "data" / "A_90_101_image.nii.gz")]:
-        found, scan = nib.load(output / "predictions" / f"{case}.nii.gz"), nib.load(image)
+    for block in blocks:
+        found = nib.load(output / "predictions" / f"{block}.nii.gz")
+        scan = nib.load(output / "data" / f"{block}_image.nii.gz")
         assert found.shape == scan.shape
         assert np.array_equal(found.affine, scan.affine)
     assert nib.load(output / "predictions" / "B.nii.gz").shape == (512, 512, 20)
     page = (output / "report.html").read_text(encoding="utf-8")
-    assert page.count("<img ") == 1 + 3 + 3 + 1  # a slice without organs, three with, three of B, and the curves
+    assert page.count("<img ") == 3 * (len(blocks) + 1) + 1  # three slices of each block and of B, and the curves
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "no expert" in page
     assert "Research use only" in page

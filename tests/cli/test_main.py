@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -147,13 +149,34 @@ def test_debug_shows_the_traceback(command, capsys: pytest.CaptureFixture) -> No
     assert err.strip().endswith("samda extra: unexpected KeyError: 'spleen' (--debug shows where)")
 
 
-def test_closed_pipe_is_quiet(tmp_path) -> None:
-    (tmp_path / "extra.py").write_text(COMMAND.format(body="for _ in range(100000): print('line')"))
+def test_messages_and_warnings_are_one_line_each(command, capsys: pytest.CaptureFixture) -> None:
+    command(
+        "import logging, warnings; logging.getLogger('samda.x').info('read'); logging.getLogger('x').info('chatter'); "
+        "logging.getLogger('x').warning('odd'); warnings.warn('low\\n memory'); warnings.warn('later', FutureWarning)"
+    )
+    assert cli.main(["extra"]) == 0
+    assert capsys.readouterr().err == "read\nodd\nwarning: low memory\n"
+
+
+def start_extra(folder: Path, body: str) -> subprocess.Popen:
+    """Start the command `samda extra`, whose file ends with `body`, in a process of its own."""
+    (folder / "extra.py").write_text(COMMAND.format(body=body))
     code = "import sys; from samda.cli import main; sys.path.append(sys.argv.pop())\n"
     code += "main.COMMANDS['extra'] = 'extra'; sys.exit(main.main(['extra']))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", code, str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_interrupt_ends_cleanly(tmp_path: Path) -> None:
+    process = start_extra(tmp_path, "import time; print('up', flush=True); time.sleep(60)")
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=10) == ("", "samda extra: interrupted\n")
+    assert process.returncode == 130
+
+
+def test_closed_pipe_is_quiet(tmp_path: Path) -> None:
+    process = start_extra(tmp_path, "for _ in range(100000): print('line')")
     assert process.stdout.readline() == "line\n"
     process.stdout.close()
     assert process.stderr.read() == ""
