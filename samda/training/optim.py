@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -57,7 +58,7 @@ def build_optimizer(
         if unknown or missing:
             what = f"unknown group {unknown[0]!r}" if unknown else f"no rate for the group {missing[0]!r}"
             raise UsageError(f"learning_rate: {what}; this network has {', '.join(groups)}")
-    settings = []
+    settings: list[dict[str, Any]] = []
     for group, parameters in groups.items():
         rate = learning_rate[group] if isinstance(learning_rate, Mapping) else learning_rate
         if not 0 < rate < math.inf:
