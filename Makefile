@@ -2,6 +2,7 @@
 # Everything starts from a fresh clone with Python >= 3.11, pip and npm: each target makes the environment it needs.
 #   make demo                              train and predict on real scans, result in demo/report.html
 #   make test                              the whole test suite
+#   make bench                             speed against named rivals, side by side
 #   make test PYTHON=python3.12 VENV=env   another interpreter, another folder for the environment
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ TESTS  ?= tests
 python := $(VENV)/bin/python
 stamp  := $(VENV)/.samda-installed
 
-.PHONY: help venv demo test lint format types wheel constraints clean
+.PHONY: help venv demo test bench lint format types wheel constraints clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -34,6 +35,9 @@ demo: $(stamp)
 
 test: $(stamp)
 	$(python) -m pytest $(TESTS)
+
+bench: $(stamp)
+	$(python) benchmarks/speed.py
 
 lint: $(stamp)
 	$(python) -m ruff check .

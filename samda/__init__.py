@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from samda.version import __version__
 
 if TYPE_CHECKING:  # the aliases mark what is exported
+    from samda.adaptation import Adaptation as Adaptation
     from samda.adapters import ADAPTERS as ADAPTERS
     from samda.adapters import attach as attach
     from samda.adapters import build_configs as build_configs
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # the aliases mark what is exported
     from samda.training import train as train
 
 _PLACES = {
+    "samda.adaptation": ("Adaptation",),
     "samda.adapters": ("ADAPTERS", "attach", "build_configs", "count_parameters", "detach", "merge", "unmerge"),
     "samda.data.examples": ("fetch_examples",),
     "samda.data.task": ("Task",),
