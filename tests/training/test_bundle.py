@@ -175,7 +175,7 @@ def test_every_component_exists_under_its_full_path(path: Path) -> None:
 
 
 def test_there_are_four_json_files() -> None:
-    assert [path.stem for path in CONFIGS] == ["evaluate", "inference", "metadata", "train"]
+    assert [path.stem for path in CONFIGS] == ["adapt", "evaluate", "inference", "metadata", "train"]
 
 
 def test_the_metadata_has_what_monai_asks_for() -> None:
