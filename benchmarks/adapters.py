@@ -71,7 +71,12 @@ def measure(adapter: str, epochs: int, folder: Path) -> dict[str, Any]:
         "seconds": round(trained["seconds"] + (trained["embeddings"] or {}).get("seconds", 0)),
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "dice": dice,
-        "machine": {"cores": os.cpu_count(), "torch": torch.__version__, "system": platform.system()},
+        "machine": {
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "system": platform.system(),
+        },
     }
 
 
@@ -98,6 +103,7 @@ def main() -> None:
     parser.add_argument("--adapters", default=",".join((*FROZEN, *TRAINED)), help="comma-separated names of overlays")
     parser.add_argument("--epochs", type=int, default=300, help="of adapters that leave the encoder as it is")
     parser.add_argument("--encoder-epochs", type=int, default=6, help="of the others")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default %(default)s")
     parser.add_argument("--table", action="store_true", help="print what was measured, measure nothing")
     parser.add_argument("--alone", metavar="ADAPTER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -106,7 +112,9 @@ def main() -> None:
             row = measure(arguments.alone, arguments.epochs, Path(folder))
         print("ROW " + json.dumps(row))
         return
-    rows = {row["adapter"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    rows = (
+        {row["adapter"]: row for row in json.loads(arguments.results.read_text())} if arguments.results.exists() else {}
+    )
     for adapter in [] if arguments.table else arguments.adapters.split(","):
         epochs = arguments.epochs if adapter in FROZEN else arguments.encoder_epochs
         if rows.get(adapter, {}).get("epochs") == epochs:
@@ -119,7 +127,7 @@ def main() -> None:
             continue
         rows[adapter] = json.loads(found[0].removeprefix("ROW "))
         print(f"{adapter}: {rows[adapter]['dice']}, {rows[adapter]['seconds']} s", file=sys.stderr, flush=True)
-        write_json(RESULTS, list(rows.values()))
+        write_json(arguments.results, list(rows.values()))
     print(table(list(rows.values())))
 
 

@@ -123,6 +123,8 @@ def read_scan(path: str | Path, channels: int = 1) -> Scan:
     else:
         array, affine = _read_itk(path)
     _check_affine(affine, path)
+    if 0 in array.shape:
+        raise InputError(f"{path} has {' x '.join(map(str, array.shape))} voxels: it is empty; give a complete scan")
     return Scan(_native(_fit_channels(array, channels, path), path), affine)
 
 
@@ -183,9 +185,13 @@ def _not_a_scan(path: Path, error: BaseException) -> InputError:
 
 def _load_nifti(path: Path) -> Any:
     try:
-        return nib.load(path, mmap=False)  # a mapped file could change under the array
+        image = nib.load(path, mmap=False)  # a mapped file could change under the array
+        unit = image.header.get_xyzt_units()[0] if hasattr(image.header, "get_xyzt_units") else "mm"
     except NIFTI_ERRORS as error:
         raise _not_a_scan(path, error) from error
+    if unit in ("meter", "micron"):
+        raise InputError(f"{path} states its voxel size in {unit}; samda reads mm: convert the header")
+    return image
 
 
 def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from samda.errors import UsageError, from_mapping, nearest
 
 __all__ = ["Task"]
 
+LARGEST_IMAGE = 4096  # pixels; beyond it a single slice would fill a machine
 AXES = ("axial", "coronal", "sagittal")
 
 
@@ -73,8 +74,8 @@ class Task:
             refuse(f"axis {self.axis!r} is unknown; {nearest(self.axis, AXES)}")
         if self.modality not in ("CT", "MR", "image"):
             refuse(f"modality {self.modality!r} is unknown; choose from CT, MR, image")
-        if self.image_size < 16 or self.image_size % 16:
-            refuse(f"image_size must be a multiple of 16, got {self.image_size}")
+        if not 16 <= self.image_size <= LARGEST_IMAGE or self.image_size % 16:
+            refuse(f"image_size must be a multiple of 16 from 16 to {LARGEST_IMAGE}, got {self.image_size}")
         for key in ("spacing", "nsd_tolerance"):
             if getattr(self, key) <= 0:
                 refuse(f"{key} must be positive (mm), got {getattr(self, key)}")

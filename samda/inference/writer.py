@@ -86,13 +86,19 @@ def write_labels(
         "created_by": f"samda {__version__}",
         "note": PURPOSE,
     }
-    with replacing(path.with_name(_case(path) + ".json")) as temporary:
-        temporary.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    with replacing(path) as temporary:
-        if path.suffix.lower() == ".png":
-            _save_png(labels, temporary)
-        else:
-            _nifti(labels, image, affine).to_filename(temporary)
+    names = path.with_name(_case(path) + ".json")
+    try:
+        with replacing(path) as temporary:  # put in place when the names are: it says that the case is finished
+            if path.suffix.lower() == ".png":
+                _save_png(labels, temporary)
+            else:
+                _nifti(labels, image, affine).to_filename(temporary)
+            with replacing(names) as text:
+                text.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror or error}); make room or choose another folder"
+        ) from error
     return path
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from samda.adapters.base import attach
 from samda.adapters.files import AdapterFile, load_adapters, read_adapters, save_adapters
 from samda.data.task import Task
-from samda.errors import InputError, WeightsError, check_keys
+from samda.errors import InputError, UsageError, WeightsError, check_keys
 from samda.networks.backbones import BACKBONES
 from samda.networks.files import replacing
 from samda.networks.fingerprint import check_fingerprint
@@ -49,7 +49,7 @@ def save_model(
         AdapterError: the record is not plain, or a trained tensor is not finite.
         WeightsError: the base weights cannot be read again.
     """
-    _check_task(network, task, str(folder))
+    _check_task(network.num_classes, network.in_channels, task, str(folder))
     report = network.base_report
     settings = (network.config.to_json(), network.num_classes, network.in_channels)
     base = (report.path.name if report else None, report.sha256 if report else None, network.fingerprint())
@@ -92,15 +92,15 @@ def load_model(
         missing = [key for key in keys if key not in values]
         if missing:
             raise InputError(f"{folder}/adapter.json: {section} lacks {missing[0]!r}; copy the model folder again")
-    task = Task.from_dict(file.task)
+    task = _task(file.task, folder)
     try:
+        _check_task(file.network["num_classes"], file.network["in_channels"], task, str(folder))  # before it is built
         network = SamSegmenter(**file.network, weights=_base_weights(file, folder, weights))
         check_fingerprint(network, file.base["fingerprint"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # values of other types than save_model writes
         raise InputError(
             f"{folder}/adapter.json describes no network ({error}); copy the model folder again"
         ) from error
-    _check_task(network, task, str(folder))
     attach(network, file.adapters)
     load_adapters(network, file)
     return network.to(device).eval(), task, file.record
@@ -126,10 +126,18 @@ def _save_base(network: SamSegmenter, path: Path) -> None:
         save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary)
 
 
-def _check_task(network: SamSegmenter, task: Task, where: str) -> None:
+def _task(values: Mapping[str, Any], folder: Path) -> Task:
+    """The task of a model folder; what is wrong with it is the folder's fault, no wrong usage."""
+    try:
+        return Task.from_dict(values)
+    except UsageError as error:
+        raise InputError(f"{folder}/adapter.json: {error}; copy the model folder again") from error
+
+
+def _check_task(num_classes: int, in_channels: int, task: Task, where: str) -> None:
     for what, own, wanted in (
-        ("classes", network.num_classes, task.num_classes),
-        ("input channels", network.in_channels, task.in_channels),
+        ("classes", num_classes, task.num_classes),
+        ("input channels", in_channels, task.in_channels),
     ):
-        if own != wanted:
+        if isinstance(own, int) and own != wanted:  # other types are refused where the network is built
             raise InputError(f"{where}: the network has {own} {what}, task {task.name!r} has {wanted}; they must agree")

@@ -104,12 +104,12 @@ def fetch_weights(name: str) -> Path:
         logger.info("fetching %s", known.address)
         download(known.address, known.path, known.sha256)
         return known.path
-    except WeightsError as error:
+    except (WeightsError, OSError) as error:  # OSError: the cache folder cannot be written
         reasons = [str(error)]
     if name == "vit_t":
         try:
             return _fetch_converted(converted)
-        except WeightsError as error:
+        except (WeightsError, OSError) as error:
             reasons.append(str(error))
     raise WeightsError(
         f"the weights of {name} are neither in the cache nor within reach ({'; '.join(reasons)}): "

@@ -374,3 +374,16 @@ def test_reader_knows_its_suffixes(tmp_path):
 )
 def test_stem(name, expected):
     assert stem(name) == expected
+
+
+@pytest.mark.parametrize("unit", ["meter", "micron"])
+def test_voxel_sizes_in_another_unit_are_refused(tmp_path, unit):
+    image = nib.Nifti1Image(numbered(), np.eye(4))
+    image.header.set_xyzt_units(unit)
+    nib.save(image, tmp_path / "a.nii.gz")
+    assert f"in {unit}" in refusal(tmp_path / "a.nii.gz")
+
+
+def test_a_scan_without_voxels_is_refused(tmp_path):
+    nib.save(nib.Nifti1Image(np.zeros((0, 5, 6), np.int16), np.eye(4)), tmp_path / "a.nii")
+    assert "voxels: it is empty" in refusal(tmp_path / "a.nii")

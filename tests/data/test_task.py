@@ -29,7 +29,7 @@ def test_values_survive_json():
         ({"labels": {"foreground": "one"}}, "invalid literal"),
         ({"axis": "axail"}, "did you mean 'axial'"),
         ({"modality": "PET"}, "CT, MR, image"),
-        ({"image_size": 250}, "multiple of 16, got 250"),
+        ({"image_size": 250}, "multiple of 16 from 16 to 4096, got 250"),
         ({"image_size": "256"}, "image_size must be a number, got '256'"),
         ({"spacing": 0}, "spacing must be positive"),
         ({"nsd_tolerance": -1}, "nsd_tolerance must be positive"),

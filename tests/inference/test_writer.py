@@ -108,4 +108,11 @@ def test_refuses(tmp_path: Path) -> None:
         write_labels(tmp_path / "out.nii.gz", ones, CLASSES)
     with pytest.raises(UsageError, match=r"written as \.nii\.gz"):
         write_labels(tmp_path / "out.nrrd", ones, CLASSES)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "scan.nii.gz"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["scan.nii.gz"]
+
+
+def test_a_label_map_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "x.json").mkdir()  # in the way of the file of names, which is put in place before the map
+    with pytest.raises(InputError, match=r"x.nii.gz cannot be written \(Is a directory\); make room"):
+        write_labels(tmp_path / "x.nii.gz", np.zeros((2, 3, 4), np.uint8), CLASSES, affine=AFFINE)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]

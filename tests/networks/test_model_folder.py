@@ -119,7 +119,7 @@ def test_task_and_network_must_agree(make_segmenter: Make, tmp_path: Path) -> No
         ("base", {"file": None, "sha256": None, "fingerprint": {}}, InputError, "describes no network"),
         ("network", {"backbone": 3, "num_classes": 3, "in_channels": 1}, UsageError, "unknown backbone 3"),
         ("network", {"backbone": {"type": "vit"}, "num_classes": "3", "in_channels": 1}, UsageError, "got '3'"),
-        ("task", {"windo": [0, 1]}, UsageError, "task: unknown key 'windo'; did you mean 'window'"),
+        ("task", {"windo": [0, 1]}, InputError, "task: unknown key 'windo'; did you mean 'window'"),
         ("task", {}, InputError, "the network has 3 classes, task 'segmentation' has 2"),
         ("base", {"fingerprint": {}, "file": "x", "url": "y"}, UsageError, "base: unknown key 'url'"),
     ],
@@ -150,3 +150,22 @@ def test_no_other_file_is_opened(make_segmenter: Make, tiny_weights: Path, tmp_p
 def test_no_model_at_all(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"adapter\.json"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("task", "image_size", 10_000_000, "image_size must be a multiple of 16 from 16 to 4096"),
+        ("task", "spacing", -1.5, "spacing must be positive"),
+        ("network", "num_classes", 10**9, "the network has 1000000000 classes"),
+    ],
+)
+def test_impossible_sizes_are_refused_before_anything_is_built(
+    make_segmenter: Make, tiny_weights: Path, tmp_path: Path, section: str, key: str, value: float, message: str
+) -> None:
+    save_model(make_segmenter(), tmp_path, TASK, RECORD)
+    header = json.loads((tmp_path / "adapter.json").read_text())
+    header[section][key] = value
+    (tmp_path / "adapter.json").write_text(json.dumps(header))
+    with pytest.raises(InputError, match=message):
+        load_model(tmp_path, weights=tiny_weights)

@@ -23,7 +23,7 @@ def test_a_task_comes_as_object_values_or_file(tmp_path: Path) -> None:
 def test_size_and_spacing_can_be_given_apart() -> None:
     task = build_task(TASK, image_size=128, spacing=2.5)
     assert (task.image_size, task.spacing, task.classes) == (128, 2.5, tuple(TASK["classes"]))
-    with pytest.raises(UsageError, match="image_size must be a multiple of 16, got 100"):
+    with pytest.raises(UsageError, match="image_size must be a multiple of 16 from 16 to 4096, got 100"):
         build_task(TASK, image_size=100)
 
 
