@@ -15,17 +15,9 @@ from pathlib import Path
 
 from samda.errors import WeightsError
 
-__all__ = ["cache_dir", "check_sha256", "download", "replacing", "sha256_of"]
+__all__ = ["check_sha256", "download", "replacing", "sha256_of"]
 
 TIMEOUT = 10  # seconds without an answer
-
-
-def cache_dir() -> Path:
-    """Folder of everything samda fetches: `SAMDA_CACHE`, else `samda` in the user's cache folder."""
-    chosen = os.environ.get("SAMDA_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "samda"
 
 
 def sha256_of(path: Path) -> str:

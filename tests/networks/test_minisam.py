@@ -13,9 +13,9 @@ import torch.nn.functional as F
 
 from samda.errors import WeightsError
 from samda.networks import minisam
-from samda.networks.files import cache_dir
 from samda.networks.original import to_segment_anything
 from samda.networks.weights import CONVERTED, read_state
+from samda.resources import cache_dir
 
 
 @pytest.fixture(scope="module")

