@@ -74,3 +74,9 @@ def cause_of(error: BaseException) -> SamdaError | None:
     while seen is not None and not isinstance(seen, SamdaError):
         seen = seen.__cause__ or seen.__context__
     return seen
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a case failed, in one line: the samda error behind `error`, or else what was not expected."""
+    known = cause_of(error)
+    return " ".join(str(known).split()) if known else f"unexpected {type(error).__name__}: {error}"

@@ -21,7 +21,7 @@ from monai.data import MetaTensor
 from samda.data.labels import MapLabelsd
 from samda.data.readers import PICTURE_SUFFIXES, Scan, read_scan
 from samda.data.task import Task
-from samda.errors import InputError, UsageError, cause_of
+from samda.errors import InputError, UsageError, reason_of
 from samda.inference.pairs import find_pairs
 from samda.inference.writer import check_output_folder, replacing
 from samda.metrics import COUNTED, DEFINITIONS, SCORES, ClassScores, score_case, summarize
@@ -133,8 +133,7 @@ def evaluate(
                 raise InputError(f"there is no prediction for label {label}; predict this case too")
             result.cases[case] = score_files(prediction, label, task, tolerance, mapping)
         except Exception as error:  # whatever is wrong with this pair, the others are still wanted
-            known = cause_of(error)
-            outcome = " ".join(str(known).split()) if known else f"unexpected {type(error).__name__}: {error}"
+            outcome = reason_of(error)
             logger.debug("case %s failed", case, exc_info=True)
             logger.error("case %s: %s", case, outcome)
             result.failed[case] = outcome

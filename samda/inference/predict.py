@@ -20,7 +20,7 @@ from samda.data.datalists import Case, read_datalist
 from samda.data.readers import stem
 from samda.data.task import Task
 from samda.data.transforms import build_preprocessing
-from samda.errors import UsageError, cause_of
+from samda.errors import UsageError, reason_of
 from samda.inference.postprocessing import own_grid, warn_empty
 from samda.inference.volume import VolumeInferer
 from samda.inference.writer import (
@@ -250,8 +250,7 @@ def _predict_case(
         prediction = predictor.predict(case, save_probabilities)
         prediction.save(folder)
     except Exception as error:  # whatever is wrong with this scan, the others are still wanted
-        known = cause_of(error)
-        reason = " ".join(str(known).split()) if known else f"unexpected {type(error).__name__}: {error}"
+        reason = reason_of(error)
         logger.debug("case %s failed", name, exc_info=True)
         logger.error("case %s: %s", name, reason)
         result.failed[name] = reason
