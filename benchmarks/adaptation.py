@@ -35,10 +35,11 @@ from shifts import Shift, shifts
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.objectives import OBJECTIVES
 from samda.adaptation.outcome import decide
-from samda.adaptation.record import now, sha256_of, versions, write_json
+from samda.adaptation.record import now, sha256_of, versions
 from samda.data.examples import Examples, fetch_examples
 from samda.data.task import Task
 from samda.data.transforms import build_preprocessing
+from samda.files import write_json
 from samda.networks.model_folder import load_model
 from samda.networks.segmenter import SamSegmenter
 
@@ -108,9 +109,10 @@ def source_model(folder: Path, seed: int, examples: Examples, epochs: int) -> Pa
     """The model folder of a seed, trained if it is not there."""
     model = folder / "models" / f"seed{seed}"
     if not (model / "adapter.json").exists():
+        from samda.cli.demo import RECIPE
         from samda.training import train
 
-        overrides = {"seed": seed, "epochs": epochs, "views": 4}
+        overrides = RECIPE | {"seed": seed, "epochs": epochs}
         train(
             examples.folder / "abdomen_ct.json", model, examples["A"].task, "sam_da", "vit_t", overrides, overwrite=True
         )
@@ -243,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--cases", nargs="+", help="names or families: B, M, real, tuning, report; default all")
-    parser.add_argument("--epochs", type=int, default=120, help="of the source models")
+    parser.add_argument("--epochs", type=int, default=150, help="of the source models")
     parser.add_argument("--table", action="store_true", help="print only")
     parser.add_argument("--cost", action="store_true", help="time patient A instead")
     args = parser.parse_args(argv)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every adapter on the same slices: parameters, seconds, memory, and Dice on three patients.
 
-    python benchmarks/adapters.py [--adapters sam_da,salt] [--epochs 300] [--encoder-epochs 6]
+    python benchmarks/adapters.py [--adapters sam_da,salt] [--epochs 300] [--encoder-epochs 40]
 
 Patient A trains (`samda demo` has the same split), B and M are seen for the first time: B comes from another scanner,
 with contrast medium; M is an MR scan given to a model that was trained on CT. One patient of each kind, labels that
@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from harness import write_json
+from samda.files import write_json
 
 RESULTS = Path(__file__).parent / "results" / "adapters.json"
 FROZEN = ("head", "sam_da", "decoder")  # these leave the encoder as it is
@@ -51,9 +51,10 @@ def measure(adapter: str, epochs: int, folder: Path) -> dict[str, Any]:
         "M": examples.folder / "abdomen_mr.json",
     }
     recipe = RECIPE | {"epochs": epochs, "val_interval": min(RECIPE["val_interval"], epochs)}
-    if adapter not in FROZEN:
-        # the class head's own rate is for adapters of the decoder; rates of the encoder are those of the sheets' papers
-        recipe |= {"learning_rate": 1e-4 if adapter == "full" else 1e-3, "head_learning_rate": 3e-3}
+    if adapter == "full":
+        recipe |= {"learning_rate": 1e-4, "head_learning_rate": 1e-3}  # of the whole network: small steps
+    elif adapter not in FROZEN:
+        recipe |= {"learning_rate": 1e-3}  # adapters of the encoder sit in every layer; 3e-3 is for the decoder's
     trained = train(datasets["A"], folder / "model", task, adapter, "vit_t", recipe, overwrite=True)
     network, _, _ = load_model(folder / "model")
     dice = {}
@@ -102,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", default=",".join((*FROZEN, *TRAINED)), help="comma-separated names of overlays")
     parser.add_argument("--epochs", type=int, default=300, help="of adapters that leave the encoder as it is")
-    parser.add_argument("--encoder-epochs", type=int, default=6, help="of the others")
+    parser.add_argument("--encoder-epochs", type=int, default=40, help="of the others")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default %(default)s")
     parser.add_argument("--table", action="store_true", help="print what was measured, measure nothing")
     parser.add_argument("--alone", metavar="ADAPTER", help=argparse.SUPPRESS)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 BLOCK = 5  # slices: the part of patient A that holds organs is cut into blocks of this length
 TEST_BLOCKS, VALIDATION_BLOCKS = (2, 7), (4,)  # kept for the end; choose the best epoch. All others train
-RECIPE = {"views": 6, "augmentation": 0.5, "val_interval": 5, "patience": 0}  # otherwise the defaults of train.json
+RECIPE = {"views": 6, "val_interval": 5, "patience": 0}  # otherwise the defaults of train.json
 SHOWN = 3  # slices with pictures, of each case
 
 
@@ -114,7 +114,7 @@ def hold_out(scan: Example, folder: Path) -> Path:
     import nibabel as nib
     import numpy as np
 
-    from samda.networks.files import replacing
+    from samda.files import write_json
 
     image, label = (nib.Nifti1Image.from_filename(path) for path in (scan.image, scan.label))
     ids = [i for values in (scan.task.labels or {}).values() for i in values]
@@ -138,8 +138,7 @@ def hold_out(scan: Example, folder: Path) -> Path:
         "validation": [scan.case | {"id": "A_validation", "slices": choice}],
         "test": blocks,
     }
-    with replacing(folder / "dataset.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "dataset.json", content)
     return folder / "dataset.json"
 
 
@@ -152,7 +151,7 @@ def ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:
 
 def write_metrics(path: Path, scores: Mapping[str, Evaluation], trained: Mapping[str, Any], seconds: float) -> None:
     """All scores in one JSON file."""
-    from samda.training.record import write_json
+    from samda.files import write_json
 
     content = {
         "purpose": "research use only",

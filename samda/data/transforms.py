@@ -23,12 +23,10 @@ from monai.transforms import (
     RandBiasFieldd,
     RandGaussianNoised,
     RandGaussianSmoothd,
-    RandHistogramShiftd,
-    RandScaleIntensityd,
-    RandStdShiftIntensityd,
     ScaleIntensityRanged,
 )
 
+from samda.data.contrast import RandTissueContrastd
 from samda.data.intensity import ScaleBodyIntensityd
 from samda.data.labels import MapLabelsd
 from samda.data.readers import SimpleITKReader
@@ -151,8 +149,9 @@ def build_augmentation(task: Task, strength: float = 1.0) -> Compose:
     """Random changes of a slice: {"image": (C, H, W) in [0, 1], "label": (1, H, W)} -> the same, as plain tensors.
 
     Geometry: small rotations, scalings and shifts; no flips, as left and right organs differ. Intensity: strong, so
-    that the model meets tissue contrasts of other scanners and contrast media: curved gray value maps, gamma,
-    brightness, contrast, a bias field, noise and blur. Seed it with `set_random_state`.
+    that the model meets the tissue contrasts of other scanners and contrast media: a gray value curve and an offset
+    per organ (:class:`samda.data.contrast.RandTissueContrastd`), gamma, a bias field, noise and blur. Seed it with
+    `set_random_state`.
 
     Args:
         task: the task.
@@ -178,14 +177,12 @@ def build_augmentation(task: Task, strength: float = 1.0) -> Compose:
             mode=("bilinear", "nearest"),
             padding_mode="zeros",
         ),
-        RandHistogramShiftd("image", num_control_points=(5, 9), prob=min(1.0, 0.3 * s)),
-        RandAdjustContrastd("image", prob=min(1.0, 0.5 * s), gamma=(1 / (1 + 0.6 * s), 1 + 0.6 * s)),
-        RandScaleIntensityd("image", factors=0.3 * s, prob=min(1.0, 0.5 * s)),
-        # a shifted window moves tissue, but air stays clipped at 0
-        RandStdShiftIntensityd("image", factors=0.5 * s, nonzero=True, prob=min(1.0, 0.5 * s)),
+        plain,
+        RandTissueContrastd(prob=min(1.0, 0.7 * s), curve=min(1.0, s), offset=0.25 * s),
+        RandAdjustContrastd("image", prob=min(1.0, 0.3 * s), gamma=(1 / (1 + 0.6 * s), 1 + 0.6 * s)),
         RandBiasFieldd("image", degree=3, coeff_range=(-0.1 * s, 0.1 * s), prob=min(1.0, 0.3 * s)),
         RandGaussianSmoothd("image", sigma_x=(0.3, 0.3 + s), sigma_y=(0.3, 0.3 + s), prob=min(1.0, 0.2 * s)),
-        RandGaussianNoised("image", std=0.04 * s, prob=min(1.0, 0.3 * s)),
+        RandGaussianNoised("image", std=0.15 * s, prob=min(1.0, 0.4 * s)),
         ScaleIntensityRanged("image", a_min=0.0, a_max=1.0, b_min=0.0, b_max=1.0, clip=True),
     ]
     return Compose([*steps, plain])
