@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import statistics
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Row", "interleave", "machine", "median", "spread", "table", "write_json"]
+__all__ = ["Row", "interleave", "machine", "median", "spread", "table"]
 
 
 @dataclasses.dataclass
@@ -95,11 +94,3 @@ def table(rows: list[Row]) -> str:
         notes = f"{times}. {row.notes}" if row.notes and times else times or row.notes
         lines.append(f"| {row.what} | {row.rival} | {row.goal} | {row.result}{mark} | {notes} |")
     return "\n".join(lines)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

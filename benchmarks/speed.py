@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from harness import Row, interleave, machine, median, table, write_json
+from harness import Row, interleave, machine, median, table
 
 from samda.adapters import attach, build_configs, merge
 from samda.adapters.depthwise import depthwise
 from samda.adapters.sites import LinearSite, SiteInfo
+from samda.files import write_json
 from samda.networks.backbones import BACKBONES, backbone_config
 from samda.networks.segmenter import SamSegmenter
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from samda.errors import InputError
-from samda.networks.files import replacing
+from samda.files import write_text
 from samda.version import __version__
 
 __all__ = [
@@ -94,10 +94,8 @@ def page(title: str, sections: Iterable[str], about: Mapping[str, Any] | None = 
 
 def write_page(path: str | Path, document: str) -> Path:
     """Write a document in one step."""
-    path = Path(path)
-    with replacing(path) as temporary:
-        temporary.write_text(document, encoding="utf-8")
-    return path
+    write_text(path, document)
+    return Path(path)
 
 
 def section(title: str, pieces: Iterable[str]) -> str:

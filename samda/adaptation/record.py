@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from samda.errors import InputError
+from samda.files import plain, write_text
 from samda.version import __version__
 
 __all__ = [
@@ -33,9 +32,7 @@ __all__ = [
     "tensors_sha256",
     "validate_record",
     "versions",
-    "write_json",
     "write_lines",
-    "write_text",
 ]
 
 RECORD_VERSION = 1
@@ -64,7 +61,7 @@ def validate_record(record: Mapping[str, Any]) -> None:
 
 def canonical_json(value: Any) -> str:
     """One line of JSON, keys sorted; numbers that are not finite become null, since JSON has no NaN."""
-    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def sha256_of(value: Any) -> str:
@@ -137,35 +134,6 @@ def read_record(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write plain values as JSON under a temporary name, then rename."""
-    write_text(Path(path), json.dumps(_plain(value), indent=1, sort_keys=True, allow_nan=False) + "\n")
-
-
 def write_lines(path: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write one line per record, under a temporary name, then rename: a reader never meets half a line."""
-    write_text(Path(path), "".join(canonical_json(record) + "\n" for record in records))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text under a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _plain(value: Any) -> Any:
-    """JSON's own types: tuples and arrays as lists, numpy numbers as numbers, not finite as None."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    """Write one line per record."""
+    write_text(path, "".join(canonical_json(record) + "\n" for record in records))

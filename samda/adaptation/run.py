@@ -31,6 +31,7 @@ from samda.adaptation import record as records
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.outcome import AdaptedCase, failed_record
 from samda.errors import SamdaError, UsageError
+from samda.files import replacing, write_json, write_text
 from samda.inference.predict import find_cases
 from samda.inference.writer import check_output_folder, label_path, write_labels, write_probabilities
 
@@ -224,7 +225,7 @@ class _Job:
             partial.chmod(0o755)
             record["output_files"] = write(partial)
             records.validate_record(record)
-            records.write_json(partial / "record.json", record)
+            write_json(partial / "record.json", record)
             if place.exists():
                 shutil.rmtree(place)
             os.replace(partial, place)
@@ -255,12 +256,8 @@ class _Job:
         details = details_folder(self.folder, case["id"])
         source = details / result.record["output_files"]["source"]
         for origin, target in ((details / "source.json", final.with_name(f"{case['id']}.json")), (source, final)):
-            temporary = target.with_name(f".{os.getpid()}-{target.name}")
-            try:
+            with replacing(target) as temporary:
                 shutil.copyfile(origin, temporary)
-                os.replace(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
 
 
 def _conceal(record: dict[str, Any], names: Sequence[str]) -> None:
@@ -278,7 +275,7 @@ def _write_lists(run: AdaptRun, report: Path) -> None:
     table = csv.writer(text)
     table.writerow(["case_id", "case", "decision", "reason"])
     table.writerows([r["case_id"], name, r["decision"], r["reason"]] for name, r in run.records.items())
-    records.write_text(run.output / "cases.csv", text.getvalue())
+    write_text(run.output / "cases.csv", text.getvalue())
 
 
 def _refuse_own_folder(cases: Sequence[Mapping[str, Any]], folder: Path) -> None:

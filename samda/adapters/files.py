@@ -20,12 +20,10 @@ base weight (SALT's signature).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +38,7 @@ from samda.adapters.base import attached, modules, trainable_parameters, unmerge
 from samda.adapters.registry import build_configs
 from samda.adapters.settings import AdapterConfig, is_int
 from samda.errors import AdapterError, UsageError, check_keys
+from samda.files import replacing, write_text
 
 __all__ = ["FORMAT_VERSION", "AdapterFile", "load_adapters", "read_adapters", "save_adapters", "state_tensors"]
 
@@ -108,8 +107,9 @@ def save_adapters(
     text = json.dumps(header, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / TENSORS, content)
-    _write(folder / HEADER, text.encode())
+    with replacing(folder / TENSORS) as temporary:
+        temporary.write_bytes(content)
+    write_text(folder / HEADER, text)
 
 
 def read_adapters(folder: str | Path) -> AdapterFile:
@@ -267,16 +267,6 @@ def _read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read ({error.strerror}); give the folder of a trained model") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,17 +131,9 @@ def _number(text: str, value: Any) -> Any:
 
 def print_json(value: Any) -> None:
     """Print plain JSON; NaN and infinity, which JSON does not have, become null."""
-    print(json.dumps(_plain(value), indent=2, allow_nan=False))
+    from samda.files import plain
 
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
+    print(json.dumps(plain(value), indent=2, allow_nan=False))
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tarfile
@@ -24,6 +23,7 @@ from typing import Any
 
 from samda.data.task import Task
 from samda.errors import InputError, nearest
+from samda.files import replacing
 from samda.resources import cache_dir, packaged
 
 __all__ = ["Example", "Examples", "fetch_examples"]
@@ -196,16 +196,8 @@ def _sha256(content: bytes) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write under a temporary name and rename, unless the file is the same already."""
+    """Write, unless the file is the same already."""
     if path.is_file() and path.read_bytes() == content:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +21,9 @@ from samda.data.labels import MapLabelsd
 from samda.data.readers import PICTURE_SUFFIXES, Scan, read_scan
 from samda.data.task import Task
 from samda.errors import InputError, UsageError, reason_of
+from samda.files import write_json, write_text
 from samda.inference.pairs import find_pairs
-from samda.inference.writer import check_output_folder, replacing
+from samda.inference.writer import check_output_folder
 from samda.metrics import COUNTED, DEFINITIONS, SCORES, ClassScores, score_case, summarize
 
 __all__ = ["Evaluation", "evaluate", "format_table", "score_files"]
@@ -88,10 +88,8 @@ class Evaluation:
     def save(self, folder: str | Path) -> None:
         """Write `metrics.csv` and `metrics.json` into `folder`."""
         folder = check_output_folder(folder)
-        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        for name, content in (("metrics.csv", self.to_csv()), ("metrics.json", text)):
-            with replacing(folder / name) as temporary:
-                temporary.write_text(content, encoding="utf-8")
+        write_text(folder / "metrics.csv", self.to_csv())
+        write_json(folder / "metrics.json", self.to_dict())
 
 
 def evaluate(

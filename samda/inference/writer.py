@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +14,10 @@ import SimpleITK as sitk
 
 from samda.data.readers import NIFTI_SUFFIXES, PICTURE_SUFFIXES
 from samda.errors import InputError, UsageError
+from samda.files import replacing, write_json
 from samda.version import __version__
 
-__all__ = ["check_output_folder", "label_path", "probability_path", "replacing", "write_labels", "write_probabilities"]
+__all__ = ["check_output_folder", "label_path", "probability_path", "write_labels", "write_probabilities"]
 
 PURPOSE = "research use only, not for clinical decisions"
 
@@ -93,8 +91,7 @@ def write_labels(
                 _save_png(labels, temporary)
             else:
                 _nifti(labels, image, affine).to_filename(temporary)
-            with replacing(names) as text:
-                text.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(names, about)
     except OSError as error:
         raise InputError(
             f"{path} cannot be written ({error.strerror or error}); make room or choose another folder"
@@ -119,7 +116,6 @@ def write_probabilities(
         affine: (4, 4), see :func:`write_labels`.
     """
     path = Path(path)
-    path.parent.mkdir(exist_ok=True)
     with replacing(path) as temporary:
         _nifti(np.moveaxis(probabilities.astype(np.float32, copy=False), 0, -1), image, affine).to_filename(temporary)
     return path
@@ -168,14 +164,3 @@ def _case(path: Path) -> str:
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]
     raise UsageError(f"{path}: label maps are written as .nii.gz, .nii or .png; rename the output")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A hidden name of the same type beside `path`, renamed to it when the block ends well."""
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

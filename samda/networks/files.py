@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cache folder, hashes and downloads of weight files."""
+"""Hashes and downloads of weight files."""
 
 from __future__ import annotations
 
 import hashlib
 import http.client
-import os
 import shutil
-import tempfile
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from samda.errors import WeightsError
+from samda.files import replacing
 
-__all__ = ["check_sha256", "download", "replacing", "sha256_of"]
+__all__ = ["check_sha256", "download", "sha256_of"]
 
 TIMEOUT = 10  # seconds without an answer
 
@@ -40,20 +37,6 @@ def check_sha256(path: Path, expected: str, found: str | None = None) -> None:
     found = found or sha256_of(path)
     if found != expected:
         raise WeightsError(f"{path} has sha256 {found}, expected {expected}; delete the file and fetch it again")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to `path` when the block ends well: a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def download(url: str, path: Path, sha256: str) -> None:

@@ -18,8 +18,8 @@ from samda.adapters.base import attach
 from samda.adapters.files import AdapterFile, load_adapters, read_adapters, save_adapters
 from samda.data.task import Task
 from samda.errors import InputError, UsageError, WeightsError, check_keys
+from samda.files import replacing
 from samda.networks.backbones import BACKBONES
-from samda.networks.files import replacing
 from samda.networks.fingerprint import check_fingerprint
 from samda.networks.saving import full_state
 from samda.networks.segmenter import SamSegmenter

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samda.errors import InputError, UsageError, nearest
-from samda.networks.files import replacing
+from samda.files import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -140,9 +140,7 @@ def load_version(
 
 def _write(model: str | Path, stack: list[str], log: list[dict[str, str]], before: str) -> None:
     entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "from": before, "to": stack[-1]}
-    with replacing(Path(model) / FOLDER / POINTER) as temporary:
-        text = json.dumps({"stack": stack, "history": [*log, entry]}, indent=1)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_json(Path(model) / FOLDER / POINTER, {"stack": stack, "history": [*log, entry]})
 
 
 def _pointer(model: str | Path) -> dict[str, Any]:

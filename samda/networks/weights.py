@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from samda.errors import UsageError, WeightsError, nearest
+from samda.files import replacing
 from samda.networks.backbones import BACKBONES, BackboneConfig, TinyViTConfig, ViTConfig
-from samda.networks.files import check_sha256, download, replacing, sha256_of
+from samda.networks.files import check_sha256, download, sha256_of
 from samda.networks.saving import full_state
 from samda.networks.tiny_vit import rename_mobile_sam
 from samda.resources import cache_dir

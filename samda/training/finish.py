@@ -17,12 +17,12 @@ from samda.adapters.base import count_parameters
 from samda.data.splits import Split
 from samda.data.task import Task
 from samda.embeddings import EmbeddingDataset
-from samda.networks.files import replacing
+from samda.files import replacing, write_json
 from samda.networks.model_folder import save_model
 from samda.networks.segmenter import SamSegmenter
 from samda.resources import packaged
 from samda.training.datasets import SliceDataset
-from samda.training.record import TrainingRecord, write_json
+from samda.training.record import TrainingRecord
 from samda.version import __version__
 
 __all__ = ["copy_bundle", "package_versions", "save_training"]

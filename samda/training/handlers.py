@@ -15,7 +15,8 @@ from monai.engines import Evaluator
 from tqdm import tqdm
 
 from samda.errors import InputError
-from samda.training.record import TrainingRecord, write_json
+from samda.files import write_json
+from samda.training.record import TrainingRecord
 
 __all__ = ["Progress", "RecordEpoch"]
 

@@ -3,22 +3,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from samda.networks.files import replacing
-
-__all__ = ["TrainingRecord", "write_json"]
-
-
-def write_json(path: str | Path, values: Any) -> None:
-    """Write JSON in one step; NaN and infinity are no JSON and refused."""
-    with replacing(Path(path)) as temporary:
-        temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+__all__ = ["TrainingRecord"]
 
 
 class TrainingRecord:

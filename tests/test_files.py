@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files complete or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from samda.files import plain, replacing, write_json
+
+
+def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "scan.nii.gz"
+    with replacing(path) as temporary:
+        temporary.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+        temporary.write_text("half")
+        assert temporary.name.endswith(".nii.gz"), "writers choose a format by the suffix"
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert [file.name for file in path.parent.iterdir()] == ["scan.nii.gz"]
+
+
+def test_json_holds_plain_values_only(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {1: (np.float32(0.5), np.nan, Path("x")), "b": np.arange(2)})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"1": [0.5, None, "x"], "b": [0, 1]}
+    assert plain(float("inf")) is None
