@@ -44,6 +44,7 @@ class PreparedCase:
         replay: the network that the inferer runs, with the embeddings of all slices.
         source: the source model's prediction.
         slices: the slices adapted on.
+        images: (m, C, H, W) their windows in [0, 1], as they are.
         views: their views.
         inputs: (V, m, 256, h, w) embeddings of the views where the encoder stays as it is, else (V, m, C, H, W) images.
         embedded: are `inputs` embeddings?
@@ -58,6 +59,7 @@ class PreparedCase:
     replay: EmbeddingReplay
     source: Segmentation
     slices: list[int]
+    images: torch.Tensor
     views: list[View]
     inputs: torch.Tensor
     embedded: bool

@@ -9,6 +9,7 @@ to where they were, bit for bit. No case can see another, so their order changes
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from samda.adaptation import record as records
@@ -31,8 +33,9 @@ from samda.adaptation.case import (
     slice_areas,
     slice_axis,
 )
-from samda.adaptation.guard import GuardSettings
-from samda.adaptation.objectives import Objective, build_objective
+from samda.adaptation.guard import GuardSettings, mean_plausibility
+from samda.adaptation.measures import agreement
+from samda.adaptation.objectives import CLASS_DIM, Objective, build_objective, log_probabilities
 from samda.adaptation.outcome import AdaptedCase, finish
 from samda.adaptation.plausibility import Judge
 from samda.adaptation.trajectory import Trajectory, descend, held, keep_last, load
@@ -71,7 +74,7 @@ class Adaptation:
         flips: mirror every second view; organs have sides, so not by default.
         slices: number of slices that are adapted on; all are predicted.
         seed: of the views, together with the input.
-        keep: "best" keeps the iterate on which the views agree best, "last" the last one.
+        keep: "best" keeps the iterate of highest :meth:`merit`, "last" the last one.
         objective: further settings of the objective.
         guard: thresholds of the guard, see :class:`samda.adaptation.guard.GuardSettings`.
         time_limit_s: seconds after which a case falls back; None sets no limit.
@@ -235,7 +238,7 @@ class Adaptation:
         inputs = encode_views(images, slices, views, encode, self.batch_size, self.device)
         seconds |= {"predict": predicted - begin, "views": time.perf_counter() - predicted}
         return PreparedCase(
-            name, sha256, data, grid, replay, source, slices, views, inputs, self.embedded, seed, seconds
+            name, sha256, data, grid, replay, source, slices, images, views, inputs, self.embedded, seed, seconds
         )
 
     def logits(self, prepared: PreparedCase) -> torch.Tensor:
@@ -271,12 +274,37 @@ class Adaptation:
         begin = time.perf_counter()
         deadline = None if self.time_limit_s is None else time.monotonic() + self.time_limit_s
         with held(self.network, self.parameters):
-            merit = keep_last if self.keep == "last" else None
+            merit = keep_last if self.keep == "last" else functools.partial(self.merit, prepared)
             run = descend(
-                lambda: self.logits(prepared), self.parameters, self.objective, self.steps, self.lr, merit, deadline
+                lambda: self.logits(prepared),
+                self.parameters,
+                self.objective,
+                self.steps,
+                self.lr,
+                merit,
+                deadline,
+                self.judge.bounds,
             )
         prepared.seconds["adapt"] = time.perf_counter() - begin
         return run
+
+    def merit(self, prepared: PreparedCase, logits: torch.Tensor) -> float:
+        """Plausibility x agreement of the chosen slices: what decides which iterate is kept. No objective sees it.
+
+        Either alone can be fooled: views agree perfectly on one big blob, and a speck at the right place looks fine.
+
+        Args:
+            prepared: the case.
+            logits: (V, m, K, h, w), the slice itself first.
+
+        Returns:
+            A number in [0, 1]; with a single view the plausibility alone.
+        """
+        images = prepared.images
+        labels = log_probabilities(F.interpolate(logits[0], images.shape[-2:], mode="bilinear")).argmax(CLASS_DIM)
+        plausibility = mean_plausibility(self.judge.plausibility(images, labels.cpu()), self.guard.absent)
+        agreed = agreement(logits, range(1, self.task.num_classes))
+        return plausibility * (1.0 if math.isnan(agreed) else agreed)
 
     def predict(self, prepared: PreparedCase, tensors: Mapping[str, torch.Tensor]) -> Segmentation:
         """Predict all slices of a prepared case with other values of the scope's parameters; they are put back."""

@@ -9,14 +9,14 @@ everything became background does not.
 Every decision carries one of these reason codes:
 
 ======================= ================================================================================================
-accepted                the adapted prediction is at least as plausible and better agreed upon
+accepted                the adapted prediction is more plausible or better agreed upon, and not much worse in the other
 accepted_unchanged      no voxel changed, or no step was taken
 skipped_quality         before adapting: the source prediction is plausible and its views agree; there is little to gain
 skipped_empty           before adapting: no view shows any foreground; a person should look at the scan
 fallback_vanished       a class that the source predicts plausibly is gone (TENT's collapse ends here)
-fallback_volume         a class grew or shrank beyond the limit without becoming more plausible
-fallback_plausibility   the adapted prediction fits the source statistics worse
-fallback_agreement      the views agree no better than before, and nothing became more plausible
+fallback_volume         a class grew or shrank beyond the limit, and neither it nor the whole became more plausible
+fallback_plausibility   the adapted prediction fits the source statistics worse than better agreement makes good
+fallback_agreement      the views agree no better, or much less, and nothing became more plausible
 fallback_entropy        certainty rose while agreement fell: the sign of a prediction that talks itself into something
 fallback_nonfinite      a loss, parameter or output was not finite
 fallback_timeout        the time limit of the case passed
@@ -36,7 +36,7 @@ from typing import Any
 
 from samda.errors import UsageError
 
-__all__ = ["REASONS", "Decision", "Evidence", "GuardSettings", "after", "before"]
+__all__ = ["REASONS", "Decision", "Evidence", "GuardSettings", "after", "before", "mean_plausibility"]
 
 REASONS = (
     "accepted",
@@ -57,6 +57,12 @@ REASONS = (
 )
 
 
+def mean_plausibility(plausibility: Mapping[str, float | None], absent: float) -> float:
+    """Mean over the classes; a class that is lacking (None) counts `absent`, as a scan may not show it."""
+    values = [absent if value is None else value for value in plausibility.values()]
+    return sum(values) / len(values) if values else absent
+
+
 @dataclasses.dataclass(frozen=True)
 class Evidence:
     """What is known of one prediction without labels. Foreground classes only.
@@ -74,9 +80,8 @@ class Evidence:
     entropy: float
 
     def score(self, absent: float) -> float:
-        """Mean plausibility over the classes; a class that is lacking counts `absent`, as a scan may not show it."""
-        values = [absent if value is None else value for value in self.plausibility.values()]
-        return sum(values) / len(values) if values else absent
+        """See :func:`mean_plausibility`."""
+        return mean_plausibility(self.plausibility, absent)
 
     def to_dict(self, absent: float) -> dict[str, Any]:
         """Plain values for the record."""
@@ -94,8 +99,10 @@ class GuardSettings:
         plausible: from here on a class of the source prediction must not vanish.
         vanished: a class whose volume falls below this share of the source's has vanished.
         volume_factor: growth or shrinkage of a class that needs no justification.
-        tolerance: loss of mean plausibility that passes.
-        agreement: the views must agree better than before by more than this.
+        minor: share of all foreground below which a class's change of volume needs none either.
+        tolerance: loss of plausibility that better agreement makes good, and loss of agreement that better
+            plausibility makes good; for a class that grew or shrank beyond its limit, the loss of its own plausibility.
+        improvement: plausibility or agreement must rise by more than this.
     """
 
     skip_agreement: float = 0.95
@@ -104,8 +111,9 @@ class GuardSettings:
     plausible: float = 0.5
     vanished: float = 0.1
     volume_factor: float = 2.0
-    tolerance: float = 0.01
-    agreement: float = 0.0
+    minor: float = 0.05
+    tolerance: float = 0.1
+    improvement: float = 0.0
 
     def to_dict(self) -> dict[str, float]:
         """Plain values for the record."""
@@ -114,7 +122,7 @@ class GuardSettings:
     def __post_init__(self) -> None:
         if self.volume_factor < 1:
             raise UsageError(f"guard: volume_factor must be at least 1, got {self.volume_factor}")
-        for name in ("absent", "plausible", "vanished"):
+        for name in ("absent", "plausible", "vanished", "minor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"guard: {name} must lie between 0 and 1, got {getattr(self, name)}")
 
@@ -168,16 +176,17 @@ def after(
     if any(source.volumes_ml.values()) and not any(adapted.volumes_ml.values()):
         return Decision.of("fallback_vanished", "the adapted prediction is all background")
     gain = adapted.score(settings.absent) - source.score(settings.absent)
+    agreed = adapted.agreement - source.agreement
+    single = math.isnan(agreed)  # a single view: plausibility alone decides
+    agreed = 0.0 if single else agreed
     if gain < -settings.tolerance:
         return Decision.of("fallback_plausibility", f"plausibility fell by {-gain:.3f}")
-    agreed = adapted.agreement - source.agreement  # NaN with a single view: then plausibility alone decides
-    if agreed <= settings.agreement and gain <= settings.tolerance:
-        return Decision.of(
-            "fallback_agreement", f"agreement {source.agreement:.3f} -> {adapted.agreement:.3f} without a gain"
-        )
-    if last is not None and last[0] < source.agreement and last[1] < source.entropy and gain <= settings.tolerance:
+    if agreed < -settings.tolerance or max(agreed, gain) <= settings.improvement:
+        change = "one view" if single else f"agreement {source.agreement:.3f} -> {adapted.agreement:.3f}"
+        return Decision.of("fallback_agreement", f"{change} and plausibility {gain:+.3f}: no gain")
+    if last is not None and last[0] < source.agreement and last[1] < source.entropy and gain <= settings.improvement:
         return Decision.of("fallback_entropy", "at the last step the views agreed less while each was more certain")
-    agreement = "" if math.isnan(agreed) else f"agreement {source.agreement:.3f} -> {adapted.agreement:.3f}, "
+    agreement = "" if single else f"agreement {source.agreement:.3f} -> {adapted.agreement:.3f}, "
     return Decision.of("accepted", f"{agreement}plausibility {gain:+.3f}")
 
 
@@ -193,10 +202,11 @@ def _class_reason(
             f"{name}: {volume:.1f} ml of plausibility {was_plausible:.2f} shrank to {now:.1f} ml",
         )
     large, small = max(volume, now), min(volume, now)
-    if large > settings.volume_factor * small:
+    foreground = sum(adapted.volumes_ml.values())
+    if large > settings.volume_factor * small and large - small > settings.minor * foreground:
         gain = (settings.absent if is_plausible is None else is_plausible) - (
             settings.absent if was_plausible is None else was_plausible
         )
-        if gain <= 0:
+        if gain < -settings.tolerance and adapted.score(settings.absent) <= source.score(settings.absent):
             return Decision.of("fallback_volume", f"{name}: {volume:.1f} -> {now:.1f} ml and plausibility {gain:+.2f}")
     return None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +30,8 @@ __all__ = [
     "normalized_entropy",
     "soft_dice",
 ]
+
+Bounds = Callable[[torch.Tensor], torch.Tensor]  # probabilities (V, N, K, h, w) -> penalty
 
 CLASS_DIM = -3  # of (..., K, h, w)
 
@@ -85,8 +87,11 @@ class Objective:
     lr: float = 1e-3
     anchor: float = 0.0
 
-    def prepare(self, logits: torch.Tensor) -> Any:
-        """What to keep of the source model's logits (V, N, K, h, w); called once, without gradients."""
+    def prepare(self, logits: torch.Tensor, bounds: Bounds | None = None) -> Any:
+        """What to keep of the source model's logits (V, N, K, h, w); called once, without gradients.
+
+        `bounds` maps probabilities to a penalty, see :mod:`samda.adaptation.bounds`.
+        """
         return None
 
     def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
@@ -284,7 +289,7 @@ class PseudoLabel(Objective):
     name: ClassVar[str] = "pseudo_label"
     threshold: float = 0.9
 
-    def prepare(self, logits: torch.Tensor) -> Targets:
+    def prepare(self, logits: torch.Tensor, bounds: Bounds | None = None) -> Targets:
         return trusted_targets(logits, self.threshold, quota=0.0)
 
     def loss(self, logits: torch.Tensor, state: Targets) -> torch.Tensor:
@@ -294,8 +299,8 @@ class PseudoLabel(Objective):
 
 
 @dataclasses.dataclass(frozen=True)
-class Default(Objective):
-    """Anchored, class-balanced consistency: views agree with the mean source prediction where it is trusted.
+class Anchored(Objective):
+    """Anchored consistency: views agree with the mean source prediction where it is trusted.
 
     L = mean_v [CE(p_v, q) + Dice(p_v, q)] on trusted pixels, classes balanced
         + confident * class-balanced entropy + size * L_size + anchor * |theta - theta_0|^2 / |theta_0|^2
@@ -309,7 +314,7 @@ class Default(Objective):
         slack: factor by which a class may grow or shrink at no cost.
     """
 
-    name: ClassVar[str] = "default"
+    name: ClassVar[str] = "anchored"
     anchor: float = 0.01
     threshold: float = 0.9
     quota: float = 0.2
@@ -317,7 +322,7 @@ class Default(Objective):
     size: float = 0.1
     slack: float = 2.0
 
-    def prepare(self, logits: torch.Tensor) -> Targets:
+    def prepare(self, logits: torch.Tensor, bounds: Bounds | None = None) -> Targets:
         return trusted_targets(logits, self.threshold, self.quota)
 
     def loss(self, logits: torch.Tensor, state: Targets) -> torch.Tensor:
@@ -334,8 +339,35 @@ class Default(Objective):
         return excess[1:].square().mean()
 
 
+@dataclasses.dataclass(frozen=True)
+class Default(Objective):
+    """Bounded growth: class-balanced entropy within the bounds of the organs, in small steps.
+
+    L = mean_c mean_{Omega_c} h(p) + bound * penalty(p), see :class:`samda.adaptation.bounds.OrganBounds`
+
+    What a model lacks at a strange site is above all foreground: organs shrink to their most typical part. Entropy
+    that is balanced over the classes lets each grow from there; the bounds end the growth where no training slice was.
+
+    Args:
+        bound: weight of the penalty.
+    """
+
+    name: ClassVar[str] = "default"
+    lr: float = 3e-4
+    bound: float = 1.0
+
+    def prepare(self, logits: torch.Tensor, bounds: Bounds | None = None) -> Bounds | None:
+        return bounds
+
+    def loss(self, logits: torch.Tensor, state: Bounds | None) -> torch.Tensor:
+        log_p = log_probabilities(logits)
+        loss = class_balanced_entropy(log_p, keep=1.0)
+        return loss if state is None else loss + self.bound * state(log_p.exp())
+
+
 OBJECTIVES: dict[str, type[Objective]] = {
-    cls.name: cls for cls in (NoAdaptation, Tent, Memo, Tpt, SamDa, ClassEntropy, Consistency, PseudoLabel, Default)
+    cls.name: cls
+    for cls in (NoAdaptation, Tent, Memo, Tpt, SamDa, ClassEntropy, Consistency, PseudoLabel, Anchored, Default)
 }
 
 

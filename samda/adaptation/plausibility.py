@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from samda.adaptation.bounds import OrganBounds
 from samda.adaptation.case import PreparedCase, Segmentation
 from samda.adaptation.guard import Evidence
 from samda.data.task import Task
@@ -97,6 +98,7 @@ class Judge:
         missing = [name for name in task.classes[1:] if name not in self.classes]
         if missing:
             raise InputError(f"the model's source statistics lack the class {missing[0]!r}; train it again")
+        self.bounds = OrganBounds(task, self.classes, self.quantiles)
 
     def evidence(self, prepared: PreparedCase, prediction: Segmentation, agreement: float, entropy: float) -> Evidence:
         """Evidence of a prediction of all slices."""

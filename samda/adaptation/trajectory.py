@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 
 from samda.adaptation.measures import agreement, displacement, foreground_entropy, predicted_classes
-from samda.adaptation.objectives import Objective
+from samda.adaptation.objectives import Bounds, Objective
 
 __all__ = ["NotFinite", "OutOfTime", "Trajectory", "descend", "held", "keep_last", "load"]
 
@@ -84,6 +84,7 @@ def descend(
     lr: float,
     merit: Callable[[torch.Tensor], float] | None = None,
     deadline: float | None = None,
+    bounds: Bounds | None = None,
 ) -> Trajectory:
     """Minimize the objective over `parameters`, which hold theta_0 now and the kept iterate afterwards.
 
@@ -98,6 +99,7 @@ def descend(
         lr: learning rate.
         merit: a label-free score of the logits, the agreement between views when None; NaN keeps the last iterate.
         deadline: `time.monotonic()` after which the loop gives up.
+        bounds: handed to the objective, see :mod:`samda.adaptation.bounds`.
 
     Raises:
         NotFinite: a loss or a parameter is not finite.
@@ -115,7 +117,7 @@ def descend(
             logits = logits_of().float()
         now = logits.detach()
         if step == 0:
-            state, classes = objective.prepare(now), predicted_classes(now)
+            state, classes = objective.prepare(now, bounds), predicted_classes(now)
         with torch.set_grad_enabled(step < steps):
             loss = objective.loss(logits, state) + objective.anchor * _anchor(parameters, start)
         _measure(run, now, loss, classes, merit, displacement(parameters, start))

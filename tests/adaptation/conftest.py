@@ -26,7 +26,7 @@ TASK = Task(name="blobs", classes=("background", "liver", "spleen"), window=(0.0
 ALWAYS = {
     "skip_agreement": 2.0,
     "tolerance": 1.0,
-    "agreement": -2.0,
+    "improvement": -2.0,
     "plausible": 1.0,
     "volume_factor": 1e9,
     "vanished": 0.0,

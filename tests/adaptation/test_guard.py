@@ -58,14 +58,23 @@ def test_specks_of_an_absent_organ_may_vanish() -> None:
 
 
 def test_forced_doubling_falls_back() -> None:
-    assert reason(evidence(), evidence(spleen=401, agreement=0.95)) == "fallback_volume"
-    assert reason(evidence(), evidence(spleen=399, agreement=0.95)) == "accepted"
+    odd = (0.9, 0.55)  # the spleen loses 0.15
+    assert reason(evidence(), evidence(spleen=401, plausible=odd, agreement=0.95)) == "fallback_volume"
+    assert reason(evidence(), evidence(spleen=399, plausible=odd, agreement=0.95)) == "accepted"
+    assert reason(evidence(), evidence(spleen=401, plausible=(0.8, 0.65), agreement=0.95)) == "accepted"
+
+
+def test_a_class_of_a_few_voxels_decides_nothing() -> None:
+    source = evidence(spleen=0, plausible=(0.8, None))
+    assert reason(source, evidence(spleen=40, plausible=(0.9, 0.15), agreement=0.9)) == "accepted"  # 4 % of 1040 ml
+    assert reason(source, evidence(spleen=80, plausible=(0.9, 0.15), agreement=0.9)) == "fallback_volume"
 
 
 def test_a_fifty_fold_growth_to_a_usual_organ_is_accepted() -> None:
     source = evidence(spleen=4, plausible=(0.8, 0.1), agreement=0.5)
     assert reason(source, evidence(spleen=200, plausible=(0.8, 0.9), agreement=0.8)) == "accepted"
-    assert reason(source, evidence(spleen=2000, plausible=(0.8, 0.05), agreement=0.8)) == "fallback_volume"
+    source = evidence(spleen=4, plausible=(0.8, 0.3), agreement=0.5)
+    assert reason(source, evidence(spleen=2000, plausible=(0.9, 0.1), agreement=0.8)) == "fallback_volume"
 
 
 def test_an_organ_may_appear_if_it_looks_like_one() -> None:
@@ -75,12 +84,15 @@ def test_an_organ_may_appear_if_it_looks_like_one() -> None:
 
 
 def test_less_plausible_falls_back() -> None:
-    assert reason(evidence(), evidence(plausible=(0.8, 0.6), agreement=0.95)) == "fallback_plausibility"
+    assert reason(evidence(), evidence(plausible=(0.6, 0.65), agreement=0.95)) == "fallback_plausibility"  # -0.125
+    assert reason(evidence(), evidence(plausible=(0.7, 0.65), agreement=0.95)) == "accepted"  # -0.075, better agreed
+    assert reason(evidence(), evidence(plausible=(0.8, 0.65), agreement=0.8)) == "fallback_agreement"  # for nothing
 
 
 def test_without_better_agreement_something_must_become_more_plausible() -> None:
     assert reason(evidence(), evidence()) == "fallback_agreement"
     assert reason(evidence(), evidence(plausible=(0.85, 0.75))) == "accepted"
+    assert reason(evidence(), evidence(plausible=(0.9, 0.9), agreement=0.65)) == "fallback_agreement"  # much less
 
 
 def test_growing_certainty_with_falling_agreement_falls_back() -> None:
@@ -91,7 +103,7 @@ def test_growing_certainty_with_falling_agreement_falls_back() -> None:
 def test_a_single_view_leaves_it_to_plausibility() -> None:
     nan = float("nan")
     assert reason(evidence(agreement=nan), evidence(plausible=(0.85, 0.75), agreement=nan)) == "accepted"
-    assert "agreement" not in after(evidence(agreement=nan), evidence(agreement=nan), SETTINGS).explanation
+    assert "nan" not in after(evidence(agreement=nan), evidence(agreement=nan), SETTINGS).explanation
 
 
 def test_good_predictions_are_left_alone() -> None:

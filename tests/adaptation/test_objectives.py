@@ -170,11 +170,20 @@ def test_pseudo_labels_without_a_trusted_pixel_move_nothing() -> None:
     assert torch.equal(z.grad, torch.zeros_like(z))
 
 
-def test_default_trusts_a_quota_of_every_class() -> None:
+def test_anchored_trusts_a_quota_of_every_class() -> None:
     z = torch.cat([logits_of([0.99, 0.005, 0.005])] * 5 + [logits_of([0.3, 0.4, 0.3])] * 5, dim=-1)
     z[0, 0, 1, 0, 5] += 0.5
-    targets = build_objective("default").prepare(z)
+    targets = build_objective("anchored").prepare(z)
     assert targets.trusted.flatten().tolist() == [True] * 5 + [True] + [False] * 4
+
+
+def test_default_is_class_entropy_within_bounds() -> None:
+    z = random_logits()
+    objective = build_objective("default", {"bound": 3.0})
+    assert float(objective.loss(z, objective.prepare(z))) == pytest.approx(value("class_entropy", z), abs=1e-12)
+    state = objective.prepare(z, lambda p: p[:, :, 1].mean())
+    bounded = value("class_entropy", z) + 3.0 * float(log_probabilities(z).exp()[:, :, 1].mean())
+    assert float(objective.loss(z, state)) == pytest.approx(bounded, abs=1e-9)
 
 
 def test_none_is_flat() -> None:
