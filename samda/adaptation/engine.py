@@ -289,9 +289,10 @@ class Adaptation:
         return run
 
     def merit(self, prepared: PreparedCase, logits: torch.Tensor) -> float:
-        """Plausibility x agreement of the chosen slices: what decides which iterate is kept. No objective sees it.
+        """Plausibility^2 x agreement of the chosen slices: what decides which iterate is kept. No objective sees it.
 
         Either alone can be fooled: views agree perfectly on one big blob, and a speck at the right place looks fine.
+        Agreement rises with every step of most objectives, so plausibility counts twice.
 
         Args:
             prepared: the case.
@@ -304,7 +305,7 @@ class Adaptation:
         labels = log_probabilities(F.interpolate(logits[0], images.shape[-2:], mode="bilinear")).argmax(CLASS_DIM)
         plausibility = mean_plausibility(self.judge.plausibility(images, labels.cpu()), self.guard.absent)
         agreed = agreement(logits, range(1, self.task.num_classes))
-        return plausibility * (1.0 if math.isnan(agreed) else agreed)
+        return plausibility**2 * (1.0 if math.isnan(agreed) else agreed)
 
     def predict(self, prepared: PreparedCase, tensors: Mapping[str, torch.Tensor]) -> Segmentation:
         """Predict all slices of a prepared case with other values of the scope's parameters; they are put back."""

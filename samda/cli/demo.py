@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train on one real scan, predict another, write a report.
+"""Train on one real scan, predict others, adapt to them, write a report.
 
-Fetches the base weights (vit_t) and two abdominal CT scans, trains the default adapter on six organs of patient A, and
-predicts slices of A that were held out and patient B, who was scanned elsewhere and with contrast medium. The labels
-are predictions of another model and there is one patient of each kind: a demonstration, not a benchmark.
+Fetches the base weights (vit_t) and three abdominal scans, trains the default adapter on six organs of patient A, and
+predicts slices of A that were held out, patient B, who was scanned elsewhere and with contrast medium, and patient M,
+an MR scan. Then the model adapts itself to B and to M, without their labels. All labels are predictions of another
+model and there is one patient of each kind: a demonstration, not a benchmark.
 
   samda demo            into the folder demo
   samda demo -o here
@@ -36,6 +37,19 @@ RECIPE = {"views": 6, "val_interval": 5, "patience": 0}  # otherwise the default
 SHOWN = 3  # slices with pictures, of each case
 
 
+@dataclasses.dataclass
+class Part:
+    """Scans that are predicted and scored together; with a `case`, the model also adapts itself to it."""
+
+    what: str
+    dataset: Path
+    task: Task
+    case: str = ""
+    score: Evaluation = dataclasses.field(init=False)
+    adapted: Evaluation = dataclasses.field(init=False)
+    reason: str = ""  # of the adaptation's decision
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `samda demo`."""
     parser.add_argument("-o", "--output", type=Path, default=Path("demo"), metavar="FOLDER", help="default demo")
@@ -48,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     output = new_folder(args.output)
     device = pick_device(args.device)
-    say("[1/5] weights and scans")
+    say("[1/6] weights and scans")
+    from samda.adaptation.job import run_adaptation
     from samda.data.examples import fetch_examples
     from samda.inference.evaluate import evaluate, format_table
     from samda.inference.predict import Predictor, predict_folder
@@ -59,30 +74,47 @@ def run(args: argparse.Namespace) -> None:
     fetch_weights("vit_t")
     examples = fetch_examples()
     task = examples["A"].task
-    data = {
-        "held-out slices of patient A": hold_out(examples["A"], output / "data"),
-        "patient B, another scanner": examples.folder / "abdomen_ct.json",
-    }
+    parts = [
+        Part("held-out slices of patient A", hold_out(examples["A"], output / "data"), task),
+        Part("patient B, another scanner", examples.folder / "abdomen_ct.json", examples["B"].task, "B"),
+        Part("patient M, an MR scan", examples.folder / "abdomen_mr.json", examples["M"].task, "M"),
+    ]
 
-    say(f"[2/5] training on {device}")
+    say(f"[2/6] training on {device}")
     # a run of a few epochs sees a view or two, and validates at its end
     overrides = {"epochs": args.epochs} | {key: min(value, args.epochs) for key, value in RECIPE.items()}
     trained = train(
-        next(iter(data.values())), output / "model", task, "sam_da", "vit_t", overrides, overwrite=True, device=device
+        parts[0].dataset, output / "model", task, "sam_da", "vit_t", overrides, overwrite=True, device=device
     )
 
-    say("[3/5] prediction")
+    say("[3/6] prediction")
     network, task, _ = load_model(output / "model")
-    predictor = Predictor(network, task, device)
-    for dataset in data.values():
-        predict_folder(predictor, dataset, output / "predictions", section="test")
+    for part in parts:
+        predict_folder(Predictor(network, part.task, device), part.dataset, output / "predictions", section="test")
 
-    say("[4/5] scores")
-    scores = {what: evaluate(output / "predictions", dataset, task, section="test") for what, dataset in data.items()}
+    say("[4/6] adaptation, without labels")
+    for part in parts:
+        if part.case:
+            folder = output / "adapted" / part.case
+            folder.parent.mkdir(exist_ok=True)
+            settings = {"modality": part.task.modality}
+            done = run_adaptation(
+                output / "model", part.dataset, folder, settings, section="test", overwrite=True, device=device
+            )
+            part.reason = done["cases"][part.case]["reason"]
+
+    say("[5/6] scores")
+    for part in parts:
+        part.score = evaluate(output / "predictions", part.dataset, part.task, section="test")
+        if part.case:
+            folder = output / "adapted" / part.case
+            part.adapted = evaluate(folder, part.dataset, part.task, section="test")
     seconds = time.perf_counter() - start
-    write_metrics(output / "metrics.json", scores, trained, seconds)
-    say("[5/5] report")
-    write_report(output, data, scores, task, trained)
+    write_metrics(output / "metrics.json", parts, trained, seconds)
+    say("[6/6] report")
+    write_report(output, parts, trained)
+    scores = {part.what: part.score for part in parts}
+    scores |= {f"{part.what}, adapted ({part.reason})": part.adapted for part in parts if part.case}
     for what, score in scores.items():
         rows = [line for line in format_table(score).splitlines() if not line.startswith("#")]  # without the rules
         print("\n".join([f"\n{what}", *rows]))
@@ -149,7 +181,7 @@ def ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:
     return [(block[0], block[-1] + 1) for block in blocks]
 
 
-def write_metrics(path: Path, scores: Mapping[str, Evaluation], trained: Mapping[str, Any], seconds: float) -> None:
+def write_metrics(path: Path, parts: Iterable[Part], trained: Mapping[str, Any], seconds: float) -> None:
     """All scores in one JSON file."""
     from samda.files import write_json
 
@@ -158,27 +190,32 @@ def write_metrics(path: Path, scores: Mapping[str, Evaluation], trained: Mapping
         "note": "one patient each; the labels are predictions of another model, no expert drew them",
         "seconds": round(seconds),
         "training": {key: value for key, value in trained.items() if key != "model"},
-        "scores": {what: score.to_dict() for what, score in scores.items()},
+        "scores": {part.what: part.score.to_dict() for part in parts},
+        "adapted": {part.what: {"reason": part.reason} | part.adapted.to_dict() for part in parts if part.case},
     }
     write_json(path, content)
 
 
-def write_report(
-    output: Path, data: Mapping[str, Path], scores: Mapping[str, Evaluation], task: Task, trained: Mapping[str, Any]
-) -> None:
+def write_report(output: Path, parts: Iterable[Part], trained: Mapping[str, Any]) -> None:
     """`report.html`: scores, pictures and the curve of the training."""
     from samda import report
     from samda.inference.predict import find_cases
     from samda.inference.writer import label_path
 
     sections = [report.section("What this shows", [report.paragraph(text) for text in introduction(trained)])]
-    for what, score in scores.items():
-        pieces = [report.table(["organ", "Dice", "HD95 (mm)", "NSD", "blocks or scans"], score_rows(score))]
-        pieces.append(report.legend(task.classes))
-        for case in find_cases(data[what], "test"):
-            prediction = label_path(output / "predictions", case["id"], case["image"])
-            pieces += case_pictures(case, prediction, task)
-        sections.append(report.section(what[0].upper() + what[1:], pieces))
+    head = ["organ", "Dice", "HD95 (mm)", "NSD", "blocks or scans"]
+    for part in parts:
+        pieces = [report.table(head, score_rows(part.score))]
+        folders = {"prediction": output / "predictions"}
+        if part.case:
+            folders["adapted"] = output / "adapted" / part.case
+            caption = f"After the adaptation ({part.reason}); curves and record in adapted/{part.case}/report.html"
+            pieces.append(report.table(head, score_rows(part.adapted), caption))
+        pieces.append(report.legend(part.task.classes))
+        for case in find_cases(part.dataset, "test"):
+            maps = {name: label_path(folder, case["id"], case["image"]) for name, folder in folders.items()}
+            pieces += case_pictures(case, maps, part.task)
+        sections.append(report.section(part.what[0].upper() + part.what[1:], pieces))
     history = json.loads((output / "model" / "history.json").read_text(encoding="utf-8"))["epochs"]
     caption = "Dice on the slices of patient A that choose the best epoch."
     sections.append(report.section("Training", [report.curve(history, ["loss", "mean_dice"], caption=caption)]))
@@ -192,7 +229,8 @@ def introduction(trained: Mapping[str, Any]) -> list[str]:
         f"SAM (vit_t) with the adapter SAM-DA: {counts['trainable']:,} trained parameters on a frozen base of "
         f"{counts['base']:,}. {trained['epochs']} epochs, of which epoch {trained['best_epoch']} was the best.",
         "Patient A trained it; the slices shown were cut out before. Patient B was scanned elsewhere, with contrast "
-        "medium, and played no part in the training.",
+        "medium; patient M was scanned with MR. They played no part in the training, and the adaptation did not see "
+        "their labels; its guard keeps the plain prediction where it finds no gain.",
         "There is one patient of each kind, and the labels are predictions of another model that no expert corrected. "
         "The held-out slices lie beside slices that were trained on. This is a demonstration, not a benchmark.",
     ]
@@ -214,20 +252,19 @@ def score_rows(score: Evaluation) -> list[list[Any]]:
     ]
 
 
-def case_pictures(case: Mapping[str, Any], prediction: Path, task: Task) -> list[str]:
-    """Image, label and prediction of some slices."""
+def case_pictures(case: Mapping[str, Any], maps: Mapping[str, Path], task: Task) -> list[str]:
+    """Image, label and label maps of some slices."""
     from samda import report
 
     images, labels = slices(case["image"], case["label"], task)
     plain = dataclasses.replace(task, labels={name: (k,) for k, name in enumerate(task.classes) if k})
-    _, predicted = slices(case["image"], prediction, plain)
+    predicted = {name: slices(case["image"], path, plain)[1] for name, path in maps.items()}
     pieces = []
     for i in report.pick_slices(labels, SHOWN if labels.any() else 1):
         columns = {
             "image": report.paint(images[i]),
             "label": report.paint(images[i], labels[i]),
-            "prediction": report.paint(images[i], predicted[i]),
-        }
+        } | {name: report.paint(images[i], labels[i]) for name, labels in predicted.items()}
         pieces.append(report.pictures(columns, f"{case['id']}, slice {i}"))
     return pieces
 

@@ -58,11 +58,15 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert str(output / "report.html") in printed
     assert re.search(r"total time \d+ s", printed)
     metrics = json.loads((output / "metrics.json").read_text())
-    held, other = metrics["scores"].values()
+    held, other, mr = metrics["scores"].values()
     blocks = [case["id"] for case in json.loads((output / "data" / "dataset.json").read_text())["test"]]
     assert list(held["cases"]) == blocks
     assert list(other["cases"]) == ["B"]
-    assert held["failed"] == other["failed"] == {}
+    assert held["failed"] == other["failed"] == mr["failed"] == {}
+    assert [list(score["cases"]) for score in metrics["adapted"].values()] == [["B"], ["M"]]
+    for name, score in zip("BM", metrics["adapted"].values(), strict=True):
+        decided = json.loads((output / "adapted" / name / "run.jsonl").read_text())
+        assert decided["reason"] == score["reason"]
     for block in blocks:
         found = nib.load(output / "predictions" / f"{block}.nii.gz")
         scan = nib.load(output / "data" / f"{block}_image.nii.gz")
@@ -70,7 +74,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         assert np.array_equal(found.affine, scan.affine)
     assert nib.load(output / "predictions" / "B.nii.gz").shape == (512, 512, 20)
     page = (output / "report.html").read_text(encoding="utf-8")
-    assert page.count("<img ") == 3 * (len(blocks) + 1) + 1  # three slices of each block and of B, and the curves
+    assert page.count("<img ") == 3 * (len(blocks) + 2) + 1  # three slices of each block, of B and of M, and the curves
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "no expert" in page
     assert "Research use only" in page
