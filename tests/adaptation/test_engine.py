@@ -393,3 +393,24 @@ def test_unusable_scans_are_refused(make_adaptation: Callable, tmp_path: Path, w
         image[:] = 40
     with pytest.raises(InputError):
         make_adaptation().adapt(save(tmp_path / "wrong.nii.gz", image))
+
+
+def test_the_kept_iterate_has_the_highest_merit_and_merit_is_plausibility_squared_times_agreement(
+    make_adaptation: Callable, case: Path
+) -> None:
+    adaptation = make_adaptation(method="class_entropy", lr=0.01, steps=4, views=3, slices=4, guard=NEVER_SKIP)
+    prepared = adaptation.prepare(case)
+    run = adaptation.optimize(prepared)
+    assert run.best_step == int(np.argmax(run.merit)) and len(set(run.merit)) > 1
+    with torch.no_grad():
+        logits = adaptation.logits(prepared)
+    labels = torch.nn.functional.interpolate(logits[0], prepared.images.shape[-2:], mode="bilinear").argmax(1)
+    values = [0.3 if v is None else v for v in adaptation.judge.plausibility(prepared.images, labels).values()]
+    views = logits.softmax(2)
+    dice = []
+    for v in range(3):
+        other = (views.sum(0) - views[v]).argmax(1)
+        for k in (1, 2):
+            a, b = views[v].argmax(1) == k, other == k
+            dice.append(2 * float((a & b).sum()) / max(1.0, float(a.sum() + b.sum())))
+    assert run.merit[0] == pytest.approx(np.mean(values) ** 2 * np.mean(dice), rel=1e-5)
