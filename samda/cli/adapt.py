@@ -18,7 +18,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from samda.cli.options import add_device, add_json, existing, parse_settings, pick_device, positive, print_json, say
+from samda.cli.options import (
+    add_device,
+    add_json,
+    add_modality,
+    existing,
+    parse_settings,
+    pick_device,
+    positive,
+    print_json,
+    say,
+)
 from samda.errors import InputError, UsageError, check_keys
 
 # arguments of Adaptation: those with an option of their own, and the others
@@ -37,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, metavar="RATE", help="learning rate; default: the objective's")
     parser.add_argument("--views", type=positive, default=8, metavar="N", help="views of each slice; default 8")
     parser.add_argument("--slices", type=positive, default=12, metavar="N", help="slices adapted on; default 12")
-    parser.add_argument(
-        "--modality", choices=("CT", "MR"), help="kind of the scans, where it is not that of the training"
-    )
+    add_modality(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the views; default 0")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"any of {', '.join(SETTINGS)}")
     parser.add_argument("--report", type=Path, metavar="FILE", help="file of the records; default OUT/run.jsonl")

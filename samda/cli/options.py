@@ -129,6 +129,13 @@ def _number(text: str, value: Any) -> Any:
     return value
 
 
+def add_modality(parser: argparse.ArgumentParser) -> None:
+    """Add `--modality`."""
+    parser.add_argument(
+        "--modality", choices=("CT", "MR"), help="kind of the scans, where it is not that of the training"
+    )
+
+
 def print_json(value: Any) -> None:
     """Print plain JSON; NaN and infinity, which JSON does not have, become null."""
     from samda.files import plain

@@ -12,9 +12,10 @@ reported and does not stop the others; the exit code is then 1.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
-from samda.cli.options import add_device, add_json, existing, pick_device, positive, print_json, say
+from samda.cli.options import add_device, add_json, add_modality, existing, pick_device, positive, print_json, say
 from samda.errors import InputError
 
 
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", type=positive, default=512, metavar="MB", help="for class maps on the scan's grid; default 512"
     )
+    add_modality(parser)
     add_device(parser)
     add_json(parser)
 
@@ -53,6 +55,8 @@ def run(args: argparse.Namespace) -> None:
 
     total = len(find_cases(args.input, args.section))
     network, task, _, version = load_version(args.model, args.version, args.weights)
+    if args.modality:
+        task = dataclasses.replace(task, modality=args.modality)
     predictor = Predictor(
         network, task, device, batch_size=args.batch_size, memory_budget_mb=args.memory, progress=True
     )

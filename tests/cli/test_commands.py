@@ -101,6 +101,18 @@ def test_predict_needs_no_label_and_keeps_the_grid(place: Path, tmp_path: Path, 
     assert (code, json.loads(out)["skipped"]) == (0, ["c"])
 
 
+def test_another_modality_maps_intensities_its_own_way(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    scan = nib.load(place / "data" / "c.nii.gz")
+    nib.Nifti1Image(np.asarray(scan.dataobj) + 5000, scan.affine).to_filename(tmp_path / "c.nii.gz")
+    predict = ["predict", "-m", place / "model", "-i", tmp_path / "c.nii.gz"]
+    code, _, err = samda(capsys, *predict, "-o", tmp_path / "ct")
+    assert code == 1 and "window -100 to 200 HU" in err
+    code, out, _ = samda(capsys, *predict, "-o", tmp_path / "mr", "--modality", "MR")
+    assert code == 0 and out.startswith("1 predicted")
+
+
 def test_one_bad_scan_does_not_stop_the_others(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     shutil.copytree(place / "scans", tmp_path / "scans")
     (tmp_path / "scans" / "broken.nii.gz").write_bytes(b"no scan")
