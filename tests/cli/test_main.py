@@ -164,7 +164,14 @@ def start_extra(folder: Path, body: str) -> subprocess.Popen:
     code = "import sys; from samda.cli import main; sys.path.append(sys.argv.pop())\n"
     code += "main.COMMANDS['extra'] = 'extra'; sys.exit(main.main(['extra']))"
     command = [sys.executable, "-c", code, str(folder)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a test run in the background ignores Ctrl-C, and children inherit that
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def test_interrupt_ends_cleanly(tmp_path: Path) -> None:
