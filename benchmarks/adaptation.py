@@ -5,7 +5,7 @@
     python benchmarks/adaptation.py -o /tmp/adaptation --cases B M --methods none tent default --seeds 0 1
     python benchmarks/adaptation.py -o /tmp/adaptation --table         print what is there
 
-`benchmarks/results/adaptation.json` keeps the scores of the last run.
+Scores go to FOLDER/summary.json, or where `--results` says; `benchmarks/results/adaptation.json` was written so.
 
 Source models are trained on patient A, one per seed, with the shipped recipe. Targets: B (another scanner, contrast
 medium), M (MR), and simulated shifts of A (`benchmarks/shifts.py`). Settings may be chosen on the family "tuning"
@@ -47,7 +47,6 @@ from samda.networks.segmenter import SamSegmenter
 
 SLABS = ((60, 86), (86, 112))  # slices of A that hold organs, in two halves: slabs miss whole organs
 METHODS = tuple(OBJECTIVES)
-RESULTS = Path(__file__).parent / "results" / "adaptation.json"
 # the same budget for every objective of the literature: steps and rate of the table's caption
 LITERATURE = {"steps": 8, "lr": 1e-3}
 Data = dict[str, Any]
@@ -249,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--cases", nargs="+", help="names or families: B, M, real, tuning, report; default all")
     parser.add_argument("--epochs", type=int, default=150, help="of the source models")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default %(default)s")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="default FOLDER/summary.json")
     parser.add_argument("--table", action="store_true", help="print only")
     parser.add_argument("--cost", action="store_true", help="time patient A instead")
     args = parser.parse_args(argv)
@@ -274,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(text)
     means = {k: v for k, v in _summary(rows).items() if not math.isnan(v)}
     about = {"time": now(), "versions": versions(), "settings": {"literature": LITERATURE}, "gains": means}
-    write_json(args.results, about | {"runs": [_short(r) for r in rows]})
+    write_json(args.results or args.output / "summary.json", about | {"runs": [_short(r) for r in rows]})
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:

@@ -292,14 +292,15 @@ class Adaptation:
         """Plausibility^2 x agreement of the chosen slices: what decides which iterate is kept. No objective sees it.
 
         Either alone can be fooled: views agree perfectly on one big blob, and a speck at the right place looks fine.
-        Agreement rises with every step of most objectives, so plausibility counts twice.
+        Agreement rises with every step of most objectives, so plausibility counts twice. Where slices exceed the field
+        of view, their windows are judged.
 
         Args:
             prepared: the case.
             logits: (V, m, K, h, w), the slice itself first.
 
         Returns:
-            A number in [0, 1]; with a single view the plausibility alone.
+            A number in [0, 1]; with a single view plausibility^2 alone.
         """
         images = prepared.images
         labels = log_probabilities(F.interpolate(logits[0], images.shape[-2:], mode="bilinear")).argmax(CLASS_DIM)

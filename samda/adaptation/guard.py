@@ -10,13 +10,13 @@ Every decision carries one of these reason codes:
 
 ======================= ================================================================================================
 accepted                the adapted prediction is more plausible or better agreed upon, and not much worse in the other
-accepted_unchanged      no voxel changed, or no step was taken
+accepted_unchanged      no voxel changed, no iterate was better, or no step was taken
 skipped_quality         before adapting: the source prediction is plausible and its views agree; there is little to gain
 skipped_empty           before adapting: no view shows any foreground; a person should look at the scan
 fallback_vanished       a class that the source predicts plausibly is gone (TENT's collapse ends here)
-fallback_volume         a class grew or shrank beyond the limit, and neither it nor the whole became more plausible
+fallback_volume         a class grew or shrank beyond the limit and became clearly less plausible, the whole no more so
 fallback_plausibility   the adapted prediction fits the source statistics worse than better agreement makes good
-fallback_agreement      the views agree no better, or much less, and nothing became more plausible
+fallback_agreement      the views agree much less, or neither agreement nor plausibility rose
 fallback_entropy        certainty rose while agreement fell: the sign of a prediction that talks itself into something
 fallback_nonfinite      a loss, parameter or output was not finite
 fallback_timeout        the time limit of the case passed
@@ -99,7 +99,7 @@ class GuardSettings:
         plausible: from here on a class of the source prediction must not vanish.
         vanished: a class whose volume falls below this share of the source's has vanished.
         volume_factor: growth or shrinkage of a class that needs no justification.
-        minor: share of all foreground below which a class's change of volume needs none either.
+        minor: share of the adapted foreground below which a class's change of volume needs none either.
         tolerance: loss of plausibility that better agreement makes good, and loss of agreement that better
             plausibility makes good; for a class that grew or shrank beyond its limit, the loss of its own plausibility.
         improvement: plausibility or agreement must rise by more than this.
@@ -122,6 +122,8 @@ class GuardSettings:
     def __post_init__(self) -> None:
         if self.volume_factor < 1:
             raise UsageError(f"guard: volume_factor must be at least 1, got {self.volume_factor}")
+        if self.tolerance < 0:
+            raise UsageError(f"guard: tolerance must not be negative, got {self.tolerance}")
         for name in ("absent", "plausible", "vanished", "minor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"guard: {name} must lie between 0 and 1, got {getattr(self, name)}")
@@ -181,12 +183,13 @@ def after(
     agreed = 0.0 if single else agreed
     if gain < -settings.tolerance:
         return Decision.of("fallback_plausibility", f"plausibility fell by {-gain:.3f}")
-    if agreed < -settings.tolerance or max(agreed, gain) <= settings.improvement:
-        change = "one view" if single else f"agreement {source.agreement:.3f} -> {adapted.agreement:.3f}"
-        return Decision.of("fallback_agreement", f"{change} and plausibility {gain:+.3f}: no gain")
+    agreement = "" if single else f"agreement {source.agreement:.3f} -> {adapted.agreement:.3f}, "
+    if agreed < -settings.tolerance:
+        return Decision.of("fallback_agreement", f"{agreement}which plausibility {gain:+.3f} does not make good")
+    if max(agreed, gain) <= settings.improvement:
+        return Decision.of("fallback_agreement", f"{agreement}plausibility {gain:+.3f}: no gain")
     if last is not None and last[0] < source.agreement and last[1] < source.entropy and gain <= settings.improvement:
         return Decision.of("fallback_entropy", "at the last step the views agreed less while each was more certain")
-    agreement = "" if single else f"agreement {source.agreement:.3f} -> {adapted.agreement:.3f}, "
     return Decision.of("accepted", f"{agreement}plausibility {gain:+.3f}")
 
 

@@ -7,6 +7,7 @@ reported and does not stop the others; the exit code is then 1.
 
   samda predict -m model -i scans -o labels
   samda predict -m model -i scans -o labels --continue      leave out what is finished
+  samda predict -m model -i scans -o labels --modality MR   scans of another kind than those of the training
 """
 
 from __future__ import annotations

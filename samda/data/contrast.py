@@ -21,9 +21,11 @@ EDGE = 1.0  # pixels: sigma by which an organ's offset fades out at its border
 class RandTissueContrastd(RandomizableTransform):
     """Give a slice other gray values: one curve for all tissue, and an offset of its own for each organ.
 
-    x -> curve(x) + sum_k offset_k [label = k], clipped to [0, 1]. The curve runs through random points mixed with the
-    identity; it need not rise, since MR orders tissues differently from CT. Offsets stand for contrast media, which
-    brighten organs independently of each other. The idea of location-wise gray value maps: SLAug, arXiv 2211.11514.
+    x -> t curve(x) + (1 - t) x + G * sum_k offset_k [label = k], clipped to [0, 1], with t = min(1, x / AIR), so that
+    air stays dark, and a small Gaussian G, so that organs keep soft borders. The curve runs through random points mixed
+    with the identity; it need not rise, since MR orders tissues differently from CT. Offsets stand for contrast media,
+    which brighten organs independently of each other. The idea of location-wise gray value maps: SLAug,
+    arXiv 2211.11514.
 
     Args:
         prob: probability that a slice changes at all.
