@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from samda.adaptation.objectives import most_likely
 from samda.data.task import Task
 
 __all__ = ["OrganBounds"]
@@ -59,8 +59,8 @@ class OrganBounds:
         Args:
             p: probabilities (V, m, K, h, w), the background first.
         """
-        predicted = F.one_hot(p.argmax(2), p.shape[2]).movedim(-1, 2)
-        p = (p * predicted)[:, :, 1:]
+        classes = torch.arange(1, p.shape[2], device=p.device).view(-1, 1, 1)
+        p = p[:, :, 1:] * (most_likely(p.detach()).unsqueeze(2) == classes)
         usual, largest, widest = (limit.to(p) for limit in (self.usual, self.area, self.spread))
         pixels = p.sum((-2, -1)).clamp_min(1e-3)
         area = pixels * self.pixel_mm2

@@ -14,7 +14,7 @@ import torch.nn as nn
 from samda.adaptation.views import View, apply_view
 from samda.data.slices import SliceGrid
 from samda.data.task import Task
-from samda.inference.volume import VolumeInferer
+from samda.inference.volume import VolumeInferer, largest
 
 __all__ = ["EmbeddingReplay", "PreparedCase", "Segmentation", "choose_slices", "cut_windows", "encode_views", "segment"]
 
@@ -106,7 +106,7 @@ def segment(inferer: VolumeInferer, data: dict[str, Any], grid: SliceGrid, repla
     uncertainty = np.zeros(volume.shape[1:], np.float32)
     replay.rewind()
     for place, maps in inferer.slabs(volume, grid, replay):
-        labels[place] = maps.argmax(0).cpu().numpy()
+        labels[place] = largest(maps).cpu().numpy()
         entropy = -(maps * maps.clamp_min(1e-12).log()).sum(0) / np.log(len(maps))
         uncertainty[place] = entropy.clamp(0.0, 1.0).cpu().numpy()
     return Segmentation(labels, uncertainty)

@@ -35,7 +35,7 @@ from samda.adaptation.case import (
 )
 from samda.adaptation.guard import GuardSettings, mean_plausibility
 from samda.adaptation.measures import agreement
-from samda.adaptation.objectives import CLASS_DIM, Objective, build_objective, log_probabilities
+from samda.adaptation.objectives import Objective, build_objective, log_probabilities, most_likely
 from samda.adaptation.outcome import AdaptedCase, finish
 from samda.adaptation.plausibility import Judge
 from samda.adaptation.trajectory import Trajectory, descend, held, keep_last, load
@@ -303,7 +303,7 @@ class Adaptation:
             A number in [0, 1]; with a single view plausibility^2 alone.
         """
         images = prepared.images
-        labels = log_probabilities(F.interpolate(logits[0], images.shape[-2:], mode="bilinear")).argmax(CLASS_DIM)
+        labels = most_likely(log_probabilities(F.interpolate(logits[0], images.shape[-2:], mode="bilinear")))
         plausibility = mean_plausibility(self.judge.plausibility(images, labels.cpu()), self.guard.absent)
         agreed = agreement(logits, range(1, self.task.num_classes))
         return plausibility**2 * (1.0 if math.isnan(agreed) else agreed)

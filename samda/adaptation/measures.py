@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from samda.adaptation.objectives import CLASS_DIM, log_probabilities, normalized_entropy
+from samda.adaptation.objectives import log_probabilities, most_likely, normalized_entropy
 
 __all__ = ["agreement", "displacement", "foreground_entropy", "predicted_classes"]
 
 
 def predicted_classes(logits: torch.Tensor) -> set[int]:
     """The foreground classes that any view predicts anywhere; logits (V, N, K, h, w)."""
-    return set(log_probabilities(logits).argmax(CLASS_DIM).unique().tolist()) - {0}
+    return set(most_likely(log_probabilities(logits)).unique().tolist()) - {0}
 
 
 def agreement(logits: torch.Tensor, classes: Iterable[int] | None = None) -> float:
@@ -36,8 +36,8 @@ def agreement(logits: torch.Tensor, classes: Iterable[int] | None = None) -> flo
     if not chosen:
         return 0.0
     p = log_probabilities(logits).exp()
-    labels = p.argmax(CLASS_DIM)
-    others = (p.sum(0, keepdim=True) - p).argmax(CLASS_DIM)
+    labels = most_likely(p)
+    others = most_likely(p.sum(0, keepdim=True) - p)
     dims = tuple(range(1, labels.ndim))
     dice = []
     for c in chosen:
@@ -50,7 +50,7 @@ def agreement(logits: torch.Tensor, classes: Iterable[int] | None = None) -> flo
 def foreground_entropy(logits: torch.Tensor) -> float:
     """Mean normalized entropy over the pixels that view 0 predicts as foreground; 1 where there is none."""
     log_p = log_probabilities(logits[0])
-    foreground = log_p.argmax(CLASS_DIM) > 0
+    foreground = most_likely(log_p) > 0
     return float(normalized_entropy(log_p)[foreground].mean()) if foreground.any() else 1.0
 
 

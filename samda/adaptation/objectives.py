@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from samda.errors import UsageError, from_mapping, nearest
+from samda.inference.volume import largest
 
 __all__ = [
     "OBJECTIVES",
@@ -27,6 +28,7 @@ __all__ = [
     "build_objective",
     "entropy",
     "log_probabilities",
+    "most_likely",
     "normalized_entropy",
     "soft_dice",
 ]
@@ -41,6 +43,11 @@ def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     if logits.shape[CLASS_DIM] == 1:
         logits = torch.cat([torch.zeros_like(logits), logits], dim=CLASS_DIM)
     return F.log_softmax(logits, dim=CLASS_DIM)
+
+
+def most_likely(p: torch.Tensor) -> torch.Tensor:
+    """The class of highest probability or logit, (..., K, h, w) -> (..., h, w), int16; the first of equal ones."""
+    return largest(p.movedim(CLASS_DIM, 0))
 
 
 def entropy(log_p: torch.Tensor) -> torch.Tensor:
@@ -193,7 +200,7 @@ def class_balanced_entropy(log_p: torch.Tensor, keep: float) -> torch.Tensor:
     Every class that is predicted anywhere counts the same, so the large background cannot drown a small organ.
     """
     h = normalized_entropy(log_p)
-    predicted = log_p.detach().argmax(CLASS_DIM)
+    predicted = most_likely(log_p.detach())
     terms = []
     for c in range(log_p.shape[CLASS_DIM]):
         values = h[predicted == c]
