@@ -72,7 +72,7 @@ def targets(examples: Examples) -> list[Target]:
 
     found = [Target(name, "real", False, examples[name].task.modality, real(name)) for name in ("B", "M")]
     for number, shift in enumerate(shifts(examples["A"].task.classes)):
-        slabs = SLABS if shift.family == "tuning" else SLABS[number % 2 :][:1]
+        slabs = SLABS if shift.family != "report" else SLABS[number % 2 :][:1]
         for slab in slabs:
             name = f"{shift.name}/{slab[0]}"
             found.append(
@@ -88,7 +88,7 @@ def simulated(examples: Examples, shift: Shift, slab: tuple[int, int]) -> Data:
     image, label = (data[key].as_tensor()[..., slab[0] : slab[1]].contiguous() for key in ("image", "label"))
     spacing = np.linalg.norm(np.asarray(data["image"].affine)[:3, :3], axis=0)
     low, high = example.task.window
-    changed = shift(image, label, spacing, high - low)
+    changed, label = shift(image, label, spacing, high - low)
     return {"image": MetaTensor(changed, affine=data["image"].affine), "label": label, "id": shift.name}
 
 

@@ -34,7 +34,7 @@ from samda.adaptation.case import (
     slice_axis,
 )
 from samda.adaptation.guard import GuardSettings, mean_plausibility
-from samda.adaptation.measures import agreement
+from samda.adaptation.measures import mean_agreement
 from samda.adaptation.objectives import Objective, build_objective, log_probabilities, most_likely
 from samda.adaptation.outcome import AdaptedCase, finish
 from samda.adaptation.plausibility import Judge
@@ -288,7 +288,7 @@ class Adaptation:
         prepared.seconds["adapt"] = time.perf_counter() - begin
         return run
 
-    def merit(self, prepared: PreparedCase, logits: torch.Tensor) -> float:
+    def merit(self, prepared: PreparedCase, logits: torch.Tensor, by_class: Mapping[int, float]) -> float:
         """Plausibility^2 x agreement of the chosen slices: what decides which iterate is kept. No objective sees it.
 
         Either alone can be fooled: views agree perfectly on one big blob, and a speck at the right place looks fine.
@@ -298,6 +298,7 @@ class Adaptation:
         Args:
             prepared: the case.
             logits: (V, m, K, h, w), the slice itself first.
+            by_class: agreement of the classes shown; a class of the task that no view shows counts 0.
 
         Returns:
             A number in [0, 1]; with a single view plausibility^2 alone.
@@ -305,7 +306,7 @@ class Adaptation:
         images = prepared.images
         labels = most_likely(log_probabilities(F.interpolate(logits[0], images.shape[-2:], mode="bilinear")))
         plausibility = mean_plausibility(self.judge.plausibility(images, labels.cpu()), self.guard.absent)
-        agreed = agreement(logits, range(1, self.task.num_classes))
+        agreed = mean_agreement(by_class, range(1, self.task.num_classes))
         return plausibility**2 * (1.0 if math.isnan(agreed) else agreed)
 
     def predict(self, prepared: PreparedCase, tensors: Mapping[str, torch.Tensor]) -> Segmentation:

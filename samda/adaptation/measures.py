@@ -3,48 +3,52 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 
 from samda.adaptation.objectives import log_probabilities, most_likely, normalized_entropy
 
-__all__ = ["agreement", "displacement", "foreground_entropy", "predicted_classes"]
+__all__ = ["class_agreement", "displacement", "foreground_entropy", "mean_agreement"]
 
 
-def predicted_classes(logits: torch.Tensor) -> set[int]:
-    """The foreground classes that any view predicts anywhere; logits (V, N, K, h, w)."""
-    return set(most_likely(log_probabilities(logits)).unique().tolist()) - {0}
-
-
-def agreement(logits: torch.Tensor, classes: Iterable[int] | None = None) -> float:
-    """A = mean over views and foreground classes of Dice(argmax p_v, argmax mean_{u != v} p_u), slices pooled.
+def class_agreement(logits: torch.Tensor) -> dict[int, float]:
+    """Per foreground class the mean over views of Dice(argmax p_v, argmax mean_{u != v} p_u), slices pooled.
 
     Empty against anything scores 0, empty against empty too: a prediction that collapses to background must not gain.
 
     Args:
         logits: (V, N, K, h, w), views mapped back.
-        classes: foreground classes to average over; None takes those that any view predicts.
 
     Returns:
-        A in [0, 1]; 0 without any class, NaN with a single view (nothing to agree with).
+        Class -> Dice for every class that any view predicts; NaN with a single view (nothing to agree with).
     """
     views = logits.shape[0]
-    if views == 1:
-        return float("nan")
-    chosen = sorted(predicted_classes(logits) if classes is None else classes)
-    if not chosen:
-        return 0.0
     p = log_probabilities(logits).exp()
     labels = most_likely(p)
+    shown = sorted(set(labels.unique().tolist()) - {0})
+    if views == 1:
+        return dict.fromkeys(shown, float("nan"))
     others = most_likely(p.sum(0, keepdim=True) - p)
     dims = tuple(range(1, labels.ndim))
-    dice = []
-    for c in chosen:
+    dice = {}
+    for c in shown:
         a, b = labels == c, others == c
         total = (a.sum(dims) + b.sum(dims)).double()
-        dice.append(2.0 * (a & b).sum(dims) / total.clamp_min(1.0))
-    return float(torch.stack(dice).mean())
+        dice[c] = float((2.0 * (a & b).sum(dims) / total.clamp_min(1.0)).mean())
+    return dice
+
+
+def mean_agreement(dice: Mapping[int, float], classes: Iterable[int] | None = None) -> float:
+    """A in [0, 1]: the mean of :func:`class_agreement` over `classes`, by default those shown.
+
+    A class that no view shows counts 0: one that is lost must not raise the mean. 0 without any class.
+    """
+    chosen = sorted(dice if classes is None else classes)
+    if any(math.isnan(value) for value in dice.values()):
+        return math.nan
+    return sum(dice.get(c, 0.0) for c in chosen) / len(chosen) if chosen else 0.0
 
 
 def foreground_entropy(logits: torch.Tensor) -> float:

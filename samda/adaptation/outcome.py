@@ -18,7 +18,7 @@ from monai.data import MetaTensor
 from samda.adaptation import record as records
 from samda.adaptation.case import PreparedCase, Segmentation
 from samda.adaptation.guard import Decision, Evidence, after, before
-from samda.adaptation.measures import agreement, foreground_entropy, predicted_classes
+from samda.adaptation.measures import class_agreement, foreground_entropy, mean_agreement
 from samda.adaptation.trajectory import NotFinite, OutOfTime, Trajectory
 from samda.errors import SamdaError
 from samda.inference.postprocessing import own_grid
@@ -83,8 +83,9 @@ def decide(engine: Adaptation, prepared: PreparedCase) -> Outcome:
     """Adapt to a prepared case and let the guard decide. Whatever goes wrong while adapting ends in a fallback."""
     with torch.no_grad():
         logits = engine.logits(prepared).float()
-    source = engine.judge.evidence(prepared, prepared.source, agreement(logits), foreground_entropy(logits))
-    reason = before(source, bool(predicted_classes(logits)), engine.guard)
+    shown = class_agreement(logits)
+    source = engine.judge.evidence(prepared, prepared.source, mean_agreement(shown), foreground_entropy(logits))
+    reason = before(source, bool(shown), engine.guard)
     if reason is not None:
         return Outcome(reason, source)
     outcome = Outcome(Decision.of("fallback_error", ""), source)
@@ -100,8 +101,15 @@ def decide(engine: Adaptation, prepared: PreparedCase) -> Outcome:
         if np.array_equal(adapted.labels, prepared.source.labels):
             outcome.decision = Decision.of("accepted_unchanged", "the adapted model predicts the same voxel by voxel")
         else:
-            last = (run.agreement[-1], run.entropy[-1])
-            outcome.decision = after(source, outcome.evidence, engine.guard, last)
+            # one set of classes for all: an organ that is found again must not lower the mean over those shown
+            classes = {*run.by_class[0], *run.by_class[best], *run.by_class[-1]}
+            was, now, last = (mean_agreement(run.by_class[i], classes) for i in (0, best, -1))
+            outcome.decision = after(
+                dataclasses.replace(source, agreement=was),
+                dataclasses.replace(outcome.evidence, agreement=now),
+                engine.guard,
+                (last, run.entropy[-1]),
+            )
     except Exception as error:
         outcome.adapted = None
         outcome.decision, outcome.error = _fallback(error), f"{type(error).__name__}: {error}"

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from samda.adaptation.measures import agreement, displacement, foreground_entropy, predicted_classes
+from samda.adaptation.measures import class_agreement, displacement, foreground_entropy, mean_agreement
 from samda.adaptation.objectives import Bounds, Objective
 
 __all__ = ["NotFinite", "OutOfTime", "Trajectory", "descend", "held", "keep_last", "load"]
 
 GRADIENT_NORM = 1.0  # clip
+Merit = Callable[[torch.Tensor, Mapping[int, float]], float]  # logits of all views, agreement by class -> score
 
 
 class NotFinite(Exception):
@@ -31,13 +32,17 @@ class OutOfTime(Exception):
 
 @dataclasses.dataclass
 class Trajectory:
-    """What one adaptation did. Curves have one entry per iterate, the source model first (`steps` + 1 entries)."""
+    """What one adaptation did. Curves have one entry per iterate, the source model first (`steps` + 1 entries).
+
+    `agreement` is the mean over the classes that the source model or the iterate shows; `by_class` has it for each.
+    """
 
     tensors: dict[str, torch.Tensor]  # of the kept iterate
     last: dict[str, torch.Tensor]  # of the last iterate
     best_step: int
     loss: list[float]
     agreement: list[float]
+    by_class: list[dict[int, float]]
     entropy: list[float]
     merit: list[float]
     displacement: list[float]
@@ -82,7 +87,7 @@ def descend(
     objective: Objective,
     steps: int,
     lr: float,
-    merit: Callable[[torch.Tensor], float] | None = None,
+    merit: Merit | None = None,
     deadline: float | None = None,
     bounds: Bounds | None = None,
 ) -> Trajectory:
@@ -97,7 +102,7 @@ def descend(
         objective: see :mod:`samda.adaptation.objectives`.
         steps: optimizer steps; 0 only measures the source model.
         lr: learning rate.
-        merit: a label-free score of the logits, the agreement between views when None; NaN keeps the last iterate.
+        merit: a label-free score of an iterate, the agreement between views when None; NaN keeps the last iterate.
         deadline: `time.monotonic()` after which the loop gives up.
         bounds: handed to the objective, see :mod:`samda.adaptation.bounds`.
 
@@ -107,9 +112,8 @@ def descend(
     """
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer = torch.optim.Adam(list(parameters.values()), lr=lr)
-    run = Trajectory(start, start, 0, [], [], [], [], [])
+    run = Trajectory(start, start, 0, [], [], [], [], [], [])
     state: Any = None
-    classes: set[int] = set()
     for step in range(steps + 1):
         if deadline is not None and time.monotonic() > deadline:
             raise OutOfTime(f"step {step} of {steps}")
@@ -117,10 +121,10 @@ def descend(
             logits = logits_of().float()
         now = logits.detach()
         if step == 0:
-            state, classes = objective.prepare(now, bounds), predicted_classes(now)
+            state = objective.prepare(now, bounds)
         with torch.set_grad_enabled(step < steps):
             loss = objective.loss(logits, state) + objective.anchor * _anchor(parameters, start)
-        _measure(run, now, loss, classes, merit, displacement(parameters, start))
+        _measure(run, now, loss, merit, displacement(parameters, start))
         if _is_better(run):
             run.best_step = step
             run.tensors = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -136,7 +140,7 @@ def descend(
     return run
 
 
-def keep_last(logits: torch.Tensor) -> float:
+def keep_last(logits: torch.Tensor, agreed: Mapping[int, float]) -> float:
     """The merit that keeps the last iterate, whatever it is like."""
     return math.nan
 
@@ -151,19 +155,18 @@ def _measure(
     run: Trajectory,
     logits: torch.Tensor,
     loss: torch.Tensor,
-    classes: set[int],
-    merit: Callable[[torch.Tensor], float] | None,
+    merit: Merit | None,
     moved: float,
 ) -> None:
     value = float(loss.detach())
     if not math.isfinite(value) or not torch.isfinite(logits).all():
         raise NotFinite(f"loss {value} after {len(run.loss)} steps")
-    # classes of the source and of this iterate: a class that is lost counts 0, so collapse cannot win
-    agreed = agreement(logits, classes | predicted_classes(logits))
+    run.by_class.append(class_agreement(logits))
+    agreed = mean_agreement(run.by_class[-1], {*run.by_class[0], *run.by_class[-1]})
     run.loss.append(value)
     run.agreement.append(agreed)
     run.entropy.append(foreground_entropy(logits))
-    run.merit.append(agreed if merit is None else merit(logits))
+    run.merit.append(agreed if merit is None else merit(logits, run.by_class[-1]))
     run.displacement.append(moved)
 
 

@@ -145,7 +145,7 @@ def build_preprocessing(
     return Preprocessing(steps)
 
 
-def build_augmentation(task: Task, strength: float = 1.0) -> Compose:
+def build_augmentation(task: Task, strength: float = 1.0, tissue: float = 1.0) -> Compose:
     """Random changes of a slice: {"image": (C, H, W) in [0, 1], "label": (1, H, W)} -> the same, as plain tensors.
 
     Geometry: small rotations, scalings and shifts; no flips, as left and right organs differ. Intensity: strong, so
@@ -156,12 +156,14 @@ def build_augmentation(task: Task, strength: float = 1.0) -> Compose:
     Args:
         task: the task.
         strength: 0 changes nothing, 1 is the default, 2 doubles every range.
+        tissue: multiplies the ranges of the gray value curve and of the organs' offsets; 0 leaves both out.
 
     Raises:
-        UsageError: a negative strength.
+        UsageError: a negative number.
     """
-    if strength < 0:
-        raise UsageError(f"the strength of the augmentation must not be negative, got {strength}")
+    for name, value in (("strength", strength), ("tissue contrast", tissue)):
+        if value < 0:
+            raise UsageError(f"the {name} of the augmentation must not be negative, got {value}")
     plain = EnsureTyped(["image", "label"], dtype=(torch.float32, torch.uint8), track_meta=False)
     if strength == 0:
         return Compose([plain])
@@ -178,7 +180,7 @@ def build_augmentation(task: Task, strength: float = 1.0) -> Compose:
             padding_mode="zeros",
         ),
         plain,
-        RandTissueContrastd(prob=min(1.0, 0.7 * s), curve=min(1.0, s), offset=0.25 * s),
+        RandTissueContrastd(prob=min(1.0, 0.7 * s), curve=min(1.0, s * tissue), offset=0.25 * s * tissue),
         RandAdjustContrastd("image", prob=min(1.0, 0.3 * s), gamma=(1 / (1 + 0.6 * s), 1 + 0.6 * s)),
         RandBiasFieldd("image", degree=3, coeff_range=(-0.1 * s, 0.1 * s), prob=min(1.0, 0.3 * s)),
         RandGaussianSmoothd("image", sigma_x=(0.3, 0.3 + s), sigma_y=(0.3, 0.3 + s), prob=min(1.0, 0.2 * s)),

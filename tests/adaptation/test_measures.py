@@ -8,12 +8,16 @@ import math
 import pytest
 import torch
 
-from samda.adaptation.measures import agreement, displacement, foreground_entropy, predicted_classes
+from samda.adaptation.measures import class_agreement, displacement, foreground_entropy, mean_agreement
 
 
 def certain(labels: list[list[int]], classes: int = 3) -> torch.Tensor:
     """Logits (V, 1, K, 1, w) that predict `labels` (V lists of w classes) with certainty."""
     return 40.0 * torch.nn.functional.one_hot(torch.tensor(labels), classes).float().transpose(1, 2)[:, None, :, None]
+
+
+def agreement(logits: torch.Tensor, classes: list[int] | None = None) -> float:
+    return mean_agreement(class_agreement(logits), classes)
 
 
 def test_agreement_by_hand() -> None:
@@ -44,8 +48,14 @@ def test_a_single_view_agrees_with_nobody() -> None:
     assert math.isnan(agreement(certain([[1, 0]])))
 
 
-def test_predicted_classes_of_any_view() -> None:
-    assert predicted_classes(certain([[0, 1], [0, 2]])) == {1, 2}
+def test_classes_of_any_view_are_measured_one_by_one() -> None:
+    by_class = class_agreement(certain([[0, 1, 1], [0, 1, 2], [0, 1, 2]]))
+    # class 1: view 0 has {1, 2}, its others {1}: 2/3; views 1 and 2 have {1}, their others {1, 2} by a tie: 2/3
+    # class 2: view 0 has none: 0; views 1 and 2 have {2}, the tie goes to class 1: 0
+    assert by_class == pytest.approx({1: 2 / 3, 2: 0.0})
+    assert mean_agreement(by_class) == pytest.approx(1 / 3)
+    assert mean_agreement(by_class, [1]) == pytest.approx(2 / 3)
+    assert mean_agreement(by_class, [1, 2, 3]) == pytest.approx(2 / 9)  # nobody shows class 3
 
 
 def test_foreground_entropy() -> None:

@@ -52,7 +52,7 @@ def test_curves_cover_every_iterate_and_the_loss_falls(logits: torch.Tensor) -> 
 
 
 def test_first_adam_step_moves_every_number_by_the_rate(logits: torch.Tensor) -> None:
-    trajectory, start, _ = run(Scaler(), logits, steps=1, merit=lambda z: float("nan"))
+    trajectory, start, _ = run(Scaler(), logits, steps=1, merit=lambda z, agreed: float("nan"))
     for name, tensor in trajectory.tensors.items():
         moved = (tensor - start[name]).abs()
         torch.testing.assert_close(moved, torch.full_like(moved, 0.05), rtol=1e-3, atol=0)
@@ -60,16 +60,16 @@ def test_first_adam_step_moves_every_number_by_the_rate(logits: torch.Tensor) ->
 
 def test_the_iterate_of_highest_merit_is_kept(logits: torch.Tensor) -> None:
     scores = iter([0.1, 0.5, 0.9, 0.9, 0.3])
-    trajectory, _, inside = run(Scaler(), logits, merit=lambda z: next(scores))
+    trajectory, _, inside = run(Scaler(), logits, merit=lambda z, agreed: next(scores))
     assert trajectory.best_step == 2
-    shorter, _, _ = run(Scaler(), logits, steps=2, merit=lambda z: float("nan"))  # NaN keeps the last one
+    shorter, _, _ = run(Scaler(), logits, steps=2, merit=lambda z, agreed: float("nan"))  # NaN keeps the last one
     assert shorter.best_step == 2
     for name in inside:
         assert torch.equal(inside[name], shorter.tensors[name]) and torch.equal(inside[name], trajectory.tensors[name])
 
 
 def test_nothing_better_keeps_the_source(logits: torch.Tensor) -> None:
-    trajectory, start, inside = run(Scaler(), logits, merit=lambda z: 0.5)
+    trajectory, start, inside = run(Scaler(), logits, merit=lambda z, agreed: 0.5)
     assert trajectory.best_step == 0
     assert all(torch.equal(inside[name], start[name]) for name in start)
 
@@ -95,7 +95,7 @@ def test_everything_is_restored_after_an_exception(logits: torch.Tensor, error: 
     before = {k: v.clone() for k, v in network.state_dict().items()}
     calls = []
 
-    def merit(z: torch.Tensor) -> float:
+    def merit(z: torch.Tensor, agreed: object) -> float:
         calls.append(0)
         if len(calls) == 3:
             raise error("in the middle")
@@ -142,7 +142,7 @@ def test_out_of_time(logits: torch.Tensor) -> None:
 
 
 def test_the_anchor_holds_back(logits: torch.Tensor) -> None:
-    free, _, _ = run(Scaler(), logits, "class_entropy", steps=6, merit=lambda z: float("nan"))
+    free, _, _ = run(Scaler(), logits, "class_entropy", steps=6, merit=lambda z, agreed: float("nan"))
     network = Scaler()
     with held(network, network.moving()):
         tied = descend(
@@ -151,6 +151,6 @@ def test_the_anchor_holds_back(logits: torch.Tensor) -> None:
             build_objective("class_entropy", {"anchor": 100.0}),
             6,
             0.05,
-            merit=lambda z: float("nan"),
+            merit=lambda z, agreed: float("nan"),
         )
     assert tied.displacement[-1] < 0.7 * free.displacement[-1]
