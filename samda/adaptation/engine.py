@@ -48,6 +48,7 @@ from samda.data.slices import SliceGrid
 from samda.data.task import Task
 from samda.data.transforms import build_preprocessing
 from samda.errors import AdapterError, UsageError, from_mapping
+from samda.features import FeatureTap
 from samda.inference.volume import VolumeInferer
 from samda.networks.saving import full_state
 from samda.networks.segmenter import SamSegmenter
@@ -273,10 +274,20 @@ class Adaptation:
         """
         begin = time.perf_counter()
         deadline = None if self.time_limit_s is None else time.monotonic() + self.time_limit_s
-        with held(self.network, self.parameters):
+        shown = self._shown(prepared)
+        with held(self.network, self.parameters), FeatureTap(self.network) as tap:
             merit = keep_last if self.keep == "last" else functools.partial(self.merit, prepared)
+
+            def logits() -> torch.Tensor:
+                tap.clear()
+                return self.logits(prepared)
+
+            def alignment() -> torch.Tensor:
+                layers = (torch.cat(kept).unflatten(0, prepared.inputs.shape[:2]) for kept in tap.features)
+                return self.judge.alignment([layer[:, shown] for layer in layers])
+
             run = descend(
-                lambda: self.logits(prepared),
+                logits,
                 self.parameters,
                 self.objective,
                 self.steps,
@@ -284,9 +295,16 @@ class Adaptation:
                 merit,
                 deadline,
                 self.judge.bounds,
+                alignment,
             )
         prepared.seconds["adapt"] = time.perf_counter() - begin
         return run
+
+    def _shown(self, prepared: PreparedCase) -> list[int]:
+        """Which chosen slices show foreground, as the slices did whose features the model remembers; all, if few do."""
+        areas = slice_areas(prepared.source.labels, self.task.num_classes, slice_axis(self.task)).sum(0)
+        shown = [place for place, index in enumerate(prepared.slices) if areas[index]]
+        return shown if 2 * len(shown) >= len(prepared.slices) else list(range(len(prepared.slices)))
 
     def merit(self, prepared: PreparedCase, logits: torch.Tensor, by_class: Mapping[int, float]) -> float:
         """Plausibility^2 x agreement of the chosen slices: what decides which iterate is kept. No objective sees it.

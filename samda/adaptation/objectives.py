@@ -86,6 +86,8 @@ class Objective:
         steps: optimizer steps when the person names none.
         lr: learning rate (Adam) when the person names none.
         anchor: weight of |theta - theta_0|^2 / |theta_0|^2, added by the engine.
+        align: weight of the distance of the features from the source's, added by the engine, see
+            :mod:`samda.adaptation.alignment`.
     """
 
     name: ClassVar[str] = ""
@@ -93,6 +95,7 @@ class Objective:
     steps: int = 8
     lr: float = 1e-3
     anchor: float = 0.0
+    align: float = 0.0
 
     def prepare(self, logits: torch.Tensor, bounds: Bounds | None = None) -> Any:
         """What to keep of the source model's logits (V, N, K, h, w); called once, without gradients.

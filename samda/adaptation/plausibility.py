@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from samda.adaptation.alignment import FeatureAlignment
 from samda.adaptation.bounds import OrganBounds
 from samda.adaptation.case import PreparedCase, Segmentation
 from samda.adaptation.guard import Evidence
@@ -99,6 +100,10 @@ class Judge:
         if missing:
             raise InputError(f"the model's source statistics lack the class {missing[0]!r}; train it again")
         self.bounds = OrganBounds(task, self.classes, self.quantiles)
+        features = statistics.get("features")
+        if not features:
+            raise InputError("the model's source statistics lack its features, which are aligned to; train it again")
+        self.alignment = FeatureAlignment(features)
 
     def evidence(self, prepared: PreparedCase, prediction: Segmentation, agreement: float, entropy: float) -> Evidence:
         """Evidence of a prediction of all slices."""

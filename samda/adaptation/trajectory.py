@@ -90,6 +90,7 @@ def descend(
     merit: Merit | None = None,
     deadline: float | None = None,
     bounds: Bounds | None = None,
+    alignment: Callable[[], torch.Tensor] | None = None,
 ) -> Trajectory:
     """Minimize the objective over `parameters`, which hold theta_0 now and the kept iterate afterwards.
 
@@ -105,6 +106,8 @@ def descend(
         merit: a label-free score of an iterate, the agreement between views when None; NaN keeps the last iterate.
         deadline: `time.monotonic()` after which the loop gives up.
         bounds: handed to the objective, see :mod:`samda.adaptation.bounds`.
+        alignment: distance of the features behind the latest logits from the source's, see
+            :mod:`samda.adaptation.alignment`; weighed by the objective.
 
     Raises:
         NotFinite: a loss or a parameter is not finite.
@@ -124,6 +127,8 @@ def descend(
             state = objective.prepare(now, bounds)
         with torch.set_grad_enabled(step < steps):
             loss = objective.loss(logits, state) + objective.anchor * _anchor(parameters, start)
+            if alignment is not None and objective.align:
+                loss = loss + objective.align * alignment()
         _measure(run, now, loss, merit, displacement(parameters, start))
         if _is_better(run):
             run.best_step = step

@@ -17,6 +17,7 @@ from samda.adapters.base import count_parameters
 from samda.data.splits import Split
 from samda.data.task import Task
 from samda.embeddings import EmbeddingDataset
+from samda.features import feature_statistics
 from samda.files import replacing, write_json
 from samda.networks.model_folder import save_model
 from samda.networks.segmenter import SamSegmenter
@@ -83,11 +84,16 @@ def save_training(
             "mean_dice": summary["mean_dice"],
             "dice": summary["dice"],
         },
-        "statistics": slices.statistics.to_dict(),
+        "statistics": slices.statistics.to_dict() | {"features": _features(network, dataset)},
     }
     save_model(network, folder, task, content)
     copy_bundle(bundle_root, folder, task, network)
     return summary
+
+
+def _features(network: SamSegmenter, dataset: SliceDataset | EmbeddingDataset) -> list[dict[str, list[float]]]:
+    """Moments of the trained network's features over the training slices that hold foreground."""
+    return feature_statistics(network, dataset, dataset.foreground.nonzero().flatten().tolist())
 
 
 def package_versions() -> dict[str, str]:

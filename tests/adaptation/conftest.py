@@ -17,6 +17,7 @@ from samda.adaptation.engine import Adaptation
 from samda.data.slices import SliceGrid
 from samda.data.task import Task
 from samda.data.transforms import build_preprocessing
+from samda.features import feature_statistics
 from samda.networks.segmenter import SamSegmenter
 from samda.statistics import SliceStatistics
 from tests.conftest import TINY_TINYVIT
@@ -103,7 +104,9 @@ def trained(scans: Path, tiny_tinyvit_weights: Path) -> tuple[dict[str, torch.Te
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return {k: v.clone() for k, v in network.state_dict().items()}, {"statistics": statistics.to_dict()}
+    shown = [{"embedding": e} for e, label in zip(embedding, target, strict=True) if label.any()]
+    known = statistics.to_dict() | {"features": feature_statistics(network, shown, range(len(shown)))}
+    return {k: v.clone() for k, v in network.state_dict().items()}, {"statistics": known}
 
 
 def build(weights: Path, **adapters: Any) -> SamSegmenter:
