@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the decoder makes of images: mean and spread of every channel after each of its layers, adapters included.
+"""What the decoder makes of images: mean and spread of every channel after each of its layers, class by class.
 
 A model stores them for its training slices, so that a later adaptation can bring the features of a strange scanner back
-to where the class head expects them.
+to where the class head expects them. By class, since a scan may show other organs than the training slices did.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from samda.networks.segmenter import SamSegmenter
 
-__all__ = ["FeatureTap", "feature_statistics", "moments"]
+__all__ = ["FeatureTap", "class_shares", "class_sums", "feature_statistics"]
 
 MOST = 256  # slices measured: moments of 256 channels over their 16 x 16 places or more are exact enough
 EPS = 1e-6
@@ -34,7 +35,7 @@ class FeatureTap:
     Example:
         >>> with FeatureTap(network) as tap:  # doctest: +SKIP
         ...     network.decode(embedding)
-        ...     mean, std = moments(tap.features[0])
+        ...     mean = tap.features[0][0].mean((0, 1))
     """
 
     def __init__(self, network: SamSegmenter) -> None:
@@ -64,47 +65,73 @@ class FeatureTap:
         self.clear()
 
 
-def moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (C,) of features (..., C) over all other axes; the deviation is at least 1e-6."""
-    values = features.flatten(0, -2).float()
-    return values.mean(0), values.var(0, unbiased=False).clamp_min(EPS**2).sqrt()
+def class_shares(labels: torch.Tensor, num_classes: int, grid: tuple[int, int]) -> torch.Tensor:
+    """Share of each class in each place of the decoder's grid.
+
+    Args:
+        labels: (B, H, W) class indices.
+        num_classes: K.
+        grid: (h, w) of the features; H and W are multiples of them.
+
+    Returns:
+        (B, h w, K), summing to 1 over K.
+    """
+    rows, columns = labels.shape[1] // grid[0], labels.shape[2] // grid[1]
+    maps = F.one_hot(labels.long(), num_classes).movedim(-1, 1).float()
+    return F.avg_pool2d(maps, (rows, columns)).flatten(2).transpose(1, 2)
+
+
+def class_sums(features: torch.Tensor, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weight (K,), weighted sum (K, C) and weighted sum of squares (K, C) of features (B, n, C), shares (B, n, K)."""
+    weights, values = shares.flatten(0, 1).T, features.flatten(0, 1)
+    return weights.sum(1), weights @ values, weights @ values.square()
 
 
 @torch.no_grad()
 def feature_statistics(
-    network: SamSegmenter, items: Sequence[Mapping[str, Any]] | Any, indices: Sequence[int], batch_size: int = 8
-) -> list[dict[str, list[float]]]:
-    """Moments of every decoder layer over some slices, evenly chosen where there are more than 256.
+    network: SamSegmenter, items: Any, indices: Sequence[int], batch_size: int = 8
+) -> list[dict[str, Any]]:
+    """Moments of every decoder layer and class over some slices, evenly chosen where there are more than 256.
 
     Args:
         network: the trained network.
-        items: `items[i]` holds "embedding" (256, h, w) or "image" (C, H, W).
+        items: `items[i]` holds "label" (1, H, W) class indices, and "embedding" (256, h, w) or "image" (C, H, W).
         indices: which of them; those with foreground, as they are without augmentation.
         batch_size: slices decoded at once.
 
     Returns:
-        Per layer {"mean": C values, "std": C values}; plain numbers for JSON.
+        Per layer {"mean", "std"}: K rows of C values each, None for a class that no slice holds; plain values for JSON.
     """
     step = max(1, -(-len(indices) // MOST))
-    chosen = list(indices)[::step]
     sums: list[list[torch.Tensor]] = []
+    device = network.pixel_mean.device
     network.eval()
     with FeatureTap(network) as tap:
-        for batch in _batches([items[i] for i in chosen], batch_size):
+        for batch in _batches([items[i] for i in list(indices)[::step]], batch_size):
             embedded = "embedding" in batch[0]
-            inputs = torch.stack([item["embedding" if embedded else "image"] for item in batch])
-            inputs = inputs.to(network.pixel_mean.device)
+            inputs = torch.stack([item["embedding" if embedded else "image"] for item in batch]).to(device)
+            embedding = inputs if embedded else network.encode(inputs)
             tap.clear()
-            network.decode(inputs if embedded else network.encode(inputs))
-            layers = [torch.cat(kept).flatten(0, -2).double() for kept in tap.features]
-            found = [torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)]) for x in layers]
-            sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
-    result = []
-    for count, total, square in sums:
-        mean = total / count
-        std = (square / count - mean.square()).clamp_min(EPS**2).sqrt()
-        result.append({"mean": _short(mean), "std": _short(std)})
-    return result
+            network.decode(embedding)
+            labels = torch.stack([item["label"][0] for item in batch]).to(device)
+            shares = class_shares(labels, network.num_classes, (embedding.shape[2], embedding.shape[3])).double()
+            found = [list(class_sums(torch.cat(kept).double(), shares)) for kept in tap.features]
+            sums = [_added(*pair) for pair in zip(sums, found, strict=True)] if sums else found
+    return [_moments(*layer) for layer in sums]
+
+
+def _added(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [x + y for x, y in zip(a, b, strict=True)]
+
+
+def _moments(weight: torch.Tensor, total: torch.Tensor, square: torch.Tensor) -> dict[str, Any]:
+    mean = total / weight[:, None]
+    std = (square / weight[:, None] - mean.square()).clamp_min(EPS**2).sqrt()
+    there = (weight > 0).tolist()
+    return {
+        name: [_short(row) if held else None for row, held in zip(rows, there, strict=True)]
+        for name, rows in (("mean", mean), ("std", std))
+    }
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -113,5 +140,5 @@ def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def _short(values: torch.Tensor) -> list[float]:
-    """Six significant digits."""
-    return [float(f"{value:.6g}") for value in values.tolist()]
+    """Five significant digits: more would only make the file longer."""
+    return [float(f"{value:.5g}") for value in values.tolist()]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from samda.features import FeatureTap, feature_statistics, moments
+from samda.features import FeatureTap, class_shares, feature_statistics
 from samda.networks.segmenter import SamSegmenter
 
 
@@ -22,16 +22,16 @@ def images(count: int) -> torch.Tensor:
     return torch.rand(count, 1, 64, 64, generator=torch.Generator().manual_seed(count))
 
 
-def test_moments_are_those_of_numpy() -> None:
-    values = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
-    mean, std = moments(values)
-    flat = values.numpy().reshape(15, 7)
-    np.testing.assert_allclose(mean, flat.mean(0), atol=1e-6)
-    np.testing.assert_allclose(std, flat.std(0), atol=1e-6)
+def labelled(count: int) -> list[dict[str, torch.Tensor]]:
+    """Slices with labels of classes 0 and 1; class 2 occurs nowhere."""
+    generator = torch.Generator().manual_seed(count)
+    return [{"image": i, "label": torch.randint(0, 2, (1, 64, 64), generator=generator)} for i in images(count)]
 
 
-def test_a_constant_channel_has_the_least_deviation() -> None:
-    assert moments(torch.ones(4, 2))[1].tolist() == pytest.approx([1e-6, 1e-6])
+def test_shares_of_the_places_by_hand() -> None:
+    labels = torch.tensor([[[0, 1, 2, 2], [1, 1, 2, 2]]])
+    found = class_shares(labels, 3, (1, 2))
+    assert found.tolist() == [[[0.25, 0.75, 0.0], [0.0, 0.0, 1.0]]]
 
 
 def test_the_tap_sees_what_the_upscaling_reads(network: SamSegmenter) -> None:
@@ -69,28 +69,35 @@ def test_a_closed_tap_sees_nothing(network: SamSegmenter) -> None:
     assert tap.features == [[], []]
 
 
-def test_statistics_are_the_moments_over_all_slices_whatever_the_batch(network: SamSegmenter) -> None:
-    pictures = images(5)
-    items = [{"image": image} for image in pictures]
+def test_statistics_are_the_weighted_moments_over_all_slices_whatever_the_batch(network: SamSegmenter) -> None:
+    items = labelled(5)
     found = feature_statistics(network, items, [0, 2, 4], batch_size=2)
+    chosen = [items[i] for i in (0, 2, 4)]
+    # 64 px on a 4 x 4 grid: a place is 16 x 16 pixels
+    blocks = torch.stack([item["label"][0].reshape(4, 16, 4, 16).float().mean((1, 3)) for item in chosen]).flatten()
     with torch.no_grad(), FeatureTap(network) as tap:
-        network.decode(network.encode(pictures[[0, 2, 4]]))
+        network.decode(network.encode(torch.stack([item["image"] for item in chosen])))
         for layer, kept in zip(found, tap.features, strict=True):
             values = kept[0].reshape(-1, 256).double().numpy()
-            np.testing.assert_allclose(layer["mean"], values.mean(0), atol=1e-4 * values.std())
-            np.testing.assert_allclose(layer["std"], values.std(0), rtol=1e-4)
+            for k, weights in ((0, 1 - blocks.numpy()), (1, blocks.numpy())):
+                mean = np.average(values, axis=0, weights=weights)
+                std = np.sqrt(np.average((values - mean) ** 2, axis=0, weights=weights))
+                np.testing.assert_allclose(layer["mean"][k], mean, atol=1e-4 * values.std())
+                np.testing.assert_allclose(layer["std"][k], std, rtol=1e-4)
+            assert layer["mean"][2] is None and layer["std"][2] is None
 
 
 def test_embeddings_give_the_same_as_images(network: SamSegmenter) -> None:
-    pictures = images(3)
+    items = labelled(3)
     with torch.no_grad():
-        embedded = [{"embedding": e} for e in network.encode(pictures)]
-    a, b = (feature_statistics(network, x, range(3)) for x in ([{"image": i} for i in pictures], embedded))
+        embeddings = network.encode(images(3))
+    embedded = [{"embedding": e, "label": item["label"]} for e, item in zip(embeddings, items, strict=True)]
+    a, b = (feature_statistics(network, x, range(3)) for x in (items, embedded))
     for one, other in zip(a, b, strict=True):
-        np.testing.assert_allclose(one["mean"], other["mean"], atol=1e-4)
+        np.testing.assert_allclose(one["mean"][0], other["mean"][0], atol=1e-4)
 
 
 def test_many_slices_are_thinned_evenly(network: SamSegmenter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("samda.features.MOST", 2)
-    items = [{"image": image} for image in images(5)]
+    items = labelled(5)
     assert feature_statistics(network, items, range(5)) == feature_statistics(network, items, [0, 3])

@@ -3,8 +3,9 @@
 
 Another scanner shifts and stretches the channels that the class head reads. Networks with batch norm re-estimate their
 moments at test time; SAM has none, so the adapter is asked to restore them, in the way of activation matching
-(ActMAD, arXiv 2211.12870), with one mean and one deviation per channel instead of one per place: scans show other
-slices of other bodies. Unlike entropy it has no trivial answer, so it needs no brake.
+(ActMAD, arXiv 2211.12870). A scan may show other organs than the training slices, so the source's moments are kept by
+class and mixed in the proportions that the source model sees. Unlike entropy it has no trivial answer, and no brake is
+needed.
 """
 
 from __future__ import annotations
@@ -13,28 +14,104 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from samda.features import moments
+from samda.adaptation.objectives import most_likely
+from samda.errors import InputError
+from samda.features import FeatureTap, class_shares, class_sums
 
-__all__ = ["FeatureAlignment"]
+__all__ = ["CaseAlignment", "FeatureAlignment"]
+
+LEAST = 1e-8  # variance
+FEW = 8.0  # places of the grid that a class must fill to be aligned by itself
 
 
 class FeatureAlignment:
-    """Distance of features from the source's, per decoder layer l and channel c:
+    """Distance of features from the source's, for each decoder layer and channel.
 
-        L = mean_l mean_c [ |mu_lc - mu0_lc| / sigma0_lc + |ln(sigma_lc / sigma0_lc)| ]
+    d(mu, sigma; mu0, sigma0) = mean_c [ |mu_c - mu0_c| / sigma0_c + |ln(sigma_c / sigma0_c)| ]
+
+        L = mean_l [ d(all places; sum_k pi_k source_k) + mean_k d(places predicted k; source_k) ] / 2
+
+    pi_k is the share of class k in the source model's prediction of the case; sum_k pi_k source_k stands for the
+    moments of the mixture: its mean is sum_k pi_k mu0_k, its second moment sum_k pi_k (sigma0_k^2 + mu0_k^2).
 
     Args:
-        source: per layer {"mean", "std"}, see :func:`samda.features.feature_statistics`.
+        source: per layer {"mean", "std"} with a row per class, see :func:`samda.features.feature_statistics`.
+        num_classes: K.
+
+    Raises:
+        InputError: not these classes.
     """
 
-    def __init__(self, source: Sequence[Mapping[str, Sequence[float]]]) -> None:
-        self.source = [tuple(torch.tensor(layer[key]) for key in ("mean", "std")) for layer in source]
+    def __init__(self, source: Sequence[Mapping[str, Sequence[Sequence[float] | None]]], num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.known = [row is not None for row in source[0]["mean"]]
+        if len(self.known) != num_classes or not any(self.known):
+            raise InputError(
+                f"the model's features are of {len(self.known)} classes, not {num_classes}; train it again"
+            )
+        width = len(next(row for row in source[0]["mean"] if row is not None))
+        self.mean, self.square = [], []
+        for layer in source:
+            mean, std = (torch.tensor([row or [0.0] * width for row in layer[key]]) for key in ("mean", "std"))
+            self.mean.append(mean)
+            self.square.append(std.square() + mean.square())
 
-    def __call__(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The distance, a scalar; features per layer (..., C)."""
+    def shares(self, labels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Shares (B, h w, K) of the classes in each place; of a class that the source never saw, the background's."""
+        unknown = torch.tensor([not known for known in self.known], device=labels.device)
+        return class_shares(labels.masked_fill(unknown[labels.long()], 0), self.num_classes, grid)
+
+    def __call__(
+        self, features: Sequence[torch.Tensor], shares: torch.Tensor, proportions: torch.Tensor
+    ) -> torch.Tensor:
+        """The distance, a scalar.
+
+        Args:
+            features: per layer (B, n, C), with gradients.
+            shares: (B, n, K) of the classes now predicted.
+            proportions: (K,) of the classes in the source model's prediction.
+        """
         terms = []
-        for layer, (mean0, std0) in zip(features, self.source, strict=True):
-            mean, std = moments(layer)
-            mean0, std0 = mean0.to(mean), std0.to(mean)
-            terms.append(((mean - mean0).abs() / std0).mean() + (std / std0).log().abs().mean())
+        for values, *known in zip(features, self.mean, self.square, strict=True):
+            mean0, square0 = (moment.to(values) for moment in known)
+            weight, total, square = class_sums(values, shares)
+            pi = (proportions / proportions.sum())[None]
+            whole = _distance(total.sum(0) / weight.sum(), square.sum(0) / weight.sum(), pi @ mean0, pi @ square0)
+            large = [k for k in range(self.num_classes) if weight[k] > FEW]
+            by_class = _distance(
+                total[large] / weight[large, None], square[large] / weight[large, None], mean0[large], square0[large]
+            )
+            terms.append((whole + by_class) / 2)
         return torch.stack(terms).mean()
+
+
+class CaseAlignment:
+    """The alignment of one case while it adapts; it remembers the proportions that the source model saw.
+
+    Args:
+        alignment: to what the source had.
+        tap: open on the network.
+        shape: (V, m), views and slices of a pass.
+        shown: slices that take part.
+    """
+
+    def __init__(
+        self, alignment: FeatureAlignment, tap: FeatureTap, shape: Sequence[int], shown: Sequence[int]
+    ) -> None:
+        self.alignment, self.tap, self.shape, self.shown = alignment, tap, tuple(shape), list(shown)
+        self.proportions: torch.Tensor | None = None
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """The distance of the pass that gave `logits` (V, m, K, h, w), views as they were seen (flips not undone)."""
+        grid = (logits.shape[-2] // 4, logits.shape[-1] // 4)
+        shares = self.alignment.shares(most_likely(logits.detach())[:, self.shown].flatten(0, 1), grid)
+        if self.proportions is None:
+            self.proportions = shares.mean((0, 1))
+        layers = [torch.cat(kept).unflatten(0, self.shape)[:, self.shown].flatten(0, 1) for kept in self.tap.features]
+        return self.alignment(layers, shares, self.proportions)
+
+
+def _distance(mean: torch.Tensor, square: torch.Tensor, mean0: torch.Tensor, square0: torch.Tensor) -> torch.Tensor:
+    """d of the class's docstring from first and second moments (..., C), averaged over the rows."""
+    variance, variance0 = ((s - m.square()).clamp_min(LEAST) for m, s in ((mean, square), (mean0, square0)))
+    return ((mean - mean0).abs() / variance0.sqrt()).mean() + 0.5 * (variance / variance0).log().abs().mean()

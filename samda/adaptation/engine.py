@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from samda.adaptation import record as records
+from samda.adaptation.alignment import CaseAlignment
 from samda.adaptation.case import (
     EmbeddingReplay,
     PreparedCase,
@@ -244,13 +245,19 @@ class Adaptation:
 
     def logits(self, prepared: PreparedCase) -> torch.Tensor:
         """Logits (V, m, K, h, w) of all views of the chosen slices at the present parameters, views mapped back."""
+        return self._restored(prepared, self._seen(prepared))
+
+    def _seen(self, prepared: PreparedCase) -> torch.Tensor:
+        """The same, views as they are."""
         inputs = prepared.inputs.flatten(0, 1)
         chunks = inputs.split(self._chunk(inputs))
         if len(chunks) > 1 and torch.is_grad_enabled():  # bounds memory at the price of a second forward pass
             parts = [checkpoint(self._decode, chunk, use_reentrant=False) for chunk in chunks]
         else:
             parts = [self._decode(chunk) for chunk in chunks]
-        logits = torch.cat(parts).unflatten(0, prepared.inputs.shape[:2])
+        return torch.cat(parts).unflatten(0, prepared.inputs.shape[:2])
+
+    def _restored(self, prepared: PreparedCase, logits: torch.Tensor) -> torch.Tensor:
         if not any(view.flip for view in prepared.views):
             return logits
         return torch.stack(
@@ -274,17 +281,16 @@ class Adaptation:
         """
         begin = time.perf_counter()
         deadline = None if self.time_limit_s is None else time.monotonic() + self.time_limit_s
-        shown = self._shown(prepared)
         with held(self.network, self.parameters), FeatureTap(self.network) as tap:
             merit = keep_last if self.keep == "last" else functools.partial(self.merit, prepared)
 
+            align = CaseAlignment(self.judge.alignment, tap, prepared.inputs.shape[:2], self._shown(prepared))
+            seen: list[torch.Tensor] = []  # the latest logits, flips not undone
+
             def logits() -> torch.Tensor:
                 tap.clear()
-                return self.logits(prepared)
-
-            def alignment() -> torch.Tensor:
-                layers = (torch.cat(kept).unflatten(0, prepared.inputs.shape[:2]) for kept in tap.features)
-                return self.judge.alignment([layer[:, shown] for layer in layers])
+                seen[:] = [self._seen(prepared)]
+                return self._restored(prepared, seen[0])
 
             run = descend(
                 logits,
@@ -295,7 +301,7 @@ class Adaptation:
                 merit,
                 deadline,
                 self.judge.bounds,
-                alignment,
+                lambda: align(seen[0]),
             )
         prepared.seconds["adapt"] = time.perf_counter() - begin
         return run

@@ -228,6 +228,11 @@ class ClassEntropy(Objective):
         return class_balanced_entropy(log_probabilities(logits), self.keep)
 
 
+def view_disagreement(p: torch.Tensor) -> torch.Tensor:
+    """1 - soft Dice of each view's foreground with the next view's, which is held fixed; p (V, N, K, h, w)."""
+    return (1.0 - soft_dice(p, p.detach().roll(-1, 0))[..., 1:]).mean()
+
+
 @dataclasses.dataclass(frozen=True)
 class Consistency(Objective):
     """Two altered views of one slice must agree: 1 - soft Dice(p_a, sg p_b) over the foreground (DG-TTA's loss).
@@ -238,8 +243,7 @@ class Consistency(Objective):
     name: ClassVar[str] = "consistency"
 
     def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
-        p = log_probabilities(logits).exp()
-        return (1.0 - soft_dice(p, p.detach().roll(-1, 0))[..., 1:]).mean()
+        return view_disagreement(log_probabilities(logits).exp())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,28 +355,35 @@ class Anchored(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class Default(Objective):
-    """Bounded growth: class-balanced entropy within the bounds of the organs, in small steps.
+    """Aligned consistency: features as the source had them, views that agree, organs that grow within their bounds.
 
-    L = mean_c mean_{Omega_c} h(p) + bound * penalty(p), see :class:`samda.adaptation.bounds.OrganBounds`
+    L = align * A + consistency * (1 - soft Dice of neighboring views) + growth * (class-balanced entropy + penalty)
 
-    What a model lacks at a strange site is above all foreground: organs shrink to their most typical part. Entropy
-    that is balanced over the classes lets each grow from there; the bounds end the growth where no training slice was.
+    A is the distance of the features, see :class:`samda.adaptation.alignment.FeatureAlignment`; the penalty is
+    :class:`samda.adaptation.bounds.OrganBounds`. Alignment repairs what the scanner did and leaves the rest alone;
+    consistency and growth fill the organs that it uncovers.
 
     Args:
-        bound: weight of the penalty.
+        consistency: weight of the agreement between views.
+        growth: weight of the class-balanced entropy and of its brake.
     """
 
     name: ClassVar[str] = "default"
     lr: float = 3e-4
-    bound: float = 1.0
+    align: float = 1.0
+    consistency: float = 0.3
+    growth: float = 0.2
 
     def prepare(self, logits: torch.Tensor, bounds: Bounds | None = None) -> Bounds | None:
         return bounds
 
     def loss(self, logits: torch.Tensor, state: Bounds | None) -> torch.Tensor:
         log_p = log_probabilities(logits)
-        loss = class_balanced_entropy(log_p, keep=1.0)
-        return loss if state is None else loss + self.bound * state(log_p.exp())
+        grown = class_balanced_entropy(log_p, keep=1.0)
+        p = log_p.exp()
+        if state is not None:
+            grown = grown + state(p)
+        return self.consistency * view_disagreement(p) + self.growth * grown
 
 
 OBJECTIVES: dict[str, type[Objective]] = {

@@ -103,7 +103,7 @@ class Judge:
         features = statistics.get("features")
         if not features:
             raise InputError("the model's source statistics lack its features, which are aligned to; train it again")
-        self.alignment = FeatureAlignment(features)
+        self.alignment = FeatureAlignment(features, task.num_classes)
 
     def evidence(self, prepared: PreparedCase, prediction: Segmentation, agreement: float, entropy: float) -> Evidence:
         """Evidence of a prediction of all slices."""

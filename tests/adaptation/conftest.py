@@ -104,7 +104,7 @@ def trained(scans: Path, tiny_tinyvit_weights: Path) -> tuple[dict[str, torch.Te
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    shown = [{"embedding": e} for e, label in zip(embedding, target, strict=True) if label.any()]
+    shown = [{"embedding": e, "label": y[None]} for e, y in zip(embedding, target, strict=True) if y.any()]
     known = statistics.to_dict() | {"features": feature_statistics(network, shown, range(len(shown)))}
     return {k: v.clone() for k, v in network.state_dict().items()}, {"statistics": known}
 

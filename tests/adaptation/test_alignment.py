@@ -16,38 +16,81 @@ from samda.errors import InputError
 from samda.networks.segmenter import SamSegmenter
 from tests.adaptation.conftest import TASK
 
-SOURCE = [{"mean": [1.0, -2.0], "std": [2.0, 0.5]}]
+# one layer, two channels; class 0 at (1, -2), class 1 at (5, 0), class 2 never seen
+SOURCE = [{"mean": [[1.0, -2.0], [5.0, 0.0], None], "std": [[2.0, 0.5], [1.0, 1.0], None]}]
+
+
+def spread(*classes: tuple[list[float], list[float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (1, 20 per class, 2) with exactly these (mean, deviation), and the places' shares (1, n, 3)."""
+    features, shares = [], []
+    for k, (mean, std) in enumerate(classes):
+        for sign in (1, -1):
+            features += 10 * [[m + sign * s for m, s in zip(mean, std, strict=True)]]
+            shares += 10 * [[float(k == c) for c in range(3)]]
+    return torch.tensor([features]), torch.tensor([shares])
 
 
 def test_the_source_itself_is_at_distance_zero() -> None:
-    # two values, mean +- deviation, have exactly these moments
-    features = torch.tensor([[1.0 + 2.0, -2.0 + 0.5], [1.0 - 2.0, -2.0 - 0.5]])
-    assert float(FeatureAlignment(SOURCE)([features])) == pytest.approx(0.0, abs=1e-6)
+    features, shares = spread(([1.0, -2.0], [2.0, 0.5]), ([5.0, 0.0], [1.0, 1.0]))
+    found = FeatureAlignment(SOURCE, 3)([features], shares, torch.tensor([0.5, 0.5, 0.0]))
+    assert float(found) == pytest.approx(0.0, abs=1e-5)
 
 
-def test_shift_and_stretch_by_hand() -> None:
-    # channel 0: mean 2 (off by 1, half a deviation), deviation 4 (twice); channel 1 as the source's
-    features = torch.tensor([[2.0 + 4.0, -1.5], [2.0 - 4.0, -2.5]])
-    assert float(FeatureAlignment(SOURCE)([features])) == pytest.approx((0.5 + math.log(2)) / 2, abs=1e-6)
+def test_one_class_shifted_and_stretched_by_hand() -> None:
+    # channel 0: mean 2 (off by half a deviation), deviation 4 (twice); channel 1 as the source's
+    features, shares = spread(([2.0, -2.0], [4.0, 0.5]))
+    expected = (0.5 + math.log(2)) / 2  # of the whole and of the class alike, as there is one class only
+    found = FeatureAlignment(SOURCE, 3)([features], shares, torch.tensor([1.0, 0.0, 0.0]))
+    assert float(found) == pytest.approx(expected, abs=1e-5)
 
 
-def test_layers_count_alike() -> None:
-    features = torch.tensor([[2.0 + 4.0, -1.5], [2.0 - 4.0, -2.5]])
-    same = torch.tensor([[3.0, -1.5], [-1.0, -2.5]])
-    both = FeatureAlignment(SOURCE * 2)([features, same])
-    assert float(both) == pytest.approx((0.5 + math.log(2)) / 4, abs=1e-6)
+def test_the_whole_is_compared_with_the_mixture_that_the_source_model_saw() -> None:
+    # all places are predicted class 0 now, but the source model saw a quarter of class 1
+    features, shares = spread(([1.0, -2.0], [2.0, 0.5]))
+    pi = (0.75, 0.25, 0.0)
+    terms = []
+    for c, (mean, std) in enumerate(((1.0, 2.0), (-2.0, 0.5))):
+        (m0, m1), (s0, s1) = ([row[c] for row in SOURCE[0][key][:2]] for key in ("mean", "std"))
+        mixed = pi[0] * m0 + pi[1] * m1
+        deviation = math.sqrt(pi[0] * (s0**2 + m0**2) + pi[1] * (s1**2 + m1**2) - mixed**2)
+        terms.append(abs(mean - mixed) / deviation + abs(math.log(std / deviation)))
+    expected = (sum(terms) / 2 + 0.0) / 2  # class 0 itself is where it was
+    found = FeatureAlignment(SOURCE, 3)([features], shares, torch.tensor(pi))
+    assert float(found) == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_class_that_the_source_never_saw_counts_as_background() -> None:
+    labels = torch.tensor([[[2, 2], [1, 0]]])
+    shares = FeatureAlignment(SOURCE, 3).shares(labels, (1, 1))
+    assert shares.tolist() == [[[0.75, 0.25, 0.0]]]
+
+
+def test_features_of_other_classes_are_refused() -> None:
+    with pytest.raises(InputError, match="features are of 3 classes, not 5; train it again"):
+        FeatureAlignment(SOURCE, 5)
+
+
+@pytest.mark.parametrize("flips", [False, True])
 def test_aligning_lowers_the_distance_and_leaves_the_model_as_it_was(
-    make_adaptation: Callable[..., Adaptation], scans: Path, network: SamSegmenter
+    make_adaptation: Callable[..., Adaptation], scans: Path, network: SamSegmenter, flips: bool
 ) -> None:
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    adaptation = make_adaptation(method="none", objective={"align": 1.0}, steps=6, lr=1e-3, keep="last")
+    adaptation = make_adaptation(method="none", objective={"align": 1.0}, steps=6, lr=1e-3, keep="last", flips=flips)
     prepared = adaptation.prepare(scans / "images" / "case2.nii.gz")
     prepared.inputs = prepared.inputs * 1.3 + 0.2  # another scanner, seen from the decoder
     run = adaptation.optimize(prepared)
     assert run.loss[-1] < 0.8 * run.loss[0]
     assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+
+
+def test_chunks_with_recomputation_give_the_same_curve(
+    make_adaptation: Callable[..., Adaptation], scans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adaptation = make_adaptation(method="none", objective={"align": 1.0}, steps=1, lr=1e-3)
+    prepared = adaptation.prepare(scans / "images" / "case2.nii.gz")
+    whole = adaptation.optimize(prepared).loss
+    monkeypatch.setattr("samda.adaptation.engine.GRADIENT_PIXELS", 32)
+    assert adaptation.optimize(prepared).loss == pytest.approx(whole, rel=1e-4)
 
 
 def test_a_model_without_features_is_refused(network: SamSegmenter, trained: tuple) -> None:

@@ -177,13 +177,15 @@ def test_anchored_trusts_a_quota_of_every_class() -> None:
     assert targets.trusted.flatten().tolist() == [True] * 5 + [True] + [False] * 4
 
 
-def test_default_is_class_entropy_within_bounds() -> None:
+def test_default_is_consistency_and_class_entropy_within_bounds() -> None:
     z = random_logits()
-    objective = build_objective("default", {"bound": 3.0})
-    assert float(objective.loss(z, objective.prepare(z))) == pytest.approx(value("class_entropy", z), abs=1e-12)
+    objective = build_objective("default", {"consistency": 0.5, "growth": 3.0})
+    free = 0.5 * value("consistency", z) + 3.0 * value("class_entropy", z)
+    assert float(objective.loss(z, objective.prepare(z))) == pytest.approx(free, abs=1e-6)
     state = objective.prepare(z, lambda p: p[:, :, 1].mean())
-    bounded = value("class_entropy", z) + 3.0 * float(log_probabilities(z).exp()[:, :, 1].mean())
-    assert float(objective.loss(z, state)) == pytest.approx(bounded, abs=1e-9)
+    bounded = free + 3.0 * float(log_probabilities(z).exp()[:, :, 1].mean())
+    assert float(objective.loss(z, state)) == pytest.approx(bounded, abs=1e-6)
+    assert objective.align == 1.0
 
 
 def test_none_is_flat() -> None:
