@@ -86,7 +86,7 @@ def test_aligning_lowers_the_distance_and_leaves_the_model_as_it_was(
 def test_chunks_with_recomputation_give_the_same_curve(
     make_adaptation: Callable[..., Adaptation], scans: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adaptation = make_adaptation(method="none", objective={"align": 1.0}, steps=1, lr=1e-3)
+    adaptation = make_adaptation(method="none", objective={"align": 1.0}, steps=1, lr=1e-4)
     prepared = adaptation.prepare(scans / "images" / "case2.nii.gz")
     whole = adaptation.optimize(prepared).loss
     monkeypatch.setattr("samda.adaptation.engine.GRADIENT_PIXELS", 32)
