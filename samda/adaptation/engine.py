@@ -76,7 +76,7 @@ class Adaptation:
         flips: mirror every second view; organs have sides, so not by default.
         slices: number of slices that are adapted on; all are predicted.
         seed: of the views, together with the input.
-        keep: "best" keeps the iterate of highest :meth:`merit`, "last" the last one.
+        keep: "best" keeps the latest iterate of nearly the highest :meth:`merit`, "last" the last one.
         objective: further settings of the objective.
         guard: thresholds of the guard, see :class:`samda.adaptation.guard.GuardSettings`.
         time_limit_s: seconds after which a case falls back; None sets no limit.
@@ -300,7 +300,6 @@ class Adaptation:
                 self.lr,
                 merit,
                 deadline,
-                self.judge.bounds,
                 lambda: align(seen[0]),
             )
         prepared.seconds["adapt"] = time.perf_counter() - begin
@@ -313,7 +312,7 @@ class Adaptation:
         return shown if 2 * len(shown) >= len(prepared.slices) else list(range(len(prepared.slices)))
 
     def merit(self, prepared: PreparedCase, logits: torch.Tensor, by_class: Mapping[int, float]) -> float:
-        """Plausibility^2 x agreement of the chosen slices: what decides which iterate is kept. No objective sees it.
+        """Plausibility^2 x agreement of the chosen slices: it decides which iterates may be kept. No objective sees it.
 
         Either alone can be fooled: views agree perfectly on one big blob, and a speck at the right place looks fine.
         Agreement rises with every step of most objectives, so plausibility counts twice. Where slices exceed the field

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -32,8 +32,6 @@ __all__ = [
     "normalized_entropy",
     "soft_dice",
 ]
-
-Bounds = Callable[[torch.Tensor], torch.Tensor]  # probabilities (V, N, K, h, w) -> penalty
 
 CLASS_DIM = -3  # of (..., K, h, w)
 
@@ -97,11 +95,8 @@ class Objective:
     anchor: float = 0.0
     align: float = 0.0
 
-    def prepare(self, logits: torch.Tensor, bounds: Bounds | None = None) -> Any:
-        """What to keep of the source model's logits (V, N, K, h, w); called once, without gradients.
-
-        `bounds` maps probabilities to a penalty, see :mod:`samda.adaptation.bounds`.
-        """
+    def prepare(self, logits: torch.Tensor) -> Any:
+        """What to keep of the source model's logits (V, N, K, h, w); called once, without gradients."""
         return None
 
     def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
@@ -303,7 +298,7 @@ class PseudoLabel(Objective):
     name: ClassVar[str] = "pseudo_label"
     threshold: float = 0.9
 
-    def prepare(self, logits: torch.Tensor, bounds: Bounds | None = None) -> Targets:
+    def prepare(self, logits: torch.Tensor) -> Targets:
         return trusted_targets(logits, self.threshold, quota=0.0)
 
     def loss(self, logits: torch.Tensor, state: Targets) -> torch.Tensor:
@@ -336,7 +331,7 @@ class Anchored(Objective):
     size: float = 0.1
     slack: float = 2.0
 
-    def prepare(self, logits: torch.Tensor, bounds: Bounds | None = None) -> Targets:
+    def prepare(self, logits: torch.Tensor) -> Targets:
         return trusted_targets(logits, self.threshold, self.quota)
 
     def loss(self, logits: torch.Tensor, state: Targets) -> torch.Tensor:
@@ -354,36 +349,19 @@ class Anchored(Objective):
 
 
 @dataclasses.dataclass(frozen=True)
-class Default(Objective):
-    """Aligned consistency: features as the source had them, views that agree, organs that grow within their bounds.
+class Default(Consistency):
+    """Aligned consistency: features as the source had them, and views that agree.
 
-    L = align * A + consistency * (1 - soft Dice of neighboring views) + growth * (class-balanced entropy + penalty)
+    L = align * A + mean (1 - soft Dice of neighboring views)
 
-    A is the distance of the features, see :class:`samda.adaptation.alignment.FeatureAlignment`; the penalty is
-    :class:`samda.adaptation.bounds.OrganBounds`. Alignment repairs what the scanner did and leaves the rest alone;
-    consistency and growth fill the organs that it uncovers.
-
-    Args:
-        consistency: weight of the agreement between views.
-        growth: weight of the class-balanced entropy and of its brake.
+    A is the distance of the features, see :class:`samda.adaptation.alignment.FeatureAlignment`. Alignment undoes what
+    the scanner did to the features, which no agreement between views can; agreement settles what it uncovers. Neither
+    has a trivial answer such as an empty map.
     """
 
     name: ClassVar[str] = "default"
     lr: float = 3e-4
     align: float = 1.0
-    consistency: float = 0.3
-    growth: float = 0.2
-
-    def prepare(self, logits: torch.Tensor, bounds: Bounds | None = None) -> Bounds | None:
-        return bounds
-
-    def loss(self, logits: torch.Tensor, state: Bounds | None) -> torch.Tensor:
-        log_p = log_probabilities(logits)
-        grown = class_balanced_entropy(log_p, keep=1.0)
-        p = log_p.exp()
-        if state is not None:
-            grown = grown + state(p)
-        return self.consistency * view_disagreement(p) + self.growth * grown
 
 
 OBJECTIVES: dict[str, type[Objective]] = {

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from samda.adaptation.alignment import FeatureAlignment
-from samda.adaptation.bounds import OrganBounds
 from samda.adaptation.case import PreparedCase, Segmentation
 from samda.adaptation.guard import Evidence
 from samda.data.task import Task
@@ -99,7 +98,6 @@ class Judge:
         missing = [name for name in task.classes[1:] if name not in self.classes]
         if missing:
             raise InputError(f"the model's source statistics lack the class {missing[0]!r}; train it again")
-        self.bounds = OrganBounds(task, self.classes, self.quantiles)
         features = statistics.get("features")
         if not features:
             raise InputError("the model's source statistics lack its features, which are aligned to; train it again")

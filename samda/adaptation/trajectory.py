@@ -14,11 +14,12 @@ import torch
 import torch.nn as nn
 
 from samda.adaptation.measures import class_agreement, displacement, foreground_entropy, mean_agreement
-from samda.adaptation.objectives import Bounds, Objective
+from samda.adaptation.objectives import Objective
 
 __all__ = ["NotFinite", "OutOfTime", "Trajectory", "descend", "held", "keep_last", "load"]
 
 GRADIENT_NORM = 1.0  # clip
+NEAR = 0.9  # of the highest merit: merit is coarse, and an objective that does good does more of it later
 Merit = Callable[[torch.Tensor, Mapping[int, float]], float]  # logits of all views, agreement by class -> score
 
 
@@ -89,13 +90,12 @@ def descend(
     lr: float,
     merit: Merit | None = None,
     deadline: float | None = None,
-    bounds: Bounds | None = None,
     alignment: Callable[[], torch.Tensor] | None = None,
 ) -> Trajectory:
     """Minimize the objective over `parameters`, which hold theta_0 now and the kept iterate afterwards.
 
-    Adam with gradients clipped to norm 1, in fp32. The kept iterate is the one of highest `merit`; the earliest wins a
-    tie, so a case that nothing improves keeps theta_0.
+    Adam with gradients clipped to norm 1, in fp32. The kept iterate is the latest whose `merit` comes within a tenth of
+    the highest; theta_0 takes part.
 
     Args:
         logits_of: logits (V, N, K, h, w) of all views at the present parameters, with gradients.
@@ -105,7 +105,6 @@ def descend(
         lr: learning rate.
         merit: a label-free score of an iterate, the agreement between views when None; NaN keeps the last iterate.
         deadline: `time.monotonic()` after which the loop gives up.
-        bounds: handed to the objective, see :mod:`samda.adaptation.bounds`.
         alignment: distance of the features behind the latest logits from the source's, see
             :mod:`samda.adaptation.alignment`; weighed by the objective.
 
@@ -117,6 +116,7 @@ def descend(
     optimizer = torch.optim.Adam(list(parameters.values()), lr=lr)
     run = Trajectory(start, start, 0, [], [], [], [], [], [])
     state: Any = None
+    kept: dict[int, dict[str, torch.Tensor]] = {}
     for step in range(steps + 1):
         if deadline is not None and time.monotonic() > deadline:
             raise OutOfTime(f"step {step} of {steps}")
@@ -124,15 +124,15 @@ def descend(
             logits = logits_of().float()
         now = logits.detach()
         if step == 0:
-            state = objective.prepare(now, bounds)
+            state = objective.prepare(now)
         with torch.set_grad_enabled(step < steps):
             loss = objective.loss(logits, state) + objective.anchor * _anchor(parameters, start)
             if alignment is not None and objective.align:
                 loss = loss + objective.align * alignment()
         _measure(run, now, loss, merit, displacement(parameters, start))
-        if _is_better(run):
-            run.best_step = step
-            run.tensors = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        kept = {i: tensors for i, tensors in kept.items() if _is_near(run, i)}
+        if _is_near(run, step):
+            kept[step] = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         if step < steps:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -140,6 +140,8 @@ def descend(
             if not torch.isfinite(norm):
                 raise NotFinite(f"the gradient of step {step + 1}")
             optimizer.step()
+    run.best_step = max(kept)
+    run.tensors = kept[run.best_step]
     run.last = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     load(parameters, run.tensors)
     return run
@@ -175,7 +177,7 @@ def _measure(
     run.displacement.append(moved)
 
 
-def _is_better(run: Trajectory) -> bool:
-    """Is the newest iterate the one to keep so far?"""
-    newest, best = run.merit[-1], run.merit[run.best_step]
-    return math.isnan(newest) or newest > best
+def _is_near(run: Trajectory, step: int) -> bool:
+    """Does the merit of an iterate come within a tenth of the highest so far? NaN does, and outdoes what was before."""
+    merits = [math.inf if math.isnan(merit) else merit for merit in run.merit]
+    return merits[step] >= NEAR * max(merits)

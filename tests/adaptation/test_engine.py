@@ -396,13 +396,14 @@ def test_unusable_scans_are_refused(make_adaptation: Callable, tmp_path: Path, w
         make_adaptation().adapt(save(tmp_path / "wrong.nii.gz", image))
 
 
-def test_the_kept_iterate_has_the_highest_merit_and_merit_is_plausibility_squared_times_agreement(
+def test_the_kept_iterate_has_nearly_the_highest_merit_which_is_plausibility_squared_times_agreement(
     make_adaptation: Callable, case: Path
 ) -> None:
     adaptation = make_adaptation(method="class_entropy", lr=0.01, steps=4, views=3, slices=4, guard=NEVER_SKIP)
     prepared = adaptation.prepare(case)
     run = adaptation.optimize(prepared)
-    assert run.best_step == int(np.argmax(run.merit)) and len(set(run.merit)) > 1
+    near = [step for step, merit in enumerate(run.merit) if merit >= 0.9 * max(run.merit)]
+    assert run.best_step == near[-1] and len(set(run.merit)) > 1
     with torch.no_grad():
         logits = adaptation.logits(prepared)
     labels = torch.nn.functional.interpolate(logits[0], prepared.images.shape[-2:], mode="bilinear").argmax(1)

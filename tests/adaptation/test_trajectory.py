@@ -58,8 +58,11 @@ def test_first_adam_step_moves_every_number_by_the_rate(logits: torch.Tensor) ->
         torch.testing.assert_close(moved, torch.full_like(moved, 0.05), rtol=1e-3, atol=0)
 
 
-def test_the_iterate_of_highest_merit_is_kept(logits: torch.Tensor) -> None:
-    scores = iter([0.1, 0.5, 0.9, 0.9, 0.3])
+def test_the_latest_iterate_near_the_highest_merit_is_kept(logits: torch.Tensor) -> None:
+    scores = iter([0.1, 0.95, 0.82, 0.9, 0.85])  # nine tenths of 0.95 are 0.855
+    trajectory, _, _ = run(Scaler(), logits, merit=lambda z, agreed: next(scores))
+    assert trajectory.best_step == 3
+    scores = iter([0.1, 0.5, 0.9, 0.7, 0.3])
     trajectory, _, inside = run(Scaler(), logits, merit=lambda z, agreed: next(scores))
     assert trajectory.best_step == 2
     shorter, _, _ = run(Scaler(), logits, steps=2, merit=lambda z, agreed: float("nan"))  # NaN keeps the last one
@@ -68,8 +71,9 @@ def test_the_iterate_of_highest_merit_is_kept(logits: torch.Tensor) -> None:
         assert torch.equal(inside[name], shorter.tensors[name]) and torch.equal(inside[name], trajectory.tensors[name])
 
 
-def test_nothing_better_keeps_the_source(logits: torch.Tensor) -> None:
-    trajectory, start, inside = run(Scaler(), logits, merit=lambda z, agreed: 0.5)
+def test_nothing_as_good_keeps_the_source(logits: torch.Tensor) -> None:
+    scores = iter([0.5, 0.44, 0.3, 0.2, 0.1])
+    trajectory, start, inside = run(Scaler(), logits, merit=lambda z, agreed: next(scores))
     assert trajectory.best_step == 0
     assert all(torch.equal(inside[name], start[name]) for name in start)
 
