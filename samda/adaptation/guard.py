@@ -14,9 +14,10 @@ accepted_unchanged      no voxel changed, no iterate was better, or no step was 
 skipped_quality         before adapting: the source prediction is plausible and its views agree; there is little to gain
 skipped_empty           before adapting: no view shows any foreground; a person should look at the scan
 fallback_vanished       a class that the source predicts plausibly is gone (TENT's collapse ends here)
-fallback_volume         a class grew or shrank beyond the limit and became clearly less plausible, the whole no more so
+fallback_volume         a class grew or shrank beyond the limit, became implausible, and the whole less plausible
 fallback_plausibility   the adapted prediction fits the source statistics worse than better agreement makes good
 fallback_agreement      the views agree much less, or neither agreement nor plausibility rose
+fallback_drift          the features came no nearer to those of the training slices, as they do where a shift is undone
 fallback_entropy        certainty rose while agreement fell: the sign of a prediction that talks itself into something
 fallback_nonfinite      a loss, parameter or output was not finite
 fallback_timeout        the time limit of the case passed
@@ -47,6 +48,7 @@ REASONS = (
     "fallback_volume",
     "fallback_plausibility",
     "fallback_agreement",
+    "fallback_drift",
     "fallback_entropy",
     "fallback_nonfinite",
     "fallback_timeout",
@@ -72,12 +74,15 @@ class Evidence:
         plausibility: of each class, 0 to 1; None where the prediction lacks it.
         agreement: between the views, see :func:`samda.adaptation.measures.agreement`; NaN with a single view.
         entropy: mean normalized entropy on the foreground.
+        drift: distance of the features from those of the training slices, see
+            :class:`samda.adaptation.alignment.FeatureAlignment`; NaN where it was not measured.
     """
 
     volumes_ml: Mapping[str, float]
     plausibility: Mapping[str, float | None]
     agreement: float
     entropy: float
+    drift: float = math.nan
 
     def score(self, absent: float) -> float:
         """See :func:`mean_plausibility`."""
@@ -85,7 +90,8 @@ class Evidence:
 
     def to_dict(self, absent: float) -> dict[str, Any]:
         """Plain values for the record."""
-        return dataclasses.asdict(self) | {"score": self.score(absent)}
+        values = dataclasses.asdict(self) | {"score": self.score(absent)}
+        return values | {"drift": None if math.isnan(self.drift) else self.drift}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,23 +102,27 @@ class GuardSettings:
         skip_agreement: the views of the source prediction agree at least so well: nothing to gain. Above 1 never skips.
         skip_plausibility: ... and it is at least so plausible.
         absent: plausibility that counts for a class that a prediction lacks: between a wrong organ and a right one.
-        plausible: from here on a class of the source prediction must not vanish.
+        plausible: from here on a class of the source prediction must not vanish, and an adapted one may have any size.
         vanished: a class whose volume falls below this share of the source's has vanished.
         volume_factor: growth or shrinkage of a class that needs no justification.
         minor: share of the adapted foreground below which a class's change of volume needs none either.
         tolerance: loss of plausibility that better agreement makes good, and loss of agreement that better
             plausibility makes good; for a class that grew or shrank beyond its limit, the loss of its own plausibility.
+        regain: loss of the whole's plausibility at which a class may still grow or shrink beyond its limit.
+        drift_factor: the features must be at most so far from the source's as this share of what they were.
         improvement: plausibility or agreement must rise by more than this.
     """
 
-    skip_agreement: float = 0.95
-    skip_plausibility: float = 0.8
+    skip_agreement: float = 0.8
+    skip_plausibility: float = 0.9
     absent: float = 0.3
     plausible: float = 0.5
     vanished: float = 0.1
     volume_factor: float = 2.0
     minor: float = 0.05
     tolerance: float = 0.1
+    regain: float = 0.02
+    drift_factor: float = 0.95
     improvement: float = 0.0
 
     def to_dict(self) -> dict[str, float]:
@@ -188,6 +198,9 @@ def after(
         return Decision.of("fallback_agreement", f"{agreement}which plausibility {gain:+.3f} does not make good")
     if max(agreed, gain) <= settings.improvement:
         return Decision.of("fallback_agreement", f"{agreement}plausibility {gain:+.3f}: no gain")
+    if adapted.drift > settings.drift_factor * source.drift:
+        moved = f"{source.drift:.3f} -> {adapted.drift:.3f}"
+        return Decision.of("fallback_drift", f"the features came no nearer to the source's: {moved}")
     if last is not None and last[0] < source.agreement and last[1] < source.entropy and gain <= settings.improvement:
         return Decision.of("fallback_entropy", "at the last step the views agreed less while each was more certain")
     return Decision.of("accepted", f"{agreement}plausibility {gain:+.3f}")
@@ -210,6 +223,8 @@ def _class_reason(
         gain = (settings.absent if is_plausible is None else is_plausible) - (
             settings.absent if was_plausible is None else was_plausible
         )
-        if gain < -settings.tolerance and adapted.score(settings.absent) <= source.score(settings.absent):
+        whole = adapted.score(settings.absent) - source.score(settings.absent)
+        odd = is_plausible is None or is_plausible < settings.plausible
+        if odd and gain < -settings.tolerance and whole <= -settings.regain:
             return Decision.of("fallback_volume", f"{name}: {volume:.1f} -> {now:.1f} ml and plausibility {gain:+.2f}")
     return None

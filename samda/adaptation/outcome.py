@@ -91,12 +91,15 @@ def decide(engine: Adaptation, prepared: PreparedCase) -> Outcome:
     outcome = Outcome(Decision.of("fallback_error", ""), source)
     try:
         outcome.run = run = engine.optimize(prepared)
+        outcome.source = source = dataclasses.replace(source, drift=run.drift[0])
         if run.best_step == 0:
             outcome.decision = Decision.of("accepted_unchanged", "no iterate was better than the source model")
             return outcome
         adapted = engine.predict(prepared, run.tensors)
         best = run.best_step
-        outcome.evidence = engine.judge.evidence(prepared, adapted, run.agreement[best], run.entropy[best])
+        outcome.evidence = engine.judge.evidence(
+            prepared, adapted, run.agreement[best], run.entropy[best], run.drift[best]
+        )
         outcome.adapted = adapted
         if np.array_equal(adapted.labels, prepared.source.labels):
             outcome.decision = Decision.of("accepted_unchanged", "the adapted model predicts the same voxel by voxel")
@@ -171,6 +174,7 @@ def _record(engine: Adaptation, prepared: PreparedCase, outcome: Outcome, starte
         "agreement": _curve(run.agreement if run else [source.agreement]),
         "entropy": _curve(run.entropy if run else [source.entropy]),
         "merit": _curve(run.merit if run else []),
+        "drift": _curve(run.drift if run else []),
         "param_displacement": _curve(run.displacement if run else []),
         "volumes_ml": {c: [round(source.volumes_ml[c], 3), round(kept.volumes_ml[c], 3)] for c in source.volumes_ml},
         "dice_source_adapted": _dice(prepared.source, outcome.adapted, engine.task.classes),
@@ -192,7 +196,9 @@ def failed_record(
     reason = "failed_input" if isinstance(error, SamdaError) else "failed_error"
     text = " ".join(str(error).split())
     case_id = records.pseudonym(input_sha256 or records.sha256_of(name))
-    empty: dict[str, Any] = {key: [] for key in ("loss", "agreement", "entropy", "merit", "param_displacement")}
+    empty: dict[str, Any] = {
+        key: [] for key in ("loss", "agreement", "entropy", "merit", "drift", "param_displacement")
+    }
     return (
         _frame(engine, case_id, input_sha256, started)
         | empty

@@ -41,7 +41,7 @@ __all__ = ["look_first", "write_page"]
 
 SHOWN = 12  # cases with pictures
 WORSE = 0.01  # loss of Dice that counts as worse
-CURVES = ("loss", "merit", "agreement", "entropy", "param_displacement")
+CURVES = ("loss", "merit", "agreement", "drift", "entropy", "param_displacement")
 
 
 def write_page(

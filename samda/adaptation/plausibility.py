@@ -103,7 +103,14 @@ class Judge:
             raise InputError("the model's source statistics lack its features, which are aligned to; train it again")
         self.alignment = FeatureAlignment(features, task.num_classes)
 
-    def evidence(self, prepared: PreparedCase, prediction: Segmentation, agreement: float, entropy: float) -> Evidence:
+    def evidence(
+        self,
+        prepared: PreparedCase,
+        prediction: Segmentation,
+        agreement: float,
+        entropy: float,
+        drift: float = math.nan,
+    ) -> Evidence:
         """Evidence of a prediction of all slices."""
         volume = prepared.data["image"].as_tensor()
         labels = torch.from_numpy(prediction.labels.astype(np.uint8, copy=False))[None]
@@ -114,7 +121,7 @@ class Judge:
         voxel_ml = float(np.prod(prepared.grid.spacing_mm)) / 1000.0
         counts = np.bincount(prediction.labels.ravel(), minlength=self.task.num_classes)
         volumes = {name: int(counts[k]) * voxel_ml for k, name in enumerate(self.task.classes) if k}
-        return Evidence(volumes, plausibility, agreement, entropy)
+        return Evidence(volumes, plausibility, agreement, entropy, drift)
 
     def plausibility(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float | None]:
         """Plausibility of each foreground class.

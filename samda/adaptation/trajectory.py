@@ -36,6 +36,7 @@ class Trajectory:
     """What one adaptation did. Curves have one entry per iterate, the source model first (`steps` + 1 entries).
 
     `agreement` is the mean over the classes that the source model or the iterate shows; `by_class` has it for each.
+    `drift` is the distance of the features from the source's, NaN where it is not measured.
     """
 
     tensors: dict[str, torch.Tensor]  # of the kept iterate
@@ -47,6 +48,7 @@ class Trajectory:
     entropy: list[float]
     merit: list[float]
     displacement: list[float]
+    drift: list[float]
 
 
 @contextlib.contextmanager
@@ -114,7 +116,7 @@ def descend(
     """
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer = torch.optim.Adam(list(parameters.values()), lr=lr)
-    run = Trajectory(start, start, 0, [], [], [], [], [], [])
+    run = Trajectory(start, start, 0, [], [], [], [], [], [], [])
     state: Any = None
     kept: dict[int, dict[str, torch.Tensor]] = {}
     for step in range(steps + 1):
@@ -127,8 +129,13 @@ def descend(
             state = objective.prepare(now)
         with torch.set_grad_enabled(step < steps):
             loss = objective.loss(logits, state) + objective.anchor * _anchor(parameters, start)
-            if alignment is not None and objective.align:
-                loss = loss + objective.align * alignment()
+        with torch.set_grad_enabled(step < steps and objective.align > 0):
+            drift = alignment() if alignment is not None else None
+        if drift is not None:
+            run.drift.append(float(drift.detach()))
+            loss = loss + objective.align * drift if objective.align else loss
+        else:
+            run.drift.append(math.nan)
         _measure(run, now, loss, merit, displacement(parameters, start))
         kept = {i: tensors for i, tensors in kept.items() if _is_near(run, i)}
         if _is_near(run, step):

@@ -31,6 +31,7 @@ ALWAYS = {
     "plausible": 1.0,
     "volume_factor": 1e9,
     "vanished": 0.0,
+    "drift_factor": 1e9,
 }
 SHAPE = (52, 44, 9)  # 2 mm, RAS
 

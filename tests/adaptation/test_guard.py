@@ -57,11 +57,22 @@ def test_specks_of_an_absent_organ_may_vanish() -> None:
     assert reason(source, evidence(spleen=0, plausible=(0.8, None), agreement=0.9)) == "accepted"
 
 
+def test_features_must_come_nearer_to_the_source() -> None:
+    near, far = (dataclasses.replace(evidence(agreement=a), drift=d) for a, d in ((0.8, 0.4), (0.9, 0.39)))
+    assert reason(near, far) == "fallback_drift"
+    assert "0.400 -> 0.390" in after(near, far, SETTINGS).explanation
+    assert reason(near, dataclasses.replace(far, drift=0.379)) == "accepted"  # 0.95 x 0.4 = 0.38
+    assert reason(near, dataclasses.replace(far, drift=math.nan)) == "accepted"  # not measured
+
+
 def test_forced_doubling_falls_back() -> None:
-    odd = (0.9, 0.55)  # the spleen loses 0.15
+    odd = (0.9, 0.45)  # the spleen loses 0.25, the whole 0.075
     assert reason(evidence(), evidence(spleen=401, plausible=odd, agreement=0.95)) == "fallback_volume"
     assert reason(evidence(), evidence(spleen=399, plausible=odd, agreement=0.95)) == "accepted"
     assert reason(evidence(), evidence(spleen=401, plausible=(0.8, 0.65), agreement=0.95)) == "accepted"
+    assert (
+        reason(evidence(), evidence(spleen=401, plausible=(0.8, 0.55), agreement=0.95)) == "accepted"
+    )  # an organ still
 
 
 def test_a_class_of_a_few_voxels_decides_nothing() -> None:
@@ -107,10 +118,10 @@ def test_a_single_view_leaves_it_to_plausibility() -> None:
 
 
 def test_good_predictions_are_left_alone() -> None:
-    decision = before(evidence(plausible=(0.9, 0.9), agreement=0.97), True, SETTINGS)
+    decision = before(evidence(plausible=(0.91, 0.9), agreement=0.81), True, SETTINGS)
     assert decision is not None and (decision.decision, decision.reason) == ("skipped", "skipped_quality")
     assert before(evidence(plausible=(0.5, 0.9), agreement=0.97), True, SETTINGS) is None  # agreed upon, but odd
-    assert before(evidence(plausible=(0.9, 0.9), agreement=0.9), True, SETTINGS) is None
+    assert before(evidence(plausible=(0.91, 0.9), agreement=0.79), True, SETTINGS) is None
 
 
 def test_nothing_to_see_is_skipped() -> None:
