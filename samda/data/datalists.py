@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samda.data.readers import SCAN_SUFFIXES, has_dicom, stem
+from samda.data.formats import SCAN_SUFFIXES, stem
+from samda.data.itk import has_dicom
 from samda.errors import InputError, nearest
 
 __all__ = ["Case", "DataList", "read_datalist", "read_labels"]

@@ -29,14 +29,13 @@ from monai.transforms import (
 from samda.data.contrast import RandTissueContrastd
 from samda.data.intensity import ScaleBodyIntensityd
 from samda.data.labels import MapLabelsd
-from samda.data.readers import SimpleITKReader
+from samda.data.readers import SAME_PLACE, SimpleITKReader, corner_distance_mm
 from samda.data.task import Task
 from samda.errors import InputError, UsageError, cause_of, nearest
 
 __all__ = ["CheckSameGridd", "LoadScand", "Preprocessing", "build_augmentation", "build_preprocessing"]
 
 RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
-SAME_PLACE = 0.1  # of the smallest voxel side: how far apart corners of image and label may lie
 
 
 class Preprocessing(Compose):
@@ -105,10 +104,7 @@ class CheckSameGridd(MapTransform):
         if image.shape[1:] != label.shape[1:]:
             sizes = [" x ".join(map(str, volume.shape[1:])) for volume in (label, image)]
             raise InputError(f"{name} has {sizes[0]} voxels but its image {sizes[1]}; give the label of this very scan")
-        corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
-        corners[:, :3] *= np.array(image.shape[1:]) - 1
-        difference = (image.affine.numpy() - label.affine.numpy()) @ corners.T
-        apart = float(np.linalg.norm(difference[:3], axis=0).max())
+        apart = corner_distance_mm(image.affine.numpy(), label.affine.numpy(), image.shape[1:])
         if apart > SAME_PLACE * float(image.pixdim.min()):
             raise InputError(
                 f"{name} lies up to {apart:.2f} mm beside its image; give the label of this very scan, "

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from samda.data.datalists import read_datalist
-from samda.data.readers import SCAN_SUFFIXES, stem
+from samda.data.formats import SCAN_SUFFIXES, stem
 from samda.errors import InputError
 
 __all__ = ["find_pairs"]
