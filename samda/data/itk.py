@@ -11,16 +11,22 @@ import SimpleITK as sitk
 from samda.data.formats import PICTURE_SUFFIXES, not_a_scan
 from samda.errors import InputError
 
-__all__ = ["has_dicom", "itk_geometry", "read_dicom", "read_itk"]
+__all__ = ["dicom_modality", "has_dicom", "itk_geometry", "read_dicom", "read_itk"]
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 POSITION = "0020|0032"  # DICOM: position of a slice's first voxel (LPS mm)
 SERIES_NAME = "0008|103e"  # series description
+MODALITY = "0008|0060"
 
 
 def has_dicom(folder: str | Path) -> bool:
     """Does `folder` itself hold a DICOM series?"""
-    return bool(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
+    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK would warn of every folder without
+    try:
+        return bool(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
 
 
 def itk_geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
@@ -138,3 +144,14 @@ def _slice_step(positions: np.ndarray, folder: Path) -> np.ndarray:
             "add the missing slices or remove the doubled ones"
         )
     return mean
+
+
+def dicom_modality(folder: Path) -> str | None:
+    """The modality that the DICOM series in a folder states: "CT", "MR", "PT", ..."""
+    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    if not series:
+        return None
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])[0])
+    reader.ReadImageInformation()
+    return reader.GetMetaData(MODALITY).strip() or None if reader.HasMetaDataKey(MODALITY) else None
