@@ -107,7 +107,7 @@ def heading(args: argparse.Namespace, device: str, batch_size: int) -> list[str]
         "",
         f"  {train}{backbone}{size}",
         "",
-        f"Batch size {batch_size} should fit the free memory ({device}), with adapters in the encoder of {args.backbone}.",
+        f"Batch size {batch_size} should fit the free memory ({device}), adapters in the encoder of {args.backbone}.",
     ]
 
 

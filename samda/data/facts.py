@@ -95,7 +95,9 @@ def look_at(case: Case, section: str, report: Report) -> CaseFacts:
 
     image = label = None
     with _noticing(tell), _refusals("unreadable", tell):
-        image = _in_ras(read_scan(case["image"], None), facts)
+        scan = read_scan(case["image"], None)
+        _describe(scan, facts, tell)
+        image = _in_ras(scan)
     if image is not None:
         with _refusals("image", tell):
             _image_facts(image, facts, tell)
@@ -134,16 +136,8 @@ def _noticing(tell: Tell) -> Iterator[None]:
             tell("header", " ".join(str(warning.message).split()), stops=False)
 
 
-def _in_ras(scan: Scan, facts: CaseFacts | None = None) -> Scan:
-    """The scan with its axes in RAS order, a view; what its file says goes into `facts`."""
-    if facts is not None:
-        first = Path(facts.image[0])
-        x, y, z = scan.array.shape[:3]
-        facts.shape, facts.channels = (x, y, z), scan.array.shape[3] if scan.array.ndim == 4 else 1
-        facts.spacing_mm = tuple(round(float(s), 5) for s in np.linalg.norm(scan.affine[:3, :3], axis=0))
-        facts.orientation = "".join(nib.aff2axcodes(scan.affine))
-        facts.picture = first.name.lower().endswith(PICTURE_SUFFIXES)
-        facts.dicom = dicom_modality(first) if first.is_dir() else None
+def _in_ras(scan: Scan) -> Scan:
+    """The scan with its axes in RAS order, a view."""
     turn = nib.io_orientation(scan.affine)
     affine = scan.affine @ nib.orientations.inv_ornt_aff(turn, scan.array.shape[:3])
     return Scan(nib.orientations.apply_orientation(scan.array, turn), affine)
@@ -152,11 +146,31 @@ def _in_ras(scan: Scan, facts: CaseFacts | None = None) -> Scan:
 # -------------------------------------------------------------------------------------------------------------- image
 
 
+def _describe(scan: Scan, facts: CaseFacts, tell: Tell) -> None:
+    """What the file says of its grid, and whether that can be."""
+    first = Path(facts.image[0])
+    x, y, z = scan.array.shape[:3]
+    sides = np.linalg.norm(scan.affine[:3, :3], axis=0)
+    facts.shape, facts.channels = (x, y, z), scan.array.shape[3] if scan.array.ndim == 4 else 1
+    facts.spacing_mm = tuple(float(f"{s:.5g}") for s in sides)
+    facts.orientation = "".join(nib.aff2axcodes(scan.affine))
+    facts.picture = first.name.lower().endswith(PICTURE_SUFFIXES)
+    facts.dicom = dicom_modality(first) if first.is_dir() else None
+    if facts.picture:
+        return
+    extent, shown = float((sides * facts.shape).max()), " x ".join(f"{s:g}" for s in facts.spacing_mm)
+    if sides.max() > COARSEST or not SMALLEST <= extent <= LARGEST:
+        text = f"{first} has voxels of {shown} mm and measures {extent:.4g} mm at most"
+        tell("spacing", f"{text}; its header may count in m or micrometers: convert it to mm")
+    elif np.allclose(np.abs(scan.affine), np.eye(4)) and 1 not in facts.shape:
+        text = f"{first} states voxels of 1 x 1 x 1 mm at the origin, as files do whose geometry was lost"
+        tell("spacing", f"{text}; check it against the original", stops=False)
+
+
 def _image_facts(image: Scan, facts: CaseFacts, tell: Tell) -> None:
     """Intensities, size of the body, and what is wrong with them."""
     values = image.array if image.array.ndim == 4 else image.array[..., None]
     spacing_mm = np.linalg.norm(image.affine[:3, :3], axis=0)
-    _check_size(np.asarray(values.shape[:3]), spacing_mm, image.affine, facts, tell)
     facts.sides_mm = tuple(float(f"{s:.5g}") for s in spacing_mm)
     name = facts.image[0]
     if values.dtype.kind == "f" and not np.isfinite(values).all():
@@ -172,18 +186,6 @@ def _image_facts(image: Scan, facts: CaseFacts, tell: Tell) -> None:
         flat = part.reshape(-1)[:: max(1, part.size // MOST_VALUES)]
         facts.quantiles.append([float(f"{q:.5g}") for q in np.quantile(flat, QUANTILES)])
     facts.extent_mm = _extent_mm(values[..., 0], spacing_mm, facts)
-
-
-def _check_size(shape: np.ndarray, spacing_mm: np.ndarray, affine: np.ndarray, facts: CaseFacts, tell: Tell) -> None:
-    if facts.picture:
-        return
-    extent, sides = float((shape * spacing_mm).max()), " x ".join(f"{s:g}" for s in facts.spacing_mm)
-    if spacing_mm.max() > COARSEST or not SMALLEST <= extent <= LARGEST:
-        text = f"{facts.image[0]} has voxels of {sides} mm and measures {extent:.4g} mm at most"
-        tell("spacing", f"{text}; its header may count in m or micrometers: convert it to mm")
-    elif np.allclose(np.abs(affine), np.eye(4)) and not (shape == 1).any():
-        text = f"{facts.image[0]} states voxels of 1 x 1 x 1 mm at the origin, as files do whose geometry was lost"
-        tell("spacing", f"{text}; check it against the original", stops=False)
 
 
 def _extent_mm(values: np.ndarray, spacing_mm: np.ndarray, facts: CaseFacts) -> tuple[float, ...]:

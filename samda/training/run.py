@@ -113,7 +113,8 @@ def training_workflow(
     elif adapters is not None:
         names = [adapters] if isinstance(adapters, str | Path) else adapters
         keys |= _merged((find_overlay(name) for name in names), overrides)
-    workflow = ConfigWorkflow(str(config_file), workflow_type="train", logging_file=False)
+    with _one_voice():
+        workflow = ConfigWorkflow(str(config_file), workflow_type="train", logging_file=False)
     for key, value in (keys | overrides).items():
         workflow.parser.set(value, key)  # new nested keys are taken, too, and refused by name below
     check_config(workflow.parser.get(), ConfigParser.load_config_file(config_file))
