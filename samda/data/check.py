@@ -229,8 +229,9 @@ def _of_whole(report: DataReport, task: Task | None) -> list[Problem]:
         return [
             Problem("no label", f"no case can be trained with ({number} without label); list labelled ones as training")
         ]
+    read = {case.id for case in report.labelled}
     foreground = {case.id for case in report.labelled if _has_foreground(case, report.data.labels, task)}
-    if not foreground:
+    if read and not foreground:
         return [Problem("no foreground", "no label holds any class; check labels, ids and names")]
     if not validation:
         try:
@@ -244,7 +245,8 @@ def _of_whole(report: DataReport, task: Task | None) -> list[Problem]:
         training, validation = parts.training, parts.validation
     found = []
     for name, cases in (("training", training), ("validation", validation)):
-        if not any(case["id"] in foreground for case in cases):
+        ids = {case["id"] for case in cases}
+        if ids <= read and not ids & foreground:  # what could not be read is a problem of its own
             names = ", ".join(case["id"] for case in cases[:5])
             text = f"no label of the {name} cases ({names}) holds any class; choose others (--fold, --seed) or add some"
             found.append(Problem("no foreground", text))
