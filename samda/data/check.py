@@ -117,9 +117,12 @@ def _of_ids(report: DataReport, task: Task | None) -> list[Problem]:
         unknown = sorted(i for i in case.label_ids if known is not None and i not in known.ids)
         if known is not None and known.rest is None and unknown:
             shown = ", ".join(f"{i} ({case.label_ids[i]} voxels)" for i in unknown[:8]) + ", ..." * (len(unknown) > 8)
-            text = f"{case.label} holds ids that {known.source} does not name: {shown}; name them, or list the ids of "
-            text += "each class under `labels` in the task, and the others become background"
-            found.append(Problem("label ids", text, case.id, case.section != "test"))
+            text = f"{case.label} holds ids that {known.source} does not name: {shown}; "
+            if task is None:  # the suggested task lists ids, so these become background
+                text += "they become background unless the task lists them"
+            else:
+                text += "list the ids of each class under `labels` in the task, and the others become background"
+            found.append(Problem("label ids", text, case.id, task is not None and case.section != "test"))
         elif known is None and any(i < 0 for i in case.label_ids):
             text = f"{case.label} holds ids below 0; name them under `labels` in the task, or they become background"
             found.append(Problem("label ids", text, case.id, False))

@@ -27,7 +27,7 @@ __all__ = ["QUANTILES", "CaseFacts", "look_at"]
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 AIR = -500.0  # HU: what reaches below it holds air in Hounsfield units
-SAMPLES = 5000  # foreground voxels kept of a case, evenly spread
+SAMPLES = 20_000  # foreground voxels kept of a case, evenly spread
 MANY_IDS = 256  # a file with more different values is an image
 LARGEST_RANGE = 1 << 20  # between the smallest and the largest id
 COARSEST, SMALLEST, LARGEST = 30.0, 5.0, 3000.0  # mm: a voxel side, and the longest side of a scan
@@ -55,6 +55,7 @@ class CaseFacts:
         sides_mm: (3,) voxel sides along the RAS axes.
         label_ids: id -> voxels; empty without a readable label.
         foreground: (n, C) intensities where the label is not 0, at most `SAMPLES` of them.
+        foreground_ids: (n,) the ids there.
     """
 
     id: str
@@ -74,10 +75,11 @@ class CaseFacts:
     sides_mm: tuple[float, ...] = ()
     label_ids: dict[int, int] = dataclasses.field(default_factory=dict)
     foreground: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 1), np.float32), repr=False)
+    foreground_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, int), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "foreground"}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.name.startswith("foreground")}
 
 
 def look_at(case: Case, section: str, report: Report) -> CaseFacts:
@@ -109,7 +111,7 @@ def look_at(case: Case, section: str, report: Report) -> CaseFacts:
     if image is not None and label is not None:
         with _refusals("grid", tell):
             refuse_other_grid(image.array.shape[:3], image.affine, label.array.shape, label.affine, str(facts.label))
-            facts.foreground = _foreground(image.array, label.array)
+            facts.foreground, facts.foreground_ids = _foreground(image.array, label.array)
     return facts
 
 
@@ -234,10 +236,10 @@ def _count_ids(array: np.ndarray, name: str, tell: Tell) -> dict[int, int]:
     return ids
 
 
-def _foreground(image: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """(n, C) intensities of labelled voxels, evenly spread."""
+def _foreground(image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n, C) intensities and (n,) ids of labelled voxels, evenly spread."""
     places = np.flatnonzero(label.reshape(-1))
     places = places[:: max(1, len(places) // SAMPLES)][:SAMPLES]
     index = np.unravel_index(places, label.shape)
     values = image[index]
-    return np.asarray(values if values.ndim == 2 else values[:, None], np.float32)
+    return np.asarray(values if values.ndim == 2 else values[:, None], np.float32), label[index].astype(int)

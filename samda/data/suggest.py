@@ -26,6 +26,7 @@ COARSENING = 2.0  # how much coarser than the scans the slices may be before a l
 TAIL = 0.5  # percent of the foreground below and above the window
 MARGIN = 1.02  # of the field of view around the body
 ANISOTROPIC = 1.5  # times the middle voxel side: how long the side across the slices is at least
+REFINING = 2.0  # how much finer at most: SAM sees more where an organ covers more pixels
 WINDOW = 400.0  # HU, the narrowest window: what surrounds an organ should stay visible
 SINGLE, UNNAMED = "foreground", "class_{}"
 
@@ -98,8 +99,8 @@ def suggest_task(report: DataReport) -> Suggestion:
 
     * classes: as the data set names them, else one for every id in the labels;
     * modality: as file types, data set or DICOM headers state it, else CT where scans reach below -500;
-    * spacing and image size: the field of view holds the body of nearly every case, at the scans' own spacing if 256
-      pixels suffice, at most twice as coarse up to 512 pixels, and coarser only beyond;
+    * spacing and image size: the field of view holds the body of nearly every case in 256 pixels or, where these would
+      be more than twice as coarse as the scans, in up to 512; in fewer where they would be more than twice as fine;
     * window: the middle 99 % of the foreground, at least 400 HU.
 
     Raises:
@@ -116,7 +117,7 @@ def suggest_task(report: DataReport) -> Suggestion:
     values["in_channels"] = min(3, Counter(case.channels for case in cases).most_common(1)[0][0])
     geometry = dict(_geometry(cases, values["modality"]))
     if values["modality"] == "CT":
-        geometry |= _window(cases)
+        geometry |= _window(cases, [i for ids in values["labels"].values() for i in np.atleast_1d(ids)])
     values |= {key: value for key, (value, _) in geometry.items()}
     reasons |= {key: reason for key, (_, reason) in geometry.items()}
     return Suggestion(Task.from_dict(values), {key: reason for key, reason in reasons.items() if reason})
@@ -169,13 +170,11 @@ def _geometry(cases: Sequence[CaseFacts], modality: str) -> Choices:
     axis, across, why = _axis(cases, modality)
     plane = [a for a in range(3) if a != across]
     own = 1.0 if modality == "image" else float(np.median([np.mean([c.sides_mm[a] for a in plane]) for c in cases]))
-    field = float(np.percentile([max(case.extent_mm[a] for a in plane) for case in cases], 95)) * MARGIN
-    if field / SIZES[0] <= own:
-        spacing, size = own, max(SMALLEST_SIZE, int(np.ceil(field / own / 16)) * 16)
-    else:
-        size = next((s for s in SIZES if field / s <= COARSENING * own), SIZES[-1])
-        spacing = max(own, field / size)
-    spacing = float(np.ceil(spacing * 100 - 1e-6)) / 100
+    field = float(np.percentile([max(case.extent_mm[a] for a in plane) for case in cases], 95))
+    field *= 1.0 if modality == "image" else MARGIN
+    size = next((s for s in SIZES if field / s <= COARSENING * own), SIZES[-1])
+    spacing = float(np.ceil(100 * max(own / REFINING, field / size) - 1e-6)) / 100
+    size = max(SMALLEST_SIZE, int(np.ceil(field / spacing / 16 - 1e-6)) * 16)
     unit = "pixels" if modality == "image" else "mm"
     scans = f"the scans have {own:.3g}" if modality != "image" else "a pixel of a picture counts as 1 mm"
     view = f"{spacing * size:.0f} {unit} of view; 95 % of the cases need {field:.0f}, larger ones are tiled"
@@ -199,8 +198,8 @@ def _axis(cases: Sequence[CaseFacts], modality: str) -> tuple[str, int, str]:
     return name, across, f"slices are {apart:.3g} mm apart along it, which is coarser than within"
 
 
-def _window(cases: Sequence[CaseFacts]) -> Choices:
-    samples = np.concatenate([case.foreground.reshape(-1) for case in cases])
+def _window(cases: Sequence[CaseFacts], ids: Sequence[int]) -> Choices:
+    samples = np.concatenate([case.foreground[np.isin(case.foreground_ids, ids)].reshape(-1) for case in cases])
     if not len(samples):
         return {"window": ([-160.0, 240.0], "HU; soft tissue, as no foreground could be measured")}
     low, high = np.percentile(samples, [TAIL, 100 - TAIL])

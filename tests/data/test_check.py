@@ -72,7 +72,8 @@ def test_a_sound_data_set_is_described(place: Path) -> None:
     assert (facts.smallest, facts.largest) == (-1000, image.max())
     assert facts.quantiles[0] == pytest.approx(np.quantile(image, (0.01, 0.25, 0.5, 0.75, 0.99)))
     assert facts.extent_mm == (8 * 20, 10 * 18, 6 * 5)  # the body without its air
-    assert sorted(facts.foreground[:, 0]) == sorted(image[label > 0])
+    for k in (1, 2):
+        assert sorted(facts.foreground[facts.foreground_ids == k, 0]) == sorted(image[label == k])
     values = json.loads(json.dumps(report.to_dict()))
     assert values["sections"] == {"training": 4, "validation": 0, "test": 0} and values["layout"] == "nnunet"
 
@@ -126,7 +127,7 @@ def change(place: Path, what: str, name: str = "b") -> None:
             "has 11 x 14 x 6 voxels but its image 12 x 14 x 6; give the label of this very scan",
         ),
         ("label moved", "grid", True, "lies up to 3.00 mm beside its image"),
-        ("unknown id", "label ids", True, "ids that the data set does not name: 7 (2 voxels); name them"),
+        ("unknown id", "label ids", False, "that the data set does not name: 7 (2 voxels); they become background"),
         ("fractions", "unreadable", True, "holds 1 fractions, which are no class ids"),
         ("label NaN", "unreadable", True, "holds 1 NaN or infinite values, which are no class ids"),
         ("an image as label", "unreadable", True, "holds 1008 different values from 0 to 1007; give a label map"),
@@ -156,9 +157,9 @@ def test_all_cases_are_looked_at_and_what_stops_comes_first(place: Path) -> None
     change(place, "NaN", "d")
     assert [(p.case, p.kind) for p in problems(place)] == [
         ("b", "unreadable"),
-        ("c", "label ids"),
         ("d", "NaN"),
         ("a", "empty label"),
+        ("c", "label ids"),
     ]
 
 
@@ -166,6 +167,8 @@ def test_a_task_says_what_counts(place: Path) -> None:
     change(place, "unknown id")
     task = Task(classes=("background", "liver"), labels={"liver": (1,)})
     assert problems(place, task) == []  # other ids become background
+    named = problems(place, Task(classes=("background", "liver", "spleen")))  # the ids are those of the data set
+    assert [(p.kind, p.case, p.stops) for p in named] == [("label ids", "b", True)]
     assert [p.kind for p in problems(place, Task(classes=("background", "liver"), labels={"liver": (3,)}))] == [
         "label ids",  # the data set gives liver another id
         "no foreground",

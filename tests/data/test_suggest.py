@@ -30,6 +30,7 @@ def case(name: str = "a", **changes: Any) -> CaseFacts:
         "extent_mm": (370.0, 250.0, 270.0),
         "label_ids": {0: 1000, 3: 20, 1: 60},
         "foreground": np.linspace(20, 120, 1001, dtype=np.float32)[:, None],
+        "foreground_ids": np.ones(1001, int),
     }
     return CaseFacts(name, "training", ["a.nii.gz"], "l.nii.gz", **(values | changes))
 
@@ -97,8 +98,9 @@ def test_modality(changes: dict[str, Any], data: dict[str, Any], modality: str, 
 @pytest.mark.parametrize(
     ("side", "extent", "spacing", "size"),
     [
-        (2.0, 200.0, 2.0, 112),  # 204 mm at 2 mm are 102 pixels
-        (4.0, 120.0, 4.0, 64),
+        (3.0, 373.0, 1.5, 256),
+        (2.0, 200.0, 1.0, 208),  # at most twice as fine: 204 mm at 1 mm
+        (4.0, 60.0, 2.0, 64),
         (0.5, 240.0, 0.96, 256),  # at most twice as coarse
         (0.4, 240.0, 0.64, 384),
         (0.1, 240.0, 0.48, 512),  # nothing larger is suggested
@@ -115,14 +117,18 @@ def test_sagittal_slices() -> None:
     spine = case(sides_mm=(4.0, 0.7, 0.7), extent_mm=(60.0, 150.0, 170.0), smallest=0.0)
     suggestion = suggest_task(report(spine))
     assert suggestion.task.axis == "sagittal"
-    assert (suggestion.task.spacing, suggestion.task.image_size) == (0.7, 256)  # 173 mm at 0.7 mm are 248 pixels
+    assert (suggestion.task.spacing, suggestion.task.image_size) == (0.68, 256)  # 1.02 * 170 / 256 = 0.677
     assert "slices are 4 mm apart" in suggestion.reasons["axis"]
 
 
 def test_windows_are_wide_enough_to_see_and_hold_the_foreground() -> None:
     lungs = case(foreground=np.linspace(-950, -50, 1001, dtype=np.float32)[:, None])
     assert suggest_task(report(lungs)).task.window == (-950.0, -50.0)
-    nothing = case(foreground=np.zeros((0, 1), np.float32))
+    others = np.concatenate([np.linspace(20, 120, 1001), np.full(1000, 3000.0)]).astype(np.float32)[:, None]
+    ids = np.repeat([1, 7], [1001, 1000])
+    named = report(case(foreground=others, foreground_ids=ids), labels={"background": (0,), "liver": (1,)})
+    assert suggest_task(named).task.window == (-130.0, 270.0)  # the bones are of no class
+    nothing = case(foreground=np.zeros((0, 1), np.float32), foreground_ids=np.zeros(0, int))
     assert suggest_task(report(nothing)).task.window == (-160.0, 240.0)
 
 
@@ -131,5 +137,5 @@ def test_color_pictures() -> None:
         picture=True, channels=3, sides_mm=(1, 1, 1), extent_mm=(1024.0, 768.0, 1.0), label_ids={0: 1, 255: 2}
     )
     task = suggest_task(report(picture)).task
-    assert (task.in_channels, task.spacing, task.image_size) == (3, 2.04, 512)
-    assert task.nsd_tolerance == 2.04
+    assert (task.in_channels, task.spacing, task.image_size) == (3, 2.0, 512)
+    assert task.nsd_tolerance == 2
