@@ -111,7 +111,8 @@ def look_at(case: Case, section: str, report: Report) -> CaseFacts:
     if image is not None and label is not None:
         with _refusals("grid", tell):
             refuse_other_grid(image.array.shape[:3], image.affine, label.array.shape, label.affine, str(facts.label))
-            facts.foreground, facts.foreground_ids = _foreground(image.array, label.array)
+            if facts.label_ids:
+                facts.foreground, facts.foreground_ids = _foreground(image.array, label.array)
     return facts
 
 
