@@ -44,7 +44,7 @@ from samda.adaptation.views import FAMILIES, make_views, mirrored_classes, resto
 from samda.adapters.base import unmerge
 from samda.adapters.files import state_tensors
 from samda.adapters.scopes import scope_parameters
-from samda.data.readers import stem
+from samda.data.formats import files_of, stem
 from samda.data.slices import SliceGrid
 from samda.data.task import Task
 from samda.data.transforms import build_preprocessing
@@ -214,7 +214,8 @@ class Adaptation:
         sha256 = records.path_sha256(case["image"])
         data = self.preprocessing(dict(case))
         read = time.perf_counter()
-        return self._prepared(str(case.get("id") or stem(case["image"])), sha256, data, {"read": read - begin})
+        name = str(case.get("id") or stem(files_of(case["image"])[0]))
+        return self._prepared(name, sha256, data, {"read": read - begin})
 
     def prepare_data(self, data: Mapping[str, Any], name: str) -> PreparedCase:
         """As :meth:`prepare`, for a case that is preprocessed already: {"image": MetaTensor (C, X, Y, Z) in [0, 1]}."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.run import AdaptRun, details_folder
+from samda.data.formats import Image
 from samda.data.slices import SliceGrid
 from samda.data.transforms import build_preprocessing
 from samda.errors import SamdaError
@@ -159,7 +160,7 @@ def _all_cases(run: AdaptRun, shown: Mapping[str, str]) -> str:
     return section("All cases", [table(head, rows)])
 
 
-def _case(adaptation: Adaptation, run: AdaptRun, case: str, image: str | Path | None, name: str) -> str:
+def _case(adaptation: Adaptation, run: AdaptRun, case: str, image: Image | None, name: str) -> str:
     record = run.records[case]
     pieces = [paragraph(f"{record['decision']}: {record['reason']}. {_why(record)}")]
     if record["volumes_ml"]:
@@ -177,7 +178,7 @@ def _case(adaptation: Adaptation, run: AdaptRun, case: str, image: str | Path | 
     return section(name, pieces)
 
 
-def _overlays(adaptation: Adaptation, run: AdaptRun, case: str, image: str | Path) -> list[str]:
+def _overlays(adaptation: Adaptation, run: AdaptRun, case: str, image: Image) -> list[str]:
     """Before, after, changed: three slices, those that changed most among them."""
     details = details_folder(run.output, case)
     final = label_path(run.output, case, image)
@@ -198,11 +199,11 @@ def _overlays(adaptation: Adaptation, run: AdaptRun, case: str, image: str | Pat
     return pieces
 
 
-def _slices(adaptation: Adaptation, image: str | Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
+def _slices(adaptation: Adaptation, image: Image, labels: Path) -> tuple[np.ndarray, np.ndarray]:
     """Slices (n, C, H, W) of a scan and (n, H, W) of a label map on its grid, as the network sees them."""
     task = adaptation.task
     task = dataclasses.replace(task, labels={name: (k,) for k, name in enumerate(task.classes) if k})
-    data = build_preprocessing(task, labels=True)({"image": str(image), "label": str(labels)})
+    data = build_preprocessing(task, labels=True)({"image": image, "label": str(labels)})
     grid = SliceGrid.from_volume(data["image"], data["image"].affine, task)
     every = range(grid.num_slices)
     return grid.extract(data["image"], every).numpy(), grid.extract_labels(data["label"], every).numpy()

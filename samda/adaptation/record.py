@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from samda.data.formats import Image, files_of
 from samda.errors import InputError
 from samda.files import plain, write_text
 from samda.version import __version__
@@ -81,12 +82,16 @@ def tensors_sha256(tensors: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def path_sha256(path: str | Path) -> str:
+def path_sha256(image: Image) -> str:
     """sha256 of a file, or of a folder's files (a DICOM series): each file's content, in the order of their hashes.
 
-    Neither names nor times enter, so a series keeps its hash when it is exported again under other file names.
+    Neither names nor times enter, so a series keeps its hash when it is exported again under other file names. Of
+    several channel files it is that of their hashes, in the order of the channels.
     """
-    path = Path(path)
+    paths = files_of(image)
+    if len(paths) > 1:
+        return hashlib.sha256("\n".join(map(path_sha256, paths)).encode()).hexdigest()
+    path = paths[0]
     if not path.is_dir():
         return _file_sha256(path)
     hashes = sorted(_file_sha256(p) for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))

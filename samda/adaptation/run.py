@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from samda.adaptation import record as records
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.outcome import AdaptedCase, failed_record
+from samda.data.formats import files_of
 from samda.errors import SamdaError, UsageError
 from samda.files import replacing, write_json, write_text
 from samda.inference.predict import find_cases
@@ -195,12 +196,13 @@ class _Job:
             logger.error("case %s: %s", name, " ".join(str(error).split()))
             logger.debug("case %s failed", name, exc_info=True)
             result, write = None, lambda place: {}
-            record = failed_record(self.adaptation, sha256, str(case["image"]), error, started)
+            record = failed_record(self.adaptation, sha256, str(files_of(case["image"])[0]), error, started)
         record["dry_run"] = self.dry_run
         if self.keep_names:
             record["case_id"] = name
         else:
-            _conceal(record, [str(case["image"]), Path(case["image"]).name, name])
+            paths = files_of(case["image"])
+            _conceal(record, [*map(str, paths), *(path.name for path in paths), name])
         try:
             self._publish(case, record, write)
             if result is not None and not self.dry_run:
@@ -279,7 +281,6 @@ def _write_lists(run: AdaptRun, report: Path) -> None:
 
 
 def _refuse_own_folder(cases: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    for case in cases:
-        image = Path(case["image"])
+    for image in (path for case in cases for path in files_of(case["image"])):
         if folder.resolve() == (image if image.is_dir() else image.parent).resolve():
             raise UsageError(f"output {folder} is the folder of the scan {image.name}; choose another output folder")

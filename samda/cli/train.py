@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train adapters and a class head on labelled scans.
 
-The result is a model folder. The data set is an nnU-Net or Medical Segmentation Decathlon folder, or a MONAI datalist
-(JSON). What is not given keeps the value of the bundle's train.json.
+The result is a model folder. The data set is an nnU-Net or Medical Segmentation Decathlon folder, a MONAI datalist
+(JSON), a CSV of pairs, images with masks, or DICOM series with label volumes. `samda check` looks at it first and
+writes a task file; without one, what it suggests is taken. What is not given keeps the value of the bundle's
+train.json.
 
   samda train -d Dataset001_Liver -o model --task liver.yaml
   samda train -d Dataset001_Liver -o model --task liver.yaml --adapter salt,dka,sam_da --backbone vit_b --epochs 40
@@ -43,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", "--data", type=Path, required=True, metavar="DATASET", help="the labelled scans")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL", help="the model folder to write")
     parser.add_argument(
-        "--task", metavar="FILE", help="YAML or JSON with classes, modality and geometry, or the name of one of samda's"
+        "--task",
+        metavar="FILE",
+        help="YAML or JSON with classes, modality and geometry (samda check writes one), or the name of one of samda's",
     )
     parser.add_argument(
         "--adapter",
@@ -77,10 +81,9 @@ def run(args: argparse.Namespace) -> None:
     adapters = args.adapter.split(",") if args.adapter else None
     task = task_file(args.task) if args.task else None
     device = pick_device(args.device)
-    from samda.training import train
+    from samda.training import run_training, training_workflow
 
-    say(f"training on {device}")
-    result = train(
+    workflow = training_workflow(
         args.data,
         args.output,
         task=task,
@@ -91,6 +94,8 @@ def run(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         device=device,
     )
+    say(f"training on {device}")
+    result = run_training(workflow)
     if args.json:
         print_json(result)
     else:

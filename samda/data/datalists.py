@@ -1,27 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets as people have them: MONAI and MSD datalists, nnU-Net v2 folders, and plain folders of scans.
+"""Data sets as people have them; which layout one has is told by its content, never by its name.
 
-They are told apart by content, never by name. A case is a plain dict: "id", "image" (path), and where known "label"
-(path), "fold", "patient" and "slices".
+A case is a plain dict: "id", "image" (a path, or one path a channel), and where known "label" (path), "fold",
+"patient" and "slices".
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samda.data.readers import SCAN_SUFFIXES, has_dicom, stem
+from samda.data.folders import dicom_cases, find_series, mask_folder, masked_cases, scan_cases
+from samda.data.formats import files_of, stem
+from samda.data.listings import (
+    SECTIONS,
+    Case,
+    is_pair_list,
+    listed_cases,
+    nnunet_cases,
+    pair_cases,
+    read_channels,
+    read_json,
+)
+from samda.data.problems import Problem, Report, refuse
 from samda.errors import InputError, nearest
 
-__all__ = ["Case", "DataList", "read_datalist", "read_labels"]
+__all__ = ["LAYOUTS", "Case", "DataList", "is_labelled", "read_datalist", "read_labels"]
 
-Case = dict[str, Any]
-SECTIONS = {"training": "training", "validation": "validation", "test": "test", "testing": "test"}  # key -> section
-NNUNET_SPLITS = {"training": ("imagesTr", "labelsTr"), "test": ("imagesTs", "labelsTs")}
+LAYOUTS = {
+    "datalist": "MONAI or MSD datalist (JSON)",
+    "nnunet": "nnU-Net v2",
+    "csv": "CSV of pairs",
+    "masks": "images with masks of the same name",
+    "dicom": "DICOM series with label volumes",
+    "scans": "scans without labels",
+}
+LISTS = (".csv", ".tsv")
+LARGEST_CHANNELS = 3  # SAM's encoder sees three
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,26 +49,33 @@ class DataList:
     Attributes:
         cases: "training", "validation" and "test", each a list of cases, perhaps empty.
         labels: class name -> ids in the label files, where the data set states them.
-        layout: "datalist" (MONAI, MSD), "nnunet" or "scans" (no labels).
+        layout: a key of `LAYOUTS`.
+        channels: names of the channels, where the data set states them.
     """
 
     cases: dict[str, list[Case]]
     labels: dict[str, tuple[int, ...]] | None
     layout: str
+    channels: tuple[str, ...] | None = None
 
 
-def read_datalist(path: str | Path) -> DataList:
+def read_datalist(path: str | Path, report: Report = refuse) -> DataList:
     """Read a data set.
 
     * a JSON file, or a folder with `dataset.json`, that lists cases under "training", "validation" or "test": MONAI's
-      and MSD's datalist. Paths are relative to the JSON file; entries hold "image", "label" and perhaps "fold", "id"
-      and "patient"; a test entry may be a path alone;
-    * a folder whose `dataset.json` lists none: nnU-Net v2, `imagesTr/CASE_0000.nii.gz` and `labelsTr/CASE.nii.gz`;
-    * a folder without `dataset.json`: every scan and every DICOM series folder in it is a test case;
+      and MSD's datalist. Paths are relative to the JSON file; entries hold "image" (a path, or a list of one path a
+      channel), "label" and perhaps "fold", "id" and "patient"; a test entry may be a path alone;
+    * a folder whose `dataset.json` lists none: nnU-Net v2, `imagesTr/CASE_0000.nii.gz` (`_0001`, `_0002` for further
+      channels) and `labelsTr/CASE.nii.gz`;
+    * a CSV file, or a folder with one, that has the columns image and label (and perhaps id, patient, fold, section);
+    * a folder with `images` and `masks` (or `labels`) that hold files of the same names;
+    * a folder of DICOM series folders, CASE, with label volumes in them, beside them or in `labels`;
+    * any other folder: every scan and every DICOM series folder in it is a test case;
     * one scan, or the folder of one DICOM series: one test case.
 
     Args:
         path: file or folder.
+        report: called with every problem; the case concerned is left out if the report returns. The default raises.
 
     Raises:
         InputError: nothing to read, a malformed list, missing files, or cases that cannot be told apart.
@@ -58,15 +83,56 @@ def read_datalist(path: str | Path) -> DataList:
     path = Path(path).expanduser()
     if not path.exists():
         raise InputError(f"there is no data set {path}{_similar(path)}")
+    root = path if path.is_dir() else path.parent
     listing = path / "dataset.json" if path.is_dir() else path
-    if listing.suffix.lower() != ".json" or not listing.is_file():
-        return _finish(DataList({"test": _scans(path)}, None, "scans"), path.parent if path.is_file() else path)
-    content = _read_json(listing)
-    labels = read_labels(content["labels"], listing) if content.get("labels") else None
+    if listing.suffix.lower() == ".json" and listing.is_file():
+        return _finish(_from_json(listing, report), root, report)
+    pairs = _pair_list(path)
+    if pairs is not None:
+        return _finish(DataList(pair_cases(pairs, report), None, "csv"), root, report)
+    if path.is_dir():
+        folders = mask_folder(path)
+        if folders is not None:
+            return _finish(DataList(masked_cases(*folders, report), None, "masks"), root, report)
+        series = find_series(path)
+        if series:
+            return _finish(DataList(dicom_cases(path, series, report), None, "dicom"), root, report)
+    return _finish(DataList(scan_cases(path), None, "scans"), root, report)
+
+
+def is_labelled(path: str | Path) -> bool:
+    """Is this a data set of images with labels, by its layout, rather than a folder of scans or of label files?"""
+    path = Path(path)
+    if path.is_file():
+        return path.suffix.lower() in (".json", *LISTS)
+    if (path / "dataset.json").is_file() or _pair_list(path) is not None:
+        return True
+    return mask_folder(path) is not None or bool(find_series(path))
+
+
+def _pair_list(path: Path) -> Path | None:
+    """The CSV of pairs that `path` is or holds."""
+    if path.is_file():
+        return path if path.suffix.lower() in LISTS else None
+    found = [p for p in sorted(path.iterdir()) if p.suffix.lower() in LISTS and p.is_file() and is_pair_list(p)]
+    if len(found) > 1:
+        raise InputError(f"{path} holds several lists of pairs ({', '.join(p.name for p in found)}); give one of them")
+    return found[0] if found else None
+
+
+def _from_json(listing: Path, report: Report) -> DataList:
+    content = read_json(listing)
+    labels = None
+    if content.get("labels"):
+        try:
+            labels = read_labels(content["labels"], listing)
+        except InputError as error:
+            report(Problem("labels", str(error)))
+    channels = read_channels(content)
     if any(isinstance(content.get(key), list) for key in SECTIONS):
-        return _finish(DataList(_listed(content, listing), labels, "datalist"), listing.parent)
+        return DataList(listed_cases(content, listing, report), labels, "datalist", channels)
     if (listing.parent / "imagesTr").is_dir() or "file_ending" in content:
-        return _finish(DataList(_nnunet(content, listing), labels, "nnunet"), listing.parent)
+        return DataList(nnunet_cases(content, listing, report), labels, "nnunet", channels)
     near = [nearest(key, SECTIONS) for key, value in content.items() if isinstance(value, list) and key not in SECTIONS]
     remedy = near[0] if near else 'list cases under "training", "validation" or "test", or add imagesTr and labelsTr'
     raise InputError(f"{listing} lists no cases (keys: {', '.join(content) or 'none'}); {remedy}")
@@ -100,113 +166,34 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int | str) and not isinstance(value, bool) and str(value).strip().lstrip("-").isdigit()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no JSON ({error}); repair it") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
-# ------------------------------------------------------------------------------------------------------------ layouts
-
-
-def _listed(content: Mapping[str, Any], listing: Path) -> dict[str, list[Case]]:
-    cases: dict[str, list[Case]] = {}
-    for key, section in SECTIONS.items():
-        entries = content.get(key) or []
-        if not isinstance(entries, list):
-            raise InputError(f"{listing}: {key!r} must be a list of cases, got {type(entries).__name__}")
-        for number, entry in enumerate(entries):
-            cases.setdefault(section, []).append(_entry(entry, section, f"{listing}: {key}[{number}]", listing.parent))
-    return cases
-
-
-def _entry(entry: Any, section: str, where: str, folder: Path) -> Case:
-    if isinstance(entry, str):
-        entry = {"image": entry}
-    if not isinstance(entry, Mapping):
-        raise InputError(f'{where} must be {{"image": path, "label": path}}, got {entry!r}')
-    case = dict(entry)
-    for key in ("image", "label") if section != "test" else ("image",):
-        if not case.get(key):
-            raise InputError(f"{where} has no {key!r}; {nearest(key, map(str, case))}")
-    for key in ("image", "label"):
-        if case.get(key):
-            if not isinstance(case[key], str):
-                raise InputError(f"{where}: {key!r} must be one path, got {case[key]!r}; merge channels into one file")
-            case[key] = str(folder / case[key])
-        else:
-            case.pop(key, None)
-    if "fold" in case and (isinstance(case["fold"], bool) or not isinstance(case["fold"], int)):
-        raise InputError(f"{where}: fold must be a whole number, got {case['fold']!r}")
-    return case
-
-
-def _nnunet(content: Mapping[str, Any], listing: Path) -> dict[str, list[Case]]:
-    ending = str(content.get("file_ending", ".nii.gz"))
-    cases: dict[str, list[Case]] = {}
-    for section, (images, labels) in NNUNET_SPLITS.items():
-        folder = listing.parent / images
-        names = sorted(p.name[: -len(ending)] for p in folder.glob(f"*{ending}")) if folder.is_dir() else []
-        extra = [name for name in names if not name.endswith("_0000")]
-        if extra:
-            raise InputError(
-                f"{folder / (extra[0] + ending)} is no first channel (CASE_0000{ending}); "
-                "samda reads one file a case: merge the channels into one file"
-            )
-        for name in names:
-            case = {"id": name[:-5], "image": str(folder / (name + ending))}
-            label = listing.parent / labels / (name[:-5] + ending)
-            if section == "training" or label.is_file():
-                case["label"] = str(label)
-            cases.setdefault(section, []).append(case)
-    if not cases.get("training") and not cases.get("test"):
-        raise InputError(f"{listing.parent / 'imagesTr'} holds no CASE_0000{ending}; check file_ending in {listing}")
-    return cases
-
-
-def _scans(path: Path) -> list[Case]:
-    if path.is_file():
-        return [{"image": str(path)}]
-    inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
-    scans = [p for p in inside if p.is_file() and p.name.lower().endswith(SCAN_SUFFIXES)]
-    if all(p.suffix.lower() == ".dcm" for p in scans) and has_dicom(path):  # often without any suffix
-        return [{"id": path.resolve().name, "image": str(path)}]
-    series = [p for p in inside if p.is_dir() and has_dicom(p)]
-    if not scans and not series:
-        raise InputError(
-            f"{path} holds no scans; give {', '.join(SCAN_SUFFIXES)} files, DICOM folders or a dataset.json"
-        )
-    return [{"image": str(p)} for p in sorted(scans + series)]
-
-
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-def _finish(data: DataList, root: Path) -> DataList:
-    """Give every case an id and refuse missing files and doubled ids."""
+def _finish(data: DataList, root: Path, report: Report) -> DataList:
+    """Give every case an id, and leave out what has missing files, an id of another case or too many channels."""
     cases = {section: data.cases.get(section, []) for section in ("training", "validation", "test")}
     every = [case for section in cases.values() for case in section]
-    _refuse_missing(every)
     _name(every, root)
-    doubled = [name for name, count in Counter(case["id"] for case in every).items() if count > 1]
-    if doubled:
-        paths = [case["image"] for case in every if case["id"] == doubled[0]]
-        raise InputError(
-            f"{len(doubled)} ids are used twice, first {doubled[0]!r} ({', '.join(paths)}); give each its own"
-        )
-    return DataList(cases, data.labels, data.layout)
+    left_out = _report_missing(every, report) | _report_doubled(every, data.layout, report)
+    for case in every:
+        count = len(files_of(case["image"]))
+        if count > LARGEST_CHANNELS:
+            text = (
+                f"{files_of(case['image'])[0]} comes with {count} channel files, the network takes {LARGEST_CHANNELS}"
+            )
+            report(Problem("channels", f"{text}; list those you need in a datalist", case["id"]))
+            left_out.add(id(case))
+    kept = {section: [case for case in chosen if id(case) not in left_out] for section, chosen in cases.items()}
+    return dataclasses.replace(data, cases=kept)
 
 
 def _name(cases: Sequence[Case], root: Path) -> None:
     """Ids from file names or, where these repeat (`case1/ct.nii.gz`), from the path below `root`."""
     unnamed = [case for case in cases if not case.get("id")]
-    stems = [stem(case["image"]) for case in unnamed]
+    paths = [files_of(case["image"])[0] for case in unnamed]
+    stems = [stem(path) for path in paths]
     if len(set(stems)) < len(stems):
-        stems = [_path_name(Path(case["image"]), root) for case in unnamed]
+        stems = [_path_name(path, root) for path in paths]
     for case, name in zip(unnamed, stems, strict=True):
         case["id"] = name
     for case in cases:
@@ -218,12 +205,39 @@ def _path_name(path: Path, root: Path) -> str:
     return "_".join([*(part for part in parts[:-1] if part != ".."), stem(path)])
 
 
-def _refuse_missing(cases: Iterable[Case]) -> None:
-    paths = [Path(case[key]) for case in cases for key in ("image", "label") if key in case]
-    missing = [path for path in paths if not path.exists()]
-    if missing:
-        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-        raise InputError(f"{len(missing)} of {len(paths)} listed files are missing: {shown}{_similar(missing[0])}")
+def _report_missing(cases: Iterable[Case], report: Report) -> set[int]:
+    """Report files that do not exist; which cases they belong to."""
+    paths = [(case, path) for case in cases for path in _files(case)]
+    missing = [(case, path) for case, path in paths if not path.exists()]
+    if missing and report is refuse:  # one line for all of them
+        shown = ", ".join(str(path) for _, path in missing[:5]) + (", ..." if len(missing) > 5 else "")
+        text = f"{len(missing)} of {len(paths)} listed files are missing: {shown}{_similar(missing[0][1])}"
+        report(Problem("missing", text))
+    for case, path in missing:
+        report(Problem("missing", f"there is no file {path}{_similar(path)}", case["id"]))
+    return {id(case) for case, _ in missing}
+
+
+def _files(case: Case) -> list[Path]:
+    return files_of(case["image"]) + ([Path(case["label"])] if "label" in case else [])
+
+
+def _report_doubled(cases: Sequence[Case], layout: str, report: Report) -> set[int]:
+    """Report ids that several cases share; all of these cases but the first."""
+    doubled = [name for name, count in Counter(case["id"] for case in cases).items() if count > 1]
+    left_out: set[int] = set()
+    for name in doubled:
+        same = [case for case in cases if case["id"] == name]
+        paths = " and ".join(dict.fromkeys(str(files_of(case["image"])[0]) for case in same))
+        remedy = (
+            'give each an "id" of its own, or keep one'
+            if layout in ("datalist", "csv")
+            else "rename or move all but one"
+        )
+        more = f", as have those of {len(doubled) - 1} more ids" if len(doubled) > 1 and report is refuse else ""
+        report(Problem("id", f"{len(same)} cases have one id, {name!r} ({paths}){more}; {remedy}", name))
+        left_out |= {id(case) for case in same[1:]}
+    return left_out
 
 
 def _similar(path: Path) -> str:

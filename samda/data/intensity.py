@@ -27,7 +27,7 @@ def intensity_range(image: np.ndarray, spacing_mm: np.ndarray, task: Task) -> tu
     Pictures: percentiles of all pixels and channels together, so that colors stay.
 
     Args:
-        image: (C, X, Y, Z), RAS.
+        image: (C, X, Y, Z), RAS; of an MR one channel, as every sequence has a scale of its own.
         spacing_mm: (3,) along X, Y, Z.
         task: modality, window and percentiles.
     """
@@ -35,9 +35,8 @@ def intensity_range(image: np.ndarray, spacing_mm: np.ndarray, task: Task) -> tu
         return task.window
     samples = image
     if task.modality == "MR":
-        samples = np.stack([coarse(channel, spacing_mm)[0] for channel in image])  # (C, x, y, z)
-        means, strides = samples.mean(axis=0), coarse(image[0], spacing_mm)[1]
-        samples = samples[:, body_mask(means, spacing_mm * strides, body_threshold(means, task, scaled=False))]
+        values, strides = coarse(image[0], spacing_mm)
+        samples = values[body_mask(values, spacing_mm * strides, body_threshold(values, task, scaled=False))]
     low, high = np.percentile(samples, task.percentiles)
     return float(low), float(high)
 
@@ -68,6 +67,19 @@ class ScaleBodyIntensityd(MapTransform):
         return d
 
     def _scale(self, image: torch.Tensor, spacing_mm: np.ndarray, name: str) -> torch.Tensor:
+        channels, x, y, z = image.shape
+        scaled = torch.empty((channels, z, y, x), dtype=torch.float32).permute(0, 3, 2, 1)
+        scaled.copy_(image)
+        parts = range(channels) if self.task.modality == "MR" else [slice(None)]  # MR sequences differ in scale
+        for part in parts:
+            what = f"channel {part} of {name}" if channels > 1 and isinstance(part, int) else name
+            values = image[part : part + 1] if isinstance(part, int) else image
+            low, high = self._limits(values, spacing_mm, what)
+            scaled[part].sub_(low).div_(high - low).clamp_(0, 1)  # in place: scans are large
+        return scaled
+
+    def _limits(self, image: torch.Tensor, spacing_mm: np.ndarray, name: str) -> tuple[float, float]:
+        """The intensities that become 0 and 1, refusing an image that they do not tell apart."""
         smallest, largest = (float(v) for v in image.aminmax())  # NaN, if any voxel is NaN
         if not (np.isfinite(smallest) and np.isfinite(largest)):
             raise InputError(f"{name} holds NaN or infinite values; replace them before use")
@@ -83,9 +95,7 @@ class ScaleBodyIntensityd(MapTransform):
             )
         if self.task.modality == "CT" and smallest >= 0:
             warnings.warn(f"{name} has no value below 0; a CT in Hounsfield units has air near -1000", stacklevel=2)
-        channels, x, y, z = image.shape
-        scaled = torch.empty((channels, z, y, x), dtype=torch.float32).permute(0, 3, 2, 1)
-        return scaled.copy_(image).sub_(low).div_(high - low).clamp_(0, 1)  # in place: scans are large
+        return low, high
 
     def _range(self, low: float, high: float) -> str:
         if self.task.modality == "CT":

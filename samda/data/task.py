@@ -35,7 +35,7 @@ class Task:
     spacing: float = 1.5  # mm per pixel of a slice, both directions
     image_size: int = 256  # pixels of a slice, both directions; a multiple of 16
     axis: str = "axial"  # slices are perpendicular to it: "axial", "coronal" or "sagittal"
-    in_channels: int = 1  # 1, or 3 for RGB pictures
+    in_channels: int = 1  # up to 3: files (or channels) of a case; 3 for RGB pictures
     nsd_tolerance: float = 3.0  # mm, of the normalized surface distance
 
     def __post_init__(self) -> None:
@@ -79,8 +79,8 @@ class Task:
         for key in ("spacing", "nsd_tolerance"):
             if getattr(self, key) <= 0:
                 refuse(f"{key} must be positive (mm), got {getattr(self, key)}")
-        if self.in_channels not in (1, 3):
-            refuse(f"in_channels must be 1 or 3, got {self.in_channels}")
+        if self.in_channels not in (1, 2, 3):
+            refuse(f"in_channels must be 1, 2 or 3, got {self.in_channels}")
         for key in ("window", "percentiles"):
             pair = getattr(self, key)
             if len(pair) != 2 or not pair[0] < pair[1]:

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
 from monai.transforms import (
     Compose,
     EnsureChannelFirstd,
@@ -29,14 +28,21 @@ from monai.transforms import (
 from samda.data.contrast import RandTissueContrastd
 from samda.data.intensity import ScaleBodyIntensityd
 from samda.data.labels import MapLabelsd
-from samda.data.readers import SimpleITKReader
+from samda.data.readers import SAME_PLACE, SimpleITKReader, corner_distance_mm
 from samda.data.task import Task
 from samda.errors import InputError, UsageError, cause_of, nearest
 
-__all__ = ["CheckSameGridd", "LoadScand", "Preprocessing", "build_augmentation", "build_preprocessing"]
+__all__ = [
+    "CheckSameGridd",
+    "LoadScand",
+    "Preprocessing",
+    "build_augmentation",
+    "build_preprocessing",
+    "refuse_lossy_label",
+    "refuse_other_grid",
+]
 
 RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
-SAME_PLACE = 0.1  # of the smallest voxel side: how far apart corners of image and label may lie
 
 
 class Preprocessing(Compose):
@@ -72,8 +78,8 @@ class LoadScand(LoadImaged):
             if not data.get(key):
                 name = data.get("id") or data.get("image") or "without a name"
                 raise InputError(f"case {str(name)!r} has no {key}; {nearest(str(key), map(str, data))}")
-            if key == "label" and Path(str(data[key])).suffix.lower() in (".jpg", ".jpeg"):
-                raise InputError(f"{data[key]} is a label saved as JPEG, which alters ids; save labels as PNG or NIfTI")
+            if key == "label":
+                refuse_lossy_label(data[key])
         return super().__call__(data, reader or self.reader)
 
 
@@ -98,22 +104,46 @@ class CheckSameGridd(MapTransform):
         d = dict(data)
         image = d[self.image_key]
         for key in self.key_iterator(d):
-            self._check(image, d[key], str(d[key].meta.get("filename_or_obj", key)))
+            name = str(d[key].meta.get("filename_or_obj", key))
+            affines = image.affine.numpy(), d[key].affine.numpy()
+            refuse_other_grid(image.shape[1:], affines[0], d[key].shape[1:], affines[1], name)
         return d
 
-    def _check(self, image: MetaTensor, label: MetaTensor, name: str) -> None:
-        if image.shape[1:] != label.shape[1:]:
-            sizes = [" x ".join(map(str, volume.shape[1:])) for volume in (label, image)]
-            raise InputError(f"{name} has {sizes[0]} voxels but its image {sizes[1]}; give the label of this very scan")
-        corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
-        corners[:, :3] *= np.array(image.shape[1:]) - 1
-        difference = (image.affine.numpy() - label.affine.numpy()) @ corners.T
-        apart = float(np.linalg.norm(difference[:3], axis=0).max())
-        if apart > SAME_PLACE * float(image.pixdim.min()):
-            raise InputError(
-                f"{name} lies up to {apart:.2f} mm beside its image; give the label of this very scan, "
-                "or resample it to the image's grid"
-            )
+
+def refuse_other_grid(
+    image: Sequence[int], image_affine: np.ndarray, label: Sequence[int], label_affine: np.ndarray, name: str
+) -> None:
+    """Refuse a label on another grid than its image's, both in RAS order.
+
+    Args:
+        image: (X, Y, Z) of the image.
+        image_affine: (4, 4) voxel index to RAS mm.
+        label: (X, Y, Z) of the label.
+        label_affine: the same of the label.
+        name: of the label's file.
+
+    Raises:
+        InputError: other shape or other place, with both.
+    """
+    if tuple(image) != tuple(label):
+        sizes = [" x ".join(map(str, shape)) for shape in (label, image)]
+        raise InputError(f"{name} has {sizes[0]} voxels but its image {sizes[1]}; give the label of this very scan")
+    apart = corner_distance_mm(image_affine, label_affine, image)
+    if apart > SAME_PLACE * np.linalg.norm(image_affine[:3, :3], axis=0).min():
+        raise InputError(
+            f"{name} lies up to {apart:.2f} mm beside its image; give the label of this very scan, "
+            "or resample it to the image's grid"
+        )
+
+
+def refuse_lossy_label(path: str | Path) -> None:
+    """Refuse a label file whose format alters ids.
+
+    Raises:
+        InputError: it is a JPEG.
+    """
+    if Path(path).suffix.lower() in (".jpg", ".jpeg"):
+        raise InputError(f"{path} is a label saved as JPEG, which alters ids; save labels as PNG or NIfTI")
 
 
 def build_preprocessing(

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
+from samda.data.formats import PICTURE_SUFFIXES
 from samda.data.labels import MapLabelsd
-from samda.data.readers import PICTURE_SUFFIXES, Scan, read_scan
+from samda.data.readers import SAME_PLACE, Scan, corner_distance_mm, read_scan
 from samda.data.task import Task
 from samda.errors import InputError, UsageError, reason_of
 from samda.files import write_json, write_text
@@ -30,7 +31,6 @@ __all__ = ["Evaluation", "evaluate", "format_table", "score_files"]
 
 logger = logging.getLogger(__name__)
 
-SAME_PLACE = 0.1  # of the smallest voxel side: how far apart corners of prediction and label may lie
 COLUMNS = tuple(field.name for field in dataclasses.fields(ClassScores))
 
 
@@ -186,9 +186,7 @@ def _refuse_other_grid(prediction: Scan, label: Scan, path: str | Path, label_pa
         raise InputError(f"{path} has {sizes[0]} voxels but {label_path} {sizes[1]}; compare them on one grid")
     if str(path).lower().endswith(PICTURE_SUFFIXES) or str(label_path).lower().endswith(PICTURE_SUFFIXES):
         return  # a picture has no place
-    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
-    corners[:, :3] *= np.array(label.array.shape) - 1
-    apart = float(np.linalg.norm(((prediction.affine - label.affine) @ corners.T)[:3], axis=0).max())
+    apart = corner_distance_mm(prediction.affine, label.affine, label.array.shape)
     if apart > SAME_PLACE * np.linalg.norm(label.affine[:3, :3], axis=0).min():
         raise InputError(f"{path} lies up to {apart:.2f} mm beside {label_path}; compare them on one grid")
 

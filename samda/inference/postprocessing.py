@@ -13,7 +13,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd, InvertibleTransform, MapTransform
 
-from samda.data.readers import stem
+from samda.data.formats import stem
 from samda.data.task import Task
 from samda.inference.writer import check_output_folder, label_path, write_labels
 

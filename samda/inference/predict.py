@@ -17,7 +17,7 @@ from monai.data import MetaTensor
 from nibabel.spatialimages import SpatialImage
 
 from samda.data.datalists import Case, read_datalist
-from samda.data.readers import stem
+from samda.data.formats import files_of, stem
 from samda.data.task import Task
 from samda.data.transforms import build_preprocessing
 from samda.errors import UsageError, reason_of
@@ -45,7 +45,8 @@ class Prediction:
         labels: (X, Y, Z) class indices, uint8 (uint16 beyond 255 classes), in the axis order of the scan's file.
         affine: (4, 4) voxel index to RAS mm.
         classes: names of the classes, background first.
-        image: the scan's file or DICOM folder; None for a scan that came as an object.
+        image: the scan's file or DICOM folder, the first of several channel files; None for a scan that came as an
+            object.
         probabilities: (K, X, Y, Z) float32, if asked for.
     """
 
@@ -115,7 +116,8 @@ class Predictor:
         """Segment one scan.
 
         Args:
-            image: path of a file or DICOM folder, a nibabel image, or a case {"image": path, "id": name}.
+            image: path of a file or DICOM folder, a nibabel image, or a case {"image": path, "id": name}, whose
+                "image" may list one file a channel.
             probabilities: return the class probabilities, too: 4 K bytes per voxel.
 
         Raises:
@@ -126,13 +128,13 @@ class Predictor:
         case = {"image": str(image)} if isinstance(image, str | Path) else {k: image[k] for k in image if k != "label"}
         data = self.preprocessing(case)
         labels, kept = self.inferer.segment(data["image"][None], self.network, keep_probabilities=probabilities)
-        restored = self._restore(data, labels)
+        restored, first = self._restore(data, labels), files_of(case["image"])[0]
         return Prediction(
-            case=str(case.get("id") or stem(case["image"])),
+            case=str(case.get("id") or stem(first)),
             labels=restored.as_tensor()[0].numpy(),
             affine=np.asarray(restored.affine, float),
             classes=self.task.classes,
-            image=Path(case["image"]),
+            image=first,
             probabilities=None if kept is None else self._restore(data, kept).as_tensor().numpy(),
         )
 
@@ -265,7 +267,6 @@ def _predict_case(
 
 def _refuse_overwriting(cases: list[Case], folder: Path) -> None:
     """Label maps are named as their scans: in the same folder they would replace them, or be taken for scans."""
-    for case in cases:
-        image = Path(case["image"])
+    for image in (path for case in cases for path in files_of(case["image"])):
         if folder.resolve() == (image if image.is_dir() else image.parent).resolve():
             raise UsageError(f"output {folder} is the folder of the scan {image.name}; choose another output folder")

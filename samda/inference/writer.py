@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 
-from samda.data.readers import NIFTI_SUFFIXES, PICTURE_SUFFIXES
+from samda.data.formats import NIFTI_SUFFIXES, PICTURE_SUFFIXES, Image, files_of
 from samda.errors import InputError, UsageError
 from samda.files import replacing, write_json
 from samda.version import __version__
@@ -44,9 +44,9 @@ def check_output_folder(folder: str | Path) -> Path:
     return folder
 
 
-def label_path(folder: str | Path, case: str, image: str | Path | None = None) -> Path:
+def label_path(folder: str | Path, case: str, image: Image | None = None) -> Path:
     """Where the label map of a case goes: `case.nii.gz`, for a picture `case.png`."""
-    picture = image is not None and str(image).lower().endswith(PICTURE_SUFFIXES)
+    picture = image is not None and str(files_of(image)[0]).lower().endswith(PICTURE_SUFFIXES)
     return Path(folder) / f"{case}{'.png' if picture else '.nii.gz'}"
 
 

@@ -44,7 +44,7 @@ class SamSegmenter(nn.Module):
     Args:
         backbone: "vit_t", "vit_b", "vit_l", "vit_h", or the sizes of another encoder.
         num_classes: K, background included.
-        in_channels: 1 (repeated to three) or 3.
+        in_channels: 1 (repeated to three), 2 (the third is their mean) or 3.
         weights: "pretrained" fetches the published weights of the backbone, a path reads that file (an official SAM,
             MobileSAM or MedSAM file), None keeps random weights.
         adapters: adapter name -> settings, see :func:`samda.adapters.build_configs`; attached after the base weights
@@ -77,8 +77,8 @@ class SamSegmenter(nn.Module):
         super().__init__()
         if not isinstance(num_classes, int) or num_classes < 2:
             raise UsageError(f"num_classes must be at least 2 (background and one more), got {num_classes!r}")
-        if in_channels not in (1, 3):
-            raise UsageError(f"in_channels must be 1 or 3, got {in_channels!r}")
+        if in_channels not in (1, 2, 3):
+            raise UsageError(f"in_channels must be 1, 2 or 3, got {in_channels!r}")
         self.config = backbone_config(backbone)
         self.num_classes = num_classes
         self.in_channels = in_channels
@@ -140,6 +140,8 @@ class SamSegmenter(nn.Module):
             raise UsageError(f"images must be (B, {self.in_channels}, H, W), got {tuple(image.shape)}")
         if image.shape[2] % STRIDE or image.shape[3] % STRIDE:
             raise UsageError(f"H and W must be multiples of {STRIDE}, got {tuple(image.shape[2:])}; pad the images")
+        if self.in_channels == 2:
+            image = torch.cat([image, image.mean(dim=1, keepdim=True)], dim=1)
         return self.image_encoder((image.expand(-1, 3, -1, -1) - self.pixel_mean) / self.pixel_std)
 
     def decode(self, embedding: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from samda.training.handlers import Progress, RecordEpoch
 from samda.training.metric import CaseDice
 from samda.training.optim import build_optimizer, build_schedule, parameter_groups
 from samda.training.record import TrainingRecord
-from samda.training.run import train, training_workflow
+from samda.training.run import run_training, train, training_workflow
 from samda.training.sampler import SliceSampler
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "labelled_cases",
     "parameter_groups",
     "prepare_batch",
+    "run_training",
     "save_training",
     "train",
     "training_cases",

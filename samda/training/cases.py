@@ -11,6 +11,7 @@ from typing import Any
 
 from samda.data.datalists import Case, DataList
 from samda.data.splits import Split, split
+from samda.data.suggest import check_and_suggest
 from samda.data.task import Task
 from samda.errors import InputError, UsageError, nearest
 
@@ -24,21 +25,25 @@ def build_task(
     labels: Mapping[str, tuple[int, ...]] | None = None,
     image_size: int | None = None,
     spacing: float | None = None,
+    dataset: str | Path | None = None,
 ) -> Task:
     """The task of a training.
 
     Args:
-        task: a Task, its values, or a YAML or JSON file. None takes the classes that the data set states and says which
-            modality it assumes.
+        task: a Task, its values, or a YAML or JSON file. None takes what suits the data set best, see
+            :func:`samda.data.suggest.suggest_task`, and says what that is.
         labels: class name -> ids as the data set states them.
         image_size: pixels of a slice instead of the task's.
         spacing: mm per pixel instead of the task's.
+        dataset: where the data set is; without it no task is taken from its scans, only classes from `labels`.
 
     Raises:
-        UsageError: neither a task nor labels, a file that does not exist, or values that no task can have.
+        InputError: no task, and a data set without a usable label.
+        UsageError: neither a task nor labels nor a data set, a file that does not exist, or values that no task can
+            have.
     """
     if task is None:
-        task = _task_of(labels)
+        task = _task_of(labels) if dataset is None else _task_for(dataset)
     elif isinstance(task, str | Path):
         if not Path(task).is_file():
             raise UsageError(f"there is no task file {str(task)!r}; give a YAML or JSON file with the classes")
@@ -51,11 +56,23 @@ def build_task(
 
 def _task_of(labels: Mapping[str, tuple[int, ...]] | None) -> Task:
     if not labels:
-        raise UsageError("this data set does not name its classes; give a task file with classes, labels and modality")
+        raise UsageError(
+            "this data set does not name its classes; give a task file (samda check DATASET -o FILE writes one)"
+        )
     names = sorted((name for name in labels if 0 not in labels[name]), key=lambda name: labels[name])
     task = Task(classes=("background", *names))
     logger.warning("no task given: %d classes of the data set, modality %s", task.num_classes, task.modality)
     return task
+
+
+def _task_for(dataset: str | Path) -> Task:
+    logger.info("no task given: looking at all cases for one (samda check writes it to a file)")
+    report, suggestion = check_and_suggest(dataset)
+    if suggestion is None:
+        raise InputError(report.sorted_problems()[0].line())
+    for line in suggestion.to_yaml().splitlines():
+        logger.info("  %s", line)
+    return suggestion.task
 
 
 def training_cases(

@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from monai.transforms import Compose
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from samda.data.formats import files_of
 from samda.data.slices import SliceGrid
 from samda.data.task import Task
 from samda.embeddings import EmbeddingDataset, allocate, draw, split_key
@@ -199,7 +199,7 @@ class SliceDataset(Dataset):
 
 
 def _name(case: Mapping[str, Any]) -> str:
-    return str(case.get("id") or Path(str(case["image"])).name)
+    return str(case.get("id") or files_of(case["image"])[0].name)
 
 
 def _keep(values: torch.Tensor, memory_mb: float) -> torch.Tensor:

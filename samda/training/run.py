@@ -14,8 +14,9 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from samda.data.task import Task
 from samda.errors import UsageError, cause_of, nearest
 from samda.resources import packaged
+from samda.training.check import check_config
 
-__all__ = ["find_overlay", "literal", "train", "training_workflow"]
+__all__ = ["find_overlay", "literal", "run_training", "train", "training_workflow"]
 
 WRAPPERS = ("Failed to evaluate", "Failed to instantiate")  # how MONAI's errors begin that only say where
 
@@ -60,8 +61,14 @@ def train(
     Example:
         `train("scans", "model", task="abdomen.yaml", adapters=["salt", "sam_da"], overrides={"epochs": 20})`
     """
+    return run_training(
+        training_workflow(dataset, output, task, adapters, backbone, overrides, resume, overwrite, device)
+    )
+
+
+def run_training(workflow: ConfigWorkflow) -> dict[str, Any]:
+    """Run what :func:`training_workflow` made; returns and raises as :func:`train`."""
     with _one_voice():
-        workflow = training_workflow(dataset, output, task, adapters, backbone, overrides, resume, overwrite, device)
         workflow.initialize()
         workflow.run()
         return workflow.finalize()[0]
@@ -78,7 +85,11 @@ def training_workflow(
     overwrite: bool = False,
     device: str | None = None,
 ) -> ConfigWorkflow:
-    """The workflow that :func:`train` runs, not yet initialized; the same arguments."""
+    """The workflow that :func:`train` runs, not yet initialized; the same arguments.
+
+    Raises:
+        UsageError: an unknown key or name, or a value of the wrong type; nothing was read or written yet.
+    """
     config_file = packaged("bundles", "sam_segmentation", "configs", "train.json")
     keys = {
         "bundle_root": literal(str(config_file.parent.parent)),
@@ -102,9 +113,11 @@ def training_workflow(
     elif adapters is not None:
         names = [adapters] if isinstance(adapters, str | Path) else adapters
         keys |= _merged((find_overlay(name) for name in names), overrides)
-    workflow = ConfigWorkflow(str(config_file), workflow_type="train", logging_file=False)
+    with _one_voice():
+        workflow = ConfigWorkflow(str(config_file), workflow_type="train", logging_file=False)
     for key, value in (keys | overrides).items():
-        workflow.parser.set(value, key)  # new nested keys are taken, too; `initialize` then refuses them by name
+        workflow.parser.set(value, key)  # new nested keys are taken, too, and refused by name below
+    check_config(workflow.parser.get(), ConfigParser.load_config_file(config_file))
     return workflow
 
 

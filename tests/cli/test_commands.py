@@ -172,7 +172,7 @@ def test_weights(capsys: pytest.CaptureFixture) -> None:
     ("args", "code", "words"),
     [
         (["train", "-d", "NOWHERE", "-o", "OUT"], 1, ["NOWHERE", "does not exist"]),
-        (["train", "-d", "DATA", "-o", "OUT"], 2, ["task"]),
+        (["train", "-d", "SCANS", "-o", "OUT"], 1, ["no case can be trained with (1 without label)"]),
         (["train", "-d", "DATA", "-o", "OUT", "--task", "bals.yaml"], 1, ["bals.yaml", "does not exist"]),
         (["train", "-d", "DATA", "-o", "OUT", "--task", "abdomen"], 1, ["did you mean 'abdomen_"]),
         (

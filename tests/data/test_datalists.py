@@ -9,6 +9,7 @@ import pytest
 import SimpleITK as sitk
 
 from samda.data.datalists import read_datalist, read_labels
+from samda.data.problems import Problem
 from samda.errors import InputError
 
 
@@ -114,7 +115,11 @@ def test_equal_file_names_take_their_folders(tmp_path):
         ({"name": "x"}, "lists no cases (keys: name)"),
         ({"training": [{"image": "a.nii", "lable": "b.nii"}]}, "training[0] has no 'label'; did you mean 'lable'"),
         ({"training": [{"label": "b.nii"}]}, "training[0] has no 'image'"),
-        ({"training": [{"image": ["a.nii", "b.nii"], "label": "b.nii"}]}, "must be one path"),
+        (
+            {"training": [{"image": ["a.nii", 3], "label": "b.nii"}]},
+            "must be one path, or a list of one path a channel",
+        ),
+        ({"training": [{"image": "a.nii", "label": ["a.nii", "b.nii"]}]}, "'label' must be one path"),
         ({"training": [7]}, "training[0] must be"),
         ({"training": ["a.nii"]}, "has no 'label'"),
         ({"training": [{"image": "a.nii", "label": "b.nii", "fold": "1"}]}, "fold must be a whole number"),
@@ -180,10 +185,62 @@ def test_nnunet_with_a_missing_label(tmp_path):
     assert "labelsTr/liver_02.nii.gz; did you mean 'liver_01.nii.gz'" in refusal(folder)
 
 
-def test_nnunet_with_two_channels_is_refused(tmp_path):
+def test_nnunet_channels_are_listed_in_their_order(tmp_path):
+    folder = nnunet(tmp_path, channel_names={"0": "T2", "1": "ADC"})
+    touch(folder, *(f"imagesTr/liver_0{k}_0001.nii.gz" for k in (1, 2)), "imagesTs/liver_07_0001.nii.gz")
+    data = read_datalist(folder)
+    assert data.channels == ("T2", "ADC")
+    assert data.cases["training"][1]["image"] == [str(folder / f"imagesTr/liver_02_000{c}.nii.gz") for c in (0, 1)]
+    assert data.cases["training"][1]["id"] == "liver_02"
+    (folder / "imagesTr/liver_02_0001.nii.gz").unlink()
+    assert "no " + str(folder / "imagesTr/liver_02_0001.nii.gz (dataset.json names 2 channels)") in refusal(folder)
+    (folder / "imagesTr/liver_02_0000.nii.gz").rename(folder / "imagesTr/liver_02.nii.gz")
+    assert "liver_02.nii.gz is no channel of a case; rename it to CASE_0000.nii.gz" in refusal(folder)
+
+
+def test_nnunet_with_more_channels_than_named_or_than_the_network_takes(tmp_path):
     folder = nnunet(tmp_path)
     touch(folder, "imagesTr/liver_01_0001.nii.gz")
-    assert "liver_01_0001.nii.gz is no first channel" in refusal(folder)
+    assert "liver_01_0001.nii.gz is channel 1, dataset.json names 1 (channel_names)" in refusal(folder)
+    touch(folder, *(f"imagesTr/liver_01_000{c}.nii.gz" for c in (2, 3)))
+    nnunet(folder, channel_names={})
+    assert "comes with 4 channel files, the network takes 3" in refusal(folder)
+
+
+def test_nnunet_colors_lie_in_one_picture(tmp_path):
+    folder = nnunet(tmp_path, ending=".png", channel_names={"0": "R", "1": "G", "2": "B"})
+    assert read_datalist(folder).cases["training"][0]["image"] == str(folder / "imagesTr/liver_01_0000.png")
+
+
+def test_channels_in_a_datalist(tmp_path):
+    touch(tmp_path, "a/t1.nii", "a/t2.nii", "seg.nii")
+    entry = {"image": ["a/t1.nii", "a/t2.nii"], "label": "seg.nii"}
+    (case,) = read_datalist(write(tmp_path / "l.json", {"training": [entry]})).cases["training"]
+    assert case["image"] == [str(tmp_path / "a/t1.nii"), str(tmp_path / "a/t2.nii")]
+    assert case["id"] == "t1"
+
+
+def test_every_problem_reaches_a_report_and_the_sound_cases_stay(tmp_path):
+    touch(tmp_path, "a.nii", "b.nii", "l.nii")
+    entries = [
+        {"image": "a.nii", "label": "l.nii"},
+        {"image": "gone.nii", "label": "l.nii"},
+        {"label": "l.nii"},
+        {"image": "b.nii", "label": "l.nii", "id": "a"},
+        {"image": "b.nii", "label": "also_gone.nii"},
+    ]
+    problems: list[Problem] = []
+    path = write(tmp_path / "l.json", {"labels": {"liver": "one"}, "training": entries})
+    data = read_datalist(path, problems.append)
+    assert [case["id"] for case in data.cases["training"]] == ["a"]
+    assert [(p.kind, p.case) for p in problems] == [
+        ("labels", ""),
+        ("entry", ""),
+        ("missing", "gone"),
+        ("missing", "b"),
+        ("id", "a"),
+    ]
+    assert all(p.stops and "\n" not in p.text for p in problems)
 
 
 def test_nnunet_with_another_file_ending(tmp_path):
@@ -243,7 +300,8 @@ def test_folders_of_dicom_series(tmp_path):
 
 def test_scans_of_one_name_and_two_formats(tmp_path):
     touch(tmp_path, "a.nii.gz", "a.nrrd")
-    assert "'a'" in refusal(tmp_path)
+    both = f"2 cases have one id, 'a' ({tmp_path / 'a.nii.gz'} and {tmp_path / 'a.nrrd'}); rename or move all but one"
+    assert refusal(tmp_path) == both
 
 
 def test_nothing_there(tmp_path):

@@ -71,6 +71,17 @@ def test_pictures_keep_their_colors():
     np.testing.assert_allclose(result.numpy(), (picture - low) / (high - low), atol=1e-6)
 
 
+def test_every_mr_sequence_has_its_own_scale():
+    volume = np.concatenate([body(8), 1000 * body(8) + 7])
+    two = dataclasses.replace(MR, in_channels=2)
+    result = scale(volume, two, (4.0, 4.0, 4.0)).numpy()
+    np.testing.assert_allclose(result[0], scale(body(8), MR, (4.0, 4.0, 4.0)).numpy()[0])
+    np.testing.assert_allclose(result[1], result[0], atol=1e-4)
+    volume[1] = 3
+    with pytest.raises(InputError, match=r"channel 1 of scan.nii.gz is constant"):
+        scale(volume, two)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nan_and_infinity_are_refused(bad):
     volume = body(2)

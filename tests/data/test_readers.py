@@ -9,7 +9,8 @@ import pytest
 import SimpleITK as sitk
 from volumes import AFFINES, SHAPE, numbered, save
 
-from samda.data.readers import SimpleITKReader, read_geometry, read_scan, stem
+from samda.data.formats import stem
+from samda.data.readers import SimpleITKReader, read_geometry, read_scan
 from samda.errors import InputError
 
 
@@ -127,6 +128,41 @@ def test_4d_needs_declared_channels(tmp_path, shape):
     np.testing.assert_array_equal(read_scan(path, channels=3).array, array.reshape(*SHAPE, 3))
 
 
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd"])
+def test_three_equal_channels_of_a_volume_are_three(tmp_path, ending):
+    """Three time points may be equal; only a picture is gray because its colors are."""
+    array = np.repeat(numbered()[..., None], 3, axis=3)
+    path = save(tmp_path / "a.nii.gz", array, AFFINES["ras"])
+    if ending == ".nrrd":
+        path = tmp_path / "a.nrrd"
+        sitk.WriteImage(sitk.GetImageFromArray(array.transpose(2, 1, 0, 3), isVector=True), str(path))
+    assert "has 3 channel(s) or time points where one channel is declared" in refusal(path)
+    np.testing.assert_array_equal(read_scan(path, channels=3).array, array)
+    np.testing.assert_array_equal(read_scan(path, channels=None).array, array)
+
+
+def test_one_file_a_channel(tmp_path):
+    paths = [save(tmp_path / f"a_{c}.nii.gz", numbered() + 1000 * c, AFFINES["oblique"]) for c in range(3)]
+    for count in (2, 3):
+        scan = read_scan(paths[:count], channels=count)
+        expected = np.stack([numbered() + 1000 * c for c in range(count)], axis=-1)
+        np.testing.assert_array_equal(scan.array, expected)
+        np.testing.assert_allclose(scan.affine, AFFINES["oblique"], atol=1e-5)
+    assert read_geometry(paths)[0] == SHAPE
+    np.testing.assert_array_equal(read_scan(paths[:1]).array, numbered())
+    assert "a_0.nii.gz comes with 3 channel files" in refusal(paths, channels=2, named=Path(paths[0]))
+
+
+def test_channels_on_other_grids_are_refused(tmp_path):
+    first = save(tmp_path / "a_0.nii.gz", numbered(), AFFINES["ras"])
+    shifted = AFFINES["ras"].copy()
+    shifted[0, 3] += 0.5
+    moved = save(tmp_path / "a_1.nii.gz", numbered(), shifted)
+    cut = save(tmp_path / "a_2.nii.gz", numbered()[1:], AFFINES["ras"])
+    assert "lies up to 0.50 mm beside a_0.nii.gz; resample" in refusal([first, moved], 2, named=Path(moved))
+    assert "9 x 14 x 6 voxels but a_0.nii.gz 10 x 14 x 6" in refusal([first, cut], 2, named=Path(cut))
+
+
 def test_gray_scan_is_refused_where_colors_are_declared(tmp_path):
     path = save(tmp_path / "a.nii.gz", numbered(), AFFINES["ras"])
     assert "in_channels" in refusal(path, channels=3)
@@ -209,6 +245,19 @@ def test_colors_and_alpha(tmp_path):
     assert "channel" in refusal(tmp_path / "rgb.png")
     opaque[0, 0, 3] = 0
     assert "transparent" in refusal(picture(tmp_path / "clear.png", opaque), 3)
+
+
+@pytest.mark.parametrize("ending", [".tif", ".bmp"])
+def test_other_pictures(tmp_path, ending):
+    array = np.random.default_rng(0).integers(0, 255, (5, 8), dtype=np.uint8)
+    scan = read_scan(picture(tmp_path / f"a{ending}", array))
+    np.testing.assert_array_equal(scan.array[:, :, 0], array.T)
+    np.testing.assert_array_equal(scan.affine, np.diag([-1.0, -1.0, 1.0, 1.0]))
+
+
+def test_tiff_of_several_pages_is_refused(tmp_path):
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 5, 8), np.uint8)), str(tmp_path / "a.tif"))
+    assert "holds 4 pages; save each as a picture" in refusal(tmp_path / "a.tif")
 
 
 def test_gray_picture_saved_with_three_equal_channels_is_gray(tmp_path):
@@ -359,14 +408,15 @@ def test_reader_gives_monai_what_its_transforms_need(tmp_path):
     np.testing.assert_array_equal(meta["affine"], meta["original_affine"])
     assert meta["original_channel_dim"] == -1
     assert list(meta["spatial_shape"]) == list(SHAPE)
-    with pytest.raises(InputError, match="one file, got 2"):
+    with pytest.raises(InputError, match="comes with 2 channel files"):
         reader.read([path, path])
 
 
 def test_reader_knows_its_suffixes(tmp_path):
     reader = SimpleITKReader()
-    assert all(reader.verify_suffix(name) for name in ("a.NII.GZ", "b.png", ("c.nrrd",), str(tmp_path)))
-    assert not any(reader.verify_suffix(name) for name in ("a.txt", ("a.nii", "b.nii")))
+    known = ("a.NII.GZ", "b.png", ("c.nrrd",), ("a.nii", "b.nii"), str(tmp_path))
+    assert all(reader.verify_suffix(name) for name in known)
+    assert not any(reader.verify_suffix(name) for name in ("a.txt", ("a.nii", "b.txt")))
 
 
 @pytest.mark.parametrize(

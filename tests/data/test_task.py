@@ -33,7 +33,7 @@ def test_values_survive_json():
         ({"image_size": "256"}, "image_size must be a number, got '256'"),
         ({"spacing": 0}, "spacing must be positive"),
         ({"nsd_tolerance": -1}, "nsd_tolerance must be positive"),
-        ({"in_channels": 2}, "1 or 3, got 2"),
+        ({"in_channels": 4}, "1, 2 or 3, got 4"),
         ({"window": [240, -160]}, "low < high"),
         ({"window": [1, 2, 3]}, "low, high"),
         ({"window": 5}, "task"),

@@ -63,6 +63,12 @@ def test_an_image_does_not_depend_on_its_batch(make_segmenter: Callable[..., Sam
 
 
 @torch.no_grad()
+def test_of_two_channels_the_third_is_the_mean(make_segmenter: Callable[..., SamSegmenter]) -> None:
+    image = torch.rand(2, 2, 64, 64)
+    three = torch.stack([image[:, 0], image[:, 1], (image[:, 0] + image[:, 1]) / 2], dim=1)
+    torch.testing.assert_close(make_segmenter(in_channels=2)(image), make_segmenter(in_channels=3)(three))
+
+
 def test_one_channel_is_the_same_as_three_equal_ones(make_segmenter: Callable[..., SamSegmenter]) -> None:
     image = random_images(1, 1, 64, 64)
     assert torch.equal(make_segmenter()(image), make_segmenter(in_channels=3)(image.repeat(1, 3, 1, 1)))
@@ -163,7 +169,7 @@ def test_without_memory_for_counting() -> None:
     [
         ({"num_classes": 1}, "num_classes must be at least 2 .* got 1"),
         ({"num_classes": "3"}, "num_classes must be at least 2 .* got '3'"),
-        ({"in_channels": 2}, "in_channels must be 1 or 3, got 2"),
+        ({"in_channels": 4}, "in_channels must be 1, 2 or 3, got 4"),
         ({"backbone": "vit_x"}, "unknown backbone 'vit_x'"),
         ({"adapters": {"lorra": {}}}, "lorra"),
     ],

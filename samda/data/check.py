@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Look at a whole data set before a training: what it holds, and everything that is wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from samda.data.datalists import LARGEST_CHANNELS, LAYOUTS, DataList, read_datalist
+from samda.data.facts import CaseFacts, look_at
+from samda.data.formats import files_of
+from samda.data.labels import LabelMap, label_map
+from samda.data.problems import Problem
+from samda.data.splits import split
+from samda.data.task import Task
+from samda.errors import InputError, SamdaError
+
+__all__ = ["DataReport", "check_data", "intensity_problems"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataReport:
+    """What was found.
+
+    Attributes:
+        path: the data set.
+        data: its cases, those that could be told apart.
+        cases: what each of them holds.
+        problems: everything that is wrong.
+    """
+
+    path: Path
+    data: DataList
+    cases: list[CaseFacts]
+    problems: list[Problem]
+
+    @property
+    def stops(self) -> list[Problem]:
+        """The problems that training would stumble on."""
+        return [problem for problem in self.problems if problem.stops]
+
+    def sorted_problems(self) -> list[Problem]:
+        """All problems: what stops a training first, then in the order of the cases."""
+        order = {case.id: number for number, case in enumerate(self.cases)}
+        return sorted(self.problems, key=lambda p: (not p.stops, order.get(p.case, -1)))
+
+    @property
+    def labelled(self) -> list[CaseFacts]:
+        """Cases that can be trained or validated with: image and label were read."""
+        return [case for case in self.cases if case.section != "test" and case.shape and case.label_ids]
+
+    def label_table(self) -> list[dict[str, Any]]:
+        """One row an id: its name, voxels and number of cases; named ids that no case holds, too."""
+        names = {i: name for name, ids in (self.data.labels or {}).items() for i in ids}
+        voxels, cases = Counter[int](), Counter[int]()
+        for case in self.cases:
+            voxels.update(case.label_ids)
+            cases.update(case.label_ids.keys())
+        every = sorted({*voxels, *names}) if voxels or names else []
+        return [{"id": i, "name": names.get(i), "voxels": voxels[i], "cases": cases[i]} for i in every]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "path": str(self.path),
+            "layout": self.data.layout,
+            "layout_name": LAYOUTS[self.data.layout],
+            "sections": {name: len(cases) for name, cases in self.data.cases.items()},
+            "channels": self.data.channels,
+            "labels": self.label_table(),
+            "cases": [case.to_dict() for case in self.cases],
+            "problems": [dataclasses.asdict(problem) for problem in self.sorted_problems()],
+        }
+
+
+def check_data(path: str | Path, task: Task | None = None) -> DataReport:
+    """Look at every case of a data set, to the last voxel, and at the data set as a whole.
+
+    Args:
+        path: see :func:`samda.data.datalists.read_datalist`.
+        task: a task that the data should fit; None takes the ids that the data set names, or any.
+
+    Raises:
+        InputError: there is nothing to look at.
+    """
+    problems: list[Problem] = []
+    data = read_datalist(path, problems.append)
+    every = [(case, section) for section, cases in data.cases.items() for case in cases]
+    facts = [
+        look_at(case, section, problems.append) for case, section in tqdm(every, "cases", leave=False, disable=None)
+    ]
+    report = DataReport(Path(path), data, facts, problems)
+    problems += _of_ids(report, task)
+    problems += _of_channels(facts, task)
+    problems += _of_slices(facts)
+    problems += _of_patients(data)
+    problems += _of_whole(report, task)
+    if task is not None:
+        problems += intensity_problems(report, task)
+    return report
+
+
+def _of_ids(report: DataReport, task: Task | None) -> list[Problem]:
+    """Ids that nobody names, and names that no label holds."""
+    labels = report.data.labels or {}
+    found = _of_regions(labels)
+    try:
+        known = _known_ids(report.data.labels, task)
+    except SamdaError as error:
+        return [*found, Problem("label ids", str(error))]
+    for case in report.cases:
+        unknown = sorted(i for i in case.label_ids if known is not None and i not in known.ids)
+        if known is not None and known.rest is None and unknown:
+            shown = ", ".join(f"{i} ({case.label_ids[i]} voxels)" for i in unknown[:8]) + ", ..." * (len(unknown) > 8)
+            text = f"{case.label} holds ids that {known.source} does not name: {shown}; "
+            if task is None:  # the suggested task lists ids, so these become background
+                text += "they become background unless the task lists them"
+            else:
+                text += "list the ids of each class under `labels` in the task, and the others become background"
+            found.append(Problem("label ids", text, case.id, task is not None and case.section != "test"))
+        elif known is None and any(i < 0 for i in case.label_ids):
+            text = f"{case.label} holds ids below 0; name them under `labels` in the task, or they become background"
+            found.append(Problem("label ids", text, case.id, False))
+    held = {i for case in report.cases for i in case.label_ids}
+    absent = [name for name, ids in labels.items() if held and not held & set(ids)]
+    if absent:
+        text = f"no label holds {', '.join(absent)}; leave these classes out of the task, or check the ids"
+        found.append(Problem("absent class", text, stops=False))
+    return found
+
+
+def _of_regions(labels: Mapping[str, tuple[int, ...]]) -> list[Problem]:
+    owners: dict[int, list[str]] = {}
+    for name, ids in labels.items():
+        for i in ids:
+            owners.setdefault(i, []).append(name)
+    shared = {i: names for i, names in owners.items() if len(names) > 1}
+    if not shared:
+        return []
+    shown = ", ".join(f"{i} ({' and '.join(names)})" for i, names in shared.items())
+    text = f"the data set gives ids to several names: {shown}; a voxel has one class, list ids for each in the task"
+    return [Problem("label ids", text, stops=False)]
+
+
+def _known_ids(labels: Mapping[str, tuple[int, ...]] | None, task: Task | None) -> LabelMap | None:
+    if task is not None:
+        return label_map(task, labels)
+    if labels is None:
+        return None
+    return LabelMap({0: 0} | {i: 0 for ids in labels.values() for i in ids}, None, "the data set")
+
+
+def _of_channels(facts: Sequence[CaseFacts], task: Task | None) -> list[Problem]:
+    """Cases with other channels than the task, the network or the other cases have."""
+    counts = Counter(case.channels for case in facts if case.shape)
+    if not counts:
+        return []
+    usual = task.in_channels if task else counts.most_common(1)[0][0]
+    found: list[Problem] = []
+    for case in facts:
+        if not case.shape or (case.channels == usual and case.channels <= LARGEST_CHANNELS):
+            continue
+        what = f"{case.image[0]} has {case.channels} channels"
+        if case.picture and case.channels == 1 and usual == 3:
+            text = f"{what}, the {'task' if task else 'others'} 3; save it in color"
+        elif case.channels > LARGEST_CHANNELS:
+            text = f"{what} or time points, the network takes {LARGEST_CHANNELS}; extract what you need"
+        elif task:
+            text = f"{what}, the task {usual}; set its in_channels, or leave the case out"
+        else:
+            text = f"{what}, {counts[usual]} other cases {usual}; leave it out, or bring all to the same channels"
+        found.append(Problem("channels", text, case.id, case.section != "test"))
+    return found
+
+
+def _of_slices(facts: Sequence[CaseFacts]) -> list[Problem]:
+    """Single slices among volumes, pictures among scans."""
+    volumes = [case for case in facts if case.shape and not case.picture]
+    flat = [case for case in volumes if case.shape and 1 in case.shape]
+    found = [
+        Problem("one slice", f"{case.image[0]} is a single slice, others are volumes; leave it out", case.id, False)
+        for case in (flat if len(flat) < len(volumes) else [])
+    ]
+    pictures = [case for case in facts if case.picture]
+    if pictures and volumes:
+        text = f"{len(pictures)} cases are pictures, {len(volumes)} are scans; make two data sets of them"
+        found.append(Problem("mixed", text, stops=False))
+    return found
+
+
+def _of_patients(data: DataList) -> list[Problem]:
+    """One patient, or one file, on two sides."""
+    sections: dict[str, dict[str, str]] = {}
+    folds: dict[str, dict[int, str]] = {}
+    files: dict[Path, list[str]] = {}
+    for section, cases in data.cases.items():
+        for case in cases:
+            patient = str(case.get("patient") or case["id"])
+            sections.setdefault(patient, {}).setdefault(section, case["id"])
+            if section == "training" and "fold" in case:
+                folds.setdefault(patient, {}).setdefault(case["fold"], case["id"])
+            if "slices" not in case:
+                files.setdefault(files_of(case["image"])[0].resolve(), []).append(case["id"])
+    found: list[Problem] = []
+    for patient, places in sections.items():
+        if len(places) > 1:
+            shown = ", ".join(f"{name} in {section}" for section, name in places.items())
+            text = f"patient {patient!r} is in {len(places)} sections ({shown}), which flatters the scores; keep one"
+            found.append(Problem("patient", text, stops=False))
+    for patient, numbers in folds.items():
+        if len(numbers) > 1:
+            shown = ", ".join(f"{name} in {fold}" for fold, name in numbers.items())
+            text = f"patient {patient!r} is in {len(numbers)} folds ({shown}), which --fold refuses; give one fold"
+            found.append(Problem("patient", text, stops=False))
+    for path, names in files.items():
+        if len(names) > 1:
+            text = f"{path} is the image of {len(names)} cases ({', '.join(names)}); keep one"
+            found.append(Problem("same image", text, names[1], False))
+    return found
+
+
+def _of_whole(report: DataReport, task: Task | None) -> list[Problem]:
+    """Is there something to train and to validate with, as a training without further options would part the cases?"""
+    training, validation = (report.data.cases[name] for name in ("training", "validation"))
+    if not training:
+        number = len(report.data.cases["test"])
+        return [
+            Problem("no label", f"no case can be trained with ({number} without label); list labelled ones as training")
+        ]
+    read = {case.id for case in report.labelled}
+    foreground = {case.id for case in report.labelled if _has_foreground(case, report.data.labels, task)}
+    if read and not foreground:
+        return [Problem("no foreground", "no label holds any class; check labels, ids and names")]
+    if not validation:
+        try:
+            parts = split(training, task or Task())
+        except InputError:  # of a scan that is in the list of problems already
+            return []
+        except SamdaError as error:
+            return [Problem("split", str(error))]
+        if "slices" in parts.validation[0]:
+            return []
+        training, validation = parts.training, parts.validation
+    found = []
+    for name, cases in (("training", training), ("validation", validation)):
+        ids = {case["id"] for case in cases}
+        if ids <= read and not ids & foreground:  # what could not be read is a problem of its own
+            names = ", ".join(case["id"] for case in cases[:5])
+            text = f"no label of the {name} cases ({names}) holds any class; choose others (--fold, --seed) or add some"
+            found.append(Problem("no foreground", text))
+    return found
+
+
+def _has_foreground(case: CaseFacts, labels: Mapping[str, Iterable[int]] | None, task: Task | None) -> bool:
+    named = (task.labels if task and task.labels else labels) or {}
+    background = set(named.get("background", ())) | {0}
+    if named:
+        return any(i in case.label_ids for name, ids in named.items() if name != "background" for i in ids)
+    return any(i not in background for i in case.label_ids)
+
+
+def intensity_problems(report: DataReport, task: Task) -> list[Problem]:
+    """Cases whose intensities the task cannot tell apart."""
+    found: list[Problem] = []
+    for case in report.cases:
+        if not case.shape or not case.quantiles or case.smallest == case.largest:
+            continue
+        values = f"{case.image[0]} holds {case.smallest:g} to {case.largest:g}"
+        low, high = task.window
+        if task.modality == "CT" and (case.largest <= low or case.smallest >= high):
+            text = f"{values}, which the window {low:g} to {high:g} HU does not tell apart; check units and modality"
+            found.append(Problem("intensity", text, case.id, case.section != "test"))
+        elif task.modality == "CT" and case.smallest >= 0:
+            text = f"{values}; a CT in Hounsfield units has air near -1000: check units and modality"
+            found.append(Problem("intensity", text, case.id, False))
+        elif task.modality != "CT" and any(row[0] == row[-1] for row in case.quantiles):
+            text = (
+                f"{values}, but 1 and 99 % of a channel are equal; check the file, or set wider percentiles in the task"
+            )
+            found.append(Problem("intensity", text, case.id, task.modality == "image" and case.section != "test"))
+    return found

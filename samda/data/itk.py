@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What SimpleITK reads: NRRD, MetaImage, pictures and DICOM series folders. Affines are voxel index to RAS mm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from samda.data.formats import PICTURE_SUFFIXES, not_a_scan
+from samda.errors import InputError
+
+__all__ = ["dicom_modality", "has_dicom", "itk_geometry", "read_dicom", "read_itk"]
+
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+POSITION = "0020|0032"  # DICOM: position of a slice's first voxel (LPS mm)
+SERIES_NAME = "0008|103e"  # series description
+MODALITY = "0008|0060"
+
+
+def has_dicom(folder: str | Path) -> bool:
+    """Does `folder` itself hold a DICOM series?"""
+    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK would warn of every folder without
+    try:
+        return bool(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
+
+
+def itk_geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
+    """Size and affine of a file from its header.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise not_a_scan(path, error) from error
+    return reader.GetSize(), _itk_affine(reader, path)
+
+
+def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels (X, Y, Z[, C]) and affine of a file.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        raise not_a_scan(path, error) from error
+    return _itk_array(image), _itk_affine(image, path)
+
+
+def _itk_array(image: sitk.Image) -> np.ndarray:
+    """The voxels as (X, Y, Z[, C]); ITK hands them out as ([T,] Z, Y, X[, C])."""
+    array = sitk.GetArrayFromImage(image)
+    axes = list(range(image.GetDimension()))[::-1]
+    array = array.transpose(axes + list(range(len(axes), array.ndim)))
+    if image.GetDimension() == 2:
+        array = array[:, :, None]
+    return array[..., 0] if array.ndim == 4 and array.shape[3] == 1 else array
+
+
+def _itk_affine(image: sitk.Image | sitk.ImageFileReader, path: Path) -> np.ndarray:
+    affine = np.eye(4)
+    if path.name.lower().endswith(PICTURE_SUFFIXES):
+        return LPS_TO_RAS @ affine  # a picture has pixels, not millimeters: one picture, one grid
+    dims = image.GetDimension()
+    n = min(dims, 3)
+    direction = np.reshape(image.GetDirection(), (dims, dims))[:n, :n]
+    affine[:n, :n] = direction * np.asarray(image.GetSpacing())[:n]
+    affine[:n, 3] = image.GetOrigin()[:n]
+    return LPS_TO_RAS @ affine
+
+
+def read_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels (X, Y, Z[, C]) and affine of the one DICOM series in a folder.
+
+    Raises:
+        InputError: no series, several, damaged files, or uneven slice positions.
+    """
+    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    if not series:
+        raise InputError(f"{folder} holds no DICOM series; give a scan, or the folder of one series")
+    files = [sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), name) for name in series]
+    if len(series) > 1:
+        names = ", ".join(f"{_series_name(names[0])!r} ({len(names)} files)" for names in files)
+        raise InputError(f"{folder} holds {len(series)} DICOM series: {names}; give each a folder of its own")
+    _refuse_left_out(folder, set(files[0]))
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(files[0])
+    reader.MetaDataDictionaryArrayUpdateOn()
+    try:
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise not_a_scan(folder, error) from error
+    affine = _itk_affine(image, folder)
+    if len(files[0]) > 1:
+        # the positions decide, not ITK's step between the first two slices: it knows neither gaps nor a tilted gantry
+        positions = np.array([_position(reader, i, folder) for i in range(len(files[0]))])
+        affine[:3, 2] = LPS_TO_RAS[:3, :3] @ _slice_step(positions, folder)
+        affine[:3, 3] = LPS_TO_RAS[:3, :3] @ positions[0]
+    return _itk_array(image), affine
+
+
+def _refuse_left_out(folder: Path, used: set[str]) -> None:
+    """ITK passes over DICOM files that it cannot parse: a damaged slice would vanish without a word."""
+    left = [p for p in sorted(folder.iterdir()) if p.is_file() and str(p) not in used and p.name != "DICOMDIR"]
+    for path in left:
+        with path.open("rb") as file:
+            if file.read(132)[128:] == b"DICM":
+                raise InputError(
+                    f"{path} is a damaged DICOM file or no image; replace it, or move it out of the folder"
+                )
+
+
+def _series_name(file: str) -> str:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(file)
+    reader.ReadImageInformation()
+    return reader.GetMetaData(SERIES_NAME).strip() if reader.HasMetaDataKey(SERIES_NAME) else Path(file).name
+
+
+def _position(reader: sitk.ImageSeriesReader, index: int, folder: Path) -> list[float]:
+    if not reader.HasMetaDataKey(index, POSITION):
+        raise InputError(f"{folder}: a DICOM file states no slice position; convert the series to NIfTI first")
+    return [float(value) for value in reader.GetMetaData(index, POSITION).split("\\")]
+
+
+def _slice_step(positions: np.ndarray, folder: Path) -> np.ndarray:
+    """Mean step (mm, LPS) from slice to slice, refusing uneven ones; positions: (n, 3)."""
+    steps = np.diff(positions, axis=0)
+    mean = steps.mean(axis=0)
+    if np.abs(steps - mean).max() > 0.1 * np.linalg.norm(mean):
+        sizes = np.linalg.norm(steps, axis=1)
+        raise InputError(
+            f"{folder}: the slices are unevenly spaced ({sizes.min():.2f} to {sizes.max():.2f} mm); "
+            "add the missing slices or remove the doubled ones"
+        )
+    return mean
+
+
+def dicom_modality(folder: Path) -> str | None:
+    """The modality that the DICOM series in a folder states: "CT", "MR", "PT", ..."""
+    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    if not series:
+        return None
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])[0])
+    reader.ReadImageInformation()
+    return reader.GetMetaData(MODALITY).strip() or None if reader.HasMetaDataKey(MODALITY) else None

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from samda.data.check import DataReport
+from samda.data.datalists import DataList
+from samda.data.facts import CaseFacts
+from samda.data.suggest import suggest_task
+from samda.data.task import Task
+from samda.errors import InputError
+
+
+def case(name: str = "a", **changes: Any) -> CaseFacts:
+    """A CT of 512 x 512 x 90 voxels of 0.8 x 0.8 x 3 mm with a body of 370 x 250 mm and an organ of 20 to 120 HU."""
+    values: dict[str, Any] = {
+        "shape": (512, 512, 90),
+        "spacing_mm": (0.8, 0.8, 3.0),
+        "sides_mm": (0.8, 0.8, 3.0),
+        "orientation": "LPS",
+        "channels": 1,
+        "smallest": -1024.0,
+        "largest": 1500.0,
+        "quantiles": [[-1010.0, -900.0, 10.0, 40.0, 300.0]],
+        "extent_mm": (370.0, 250.0, 270.0),
+        "label_ids": {0: 1000, 3: 20, 1: 60},
+        "foreground": np.linspace(20, 120, 1001, dtype=np.float32)[:, None],
+        "foreground_ids": np.ones(1001, int),
+    }
+    return CaseFacts(name, "training", ["a.nii.gz"], "l.nii.gz", **(values | changes))
+
+
+def report(*cases: CaseFacts, **data: Any) -> DataReport:
+    sections = {"training": [{"id": c.id, "image": c.image[0]} for c in cases], "validation": [], "test": []}
+    values = {"cases": sections, "labels": None, "layout": "csv"} | data
+    return DataReport(Path("My data"), DataList(**values), list(cases), [])
+
+
+def test_a_ct() -> None:
+    suggestion = suggest_task(report(case("a"), case("b"), case("c")))
+    task = suggestion.task
+    assert (task.name, task.classes) == ("My_data", ("background", "class_1", "class_3"))
+    assert task.labels == {"class_1": (1,), "class_3": (3,)}
+    assert task.modality == "CT" and "3 of 3 scans reach below -500" in suggestion.reasons["modality"]
+    assert (task.spacing, task.image_size, task.axis) == (1.48, 256, "axial")  # 1.02 * 370 / 256 = 1.474
+    assert task.window == (-130.0, 270.0)  # the middle 99 % are 20.5 to 119.5: 400 HU around 70
+    assert task.in_channels == 1 and task.nsd_tolerance == 3
+
+
+def test_the_file_is_a_task_with_its_reasons(tmp_path: Path) -> None:
+    odd = {"background": (0,), "no: liver": (1,), "1": (2, 4)}
+    suggestion = suggest_task(report(case(), labels=odd))
+    (tmp_path / "task.yaml").write_text(suggestion.to_yaml(["first", "", "third"]), encoding="utf-8")
+    assert Task.from_file(tmp_path / "task.yaml") == suggestion.task
+    lines = (tmp_path / "task.yaml").read_text().splitlines()
+    assert lines[:4] == ["# first", "#", "# third", "name: My data".replace(" data", "_data")]
+    assert "spacing: 1.48 # mm per pixel of a slice; the scans have 0.8." in "\n".join(lines)
+    assert yaml.safe_load("\n".join(lines))["labels"] == {"no: liver": 1, "1": [2, 4]}
+
+
+def test_classes_as_the_data_set_names_them_unless_they_overlap() -> None:
+    named = {"background": (0,), "spleen": (3,), "liver": (1,), "never seen": (9,)}
+    assert suggest_task(report(case(), labels=named)).task.classes == ("background", "liver", "spleen", "never seen")
+    regions = {"background": (0,), "whole": (1, 3), "core": (3,)}
+    assert suggest_task(report(case(), labels=regions)).task.labels == {"class_1": (1,), "class_3": (3,)}
+    one = case(label_ids={0: 5, 255: 7})
+    assert suggest_task(report(one)).task.labels == {"foreground": (255,)}
+    with pytest.raises(InputError, match="no label holds any id above 0"):
+        suggest_task(report(case(label_ids={0: 5})))
+    with pytest.raises(InputError, match="no case with a readable image and label"):
+        suggest_task(report(case(shape=None)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "data", "modality", "reason"),
+    [
+        ({"smallest": -3.0}, {}, "MR", "1 of 1 scans do not reach below -500: a guess"),
+        ({"smallest": -3.0}, {"channels": ("CT",)}, "CT", "the data set names its channels CT"),
+        ({}, {"channels": ("T2", "ADC")}, "MR", "T2, ADC; percentiles serve whatever is not CT"),
+        ({}, {"channels": ("CT", "PET")}, "MR", "CT, PET; percentiles"),
+        ({"smallest": -3.0}, {"channels": ("0",)}, "MR", "a guess"),
+        ({"dicom": "MR"}, {}, "MR", "1 of 1 series state MR"),
+        ({"dicom": "PT"}, {}, "MR", "state PT; percentiles"),
+        ({"picture": True}, {"channels": ("CT",)}, "image", "pictures"),
+    ],
+)
+def test_modality(changes: dict[str, Any], data: dict[str, Any], modality: str, reason: str) -> None:
+    suggestion = suggest_task(report(case(**changes), **data))
+    assert suggestion.task.modality == modality
+    assert reason in suggestion.reasons["modality"]
+
+
+@pytest.mark.parametrize(
+    ("side", "extent", "spacing", "size"),
+    [
+        (3.0, 373.0, 1.5, 256),
+        (2.0, 200.0, 1.0, 208),  # at most twice as fine: 204 mm at 1 mm
+        (4.0, 60.0, 2.0, 64),
+        (0.5, 240.0, 0.96, 256),  # at most twice as coarse
+        (0.4, 240.0, 0.64, 384),
+        (0.1, 240.0, 0.48, 512),  # nothing larger is suggested
+    ],
+)
+def test_field_of_view(side: float, extent: float, spacing: float, size: int) -> None:
+    one = case(sides_mm=(side, side, side), extent_mm=(extent, extent / 2, 999.0))
+    task = suggest_task(report(one)).task
+    assert (task.spacing, task.image_size) == (spacing, size)
+    assert task.spacing * task.image_size >= extent
+
+
+def test_sagittal_slices() -> None:
+    spine = case(sides_mm=(4.0, 0.7, 0.7), extent_mm=(60.0, 150.0, 170.0), smallest=0.0)
+    suggestion = suggest_task(report(spine))
+    assert suggestion.task.axis == "sagittal"
+    assert (suggestion.task.spacing, suggestion.task.image_size) == (0.68, 256)  # 1.02 * 170 / 256 = 0.677
+    assert "slices are 4 mm apart" in suggestion.reasons["axis"]
+
+
+def test_windows_are_wide_enough_to_see_and_hold_the_foreground() -> None:
+    lungs = case(foreground=np.linspace(-950, -50, 1001, dtype=np.float32)[:, None])
+    assert suggest_task(report(lungs)).task.window == (-950.0, -50.0)
+    others = np.concatenate([np.linspace(20, 120, 1001), np.full(1000, 3000.0)]).astype(np.float32)[:, None]
+    ids = np.repeat([1, 7], [1001, 1000])
+    named = report(case(foreground=others, foreground_ids=ids), labels={"background": (0,), "liver": (1,)})
+    assert suggest_task(named).task.window == (-130.0, 270.0)  # the bones are of no class
+    nothing = case(foreground=np.zeros((0, 1), np.float32), foreground_ids=np.zeros(0, int))
+    assert suggest_task(report(nothing)).task.window == (-160.0, 240.0)
+
+
+def test_color_pictures() -> None:
+    picture = case(
+        picture=True, channels=3, sides_mm=(1, 1, 1), extent_mm=(1024.0, 768.0, 1.0), label_ids={0: 1, 255: 2}
+    )
+    task = suggest_task(report(picture)).task
+    assert (task.in_channels, task.spacing, task.image_size) == (3, 2.0, 512)
+    assert task.nsd_tolerance == 2
