@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from samda.errors import InputError, UsageError, nearest
+from samda.processes import launched, local_device
 from samda.resources import packaged
 
 __all__ = [
@@ -40,7 +41,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def pick_device(name: str) -> str:
-    """The torch device that `name` means on this machine.
+    """The torch device that `name` means on this machine; every process of torchrun has a GPU of its own.
 
     Raises:
         UsageError: no such device, or not on this machine.
@@ -48,7 +49,9 @@ def pick_device(name: str) -> str:
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and launched()[1] > 1:
+        return str(local_device())
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -7,6 +7,7 @@ The result is a model folder. The data set is an nnU-Net or Medical Segmentation
   samda train -d Dataset001_Liver -o model --task liver.yaml
   samda train -d Dataset001_Liver -o model --task liver.yaml --adapter salt,dka,sam_da --backbone vit_b --epochs 40
   samda train -d Dataset001_Liver -o model --task liver.yaml --resume
+  torchrun --nproc_per_node=4 -m samda train -d Dataset001_Liver -o model --task liver.yaml     on four GPUs
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from samda.cli.options import (
     task_file,
 )
 from samda.errors import UsageError
+from samda.processes import launched
 
 OVERRIDES = (
     "weights",
@@ -79,7 +81,9 @@ def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     from samda.training import train
 
-    say(f"training on {device}")
+    rank, world = launched()
+    if rank == 0:
+        say(f"training on {device}" + (f", {world} processes" if world > 1 else ""))
     result = train(
         args.data,
         args.output,
@@ -91,6 +95,8 @@ def run(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         device=device,
     )
+    if rank != 0:  # one of several says what all know
+        return
     if args.json:
         print_json(result)
     else:

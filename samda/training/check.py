@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import pydoc
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,13 @@ TYPES = {
 }
 
 
-def check_overrides(config_file: str) -> None:
+def check_overrides(config_file: str | Sequence[str]) -> None:
     """Check the running config against the file `config_file` beside which it was started.
 
-    Only that file is the reference, so keys that a user adds to an own copy of the bundle are valid there.
+    Only that file, or several merged, is the reference, so keys that a user adds to an own copy of the bundle are valid there.
 
     Args:
-        config_file: name of the reference in the folder of the first config file, for instance "train.json".
+        config_file: name of the reference in the folder of the first config file, for instance "train.json"; or names.
 
     Raises:
         UsageError: naming the key and the nearest valid one, or the expected type.
@@ -46,8 +46,9 @@ def check_overrides(config_file: str) -> None:
     workflow = _running_workflow()
     if workflow is None:  # a bare ConfigParser: nothing was overridden through MONAI
         return
-    reference = Path(workflow.config_root_path) / config_file
-    check_config(workflow.parser.get(), ConfigParser.load_config_file(reference))
+    names = [config_file] if isinstance(config_file, str) else config_file
+    files = [Path(workflow.config_root_path) / name for name in names]
+    check_config(workflow.parser.get(), ConfigParser.load_config_files(files))
 
 
 def check_config(config: Mapping[str, Any], reference: Mapping[str, Any]) -> None:

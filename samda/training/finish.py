@@ -21,6 +21,7 @@ from samda.features import feature_statistics
 from samda.files import replacing, write_json
 from samda.networks.model_folder import save_model
 from samda.networks.segmenter import SamSegmenter
+from samda.processes import is_main
 from samda.resources import packaged
 from samda.training.datasets import SliceDataset
 from samda.training.record import TrainingRecord
@@ -42,6 +43,8 @@ def save_training(
     dataset: SliceDataset | EmbeddingDataset,
 ) -> dict[str, Any]:
     """Put the best parameters back into the network and write the model folder with a bundle around it.
+
+    Of several processes the first writes.
 
     Args:
         network: the trained network.
@@ -86,8 +89,9 @@ def save_training(
         },
         "statistics": slices.statistics.to_dict() | {"features": _features(network, dataset)},
     }
-    save_model(network, folder, task, content)
-    copy_bundle(bundle_root, folder, task, network)
+    if is_main():
+        save_model(network, folder, task, content)
+        copy_bundle(bundle_root, folder, task, network)
     return summary
 
 

@@ -13,9 +13,10 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 from samda.data.task import Task
 from samda.errors import UsageError, cause_of, nearest
+from samda.processes import launched
 from samda.resources import packaged
 
-__all__ = ["find_overlay", "literal", "train", "training_workflow"]
+__all__ = ["find_overlay", "literal", "train"]
 
 WRAPPERS = ("Failed to evaluate", "Failed to instantiate")  # how MONAI's errors begin that only say where
 
@@ -36,7 +37,7 @@ def train(
     """Train on a data set and write a model folder.
 
     It runs the same config as `python -m monai.bundle run --config_file .../train.json`; an argument that is None keeps
-    the value of that file.
+    the value of that file. Processes that torchrun started train together, with multi_gpu_train.json as well.
 
     Args:
         dataset: a folder or datalist, see :func:`samda.data.datalists.read_datalist`.
@@ -51,7 +52,7 @@ def train(
         device: torch device; None takes a GPU where there is one.
 
     Returns:
-        What was trained and reached, see :func:`samda.training.finish.save_training`.
+        What was trained and reached, see :func:`samda.training.finish.save_training`; the same on every process.
 
     Raises:
         UsageError: an unknown key or name, a value of the wrong type, or a folder that holds a training already.
@@ -60,49 +61,35 @@ def train(
     Example:
         `train("scans", "model", task="abdomen.yaml", adapters=["salt", "sam_da"], overrides={"epochs": 20})`
     """
-    with _one_voice():
-        workflow = training_workflow(dataset, output, task, adapters, backbone, overrides, resume, overwrite, device)
-        workflow.initialize()
-        workflow.run()
-        return workflow.finalize()[0]
-
-
-def training_workflow(
-    dataset: str | Path,
-    output: str | Path,
-    task: Task | Mapping[str, Any] | str | Path | None = None,
-    adapters: Adapters | None = None,
-    backbone: str | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    device: str | None = None,
-) -> ConfigWorkflow:
-    """The workflow that :func:`train` runs, not yet initialized; the same arguments."""
-    config_file = packaged("bundles", "sam_segmentation", "configs", "train.json")
-    keys = {
-        "bundle_root": literal(str(config_file.parent.parent)),
-        "dataset_dir": literal(str(dataset)),
-        "output_dir": literal(str(output)),
-        "resume": resume,
-        "overwrite": overwrite,
-    }
+    keys: dict[str, Any] = {"dataset_dir": literal(str(dataset)), "output_dir": literal(str(output))}
+    keys |= {"resume": resume, "overwrite": overwrite}
     if task is not None:
         keys["task"] = literal(task.to_dict() if isinstance(task, Task) else task)
     if backbone is not None:
         keys["backbone"] = backbone
     if device is not None:
         keys["device"] = str(device)
-    overrides = dict(overrides or {})
+    with _one_voice():
+        workflow = _workflow(keys, adapters, dict(overrides or {}))
+        workflow.initialize()
+        workflow.run()
+        return workflow.finalize()[0]
+
+
+def _workflow(keys: dict[str, Any], adapters: Adapters | None, overrides: dict[str, Any]) -> ConfigWorkflow:
+    """The workflow of train.json with `keys` and `overrides`, not yet initialized; for torchrun with its overlay."""
     for key in overrides:
-        if key in keys:
+        if key in keys or key == "bundle_root":
             raise UsageError(f"override {key!r} is an argument of its own; give it there")
+    configs = packaged("bundles", "sam_segmentation", "configs")
+    keys["bundle_root"] = literal(str(configs.parent))
     if isinstance(adapters, Mapping):
         keys["adapters"] = dict(adapters)
     elif adapters is not None:
         names = [adapters] if isinstance(adapters, str | Path) else adapters
         keys |= _merged((find_overlay(name) for name in names), overrides)
-    workflow = ConfigWorkflow(str(config_file), workflow_type="train", logging_file=False)
+    files = ["train.json", "multi_gpu_train.json"] if launched()[1] > 1 else ["train.json"]
+    workflow = ConfigWorkflow([str(configs / file) for file in files], workflow_type="train", logging_file=False)
     for key, value in (keys | overrides).items():
         workflow.parser.set(value, key)  # new nested keys are taken, too; `initialize` then refuses them by name
     return workflow
