@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """One job on several processes: who this process is, its share of the cases, and what processes tell one another.
 
-Two ways to be several. A training is one group of processes that exchange gradients: `torchrun` starts them,
-:func:`join` connects them. Cases of a prediction or an adaptation are independent, so their processes need no
-connection: each does its :class:`Part`, whether torchrun started it or a job array.
+Two ways to be several. Processes that `torchrun` started are connected by :func:`join`: a training exchanges gradients.
+Cases of a prediction or an adaptation are independent, so each process does its :class:`Part` of them, whether torchrun
+started it or a job array; connected ones wait for one another at the end, because torchrun ends all when one fails.
 """
 
 from __future__ import annotations
 
 import atexit
 import dataclasses
+import datetime
 import logging
 import os
 import re
@@ -27,6 +28,7 @@ __all__ = [
     "exchange",
     "is_main",
     "join",
+    "join_for_cases",
     "launched",
     "leave",
     "local_device",
@@ -37,6 +39,7 @@ __all__ = [
 
 T = TypeVar("T")
 
+DAYS_H = 14 * 24.0  # how long processes wait for one another that share cases: as long as a scheduler lets them run
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # what torchrun tells each process
 
 
@@ -76,7 +79,9 @@ def read_part(text: str | None = None) -> Part | None:
     if text is None:
         return Part(rank + 1, world) if world > 1 else None
     if world > 1:
-        raise UsageError(f"part {text!r} was given to processes of torchrun, which splits the cases itself; leave it out")
+        raise UsageError(
+            f"part {text!r} was given to processes of torchrun, which splits the cases itself; leave it out"
+        )
     match = re.fullmatch(r"(\d+)/(\d+)", str(text))
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise UsageError(f"part {text!r} must be INDEX/COUNT with an index from 1 to COUNT, for instance 2/8")
@@ -108,10 +113,15 @@ def local_device() -> torch.device:
     return torch.device("cuda", ranks[2])
 
 
-def join(device: torch.device | str) -> None:
+def join(device: torch.device | str, one_voice: bool = True, patience_h: float = 0.5) -> None:
     """Connect the processes that torchrun started: NCCL between GPUs, gloo between CPUs.
 
-    The connection ends with :func:`leave` or, after an error, with the process. Only the first process reports.
+    The connection ends with :func:`leave` or, after an error, with the process.
+
+    Args:
+        device: of this process.
+        one_voice: all do the same, so only the first process reports.
+        patience_h: hours that a process waits for another before it takes it for lost.
 
     Raises:
         UsageError: the process was not started by torchrun.
@@ -124,10 +134,17 @@ def join(device: torch.device | str) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patience = datetime.timedelta(hours=patience_h)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
         atexit.register(_disconnect)
-    if not is_main():
+    if one_voice and not is_main():
         logging.getLogger("samda").setLevel(logging.ERROR)
+
+
+def join_for_cases() -> None:
+    """Connect processes of torchrun that share the cases of a job; without torchrun, nothing."""
+    if launched()[1] > 1:
+        join("cpu", one_voice=False, patience_h=DAYS_H)
 
 
 def leave() -> None:

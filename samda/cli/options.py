@@ -17,6 +17,7 @@ from samda.resources import packaged
 __all__ = [
     "add_device",
     "add_json",
+    "add_part",
     "existing",
     "parse_settings",
     "pick_device",
@@ -38,6 +39,15 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """`--json`: the result for programs, on standard output; everything else goes to standard error."""
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def add_part(parser: argparse.ArgumentParser) -> None:
+    """`--part`, read by :func:`samda.processes.read_part`."""
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        help="do part I of N, for job arrays; processes that torchrun starts share the cases without it",
+    )
 
 
 def pick_device(name: str) -> str:

@@ -34,7 +34,9 @@ def batch_share(batch_size: int) -> int:
     """
     _, world = place()
     if batch_size % world:
-        raise UsageError(f"batch_size {batch_size} cannot be dealt out to {world} processes; choose a multiple of {world}")
+        raise UsageError(
+            f"batch_size {batch_size} cannot be dealt out to {world} processes; choose a multiple of {world}"
+        )
     return batch_size // world
 
 
@@ -47,7 +49,9 @@ def distribute(network: nn.Module) -> DistributedDataParallel:
     device = next(network.parameters()).device
     devices = [device] if device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in torch 2.14
+    buffers = (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )  # renamed in torch 2.14
     return DistributedDataParallel(network, devices, find_unused_parameters=True, **{buffers: False})
 
 
@@ -86,17 +90,20 @@ class PaddedDataset(Dataset):
 
 
 class RankSampler(Sampler[int]):
-    """Every `world`-th item, from the rank of this process on: all processes together see each item once.
+    """Every R-th item, from the rank of this process among R on: all processes together see each item once.
 
     Args:
         dataset: what is sampled.
+        num_replicas: number of processes; None takes that of the connected ones.
+        rank: of this process; None takes its own.
 
     Raises:
         UsageError: a process would have nothing to do.
     """
 
-    def __init__(self, dataset: Sized) -> None:
-        rank, world = place()
+    def __init__(self, dataset: Sized, num_replicas: int | None = None, rank: int | None = None) -> None:
+        own, all_ = place()
+        world, rank = num_replicas or all_, own if rank is None else rank
         if world > len(dataset):
             raise UsageError(
                 f"{len(dataset)} validation slices are too few for {world} processes; start {len(dataset)} or fewer"
