@@ -79,9 +79,7 @@ def read_part(text: str | None = None) -> Part | None:
     if text is None:
         return Part(rank + 1, world) if world > 1 else None
     if world > 1:
-        raise UsageError(
-            f"part {text!r} was given to processes of torchrun, which splits the cases itself; leave it out"
-        )
+        raise UsageError(f"part {text!r} was given to processes of torchrun, which share the cases; leave it out")
     match = re.fullmatch(r"(\d+)/(\d+)", str(text))
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise UsageError(f"part {text!r} must be INDEX/COUNT with an index from 1 to COUNT, for instance 2/8")
@@ -147,12 +145,13 @@ def join_for_cases() -> None:
         join("cpu", one_voice=False, patience_h=DAYS_H)
 
 
-def leave() -> None:
-    """End the connection once every process has come so far; without one, nothing."""
+def leave(wait: bool = True) -> None:
+    """End the connection, once every process has come so far if `wait`; without one, nothing."""
     import torch.distributed as dist
 
     if _connected():
-        exchange(None)  # no process leaves while the first still writes
+        if wait:
+            exchange(None)  # no process leaves while the first still writes
         dist.destroy_process_group()
 
 

@@ -39,7 +39,7 @@ def test_what_is_no_part_is_refused(text: str) -> None:
 def test_torchrun_gives_every_process_its_part(torchrun: None) -> None:
     assert launched() == (2, 4)
     assert read_part() == Part(3, 4)
-    with pytest.raises(UsageError, match="part '1/2' was given to processes of torchrun"):
+    with pytest.raises(UsageError, match="part '1/2' was given to processes of torchrun, which share the cases"):
         read_part("1/2")
 
 

@@ -104,16 +104,15 @@ def run(args: argparse.Namespace) -> None:
         on_case=tell,
     )
     first = is_main()
-    leave()
+    leave(wait=False)
     if not first:  # one of several says what became of all
         return
     if args.json:
         print_json(result)
     else:
         counts = ", ".join(f"{number} {what}" for what, number in result["counts"].items() if number)
-        print(
-            f"{counts or 'no case'}; {'report in ' + result['page'] if result['page'] else 'other parts are at work'}"
-        )
+        page = f"report in {result['page']}" if result["page"] else "other parts are at work"
+        print(f"{counts or 'no case'}; {page}")
         if args.site and result["page"]:
             print(f"candidate version {args.site}; samda site activate {args.site} -m {args.model} makes it active")
     if result["failed"]:

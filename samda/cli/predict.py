@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
         on_case=tell,
     )
     first, results = is_main(), exchange(result)
-    leave()
+    leave(wait=False)
     if not first:  # one of several says what became of all
         return
     if len(results) > 1:

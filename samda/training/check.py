@@ -35,7 +35,8 @@ TYPES = {
 def check_overrides(config_file: str | Sequence[str]) -> None:
     """Check the running config against the file `config_file` beside which it was started.
 
-    Only that file, or several merged, is the reference, so keys that a user adds to an own copy of the bundle are valid there.
+    Only that file (or several, merged) is the reference, so keys that a user adds to an own copy of the bundle are valid
+    there.
 
     Args:
         config_file: name of the reference in the folder of the first config file, for instance "train.json"; or names.

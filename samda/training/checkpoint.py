@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 class Checkpoint:
     """`folder`/last.pt: the state of `objects`, the epoch, all random generators and, for comparison, `settings`.
 
-    Tensors and plain values only. It serves one's own resume and is no part of the model. Of several processes the first
-    reads and writes it, so it serves any number of them.
+    Tensors and plain values only. It serves one's own resume and is no part of the model. Of several processes the
+    first reads and writes it, so it serves any number of them.
 
     Args:
         folder: where last.pt lies.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on several processes such that it is the training of one: the same batches, loss, curve and model.
 
-What multi_gpu_train.json puts around the parts of train.json. A batch is drawn as one process draws it, and each process
-computes its share of the network. Dice over a batch is no mean over shares, so the loss is taken of the whole batch:
-every process gets the logits of all, and hands back the gradient of its own.
+What multi_gpu_train.json puts around the parts of train.json. A batch is drawn as one process draws it, and each
+process computes its share of the network. Dice over a batch is no mean over shares, so the loss is taken of the whole
+batch: every process gets the logits of all, and hands back the gradient of its own.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ def distribute(network: nn.Module) -> DistributedDataParallel:
     device = next(network.parameters()).device
     devices = [device] if device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters
-    buffers = (
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    )  # renamed in torch 2.14
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch 2.14
     return DistributedDataParallel(network, devices, find_unused_parameters=True, **{buffers: False})
 
 
