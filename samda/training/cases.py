@@ -5,23 +5,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from samda.data.datalists import Case, DataList
+from samda.data.datalists import Case, DataList, read_datalist
 from samda.data.splits import Split, split
 from samda.data.task import Task
 from samda.errors import InputError, UsageError, nearest
 
-__all__ = ["build_task", "labelled_cases", "training_cases"]
+__all__ = ["build_task", "dataset_labels", "labelled_cases", "training_cases"]
 
 logger = logging.getLogger(__name__)
 
 
 def build_task(
     task: Task | Mapping[str, Any] | str | Path | None,
-    labels: Mapping[str, tuple[int, ...]] | None = None,
+    labels: Mapping[str, tuple[int, ...]] | Callable[[], Mapping[str, tuple[int, ...]] | None] | None = None,
     image_size: int | None = None,
     spacing: float | None = None,
 ) -> Task:
@@ -30,7 +30,7 @@ def build_task(
     Args:
         task: a Task, its values, or a YAML or JSON file. None takes the classes that the data set states and says which
             modality it assumes.
-        labels: class name -> ids as the data set states them.
+        labels: class name -> ids as the data set states them, or what reads them: only without a task they are needed.
         image_size: pixels of a slice instead of the task's.
         spacing: mm per pixel instead of the task's.
 
@@ -38,7 +38,7 @@ def build_task(
         UsageError: neither a task nor labels, a file that does not exist, or values that no task can have.
     """
     if task is None:
-        task = _task_of(labels)
+        task = _task_of(labels() if callable(labels) else labels)
     elif isinstance(task, str | Path):
         if not Path(task).is_file():
             raise UsageError(f"there is no task file {str(task)!r}; give a YAML or JSON file with the classes")
@@ -47,6 +47,11 @@ def build_task(
         task = Task.from_dict(task)
     changes: dict[str, Any] = {"image_size": image_size, "spacing": spacing}
     return dataclasses.replace(task, **{key: value for key, value in changes.items() if value is not None})
+
+
+def dataset_labels(path: str | Path) -> Mapping[str, tuple[int, ...]] | None:
+    """Class name -> ids as the data set at `path` states them; None where it names no classes."""
+    return read_datalist(path).labels
 
 
 def _task_of(labels: Mapping[str, tuple[int, ...]] | None) -> Task:

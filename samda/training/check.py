@@ -20,7 +20,7 @@ from samda.errors import UsageError, nearest
 
 __all__ = ["check_config", "check_overrides"]
 
-FREE = ("adapters", "backbone", "task", "_meta_")  # these may be mappings whose keys their own builders check
+FREE = ("adapters", "backbone", "task", "_meta_")  # names or mappings that their own builders check
 TRACKING = ("tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "output_dir")
 TYPES = {
     bool: "true or false",
@@ -35,8 +35,8 @@ TYPES = {
 def check_overrides(config_file: str | Sequence[str]) -> None:
     """Check the running config against the file `config_file` beside which it was started.
 
-    Only that file (or several, merged) is the reference, so keys that a user adds to an own copy of the bundle are valid
-    there.
+    Only that file (or several, merged) is the reference, so keys that a user adds to an own copy of the bundle are
+    valid there.
 
     Args:
         config_file: name of the reference in the folder of the first config file, for instance "train.json"; or names.
@@ -72,7 +72,7 @@ def _check_mapping(config: Mapping[str, Any], reference: Mapping[str, Any], path
         if key not in valid and key not in extra and not str(key).startswith("_"):
             raise UsageError(f"config key {where!r} is unknown; {nearest(str(key), valid)}")
         default = reference.get(key)
-        if key in FREE and isinstance(value, Mapping):
+        if key in FREE and isinstance(value, Mapping | str):
             continue
         if isinstance(default, Mapping) and isinstance(value, Mapping):
             _check_mapping(value, default, where, ())
