@@ -20,7 +20,8 @@ from samda.errors import UsageError, nearest
 
 __all__ = ["check_config", "check_overrides"]
 
-FREE = ("adapters", "backbone", "task", "_meta_")  # names or mappings that their own builders check
+FREE = ("adapters", "backbone", "task", "_meta_")  # these may be mappings whose keys their own builders check
+NAMED = ("backbone", "task")  # and these names of something known
 TRACKING = ("tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "output_dir")
 TYPES = {
     bool: "true or false",
@@ -72,7 +73,7 @@ def _check_mapping(config: Mapping[str, Any], reference: Mapping[str, Any], path
         if key not in valid and key not in extra and not str(key).startswith("_"):
             raise UsageError(f"config key {where!r} is unknown; {nearest(str(key), valid)}")
         default = reference.get(key)
-        if key in FREE and isinstance(value, Mapping | str):
+        if (key in FREE and isinstance(value, Mapping)) or (key in NAMED and isinstance(value, str)):
             continue
         if isinstance(default, Mapping) and isinstance(value, Mapping):
             _check_mapping(value, default, where, ())

@@ -114,7 +114,7 @@ def copy_bundle(
     """Make a model folder a MONAI bundle: configs, docs, license, metadata that name the classes, models/model.pt.
 
     models/model.pt repeats adapter.safetensors for MONAI's own tools; samda does not read it. configs/train.json takes
-    the task, backbone and adapters of this training as its defaults, so `network_def` is the network that model.pt fits.
+    the task, backbone and adapters of this training as its defaults, so model.pt fits its `network_def`.
 
     Args:
         bundle_root: where configs and docs are copied from.

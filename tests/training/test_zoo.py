@@ -130,7 +130,7 @@ def test_monai_loads_the_trained_network_from_elsewhere(
 def test_monai_finds_the_properties_of_an_adaptation(model: Path) -> None:
     """It has no engine of MONAI's, so the properties are those of the metadata."""
     job = ConfigWorkflow(
-        str(model / "configs" / "adapt.json"), logging_file=False, bundle_root=str(model), dataset_dir="scans"
+        str(model / "configs" / "adapt.json"), workflow_type=None, logging_file=False, bundle_root=str(model)
     )
     job.initialize()
     assert job.check_properties() == []
