@@ -50,7 +50,8 @@ def distribute(network: nn.Module) -> DistributedDataParallel:
     devices = [device] if device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch 2.14
-    return DistributedDataParallel(network, devices, find_unused_parameters=True, **{buffers: False})
+    options: dict[str, Any] = {"find_unused_parameters": True, buffers: False}
+    return DistributedDataParallel(network, devices, **options)
 
 
 class PaddedDataset(Dataset):

@@ -45,7 +45,7 @@ def save_training(
 ) -> dict[str, Any]:
     """Put the best parameters back into the network and write the model folder with a bundle around it.
 
-    Of several processes the first writes.
+    Of several processes the first writes; the others return the same.
 
     Args:
         network: the trained network.
@@ -76,6 +76,8 @@ def save_training(
         "split": cases.note,
         "embeddings": cost,
     }
+    if not is_main():
+        return summary
     training = {key: value for key, value in summary.items() if key not in ("model", "mean_dice", "dice")}
     training |= {"cases": {"training": len(cases.training), "validation": len(cases.validation)}}
     training |= {"settings": {key: value for key, value in settings.items() if key != "task"}}
@@ -90,9 +92,8 @@ def save_training(
         },
         "statistics": slices.statistics.to_dict() | {"features": _features(network, dataset)},
     }
-    if is_main():
-        save_model(network, folder, task, content)
-        copy_bundle(bundle_root, folder, task, network, settings)
+    save_model(network, folder, task, content)
+    copy_bundle(bundle_root, folder, task, network, settings)
     return summary
 
 
