@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from samda.errors import InputError, UsageError
+from samda.processes import exchange, place, quiet
 
 __all__ = ["EmbeddingDataset", "Views", "allocate", "draw", "split_key"]
 
@@ -91,7 +92,8 @@ class EmbeddingDataset(Dataset):
     """Slices as the frozen encoder sees them: {"embedding": (256, h, w), "label": (1, H, W), ...}.
 
     `dataset[index]` is the slice without augmentation; `dataset[epoch, index]` the view that this epoch draws. Each
-    slice runs through its views in turn, from a start of its own, so a view returns after `views` epochs.
+    slice runs through its views in turn, from a start of its own, so a view returns after `views` epochs. Connected
+    processes share the encoding, batch by batch, and each keeps all of it: an epoch deals out its slices anew.
 
     Args:
         slices: what is encoded; see :class:`Views`. Its further entries (numbers, for instance the case) pass through.
@@ -155,23 +157,35 @@ class EmbeddingDataset(Dataset):
         folder: str | Path | None,
     ) -> None:
         keys = [(index, view) for index in range(len(self.slices)) for view in range(self.views)]
-        bar = tqdm(total=len(keys), desc="encoding", unit="slice", leave=False, disable=None)
-        for at in range(0, len(keys), batch_size):
-            batch = keys[at : at + batch_size]
-            items = [self.slices.view(index, view) for index, view in batch]
-            embeddings = encode(torch.stack([item["image"] for item in items]).to(device)).float().cpu()
-            labels = torch.stack([item["label"] for item in items])
-            if at == 0:
-                places = (len(self.slices), self.views)
-                self.embeddings = allocate(places + tuple(embeddings.shape[1:]), torch.float32, memory_mb, folder)
-                self.labels = allocate(places + tuple(labels.shape[1:]), labels.dtype, memory_mb, folder)
-            for (index, view), item, embedding, label in zip(batch, items, embeddings, labels, strict=True):
-                self.embeddings[index, view] = embedding
-                self.labels[index, view] = label
-                if view == 0:
-                    self.extras.append({k: v for k, v in item.items() if k not in ("image", "label")})
-            bar.update(len(batch))
+        batches = [keys[at : at + batch_size] for at in range(0, len(keys), batch_size)]
+        bar = tqdm(total=len(keys), desc="encoding", unit="slice", leave=False, disable=quiet())
+        rank, world = place()
+        for first in range(0, len(batches), world):
+            own = [self._encode(batch, encode, device) for batch in batches[first + rank : first + rank + 1]]
+            for batch, embeddings, labels, extras in (result for results in exchange(own) for result in results):
+                if not self.extras:
+                    places = (len(self.slices), self.views)
+                    self.embeddings = allocate(places + tuple(embeddings.shape[1:]), torch.float32, memory_mb, folder)
+                    self.labels = allocate(places + tuple(labels.shape[1:]), labels.dtype, memory_mb, folder)
+                for (index, view), embedding, label in zip(batch, embeddings, labels, strict=True):
+                    self.embeddings[index, view] = embedding
+                    self.labels[index, view] = label
+                self.extras += extras
+                bar.update(len(batch))
         bar.close()
+
+    def _encode(
+        self, batch: list[tuple[int, int]], encode: Callable[[torch.Tensor], torch.Tensor], device: torch.device
+    ) -> tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor, list[dict[str, Any]]]:
+        """The batch itself, its embeddings and labels, and the further entries of the slices whose view 0 it holds."""
+        items = [self.slices.view(index, view) for index, view in batch]
+        embeddings = encode(torch.stack([item["image"] for item in items]).to(device)).float().cpu()
+        extras = [
+            {key: value for key, value in item.items() if key not in ("image", "label")}
+            for (_, view), item in zip(batch, items, strict=True)
+            if view == 0
+        ]
+        return batch, embeddings, torch.stack([item["label"] for item in items]), extras
 
     def choose(self, epoch: int, index: int) -> int:
         """The view of slice `index` in this epoch; epoch 0 is the slice itself."""

@@ -13,19 +13,21 @@ import torch
 
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.page import write_page
-from samda.adaptation.run import AdaptRun, adapt_folder, details_folder
+from samda.adaptation.run import AdaptRun, adapt_folder, collect, details_folder
 from samda.adaptation.site import check_site, distil
 from samda.data.labels import MapLabelsd
 from samda.data.task import Task
 from samda.errors import SamdaError, UsageError
 from samda.inference.evaluate import score_files
 from samda.inference.pairs import find_pairs
-from samda.networks.versions import load_version
+from samda.networks.versions import list_versions, load_version
+from samda.processes import Part, exchange, is_main, place
 
 __all__ = ["CaseScores", "run_adaptation", "score_run"]
 
 logger = logging.getLogger(__name__)
 
+UNFINISHED = {"page": None, "dice": None, "site": None}  # other parts are at work
 CaseScores = dict[str, dict[str, tuple[float, float]]]  # case -> class -> Dice of the source and of the final map
 
 
@@ -43,6 +45,7 @@ def run_adaptation(
     overwrite: bool = False,
     weights: str | Path | None = None,
     version: str | None = None,
+    part: Part | None = None,
     device: torch.device | str = "cpu",
     on_case: Callable[[str, Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
@@ -58,11 +61,14 @@ def run_adaptation(
         site: name of a candidate version to distil from the accepted cases.
         weights: base weights; None takes those of the training.
         version: of the model; None takes the active one.
+        part: the cases that this process does; None does all. Page, scores and site version come from the process that
+            finds the cases of all parts finished.
         device: torch device.
         on_case: called with name and record of each case.
 
     Returns:
-        {"output", "page", "version", "counts", "cases", "failed", "dice", "site"}, plain values.
+        {"output", "page", "version", "counts", "cases", "failed", "dice", "site", "part"}, plain values; "page" is None
+        while other parts are at work.
 
     Raises:
         SamdaError: as the parts do; what is finished stays.
@@ -83,18 +89,41 @@ def run_adaptation(
         keep_names=keep_names,
         keep_tensors=site is not None,
         overwrite=overwrite,
+        part=part,
         on_case=on_case,
     )
+    exchange(None)  # processes of torchrun wait for one another here, jobs of an array do not
+    own = run
+    if part is not None:
+        whole = collect(adaptation, inputs, output, section, dry_run) if is_main() else None
+        if whole is None:
+            return own.to_dict() | UNFINISHED | {"version": version, "failed": own.failed, "part": str(part)}
+        run = whole
     scores = score_run(run, labels, task) if labels is not None and not dry_run else None
     page = write_page(adaptation, run, inputs, section=section, scores=scores, keep_names=keep_names)
-    distilled = None if site is None else distil(adaptation, model, run, site)
+    distilled = None if site is None else _distil_once(adaptation, model, run, site, part)
+    if place()[1] == 1:  # a job of an array answers for its own cases
+        run = own
     return run.to_dict() | {
         "page": str(page),
         "version": version,
         "failed": run.failed,
         "dice": None if scores is None else {case: mean_dice(score) for case, score in scores.items()},
         "site": distilled,
+        "part": None if part is None else str(part),
     }
+
+
+def _distil_once(
+    adaptation: Adaptation, model: str | Path, run: AdaptRun, site: str, part: Part | None
+) -> dict[str, Any] | None:
+    """The site version; None if another part, which finished at the same moment, has written it."""
+    try:
+        return distil(adaptation, model, run, site)
+    except (UsageError, OSError):
+        if part is None or site not in list_versions(model):
+            raise
+        return None
 
 
 def score_run(run: AdaptRun, labels: str | Path, task: Task) -> CaseScores:

@@ -31,12 +31,13 @@ from samda.adaptation import record as records
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.outcome import AdaptedCase, failed_record
 from samda.data.formats import files_of
-from samda.errors import SamdaError, UsageError
+from samda.errors import InputError, SamdaError, UsageError
 from samda.files import replacing, write_json, write_text
 from samda.inference.predict import find_cases
 from samda.inference.writer import check_output_folder, label_path, write_labels, write_probabilities
+from samda.processes import Part
 
-__all__ = ["AdaptRun", "adapt_folder", "details_folder"]
+__all__ = ["AdaptRun", "adapt_folder", "collect", "details_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ def adapt_folder(
     keep_names: bool = False,
     keep_tensors: bool = False,
     overwrite: bool = False,
+    part: Part | None = None,
     on_case: Callable[[str, Mapping[str, Any]], None] | None = None,
 ) -> AdaptRun:
     """Adapt to every scan of a folder; finished cases are left out, so an interrupted run goes on where it stopped.
@@ -101,16 +103,23 @@ def adapt_folder(
         keep_names: records carry the names of the files instead of pseudonyms.
         keep_tensors: keep the adapted parameters of accepted cases, from which a site version is distilled.
         overwrite: do finished cases again, also those of other settings.
+        part: the cases that this process does; None does all. The lists then hold what all parts have finished so far.
         on_case: called with name and record of each case.
 
     Returns:
-        The records of all cases.
+        The records of all cases, or of those of `part`.
 
     Raises:
-        UsageError: `output` holds results of another model or other settings, or cannot be written to.
+        UsageError: `output` holds results of another model or other settings, or cannot be written to; `overwrite` is
+            asked of a part.
         InputError: there are no scans.
         SamdaError: the disk is full; finished cases stay.
     """
+    if part is not None and overwrite:
+        raise UsageError(
+            f"part {part} cannot overwrite: results of before would count as those of the other parts; choose another "
+            "output folder"
+        )
     cases = find_cases(inputs, section)
     folder = check_output_folder(output)
     _refuse_own_folder(cases, folder)
@@ -119,7 +128,7 @@ def adapt_folder(
     if not overwrite:
         job.refuse_other_settings(cases)
     try:
-        for case in cases:
+        for case in part.of(cases) if part else cases:
             name = case["id"]
             finished = None if overwrite else job.finished(case)
             if finished is not None:
@@ -132,10 +141,30 @@ def adapt_folder(
                 on_case(name, record)
     finally:  # also after Ctrl-C: what is finished is recorded
         try:
-            _write_lists(run, Path(report) if report else folder / "run.jsonl")
+            path = Path(report) if report else folder / "run.jsonl"
+            if part is None:
+                _write_lists(folder, run.records, path)
+            else:
+                _write_shared_lists(job, cases, path)
         except OSError as error:  # on a full disk; the next run writes them from the records of the cases
             logger.error("the list of records could not be written: %s", error)
     return run
+
+
+def collect(
+    adaptation: Adaptation, inputs: str | Path, output: str | Path, section: str | None = None, dry_run: bool = False
+) -> AdaptRun | None:
+    """What became of all cases, whichever process did them; None while any is missing.
+
+    Args:
+        adaptation, inputs, output, section, dry_run: as :func:`adapt_folder` was given them.
+    """
+    cases = find_cases(inputs, section)
+    found = _Job(adaptation, Path(output), dry_run, False, False).records(cases)
+    if len(found) < len(cases):
+        return None
+    failed = {name: record["error"] for name, record in found.items() if record["decision"] == "failed"}
+    return AdaptRun(Path(output), found, failed=failed)
 
 
 class _Job:
@@ -169,6 +198,22 @@ class _Job:
                         f"{self.folder} holds results of other {what.removeprefix('a ')} (case {case['id']!r}); choose "
                         "another output folder, or overwrite them"
                     )
+
+    def records(self, cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The records that lie there, of these settings: of cases with their label map, and of those that failed."""
+        own = self.adaptation.hashes | {"config_sha256": records.sha256_of(self.adaptation.config)}
+        found = {}
+        for case in cases:
+            try:
+                record = self.stored(case)
+            except InputError:  # another process is just replacing it
+                continue
+            if record is None or record["dry_run"] != self.dry_run or any(record[key] != own[key] for key in own):
+                continue
+            final = label_path(self.folder, case["id"], case["image"])
+            if record["decision"] == "failed" or self.dry_run or final.exists():
+                found[case["id"]] = record
+        return found
 
     def finished(self, case: Mapping[str, Any]) -> dict[str, Any] | None:
         """The record of a case that needs nothing more."""
@@ -270,14 +315,21 @@ def _conceal(record: dict[str, Any], names: Sequence[str]) -> None:
                 record[key] = record[key].replace(name, record["case_id"])
 
 
-def _write_lists(run: AdaptRun, report: Path) -> None:
-    lines = list(run.records.values())
-    records.write_lines(report, lines)
+def _write_shared_lists(job: _Job, cases: Sequence[Mapping[str, Any]], report: Path) -> None:
+    """The lists of all parts. Whoever writes looks again afterwards, so the last lists miss no case."""
+    written = None
+    while (found := job.records(cases)) != written:
+        _write_lists(job.folder, found, report)
+        written = found
+
+
+def _write_lists(folder: Path, found: Mapping[str, dict[str, Any]], report: Path) -> None:
+    records.write_lines(report, list(found.values()))
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow(["case_id", "case", "decision", "reason"])
-    table.writerows([r["case_id"], name, r["decision"], r["reason"]] for name, r in run.records.items())
-    write_text(run.output / "cases.csv", text.getvalue())
+    table.writerows([r["case_id"], name, r["decision"], r["reason"]] for name, r in found.items())
+    write_text(folder / "cases.csv", text.getvalue())
 
 
 def _refuse_own_folder(cases: Sequence[Mapping[str, Any]], folder: Path) -> None:

@@ -9,6 +9,7 @@ run that was interrupted goes on when the same command is given again.
   samda adapt -m model -i scans -o adapted --dry-run            decide and record only
   samda adapt -m model -i scans -o adapted --labels truth       report Dice before and after
   samda adapt -m model -i scans -o adapted --site clinic-a      and distil a candidate version
+  samda adapt -m model -i scans -o adapted --part 2/8           the second of eight jobs; the last writes the report
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from samda.cli.options import (
     add_device,
     add_json,
     add_modality,
+    add_part,
     existing,
     parse_settings,
     pick_device,
@@ -30,6 +32,7 @@ from samda.cli.options import (
     say,
 )
 from samda.errors import InputError, UsageError, check_keys
+from samda.processes import is_main, join_for_cases, leave, read_part
 
 # arguments of Adaptation: those with an option of their own, and the others
 OPTIONS = ("method", "scope", "steps", "lr", "views", "slices", "seed", "modality")
@@ -61,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--section", choices=("training", "validation", "test"), help="which cases of a data set; default test"
     )
+    add_part(parser)
     add_device(parser)
     add_json(parser)
 
@@ -76,9 +80,11 @@ def run(args: argparse.Namespace) -> None:
     settings = read_settings(args)
     if args.site and args.dry_run:
         raise UsageError("--site needs adapted cases; leave out --dry-run")
+    part = read_part(args.part)
     device = pick_device(args.device)
     from samda.adaptation.job import run_adaptation
 
+    join_for_cases()
     result = run_adaptation(
         args.model,
         args.input,
@@ -93,15 +99,21 @@ def run(args: argparse.Namespace) -> None:
         weights=args.weights,
         version=args.version,
         section=args.section,
+        part=part,
         device=device,
         on_case=tell,
     )
+    first = is_main()
+    leave(wait=False)
+    if not first:  # one of several says what became of all
+        return
     if args.json:
         print_json(result)
     else:
         counts = ", ".join(f"{number} {what}" for what, number in result["counts"].items() if number)
-        print(f"{counts}; report in {result['page']}")
-        if args.site:
+        page = f"report in {result['page']}" if result["page"] else "other parts are at work"
+        print(f"{counts or 'no case'}; {page}")
+        if args.site and result["page"]:
             print(f"candidate version {args.site}; samda site activate {args.site} -m {args.model} makes it active")
     if result["failed"]:
         raise InputError(

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from samda.errors import InputError, UsageError, nearest
+from samda.processes import launched, local_device
 from samda.resources import packaged
 
 __all__ = [
     "add_device",
     "add_json",
+    "add_part",
     "existing",
     "parse_settings",
     "pick_device",
@@ -39,8 +41,17 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
+def add_part(parser: argparse.ArgumentParser) -> None:
+    """`--part`, read by :func:`samda.processes.read_part`."""
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        help="do part I of N, for job arrays; processes that torchrun starts share the cases without it",
+    )
+
+
 def pick_device(name: str) -> str:
-    """The torch device that `name` means on this machine.
+    """The torch device that `name` means on this machine; every process of torchrun has a GPU of its own.
 
     Raises:
         UsageError: no such device, or not on this machine.
@@ -48,7 +59,9 @@ def pick_device(name: str) -> str:
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and launched()[1] > 1:
+        return str(local_device())
     try:
         device = torch.device(name)
     except RuntimeError:

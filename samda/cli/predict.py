@@ -8,6 +8,7 @@ reported and does not stop the others; the exit code is then 1.
   samda predict -m model -i scans -o labels
   samda predict -m model -i scans -o labels --continue      leave out what is finished
   samda predict -m model -i scans -o labels --modality MR   scans of another kind than those of the training
+  samda predict -m model -i scans -o labels --part 2/8      the second of eight jobs
 """
 
 from __future__ import annotations
@@ -16,8 +17,19 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from samda.cli.options import add_device, add_json, add_modality, existing, pick_device, positive, print_json, say
+from samda.cli.options import (
+    add_device,
+    add_json,
+    add_modality,
+    add_part,
+    existing,
+    pick_device,
+    positive,
+    print_json,
+    say,
+)
 from samda.errors import InputError
+from samda.processes import exchange, is_main, join_for_cases, leave, read_part
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", type=positive, default=512, metavar="MB", help="for class maps on the scan's grid; default 512"
     )
+    add_part(parser)
     add_modality(parser)
     add_device(parser)
     add_json(parser)
@@ -50,18 +63,22 @@ def tell(case: str, outcome: str) -> None:
 def run(args: argparse.Namespace) -> None:
     """Predict; raise at the end if a case failed."""
     existing(args.input, "input")
+    part = read_part(args.part)
     device = pick_device(args.device)
     from samda.inference.predict import Predictor, find_cases, predict_folder
     from samda.networks.versions import load_version
 
-    total = len(find_cases(args.input, args.section))
+    join_for_cases()
+    cases = find_cases(args.input, args.section)
+    total = len(part.of(cases) if part else cases)
     network, task, _, version = load_version(args.model, args.version, args.weights)
     if args.modality:
         task = dataclasses.replace(task, modality=args.modality)
     predictor = Predictor(
-        network, task, device, batch_size=args.batch_size, memory_budget_mb=args.memory, progress=True
+        network, task, device, batch_size=args.batch_size, memory_budget_mb=args.memory, progress=is_main()
     )
-    say(f"{total} case{'s' if total > 1 else ''} on {device}, model version {version}")
+    where = f"part {part} of {len(cases)} cases: " if part else ""
+    say(f"{where}{total} case{'' if total == 1 else 's'} on {device}, model version {version}")
     result = predict_folder(
         predictor,
         args.input,
@@ -69,10 +86,17 @@ def run(args: argparse.Namespace) -> None:
         save_probabilities=args.save_probabilities,
         skip_finished=args.skip,
         section=args.section,
+        part=part,
         on_case=tell,
     )
+    first, results = is_main(), exchange(result)
+    leave(wait=False)
+    if not first:  # one of several says what became of all
+        return
+    if len(results) > 1:
+        result, part, total = sum(results[1:], results[0]), None, len(cases)
     if args.json:
-        print_json(result.to_dict())
+        print_json(result.to_dict() | ({"part": str(part)} if part else {}))
     else:
         print(f"{len(result.done)} predicted, {len(result.skipped)} finished before; label maps in {args.output}")
     if result.failed:

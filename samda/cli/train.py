@@ -9,6 +9,7 @@ train.json.
   samda train -d Dataset001_Liver -o model --task liver.yaml
   samda train -d Dataset001_Liver -o model --task liver.yaml --adapter salt,dka,sam_da --backbone vit_b --epochs 40
   samda train -d Dataset001_Liver -o model --task liver.yaml --resume
+  torchrun --nproc_per_node=4 -m samda train -d Dataset001_Liver -o model --task liver.yaml     on four GPUs
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from samda.cli.options import (
     task_file,
 )
 from samda.errors import UsageError
+from samda.processes import launched
 
 OVERRIDES = (
     "weights",
@@ -81,9 +83,15 @@ def run(args: argparse.Namespace) -> None:
     adapters = args.adapter.split(",") if args.adapter else None
     task = task_file(args.task) if args.task else None
     device = pick_device(args.device)
-    from samda.training import run_training, training_workflow
+    from samda.training import train
 
-    workflow = training_workflow(
+    rank, world = launched()
+
+    def begin() -> None:
+        if rank == 0:
+            say(f"training on {device}" + (f", {world} processes" if world > 1 else ""))
+
+    result = train(
         args.data,
         args.output,
         task=task,
@@ -93,9 +101,10 @@ def run(args: argparse.Namespace) -> None:
         resume=args.resume,
         overwrite=args.overwrite,
         device=device,
+        begin=begin,
     )
-    say(f"training on {device}")
-    result = run_training(workflow)
+    if rank != 0:  # one of several says what all know
+        return
     if args.json:
         print_json(result)
     else:

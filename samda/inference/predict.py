@@ -30,6 +30,7 @@ from samda.inference.writer import (
     write_labels,
     write_probabilities,
 )
+from samda.processes import Part
 
 __all__ = ["FolderResult", "Prediction", "Predictor", "find_cases", "predict_folder"]
 
@@ -167,6 +168,15 @@ class FolderResult:
     empty: list[str] = dataclasses.field(default_factory=list)
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    def __add__(self, other: FolderResult) -> FolderResult:
+        """What became of the cases of two parts."""
+        return FolderResult(
+            self.done + other.done,
+            self.skipped + other.skipped,
+            self.empty + other.empty,
+            self.failed | other.failed,
+        )
+
     @property
     def exit_code(self) -> int:
         """0 if every case is there, else 1."""
@@ -206,6 +216,7 @@ def predict_folder(
     save_probabilities: bool = False,
     skip_finished: bool = False,
     section: str | None = None,
+    part: Part | None = None,
     on_case: Callable[[str, str], None] | None = None,
 ) -> FolderResult:
     """Predict every case and write its label map; a case that fails is listed, and the next one follows.
@@ -217,6 +228,7 @@ def predict_folder(
         save_probabilities: also `probabilities/<case>.nii.gz`.
         skip_finished: leave out cases whose result is there already.
         section: of a data set.
+        part: the cases that this process does; None does all.
         on_case: called with case and "done", "skipped", "empty" or the reason of its failure.
 
     Returns:
@@ -230,7 +242,7 @@ def predict_folder(
     folder = check_output_folder(output)
     _refuse_overwriting(cases, folder)
     result = FolderResult()
-    for case in cases:
+    for case in part.of(cases) if part else cases:
         name = case["id"]
         finished = label_path(folder, name, case["image"]).exists()
         finished &= not save_probabilities or probability_path(folder, name).exists()

@@ -38,8 +38,9 @@ class SamSegmenter(nn.Module):
     """Multi-class segmentation on SAM without prompts.
 
     `forward` maps images (B, C, H, W) in [0, 1] to class logits (B, K, H, W), background first. H and W are multiples
-    of 16 and may differ. Modules carry the names of SAM's files. SAM's K mask tokens and hypernetworks are the class
-    head; they start as copies of SAM's first mask token and its hypernetwork.
+    of 16 and may differ. Stacks (B, C, H, W, D) are D such images each. Modules carry the names of SAM's files.
+    SAM's K mask tokens and hypernetworks are the class head; they start as copies of SAM's first mask token and its
+    hypernetwork.
 
     Args:
         backbone: "vit_t", "vit_b", "vit_l", "vit_h", or the sizes of another encoder.
@@ -121,13 +122,16 @@ class SamSegmenter(nn.Module):
         """Class logits at the size of the image.
 
         Args:
-            x: images (B, C, H, W) in [0, 1]; with `embedded` embeddings (B, 256, H / 16, W / 16) of :meth:`encode`.
+            x: images (B, C, H, W) or stacks of them (B, C, H, W, D) in [0, 1]; with `embedded` embeddings
+                (B, 256, H / 16, W / 16) of :meth:`encode`.
             embedded: is `x` an embedding?
 
         Returns:
-            (B, K, H, W).
+            (B, K, H, W), of stacks (B, K, H, W, D).
         """
         x = x.as_subclass(torch.Tensor)  # a MONAI tensor would carry its metadata through every operation
+        if x.ndim == 5:
+            return torch.stack([self(image) for image in x.unbind(-1)], -1)
         logits = self.decode(x if embedded else self.encode(x))
         size = [STRIDE // 4 * side for side in logits.shape[2:]]
         # single precision from here: class scores of many windows and slices are summed later

@@ -3,40 +3,45 @@
 
 from __future__ import annotations
 
-from samda.training.cases import build_task, labelled_cases, training_cases
+from samda.training.cases import build_task, dataset_labels, labelled_cases, training_cases
 from samda.training.check import check_config, check_overrides
 from samda.training.checkpoint import Checkpoint, Resume, SaveCheckpoint
 from samda.training.datasets import SliceDataset, build_dataset, prepare_batch
+from samda.training.distributed import PaddedDataset, RankSampler, WholeBatchLoss, batch_share, distribute
 from samda.training.finish import save_training
 from samda.training.handlers import Progress, RecordEpoch
 from samda.training.metric import CaseDice
 from samda.training.optim import build_optimizer, build_schedule, parameter_groups
 from samda.training.record import TrainingRecord
-from samda.training.run import run_training, train, training_workflow
+from samda.training.run import train
 from samda.training.sampler import SliceSampler
 
 __all__ = [
     "CaseDice",
     "Checkpoint",
+    "PaddedDataset",
     "Progress",
+    "RankSampler",
     "RecordEpoch",
     "Resume",
     "SaveCheckpoint",
     "SliceDataset",
     "SliceSampler",
     "TrainingRecord",
+    "WholeBatchLoss",
+    "batch_share",
     "build_dataset",
     "build_optimizer",
     "build_schedule",
     "build_task",
     "check_config",
     "check_overrides",
+    "dataset_labels",
+    "distribute",
     "labelled_cases",
     "parameter_groups",
     "prepare_batch",
-    "run_training",
     "save_training",
     "train",
     "training_cases",
-    "training_workflow",
 ]

@@ -5,24 +5,24 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from samda.data.datalists import Case, DataList
+from samda.data.datalists import Case, DataList, read_datalist
 from samda.data.splits import Split, split
 from samda.data.suggest import check_and_suggest
 from samda.data.task import Task
 from samda.errors import InputError, UsageError, nearest
 
-__all__ = ["build_task", "labelled_cases", "training_cases"]
+__all__ = ["build_task", "dataset_labels", "labelled_cases", "training_cases"]
 
 logger = logging.getLogger(__name__)
 
 
 def build_task(
     task: Task | Mapping[str, Any] | str | Path | None,
-    labels: Mapping[str, tuple[int, ...]] | None = None,
+    labels: Mapping[str, tuple[int, ...]] | Callable[[], Mapping[str, tuple[int, ...]] | None] | None = None,
     image_size: int | None = None,
     spacing: float | None = None,
     dataset: str | Path | None = None,
@@ -32,7 +32,7 @@ def build_task(
     Args:
         task: a Task, its values, or a YAML or JSON file. None takes what suits the data set best, see
             :func:`samda.data.suggest.suggest_task`, and says what that is.
-        labels: class name -> ids as the data set states them.
+        labels: class name -> ids as the data set states them, or what reads them: only without a task they are needed.
         image_size: pixels of a slice instead of the task's.
         spacing: mm per pixel instead of the task's.
         dataset: where the data set is; without it no task is taken from its scans, only classes from `labels`.
@@ -43,7 +43,7 @@ def build_task(
             have.
     """
     if task is None:
-        task = _task_of(labels) if dataset is None else _task_for(dataset)
+        task = _task_of(labels() if callable(labels) else labels) if dataset is None else _task_for(dataset)
     elif isinstance(task, str | Path):
         if not Path(task).is_file():
             raise UsageError(f"there is no task file {str(task)!r}; give a YAML or JSON file with the classes")
@@ -52,6 +52,11 @@ def build_task(
         task = Task.from_dict(task)
     changes: dict[str, Any] = {"image_size": image_size, "spacing": spacing}
     return dataclasses.replace(task, **{key: value for key, value in changes.items() if value is not None})
+
+
+def dataset_labels(path: str | Path) -> Mapping[str, tuple[int, ...]] | None:
+    """Class name -> ids as the data set at `path` states them; None where it names no classes."""
+    return read_datalist(path).labels
 
 
 def _task_of(labels: Mapping[str, tuple[int, ...]] | None) -> Task:

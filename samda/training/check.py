@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import pydoc
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from samda.errors import UsageError, nearest
 __all__ = ["check_config", "check_overrides"]
 
 FREE = ("adapters", "backbone", "task", "_meta_")  # these may be mappings whose keys their own builders check
+NAMED = ("backbone", "task")  # and these names of something known
 TRACKING = ("tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "output_dir")
 TYPES = {
     bool: "true or false",
@@ -32,13 +33,14 @@ TYPES = {
 }
 
 
-def check_overrides(config_file: str) -> None:
+def check_overrides(config_file: str | Sequence[str]) -> None:
     """Check the running config against the file `config_file` beside which it was started.
 
-    Only that file is the reference, so keys that a user adds to an own copy of the bundle are valid there.
+    Only that file (or several, merged) is the reference, so keys that a user adds to an own copy of the bundle are
+    valid there.
 
     Args:
-        config_file: name of the reference in the folder of the first config file, for instance "train.json".
+        config_file: name of the reference in the folder of the first config file, for instance "train.json"; or names.
 
     Raises:
         UsageError: naming the key and the nearest valid one, or the expected type.
@@ -46,8 +48,9 @@ def check_overrides(config_file: str) -> None:
     workflow = _running_workflow()
     if workflow is None:  # a bare ConfigParser: nothing was overridden through MONAI
         return
-    reference = Path(workflow.config_root_path) / config_file
-    check_config(workflow.parser.get(), ConfigParser.load_config_file(reference))
+    names = [config_file] if isinstance(config_file, str) else config_file
+    files = [Path(workflow.config_root_path) / name for name in names]
+    check_config(workflow.parser.get(), ConfigParser.load_config_files(files))
 
 
 def check_config(config: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
@@ -70,7 +73,7 @@ def _check_mapping(config: Mapping[str, Any], reference: Mapping[str, Any], path
         if key not in valid and key not in extra and not str(key).startswith("_"):
             raise UsageError(f"config key {where!r} is unknown; {nearest(str(key), valid)}")
         default = reference.get(key)
-        if key in FREE and isinstance(value, Mapping):
+        if (key in FREE and isinstance(value, Mapping)) or (key in NAMED and isinstance(value, str)):
             continue
         if isinstance(default, Mapping) and isinstance(value, Mapping):
             _check_mapping(value, default, where, ())

@@ -15,6 +15,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from samda.errors import InputError, UsageError
+from samda.processes import broadcast, is_main, place
 
 __all__ = ["Checkpoint", "Resume", "SaveCheckpoint"]
 
@@ -24,7 +25,8 @@ logger = logging.getLogger(__name__)
 class Checkpoint:
     """`folder`/last.pt: the state of `objects`, the epoch, all random generators and, for comparison, `settings`.
 
-    Tensors and plain values only. It serves one's own resume and is no part of the model.
+    Tensors and plain values only. It serves one's own resume and is no part of the model. Of several processes the
+    first reads and writes it, so it serves any number of them.
 
     Args:
         folder: where last.pt lies.
@@ -59,6 +61,8 @@ class Checkpoint:
 
     def save(self, engine: Engine) -> None:
         """Write last.pt under a temporary name (always the same: a killed run leaves no litter), then rename it."""
+        if not is_main():
+            return
         state: dict[str, Any] = {name: thing.state_dict() for name, thing in self.objects.items()}
         state |= {"epoch": engine.state.epoch, "settings": self.settings, "random": _random_state()}
         scaler = getattr(engine, "scaler", None)
@@ -76,10 +80,7 @@ class Checkpoint:
             InputError: the file is damaged.
             UsageError: a setting has changed since.
         """
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise InputError(f"{self.path} cannot be read ({error}); train anew with overwrite") from error
+        state = broadcast(self._read() if is_main() else {})
         for key, value in self.settings.items():
             before = state["settings"].get(key)
             if before != value:
@@ -94,6 +95,12 @@ class Checkpoint:
         _set_random_state(state["random"])
         logger.info("resumed after epoch %d", state["epoch"])
 
+    def _read(self) -> dict[str, Any]:
+        try:
+            return torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise InputError(f"{self.path} cannot be read ({error}); train anew with overwrite") from error
+
 
 class Resume:
     """At the start, load the checkpoint or, with `overwrite`, remove that of another training. Attach it first."""
@@ -107,8 +114,9 @@ class Resume:
 
     def __call__(self, engine: Engine) -> None:
         if not self.checkpoint.resume:
-            self.checkpoint.path.unlink(missing_ok=True)
-        elif self.checkpoint.path.exists():
+            if is_main():
+                self.checkpoint.path.unlink(missing_ok=True)
+        elif broadcast(self.checkpoint.path.exists()):
             self.checkpoint.load(engine)
 
 
@@ -137,16 +145,25 @@ def _random_state() -> dict[str, Any]:
     kind, keys, *numbers = np.random.get_state()  # noqa: NPY002 - the generator that libraries use
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": _cuda_state(),
         "numpy": [str(kind), torch.from_numpy(np.asarray(keys, dtype=np.int64)), *numbers],
         "python": list(random.getstate()),
     }
 
 
+def _cuda_state() -> list[torch.Tensor]:
+    """Of all GPUs, or of the one that a process among several has for itself."""
+    if not torch.cuda.is_available():
+        return []
+    return torch.cuda.get_rng_state_all() if place()[1] == 1 else [torch.cuda.get_rng_state()]
+
+
 def _set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.is_available():
+        places = range(torch.cuda.device_count()) if place()[1] == 1 else [torch.cuda.current_device()]
+        for device, values in zip(places, state["cuda"], strict=False):  # the GPUs may be others than before
+            torch.cuda.set_rng_state(values, device)
     kind, keys, *numbers = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *numbers))  # noqa: NPY002
     version, values, gauss = state["python"]

@@ -19,6 +19,7 @@ from samda.data.slices import SliceGrid
 from samda.data.task import Task
 from samda.embeddings import EmbeddingDataset, allocate, draw, split_key
 from samda.errors import InputError
+from samda.processes import quiet
 from samda.statistics import SliceStatistics
 
 __all__ = ["SliceDataset", "build_dataset", "prepare_batch", "tile_starts"]
@@ -130,7 +131,7 @@ class SliceDataset(Dataset):
         self.names = [_name(case) for case in data]
         self.statistics = SliceStatistics(task)
         left, checksum = memory_mb, 0
-        for number, case in enumerate(tqdm(data, desc=f"reading {part} cases", leave=False, disable=None)):
+        for number, case in enumerate(tqdm(data, desc=f"reading {part} cases", leave=False, disable=quiet())):
             image, label = self._read(case, self.names[number], transform)
             checksum = zlib.crc32(label.numpy().tobytes(), checksum)
             self.images.append(_keep(image, left))

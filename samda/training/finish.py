@@ -21,9 +21,11 @@ from samda.features import feature_statistics
 from samda.files import replacing, write_json
 from samda.networks.model_folder import save_model
 from samda.networks.segmenter import SamSegmenter
+from samda.processes import is_main
 from samda.resources import packaged
 from samda.training.datasets import SliceDataset
 from samda.training.record import TrainingRecord
+from samda.training.run import literal
 from samda.version import __version__
 
 __all__ = ["copy_bundle", "package_versions", "save_training"]
@@ -42,6 +44,8 @@ def save_training(
     dataset: SliceDataset | EmbeddingDataset,
 ) -> dict[str, Any]:
     """Put the best parameters back into the network and write the model folder with a bundle around it.
+
+    Of several processes the first writes; the others return the same.
 
     Args:
         network: the trained network.
@@ -72,6 +76,8 @@ def save_training(
         "split": cases.note,
         "embeddings": cost,
     }
+    if not is_main():
+        return summary
     training = {key: value for key, value in summary.items() if key not in ("model", "mean_dice", "dice")}
     training |= {"cases": {"training": len(cases.training), "validation": len(cases.validation)}}
     training |= {"settings": {key: value for key, value in settings.items() if key != "task"}}
@@ -87,7 +93,7 @@ def save_training(
         "statistics": slices.statistics.to_dict() | {"features": _features(network, dataset)},
     }
     save_model(network, folder, task, content)
-    copy_bundle(bundle_root, folder, task, network)
+    copy_bundle(bundle_root, folder, task, network, settings)
     return summary
 
 
@@ -103,16 +109,20 @@ def package_versions() -> dict[str, str]:
     }
 
 
-def copy_bundle(bundle_root: str | Path, folder: str | Path, task: Task, network: torch.nn.Module) -> None:
+def copy_bundle(
+    bundle_root: str | Path, folder: str | Path, task: Task, network: torch.nn.Module, settings: Mapping[str, Any]
+) -> None:
     """Make a model folder a MONAI bundle: configs, docs, license, metadata that name the classes, models/model.pt.
 
-    models/model.pt repeats adapter.safetensors for MONAI's own tools; samda does not read it.
+    models/model.pt repeats adapter.safetensors for MONAI's own tools; samda does not read it. configs/train.json takes
+    the task, backbone and adapters of this training as its defaults, so model.pt fits its `network_def`.
 
     Args:
         bundle_root: where configs and docs are copied from.
         folder: the model folder.
         task: its task.
         network: the trained network.
+        settings: the keys that shaped the training.
     """
     source, folder = Path(bundle_root), Path(folder)
     if not (source / "configs" / "train.json").is_file():
@@ -124,6 +134,10 @@ def copy_bundle(bundle_root: str | Path, folder: str | Path, task: Task, network
                     source / name, folder / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py*")
                 )
         shutil.copyfile(source / "LICENSE", folder / "LICENSE")
+    path = folder / "configs" / "train.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {"task": literal(task.to_dict()), "image_size": None, "spacing": None}
+    write_json(path, config | {key: literal(settings[key]) for key in ("backbone", "adapters")})
     path = folder / "configs" / "metadata.json"
     metadata = json.loads(path.read_text(encoding="utf-8"))
     metadata["name"] = f"{task.name}: SAM segmentation with adapters"

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from samda.errors import InputError
 from samda.files import write_json
+from samda.processes import is_main, quiet
 from samda.training.record import TrainingRecord
 
 __all__ = ["Progress", "RecordEpoch"]
@@ -83,8 +84,9 @@ class RecordEpoch:
         best = (
             {"epoch": self.record.best_epoch, "mean_dice": self.record.best_score} if self.record.best_epoch else None
         )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "history.json", {"best": best, "epochs": self.record.history})
+        if is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "history.json", {"best": best, "epochs": self.record.history})
         self.stop_if_done(engine)
 
     def stop_if_done(self, engine: Engine) -> None:
@@ -114,7 +116,7 @@ class Progress:
         """Open the bar at the epoch that the training starts from."""
         total = engine.state.max_epochs
         self.bar = tqdm(
-            desc="training", unit="epoch", total=total, initial=engine.state.epoch, leave=False, disable=None
+            desc="training", unit="epoch", total=total, initial=engine.state.epoch, leave=False, disable=quiet()
         )
 
     def advance(self, engine: Engine) -> None:

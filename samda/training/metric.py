@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 
+from samda.processes import exchange
+
 __all__ = ["CaseDice"]
 
 
@@ -20,7 +22,8 @@ class CaseDice:
     not count. Pooling counts slices without foreground, whose false positives a mean over slices would hide.
 
     It attaches like an ignite metric: `engine.state.metrics[name]` is the mean, `engine.state.metric_details[name]` the
-    mean per class (None where the class never occurred). The number of the case is `batch["case"]`.
+    mean per class (None where the class never occurred). The number of the case is `batch["case"]`. Connected processes
+    add up their counts, so the slices of a case may be spread over them.
 
     Args:
         classes: names of the classes, background first.
@@ -49,6 +52,13 @@ class CaseDice:
             counts = torch.stack([overlap, torch.bincount(p, minlength=k), torch.bincount(t, minlength=k)]).cpu()
             self.counts[int(case)] = self.counts.get(int(case), 0) + counts
 
+    def merge(self, counts: Sequence[dict[int, torch.Tensor]]) -> None:
+        """Take the sum of the counts of several processes, this one's among them."""
+        self.counts = {}
+        for part in counts:
+            for case, values in part.items():
+                self.counts[case] = self.counts.get(case, 0) + values
+
     def per_class(self) -> dict[str, float | None]:
         """Mean over the cases, per foreground class."""
         values: dict[str, float | None] = {}
@@ -72,6 +82,7 @@ class CaseDice:
             self.update(output["pred"], output["label"], batch["case"])
 
         def epoch(engine: Engine) -> None:
+            self.merge(exchange(self.counts))
             engine.state.metrics[name] = self.compute()
             engine.state.metric_details[name] = self.per_class()  # type: ignore[attr-defined]
 

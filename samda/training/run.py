@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 from samda.data.task import Task
 from samda.errors import UsageError, cause_of, nearest
+from samda.processes import launched
 from samda.resources import packaged
 from samda.training.check import check_config
 
-__all__ = ["find_overlay", "literal", "run_training", "train", "training_workflow"]
+__all__ = ["find_overlay", "literal", "train"]
 
 WRAPPERS = ("Failed to evaluate", "Failed to instantiate")  # how MONAI's errors begin that only say where
 
@@ -33,16 +34,17 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     device: str | None = None,
+    begin: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Train on a data set and write a model folder.
 
     It runs the same config as `python -m monai.bundle run --config_file .../train.json`; an argument that is None keeps
-    the value of that file.
+    the value of that file. Processes that torchrun started train together, with multi_gpu_train.json as well.
 
     Args:
         dataset: a folder or datalist, see :func:`samda.data.datalists.read_datalist`.
         output: the model folder to write.
-        task: a Task, its values, or a YAML or JSON file; None takes the classes from the data set.
+        task: a Task, its values, or a YAML or JSON file; None takes what suits the data set.
         adapters: adapter name -> settings; or names of overlays ("salt", "flagship") and paths of YAML files, whose
             adapters are taken together.
         backbone: "vit_t", "vit_b", "vit_l" or "vit_h".
@@ -50,9 +52,10 @@ def train(
         resume: go on from `output`/last.pt, exactly as if the training had not stopped.
         overwrite: replace the training that `output` holds.
         device: torch device; None takes a GPU where there is one.
+        begin: called once all settings were accepted, before anything is read.
 
     Returns:
-        What was trained and reached, see :func:`samda.training.finish.save_training`.
+        What was trained and reached, see :func:`samda.training.finish.save_training`; the same on every process.
 
     Raises:
         UsageError: an unknown key or name, a value of the wrong type, or a folder that holds a training already.
@@ -61,63 +64,41 @@ def train(
     Example:
         `train("scans", "model", task="abdomen.yaml", adapters=["salt", "sam_da"], overrides={"epochs": 20})`
     """
-    return run_training(
-        training_workflow(dataset, output, task, adapters, backbone, overrides, resume, overwrite, device)
-    )
-
-
-def run_training(workflow: ConfigWorkflow) -> dict[str, Any]:
-    """Run what :func:`training_workflow` made; returns and raises as :func:`train`."""
-    with _one_voice():
-        workflow.initialize()
-        workflow.run()
-        return workflow.finalize()[0]
-
-
-def training_workflow(
-    dataset: str | Path,
-    output: str | Path,
-    task: Task | Mapping[str, Any] | str | Path | None = None,
-    adapters: Adapters | None = None,
-    backbone: str | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    device: str | None = None,
-) -> ConfigWorkflow:
-    """The workflow that :func:`train` runs, not yet initialized; the same arguments.
-
-    Raises:
-        UsageError: an unknown key or name, or a value of the wrong type; nothing was read or written yet.
-    """
-    config_file = packaged("bundles", "sam_segmentation", "configs", "train.json")
-    keys = {
-        "bundle_root": literal(str(config_file.parent.parent)),
-        "dataset_dir": literal(str(dataset)),
-        "output_dir": literal(str(output)),
-        "resume": resume,
-        "overwrite": overwrite,
-    }
+    keys: dict[str, Any] = {"dataset_dir": literal(str(dataset)), "output_dir": literal(str(output))}
+    keys |= {"resume": resume, "overwrite": overwrite}
     if task is not None:
         keys["task"] = literal(task.to_dict() if isinstance(task, Task) else task)
     if backbone is not None:
         keys["backbone"] = backbone
     if device is not None:
         keys["device"] = str(device)
-    overrides = dict(overrides or {})
+    with _one_voice():
+        workflow = _workflow(keys, adapters, dict(overrides or {}))
+        if begin is not None:
+            begin()
+        workflow.initialize()
+        workflow.run()
+        return workflow.finalize()[0]
+
+
+def _workflow(keys: dict[str, Any], adapters: Adapters | None, overrides: dict[str, Any]) -> ConfigWorkflow:
+    """The workflow of train.json with `keys` and `overrides`, not yet initialized; for torchrun with its overlay."""
     for key in overrides:
-        if key in keys:
+        if key in keys or key == "bundle_root":
             raise UsageError(f"override {key!r} is an argument of its own; give it there")
+    configs = packaged("bundles", "sam_segmentation", "configs")
+    keys["bundle_root"] = literal(str(configs.parent))
     if isinstance(adapters, Mapping):
         keys["adapters"] = dict(adapters)
     elif adapters is not None:
         names = [adapters] if isinstance(adapters, str | Path) else adapters
         keys |= _merged((find_overlay(name) for name in names), overrides)
-    with _one_voice():
-        workflow = ConfigWorkflow(str(config_file), workflow_type="train", logging_file=False)
+    files = ["train.json", "multi_gpu_train.json"] if launched()[1] > 1 else ["train.json"]
+    paths = [str(configs / file) for file in files]
+    workflow = ConfigWorkflow(paths, workflow_type="train", logging_file=False)
     for key, value in (keys | overrides).items():
         workflow.parser.set(value, key)  # new nested keys are taken, too, and refused by name below
-    check_config(workflow.parser.get(), ConfigParser.load_config_file(config_file))
+    check_config(workflow.parser.get(), ConfigParser.load_config_files(paths))
     return workflow
 
 

@@ -21,6 +21,9 @@ class SliceSampler(DistributedSampler):
     drawn where there is any, at most all. It yields (epoch, index), so a data set can derive the augmentation of a
     slice from the epoch. Order and choice follow from (seed, epoch) alone; MONAI's engines call `set_epoch`.
 
+    Several processes deal out what one would draw: process r takes the items r, r + R, ... Where these are not equally
+    many, the last is (epoch, None), see :class:`samda.training.distributed.PaddedDataset`.
+
     Args:
         foreground: (N,) bool, does the slice hold foreground?
         empty_share: share of slices without foreground, in [0, 1).
@@ -49,13 +52,13 @@ class SliceSampler(DistributedSampler):
         self.num_empty = min(len(self.empty), max(1, wanted)) if empty_share else 0
         self.num_samples = math.ceil((len(self.full) + self.num_empty) / replicas)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[int, int | None]]:  # type: ignore[override]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         chosen = self.empty[torch.randperm(len(self.empty), generator=generator)[: self.num_empty]]
         indices = torch.cat([self.full, chosen])
-        indices = indices[torch.randperm(len(indices), generator=generator)]
-        places = torch.arange(self.rank, self.num_samples * self.num_replicas, self.num_replicas) % len(indices)
-        return iter([(self.epoch, index) for index in indices[places].tolist()])
+        own = indices[torch.randperm(len(indices), generator=generator)][self.rank :: self.num_replicas].tolist()
+        own += [None] * (self.num_samples - len(own))
+        return iter([(self.epoch, index) for index in own])
 
     def __len__(self) -> int:
         return self.num_samples

@@ -92,6 +92,15 @@ def test_monai_tensors_come_out_as_plain_tensors(tiny_segmenter: SamSegmenter) -
     assert torch.equal(found, tiny_segmenter(image))
 
 
+def test_a_stack_is_its_images(tiny_segmenter: SamSegmenter) -> None:
+    stack = torch.rand(2, 1, 32, 48, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = tiny_segmenter(stack)
+        assert logits.shape == (2, 3, 32, 48, 3)
+        for i in range(3):
+            assert torch.equal(logits[..., i], tiny_segmenter(stack[..., i]))
+
+
 def test_class_head_is_counted_apart(make_segmenter: Callable[..., SamSegmenter]) -> None:
     network = make_segmenter(num_classes=5, adapters={"lora": {"rank": 2}})
     own = dict(network.named_parameters())

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import pydoc
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,30 +25,6 @@ from samda.version import __version__
 BUNDLE = packaged("bundles", "sam_segmentation")
 CONFIGS = sorted((BUNDLE / "configs").glob("*.json"))
 JOBS = ("train", "inference", "evaluate")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, datalist: Path, tiny_vit_config: Any, tiny_weights: Path) -> Path:
-    """A model folder, trained by the command line of MONAI from a folder that is neither bundle nor checkout."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    (folder / "task.yaml").write_text(json.dumps(TASK))
-    files = [str(BUNDLE / "configs" / "train.json"), str(packaged("configs", "adapters", "sam_da.yaml"))]
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files)]
-    keys = {"bundle_root": BUNDLE, "dataset_dir": datalist, "output_dir": "model", "task": "task.yaml"}
-    keys |= {"backbone": tiny_vit_config.to_json(), "weights": tiny_weights, "epochs": 2, "views": 2, "device": "cpu"}
-    for key, value in keys.items():
-        command += [f"--{key}", str(value)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=_environment())
-    assert done.returncode == 0, done.stderr
-    assert "samda.training.handlers - INFO - epoch 2/2: loss" in done.stderr
-    return folder / "model"
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    root = str(Path(__file__).parents[2])  # for a checkout that is not installed
-    return os.environ | {"PYTHONPATH": root}
 
 
 def workflow(job: str, root: Path, **keys: Any) -> ConfigWorkflow:
@@ -174,8 +148,9 @@ def test_every_component_exists_under_its_full_path(path: Path) -> None:
             assert target in ("SupervisedTrainer", "SupervisedEvaluator", "ValidationHandler", "LrScheduleHandler")
 
 
-def test_there_are_four_json_files() -> None:
-    assert [path.stem for path in CONFIGS] == ["adapt", "evaluate", "inference", "metadata", "train"]
+def test_there_are_six_json_files() -> None:
+    expected = ["adapt", "evaluate", "inference", "metadata", "multi_gpu_train", "train"]
+    assert [path.stem for path in CONFIGS] == expected
 
 
 def test_the_metadata_has_what_monai_asks_for() -> None:

@@ -20,7 +20,7 @@ from samda.errors import InputError, UsageError
 from samda.inference.evaluate import evaluate
 from samda.inference.predict import Predictor, predict_folder
 from samda.networks.model_folder import load_model
-from samda.training import train, training_workflow
+from samda.training import build_task, train
 
 EXPECTED = {  # layout -> modality, channels, classes
     "csv": ("CT", 1, ("background", "class_1", "class_2")),
@@ -64,12 +64,9 @@ def test_check_train_predict_evaluate(place: tuple[str, Path], tmp_path: Path, k
         assert sorted(scores.cases) == ["a", "b", "c"] and not scores.failed
 
 
-def test_without_a_task_the_suggested_one_is_taken(
-    place: tuple[str, Path], tmp_path: Path, keys: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_a_task_the_suggested_one_is_taken(place: tuple[str, Path], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "samda")
-    workflow = training_workflow(place[1], tmp_path / "model", overrides=keys)
-    task = workflow.parser.get_parsed_content("task_def")
+    task = build_task(None, dataset=place[1])
     assert task == check_and_suggest(place[1])[1].task  # type: ignore[union-attr]
     assert "no task given" in caplog.text and f"modality: {task.modality}" in caplog.text
 
@@ -105,6 +102,6 @@ def test_each_channel_reaches_the_network_on_its_own_scale(tmp_path: Path) -> No
 
 def test_wrong_keys_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="config key 'epoch' is unknown; did you mean 'epochs'"):
-        training_workflow(tmp_path / "nowhere", tmp_path / "model", overrides={"epoch": 3})
+        train(tmp_path / "nowhere", tmp_path / "model", overrides={"epoch": 3})
     with pytest.raises(UsageError, match="'epochs' must be a whole number, got 'many'"):
-        training_workflow(tmp_path / "nowhere", tmp_path / "model", overrides={"epochs": "many"})
+        train(tmp_path / "nowhere", tmp_path / "model", overrides={"epochs": "many"})

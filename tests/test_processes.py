@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+
+from samda.errors import UsageError
+from samda.processes import Part, broadcast, exchange, is_main, join, launched, leave, local_device, place, read_part
+
+
+@pytest.fixture
+def torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of the third of four processes, the first on its machine."""
+    values = {"TORCHELASTIC_RUN_ID": "x", "RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 12])
+def test_parts_are_the_whole_and_differ_by_one_case_at_most(count: int) -> None:
+    cases = [f"case{i}" for i in range(7)]
+    parts = [Part(i, count).of(cases) for i in range(1, count + 1)]
+    assert sorted(case for part in parts for case in part) == cases
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert Part(2, 3).of(cases) == ["case1", "case4"]
+
+
+def test_a_part_is_read_from_text() -> None:
+    assert read_part("2/8") == Part(2, 8)
+    assert str(Part(2, 8)) == "2/8"
+    assert read_part() is None
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "1/0", "a/b", "-1/4", "1/4/2", " 1/4"])
+def test_what_is_no_part_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="must be INDEX/COUNT with an index from 1 to COUNT, for instance 2/8"):
+        read_part(text)
+
+
+def test_torchrun_gives_every_process_its_part(torchrun: None) -> None:
+    assert launched() == (2, 4)
+    assert read_part() == Part(3, 4)
+    with pytest.raises(UsageError, match="part '1/2' was given to processes of torchrun, which share the cases"):
+        read_part("1/2")
+
+
+def test_variables_that_torchrun_did_not_set_mean_nothing(torchrun: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert launched() == (0, 1)
+    assert read_part() is None
+    for start in (local_device, lambda: join("cpu")):
+        with pytest.raises(UsageError, match="start it with torchrun"):
+            start()
+
+
+def test_a_single_process_is_its_own_group() -> None:
+    assert place() == (0, 1) and is_main()
+    assert exchange("a") == ["a"] and broadcast("b") == "b"
+    leave()
