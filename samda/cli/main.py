@@ -23,7 +23,9 @@ from samda.version import __version__
 __all__ = ["COMMANDS", "build_parser", "main"]
 
 COMMANDS = {  # name -> module, in the order of the help
-    name: f"samda.cli.{name}" for name in ("train", "predict", "adapt", "evaluate", "site", "info", "weights", "demo")
+    name: f"samda.cli.{name}" for name in (
+        "train", "predict", "adapt", "evaluate", "site", "export", "info", "weights", "demo"
+    )
 }
 
 DESCRIPTION = "SAM adapters for medical image segmentation. Research use only."

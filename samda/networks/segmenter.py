@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from monai.data import MetaTensor
 from segment_anything.modeling import PromptEncoder
 
 from samda.adapters.base import attach, freeze, trainable_parameters
@@ -127,7 +128,8 @@ class SamSegmenter(nn.Module):
         Returns:
             (B, K, H, W).
         """
-        x = x.as_subclass(torch.Tensor)  # a MONAI tensor would carry its metadata through every operation
+        if isinstance(x, MetaTensor):
+            x = x.as_tensor()  # it would carry its metadata through every operation
         logits = self.decode(x if embedded else self.encode(x))
         size = [STRIDE // 4 * side for side in logits.shape[2:]]
         # single precision from here: class scores of many windows and slices are summed later
