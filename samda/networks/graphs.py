@@ -108,14 +108,16 @@ def write_graphs(network: SamSegmenter, size: int, folder: Path, kind: str) -> d
     return about
 
 
-def _write_torch(program: torch.export.ExportedProgram, path: Path, _names: Any) -> Callable[..., torch.Tensor]:
+def write_torch(program: torch.export.ExportedProgram, path: Path, _names: Any) -> Callable[..., torch.Tensor]:
+    """Save a program for `torch.export.load`; returns what the file computes."""
     torch.export.save(program, path)
     return torch.export.load(path).module()
 
 
-def _write_onnx(
+def write_onnx(
     program: torch.export.ExportedProgram, path: Path, names: tuple[str, str]
 ) -> Callable[..., torch.Tensor]:
+    """Save a program as ONNX, its input and output named; returns what onnxruntime computes from the file."""
     need("onnxscript")
     runtime = need("onnxruntime")
     weights = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
@@ -134,8 +136,8 @@ def _write_onnx(
 
 
 GRAPHS: dict[str, tuple[Callable[..., Callable[..., torch.Tensor]], str]] = {
-    "onnx": (_write_onnx, ".onnx"),
-    "torch": (_write_torch, ".pt2"),
+    "onnx": (write_onnx, ".onnx"),
+    "torch": (write_torch, ".pt2"),
 }
 
 
