@@ -252,7 +252,7 @@ def python() -> Iterator[str]:
 
 def describe(value: Any, name: str, module: str) -> Iterator[str]:
     """Signature, docstring, and of a class its public methods."""
-    yield f"```python\n{signature(value, name)}\n```"
+    yield f"```py\n{signature(value, name)}\n```"
     yield markdown(value.__doc__)
     if not inspect.isclass(value):
         return
@@ -326,12 +326,13 @@ def block(lines: list[str]) -> str:
         body = textwrap.dedent("\n".join(lines[1:])).strip("\n").splitlines()
         if name == "Example":
             example = "\n".join(line.replace("  # doctest: +SKIP", "") for line in body)
-            return f"**Example**\n\n```python\n{example}\n```"
+            return f"**Example**\n\n```pycon\n{example}\n```"
         return f"**{name}**\n\n" + (entries(body) if name in LISTS else " ".join(line.strip() for line in body))
     if re.fullmatch(r"=+( =+)+", lines[0]):
         return simple_table(lines)
     if all(line.startswith("  ") for line in lines):
-        return "```\n" + textwrap.dedent("\n".join(lines)) + "\n```"
+        text = textwrap.dedent("\n".join(lines))
+        return "```\n" + re.sub(r"^(samda .*?) {3,}(?=\S)", r"\1  # ", text, flags=re.MULTILINE) + "\n```"
     return "\n".join(lines)
 
 

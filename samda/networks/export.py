@@ -90,7 +90,7 @@ def check_folder(folder: Path) -> Path:
         UsageError: it holds something, is named like a file, or the folder above it is missing.
     """
     if folder.suffix in (".pth", ".pt", ".pt2", ".onnx", ".safetensors"):
-        raise UsageError(f"output {folder} is the name of a file; give a folder, for instance {folder.with_suffix('')}")
+        raise UsageError(f"output {folder} is the name of a file; give a folder, for instance {str(folder.with_suffix(''))!r}")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f"output {folder} exists and is no empty folder; choose another name")
     if not folder.parent.is_dir():

@@ -132,7 +132,7 @@ def test_refusals(tmp_path: Path, make_segmenter: Callable[..., SamSegmenter]) -
         ("full", "onnx", "full exists and is no empty folder"),
         ("full/file", "onnx", "file exists and is no empty folder"),
         ("no/where", "onnx", "no does not exist; make it first"),
-        ("model.onnx", "onnx", "model.onnx is the name of a file; give a folder"),
+        ("model.onnx", "onnx", "model.onnx is the name of a file; give a folder, for instance '.*model'"),
     ]:
         with pytest.raises(UsageError, match=words):
             export_model(network, tmp_path / folder, TASK, kind)
