@@ -125,10 +125,7 @@ def task() -> Iterator[str]:
     """The keys of a task."""
     yield "## Task"
     yield markdown(samda.Task.__doc__)
-    rows = [
-        (code(field.name), default_of(field), comment(samda.Task, field.name)) for field in dataclasses.fields(samda.Task)
-    ]
-    yield table(("key", "default", "meaning"), rows)
+    yield settings(samda.Task, "key")
     names = ", ".join(f"`{path.stem}`" for path in sorted(packaged("configs", "tasks").glob("*.yaml")))
     yield f"`--task` takes a YAML or JSON file with these keys, or the name of one that samda ships: {names}."
 
@@ -137,9 +134,9 @@ def config() -> Iterator[str]:
     """The keys of train.json; what they mean stands in the bundle's own page."""
     yield "## Training config"
     yield (
-        "`samda train --set KEY=VALUE`, `samda.train(overrides={...})` and MONAI's `--KEY VALUE` set any key of the bundle's "
-        "`train.json`; the parts that these keys feed (`train::loss`, `train::optimizer`, ...) can be replaced in the same "
-        "way. A key that does not exist is refused with the nearest one that does."
+        "`samda train --set KEY=VALUE`, `samda.train(overrides={...})` and MONAI's `--KEY VALUE` set any key of the "
+        "bundle's `train.json`; the parts that these keys feed (`train::loss`, `train::optimizer`, ...) can be "
+        "replaced in the same way. A key that does not exist is refused with the nearest one that does."
     )
     meanings = config_meanings()
     rows = [(code(key), code(json.dumps(value)), meanings.get(key, "")) for key, value in config_keys().items()]
@@ -170,8 +167,10 @@ def adapters() -> Iterator[str]:
 
     yield "## Adapters"
     yield (
-        "Names for `samda.attach` and, with settings, for `adapters` in a config; `samda train --adapter` takes the overlays "
-        "below, and files like them. Every adapter also has `seed`: " + comment(AdapterConfig, "seed") + "."
+        "Names for `samda.attach` and, with settings, for `adapters` in a config; `samda train --adapter` takes these "
+        "names, the overlays below, and files like them. Every adapter also has `seed`: "
+        + comment(AdapterConfig, "seed")
+        + "."
     )
     overlays = {path.stem: description(path) for path in sorted(packaged("configs", "adapters").glob("*.yaml"))}
     rows = [
@@ -183,22 +182,25 @@ def adapters() -> Iterator[str]:
     yield table(("overlay", "what"), [(code(k), text) for k, text in overlays.items() if k not in samda.ADAPTERS])
     shown: dict[str, str] = {}
     for name, kind in samda.ADAPTERS.items():
-        fields = [field for field in dataclasses.fields(kind) if field.name != "seed"]
-        if fields:
+        if len(dataclasses.fields(kind)) > 1:
             yield f"### {name}"
             text = markdown(kind.__doc__ if "baselines" in kind.__module__ else inspect.getmodule(kind).__doc__)
             yield f"See [{shown[text]}](#{shown[text]})." if text in shown else text
             shown.setdefault(text, name)
-            yield table(
-                ("setting", "default", "meaning"),
-                [(code(field.name), default_of(field), comment(kind, field.name)) for field in fields],
-            )
+            yield settings(kind, "setting", without=("seed",))
 
 
 def description(overlay: Path) -> str:
     """What an overlay says of itself in its head, the commands left out."""
     lines = [line[2:] for line in overlay.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
     return " ".join(line for line in lines if not line.startswith(("samda ", "python ")))
+
+
+def settings(kind: type, what: str, without: Iterable[str] = ()) -> str:
+    """The fields of a dataclass with default and comment."""
+    fields = [field for field in dataclasses.fields(kind) if field.name not in without]
+    rows = [(code(field.name), default_of(field), comment(kind, field.name)) for field in fields]
+    return table((what, "default", "meaning"), rows)
 
 
 def default_of(field: dataclasses.Field) -> str:
@@ -281,9 +283,12 @@ def signature(value: Callable[..., Any], name: str) -> str:
     keyword_only = [p.kind is p.KEYWORD_ONLY for p in found.parameters.values() if p.name != "self"]
     if True in keyword_only and not any(p.kind is p.VAR_POSITIONAL for p in found.parameters.values()):
         arguments.insert(keyword_only.index(True), "*")
-    result = "" if inspect.isclass(value) or found.return_annotation is found.empty else f" -> {found.return_annotation}"
+    nothing = inspect.isclass(value) or found.return_annotation is found.empty
+    result = "" if nothing else f" -> {found.return_annotation}"
     line = f"{name}({', '.join(arguments)}){result}"
-    return line if len(line) <= 100 or name.count(".") == 0 else f"{name}(\n    " + ",\n    ".join(arguments) + f",\n){result}"
+    if len(line) <= 100 or "." not in name:  # methods stand in a heading
+        return line
+    return f"{name}(\n    " + ",\n    ".join(arguments) + f",\n){result}"
 
 
 def argument(parameter: inspect.Parameter) -> str:
@@ -291,7 +296,8 @@ def argument(parameter: inspect.Parameter) -> str:
     stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
     kind = "" if parameter.annotation is parameter.empty else f": {parameter.annotation}"
     equals = " = " if kind else "="
-    return f"{stars}{parameter.name}{kind}" + ("" if parameter.default is parameter.empty else equals + repr(parameter.default))
+    default = "" if parameter.default is parameter.empty else f"{equals}{parameter.default!r}"
+    return f"{stars}{parameter.name}{kind}{default}"
 
 
 # ----------------------------------------------------------------------------------------------- docstrings to Markdown

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fold adapters into a network for good, for files that leave samda; what stays in it is :func:`samda.adapters.merge`."""
+"""Fold adapters into a network for good, for files that leave samda; what can be undone is :func:`merge`."""
 
 from __future__ import annotations
 

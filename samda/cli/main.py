@@ -23,9 +23,8 @@ from samda.version import __version__
 __all__ = ["COMMANDS", "EXIT_CODES", "build_parser", "main"]
 
 COMMANDS = {  # name -> module, in the order of the help
-    name: f"samda.cli.{name}" for name in (
-        "train", "predict", "adapt", "evaluate", "site", "export", "info", "weights", "demo"
-    )
+    name: f"samda.cli.{name}"
+    for name in ("train", "predict", "adapt", "evaluate", "site", "export", "info", "weights", "demo")
 }
 
 EXIT_CODES = {

@@ -43,5 +43,6 @@ def copy_of(scan: SpatialImage) -> SpatialImage:
 def name_of(scan: str | Path | SpatialImage) -> str:
     """Name of the case: the file's without folder and suffix, "image" for an object that came from none."""
     if isinstance(scan, SpatialImage):
-        return stem(scan.get_filename()) if scan.get_filename() else "image"
+        file = scan.get_filename()
+        return stem(file) if file else "image"
     return stem(scan)

@@ -125,8 +125,9 @@ def write_probabilities(
         affine: (4, 4), see :func:`write_labels`.
     """
     path = Path(path)
+    maps = np.moveaxis(probabilities.astype(np.float32, copy=False), 0, -1)
     with replacing(path) as temporary:
-        label_image(np.moveaxis(probabilities.astype(np.float32, copy=False), 0, -1), image, affine).to_filename(temporary)
+        label_image(maps, image, affine).to_filename(temporary)
     return path
 
 

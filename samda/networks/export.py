@@ -73,7 +73,10 @@ def export_model(
     own = copy.deepcopy(network).to("cpu", torch.float32).eval()
     try:
         with new_folder(folder) as place:
-            files = _write_sam(own, task, place) if format == "sam" else write_graphs(own, task.image_size, place, format)
+            if format == "sam":
+                files = _write_sam(own, task.image_size, place)
+            else:
+                files = write_graphs(own, task.image_size, place, format)
             about = _about(network, task, format, version) | {"files": _with_sha256(files, place)}
             write_json(place / ABOUT, about)
     except OSError as error:
@@ -90,7 +93,8 @@ def check_folder(folder: Path) -> Path:
         UsageError: it holds something, is named like a file, or the folder above it is missing.
     """
     if folder.suffix in (".pth", ".pt", ".pt2", ".onnx", ".safetensors"):
-        raise UsageError(f"output {folder} is the name of a file; give a folder, for instance {str(folder.with_suffix(''))!r}")
+        plain = str(folder.with_suffix(""))
+        raise UsageError(f"output {folder} is the name of a file; give a folder, for instance {plain!r}")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f"output {folder} exists and is no empty folder; choose another name")
     if not folder.parent.is_dir():
@@ -98,11 +102,11 @@ def check_folder(folder: Path) -> Path:
     return folder
 
 
-def _write_sam(network: SamSegmenter, task: Task, folder: Path) -> dict[str, dict[str, Any]]:
+def _write_sam(network: SamSegmenter, size: int, folder: Path) -> dict[str, dict[str, Any]]:
     """`sam.pth`, read back into a SAM whose embedding of a probe must be the network's; and the class head."""
     from samda.networks.original import to_segment_anything
 
-    probes = probe_images(network.in_channels, task.image_size)
+    probes = probe_images(network.in_channels, size)
     with torch.no_grad():
         expected = [network.encode(probe) for probe in probes]
         torch.save(sam_state(network), folder / "sam.pth")
@@ -112,7 +116,9 @@ def _write_sam(network: SamSegmenter, task: Task, folder: Path) -> dict[str, dic
         found = [sam.image_encoder(image) for image in images]
     return {
         "sam.pth": {"tensors": "all of SAM, adapters merged", **compare(found, expected, "sam.pth")},
-        "class_head.safetensors": {"tensors": "mask tokens and hypernetworks of the classes, which SAM has no place for"},
+        "class_head.safetensors": {
+            "tensors": "mask tokens and hypernetworks of the classes; SAM has no place for them"
+        },
     }
 
 
@@ -168,8 +174,8 @@ def _loading(network: SamSegmenter, format: str) -> str:
         package = "mobile_sam" if name == "vit_t" else "segment_anything"
         return (
             f"{package}.sam_model_registry[{name!r}](checkpoint='sam.pth') loads encoder, prompt encoder and the mask "
-            "decoder's transformer; SAM's own mask tokens and quality head are those of the base. That package works at "
-            "1024 pixels, on (image - mean) / std with SAM's mean and std for 0 .. 255. Class logits: let the "
+            "decoder's transformer; SAM's own mask tokens and quality head are those of the base. That package works "
+            "at 1024 pixels, on (image - mean) / std with SAM's mean and std for 0 .. 255. Class logits: let the "
             "transformer attend with mask_tokens of class_head.safetensors as its only tokens (no quality token), and "
             "multiply what output_hypernetworks_mlps.k gives for token k with the upscaled image"
         )

@@ -20,6 +20,7 @@ import torch.nn as nn
 
 from samda.adapters.base import modules
 from samda.adapters.folding import fold
+from samda.adapters.kernel import KernelAdapter
 from samda.errors import SamdaError
 from samda.networks.attention import DerivedTensors
 
@@ -89,7 +90,7 @@ def write_graphs(network: SamSegmenter, size: int, folder: Path, kind: str) -> d
     write, suffix = GRAPHS[kind]
     fold(network)
     for _, _, adapter in modules(network):
-        if hasattr(adapter, "backend"):
+        if isinstance(adapter, KernelAdapter):
             adapter.backend = "direct"  # what the adapter computes is the same; ONNX runtimes have no FFT of this kind
     probes = probe_images(network.in_channels, size)
     about = {}

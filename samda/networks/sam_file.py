@@ -45,8 +45,8 @@ def sam_state(network: SamSegmenter) -> State:
     file = {} if report is None else read_state(report.path, report.sha256)
     if not any(key.startswith(QUALITY_PREFIXES) for key in file):
         raise WeightsError(
-            f"the base weights ({report.path.name if report else 'of no file'}) lack SAM's quality head, so no complete "
-            "SAM can be written; train on a published SAM file, or export as onnx or torch"
+            f"the base weights ({report.path.name if report else 'of no file'}) lack SAM's quality head, so no "
+            "complete SAM can be written; train on a published SAM file, or export as onnx or torch"
         )
     fold(network)
     own = full_state(network)

@@ -30,7 +30,8 @@ PAGES = ("start.md", "how-to.md")
 REASONS = ("takes minutes", "needs a network")
 SHORT = {"--epochs": "1", "--set views": "views=1"}  # added to every `samda train` that does not say otherwise
 BLOCK = re.compile(
-    r"^(?: *<!-- (?:not run: (?P<reason>[^>]*?)|(?P<goes_on>goes on)) -->\n)?(?P<indent> *)```(?P<language>\w*)\n(?P<body>.*?)^(?P=indent)```",
+    r"^(?: *<!-- (?:not run: (?P<reason>[^>]*?)|(?P<goes_on>goes on)) -->\n)?"
+    r"(?P<indent> *)```(?P<language>\w*)\n(?P<body>.*?)^(?P=indent)```",
     re.MULTILINE | re.DOTALL,
 )
 AFFINE = np.array([[0, -2.0, 0, 30], [2.5, 0, 0, -40], [0, 0, 5.0, 7], [0, 0, 0, 1]])

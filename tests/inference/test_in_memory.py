@@ -91,5 +91,5 @@ def test_a_case_may_hold_an_object(tmp_path: Path, phantom: SimpleNamespace, pre
 
 
 def test_what_is_refused_is_named(predictor: Predictor) -> None:
-    with pytest.raises(InputError, match="the nibabel image 'image' .*channel"):
+    with pytest.raises(InputError, match=r"the nibabel image 'image' .*channel"):
         predictor.predict(nib.Nifti1Image(np.zeros((4, 5, 6, 2), np.int16), np.eye(4)))

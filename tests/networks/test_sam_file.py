@@ -134,12 +134,13 @@ def test_modules_have_no_place_in_sams_file(
     adapters: dict[str, dict[str, Any]], place: str, tmp_path: Path, make_segmenter: Callable[..., SamSegmenter]
 ) -> None:
     network = make_segmenter(adapters=adapters)
-    with pytest.raises(AdapterError, match=f"'{list(adapters)[-1]}' .* a module at {place}, .* export as onnx or torch"):
+    words = f"'{list(adapters)[-1]}' .* a module at {place}, .* export as onnx or torch"
+    with pytest.raises(AdapterError, match=words):
         export_model(network, tmp_path / "out", TASK, "sam")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_base_of_no_file_makes_no_sam(tmp_path: Path, make_segmenter: Callable[..., SamSegmenter]) -> None:
-    with pytest.raises(WeightsError, match="of no file.* lack SAM's quality head"):
+    with pytest.raises(WeightsError, match=r"of no file.* lack SAM's quality head"):
         export_model(make_segmenter(weights=None, adapters={"salt": {"rank": 2}}), tmp_path / "out", TASK, "sam")
     assert list(tmp_path.iterdir()) == []
