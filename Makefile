@@ -13,7 +13,7 @@ TESTS  ?= tests
 python := $(VENV)/bin/python
 stamp  := $(VENV)/.samda-installed
 
-.PHONY: help venv demo test bench lint format types wheel constraints clean
+.PHONY: help venv demo test bench docs lint format types wheel constraints clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -38,6 +38,10 @@ test: $(stamp)
 
 bench: $(stamp)
 	$(python) benchmarks/speed.py
+
+# after a change of options, docstrings or settings
+docs: $(stamp)
+	$(python) docs/generate.py
 
 lint: $(stamp)
 	$(python) -m ruff check .

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # the aliases mark what is exported
     from samda.inference.predict import Predictor as Predictor
     from samda.inference.predict import predict_folder as predict_folder
     from samda.inference.volume import VolumeInferer as VolumeInferer
+    from samda.networks.export import export_model as export_model
     from samda.networks.model_folder import load_model as load_model
     from samda.networks.model_folder import save_model as save_model
     from samda.networks.segmenter import SamSegmenter as SamSegmenter
@@ -46,6 +47,7 @@ _PLACES = {
     "samda.inference.evaluate": ("evaluate",),
     "samda.inference.predict": ("Predictor", "predict_folder"),
     "samda.inference.volume": ("VolumeInferer",),
+    "samda.networks.export": ("export_model",),
     "samda.networks.model_folder": ("load_model", "save_model"),
     "samda.networks.segmenter": ("SamSegmenter",),
     "samda.networks.weights": ("fetch_weights",),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files complete or not at all: written under a hidden name beside the place, then renamed."""
+"""Files and folders complete or not at all: written under a hidden name beside the place, then renamed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["plain", "replacing", "write_json", "write_text"]
+__all__ = ["new_folder", "plain", "replacing", "write_json", "write_text"]
 
 
 @contextmanager
@@ -31,6 +32,25 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A hidden folder beside `path`, renamed to `path` when the block ends well; else nothing is left of it.
+
+    Raises:
+        OSError: `path` is a file, or a folder that holds something.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.is_dir():
+            path.rmdir()
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -24,7 +24,7 @@ def packaged(*parts: str) -> Path:
 
 
 def cache_dir() -> Path:
-    """Folder of everything samda fetches: `SAMDA_CACHE`, else `samda` in the user's cache folder."""
+    """Folder of everything samda fetches: `SAMDA_CACHE`, else `XDG_CACHE_HOME/samda`, else `~/.cache/samda`."""
     chosen = os.environ.get("SAMDA_CACHE")
     if chosen:
         return Path(chosen).expanduser()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from samda.files import plain, replacing, write_json
+from samda.files import new_folder, plain, replacing, write_json
 
 
 def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -22,6 +22,21 @@ def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
         raise KeyboardInterrupt
     assert path.read_text() == "old"
     assert [file.name for file in path.parent.iterdir()] == ["scan.nii.gz"]
+
+
+def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out") as place:
+        (place / "half").write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()  # an empty one is no obstacle
+    with new_folder(tmp_path / "out") as place:
+        assert place.parent == tmp_path and place.name.startswith(".")
+        (place / "file").write_text("whole")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/file"]
+    with pytest.raises(OSError), new_folder(tmp_path / "out"):
+        pass
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/file"]
 
 
 def test_json_holds_plain_values_only(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from nibabel.spatialimages import SpatialImage
 from torch.utils.checkpoint import checkpoint
 
 from samda.adaptation import record as records
@@ -44,7 +45,7 @@ from samda.adaptation.views import FAMILIES, make_views, mirrored_classes, resto
 from samda.adapters.base import unmerge
 from samda.adapters.files import state_tensors
 from samda.adapters.scopes import scope_parameters
-from samda.data.formats import files_of, stem
+from samda.data.objects import name_of, scan_path
 from samda.data.slices import SliceGrid
 from samda.data.task import Task
 from samda.data.transforms import build_preprocessing
@@ -192,30 +193,34 @@ class Adaptation:
                 )
         return adaptation
 
-    def adapt(self, image: str | Path | Mapping[str, Any]) -> AdaptedCase:
+    def adapt(self, image: str | Path | SpatialImage | Mapping[str, Any]) -> AdaptedCase:
         """Adapt to one scan and decide; afterwards the model is as it was, bit for bit.
 
         Args:
-            image: path of a file or DICOM folder, or a case {"image": path, "id": name}; labels are never read.
+            image: path of a file or DICOM folder, a nibabel image, or a case {"image": one of these, "id": name};
+                labels are never read. A nibabel image is adapted to as the `.nii` file that nibabel saves of it: the
+                views' seed follows from the content of the file.
 
         Raises:
             InputError: the scan cannot be read or used. Errors while adapting do not raise: the case falls back.
         """
         started = records.now()
-        return finish(self, self.prepare(image), started)
+        result = finish(self, self.prepare(image), started)
+        scan = image["image"] if isinstance(image, Mapping) else image
+        return dataclasses.replace(result, scan=scan) if isinstance(scan, SpatialImage) else result
 
-    def prepare(self, image: str | Path | Mapping[str, Any]) -> PreparedCase:
+    def prepare(self, image: str | Path | SpatialImage | Mapping[str, Any]) -> PreparedCase:
         """Everything of a case that does not depend on the objective: source prediction, chosen slices, encoded views.
 
         A prepared case serves every objective of the same scope, views, slices and seed.
         """
-        case = {"image": str(image)} if isinstance(image, str | Path) else {k: image[k] for k in image if k != "label"}
+        case = {k: image[k] for k in image if k != "label"} if isinstance(image, Mapping) else {"image": image}
         begin = time.perf_counter()
-        sha256 = records.path_sha256(case["image"])
-        data = self.preprocessing(dict(case))
+        with scan_path(case["image"]) as path:
+            sha256 = records.path_sha256(path)
+            data = self.preprocessing(case | {"image": path})
         read = time.perf_counter()
-        name = str(case.get("id") or stem(files_of(case["image"])[0]))
-        return self._prepared(name, sha256, data, {"read": read - begin})
+        return self._prepared(str(case.get("id") or name_of(case["image"])), sha256, data, {"read": read - begin})
 
     def prepare_data(self, data: Mapping[str, Any], name: str) -> PreparedCase:
         """As :meth:`prepare`, for a case that is preprocessed already: {"image": MetaTensor (C, X, Y, Z) in [0, 1]}."""

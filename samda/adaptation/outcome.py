@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from nibabel.spatialimages import SpatialImage
 
 from samda.adaptation import record as records
 from samda.adaptation.case import PreparedCase, Segmentation
@@ -22,6 +23,7 @@ from samda.adaptation.measures import class_agreement, foreground_entropy, mean_
 from samda.adaptation.trajectory import NotFinite, OutOfTime, Trajectory
 from samda.errors import SamdaError
 from samda.inference.postprocessing import own_grid
+from samda.inference.writer import label_image
 
 if TYPE_CHECKING:
     from samda.adaptation.engine import Adaptation
@@ -42,7 +44,7 @@ class AdaptedCase:
         uncertainty: (X, Y, Z) float32 in [0, 1], normalized entropy of the prediction in `labels`.
         affine: (4, 4) voxel index to RAS mm.
         record: the audit record.
-        image: file or DICOM folder of the scan.
+        scan: the scan's file or DICOM folder, or the nibabel image that it came as.
         tensors: the adapted parameters, where accepted.
     """
 
@@ -52,8 +54,13 @@ class AdaptedCase:
     uncertainty: np.ndarray
     affine: np.ndarray
     record: dict[str, Any]
-    image: Path | None = None
+    scan: Path | SpatialImage | None = None
     tensors: dict[str, torch.Tensor] | None = None
+
+    @property
+    def image(self) -> SpatialImage:
+        """The map to use as a nibabel image; affine and form codes are the scan's own."""
+        return label_image(self.labels, self.scan, self.affine)
 
     @property
     def difference(self) -> np.ndarray:
@@ -147,8 +154,8 @@ def finish(engine: Adaptation, prepared: PreparedCase, started: str) -> AdaptedC
     record["labels_sha256"] = {"source": records.sha256_of(source), "final": records.sha256_of(labels)}
     path = prepared.data["image"].meta.get("filename_or_obj")
     tensors = outcome.run.tensors if outcome.accepted and outcome.run is not None else None
-    image = Path(path) if path else None
-    return AdaptedCase(prepared.name, labels, source, uncertainty, affine, record, image, tensors)
+    scan = Path(path) if path else None
+    return AdaptedCase(prepared.name, labels, source, uncertainty, affine, record, scan, tensors)
 
 
 def _restore(engine: Adaptation, prepared: PreparedCase, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

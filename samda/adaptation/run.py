@@ -280,7 +280,7 @@ class _Job:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _write_maps(self, place: Path, result: AdaptedCase) -> dict[str, str]:
-        task, image, affine = self.adaptation.task, result.image, result.affine
+        task, image, affine = self.adaptation.task, result.scan, result.affine
         files = {"source": label_path(place, "source", image).name}
         write_labels(place / files["source"], result.source, task.classes, image, affine)
         if self.dry_run:
@@ -298,7 +298,7 @@ class _Job:
         """The map to use; without an accepted change it is a copy of the source map, byte for byte."""
         final = label_path(self.folder, case["id"], case["image"])
         if result.record["labels_sha256"]["source"] != result.record["labels_sha256"]["final"]:
-            write_labels(final, result.labels, self.adaptation.task.classes, result.image, result.affine)
+            write_labels(final, result.labels, self.adaptation.task.classes, result.scan, result.affine)
             return
         details = details_folder(self.folder, case["id"])
         source = details / result.record["output_files"]["source"]

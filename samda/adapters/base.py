@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -18,6 +18,9 @@ import torch.nn as nn
 from samda.adapters.settings import AdapterConfig
 from samda.adapters.sites import LinearSite, NormSite, Site
 from samda.errors import AdapterError
+
+if TYPE_CHECKING:
+    from samda.adapters.registry import Adapters
 
 __all__ = [
     "Adapter",
@@ -108,7 +111,7 @@ def attached(model: nn.Module) -> dict[str, AdapterConfig]:
     return dict(getattr(model, "_samda_adapters", {}))
 
 
-def attach(model: nn.Module, adapters: Mapping[str, AdapterConfig]) -> None:
+def attach(model: nn.Module, adapters: Adapters) -> None:
     """Attach adapters to their sites; all of them or, when one refuses, none.
 
     At this moment the output of the model does not change, unless a config asks for its paper's own initialization.
@@ -116,18 +119,23 @@ def attach(model: nn.Module, adapters: Mapping[str, AdapterConfig]) -> None:
 
     Args:
         model: a network with sites; attach after its base weights were loaded.
-        adapters: name -> config. The name is the key under which the adapter is saved and addressed.
+        adapters: names ("salt", or ["salt", "sam_da"]), or name -> settings or config, see
+            :func:`samda.adapters.build_configs`. The name is the key under which the adapter is saved and addressed.
 
     Raises:
+        UsageError: an adapter or a setting is unknown or out of range.
         AdapterError: a name is taken or no identifier, a config finds no site, a site cannot be served, or two configs
             exclude each other. The model is unchanged.
     """
+    from samda.adapters.registry import build_configs  # it knows every adapter, and each is built on this module
+
     if is_merged(model):
         raise AdapterError("adapters are merged; call unmerge before attaching more")
+    adapters = build_configs(adapters)
     present = attached(model)
     places = sites(model)
     _check_names(adapters, present)
-    _check_alone(present | dict(adapters))
+    _check_alone(present | adapters)
     built = []
     for name, config in adapters.items():
         targets = [site for site in places.values() if config.targets(site.info)]
@@ -137,7 +145,7 @@ def attach(model: nn.Module, adapters: Mapping[str, AdapterConfig]) -> None:
         built += [(site, name, _build(config, name, site, model)) for site in targets]
     for site, name, adapter in built:
         site.adapters[name] = adapter
-    model._samda_adapters = present | dict(adapters)  # type: ignore[assignment]
+    model._samda_adapters = present | adapters  # type: ignore[assignment]
     freeze(model)
 
 

@@ -58,8 +58,8 @@ class BottleneckConfig(AdapterConfig):
     name: ClassVar[str] = "bottleneck"
     roles: ClassVar[tuple[str, ...]] = ("attn.after", "mlp.after")
 
-    width: int = 8
-    bias: bool = True
+    width: int = 8  # channels between the projections
+    bias: bool = True  # of the projections
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -123,7 +123,7 @@ class KernelAdapterConfig(AdapterConfig):
 
     width: int  # channels between the projections
     placement: str  # "parallel" to the sublayer, on its "output", or "after" the sum
-    bias: bool
+    bias: bool  # of projections and kernels
     dropout: float = 0.0  # before Up
     init: str = "identity"  # "identity": Up = 0; "paper": the published code's own distributions
     conv_backend: str = "auto"  # "direct", "fft" (fp32), or "auto": FFT where a CPU trains kernels of 15 or more
@@ -154,7 +154,7 @@ class LkaConfig(KernelAdapterConfig):
     width: int = 8
     placement: str = "parallel"
     bias: bool = True
-    kernel_size: int = 7
+    kernel_size: int = 7  # tokens, odd
     act: str = "pre"  # GELU before the convolution ("pre"), after it ("post") or "both"
 
     def __post_init__(self) -> None:
@@ -181,8 +181,8 @@ class DkaConfig(KernelAdapterConfig):
     width: int = 16
     placement: str = "after"
     bias: bool = False
-    large_kernel: int = 51
-    small_kernel: int = 5
+    large_kernel: int = 51  # tokens, odd
+    small_kernel: int = 5  # tokens, odd
     pre_act: bool = False  # one more GELU, after Down
 
     def __post_init__(self) -> None:

@@ -56,7 +56,7 @@ class LoraConfig(LinearAdapterConfig):
 
     name: ClassVar[str] = "lora"
 
-    rank: int = 4
+    rank: int = 4  # of the delta
     alpha: float | None = None  # the delta is scaled by alpha / rank; null means alpha = rank
 
     def __post_init__(self) -> None:

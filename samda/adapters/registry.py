@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from samda.adapters.baselines import BottleneckConfig, DecoderConfig, FullConfig, HeadConfig
@@ -15,7 +15,9 @@ from samda.adapters.sam_da import SamDaConfig
 from samda.adapters.settings import AdapterConfig
 from samda.errors import UsageError, from_mapping, nearest
 
-__all__ = ["ADAPTERS", "build_configs"]
+__all__ = ["ADAPTERS", "Adapters", "build_configs"]
+
+Adapters = Mapping[str, Mapping[str, Any] | AdapterConfig] | Iterable[str] | str
 
 ADAPTERS: dict[str, type[AdapterConfig]] = {
     config.name: config
@@ -34,12 +36,12 @@ ADAPTERS: dict[str, type[AdapterConfig]] = {
 }
 
 
-def build_configs(adapters: Mapping[str, Mapping[str, Any] | AdapterConfig]) -> dict[str, AdapterConfig]:
-    """Configs from plain settings.
+def build_configs(adapters: Adapters) -> dict[str, AdapterConfig]:
+    """Configs from names or plain settings.
 
     Args:
-        adapters: adapter name -> settings. The name is one of :data:`ADAPTERS`, or any other with the key `type` among
-            the settings. A config that is already built is passed on.
+        adapters: names of :data:`ADAPTERS`, which get their default settings; or adapter name -> settings, where the
+            name may be any other with the key `type` among the settings. A config that is already built is passed on.
 
     Raises:
         UsageError: an adapter or a setting is unknown (the message gives the nearest valid name) or out of range.
@@ -48,8 +50,12 @@ def build_configs(adapters: Mapping[str, Mapping[str, Any] | AdapterConfig]) -> 
         >>> build_configs({"salt": {"rank": 8}, "wide": {"type": "lka", "kernel_size": 15}})["wide"].kernel_size
         15
     """
+    if isinstance(adapters, str):
+        adapters = [adapters]
     if not isinstance(adapters, Mapping):
-        raise UsageError(f"adapters must be a mapping of name to settings, got {type(adapters).__name__}")
+        if not isinstance(adapters, Iterable):
+            raise UsageError(f"adapters must be names or a mapping of name to settings, got {adapters!r}")
+        adapters = {name: {} for name in adapters}
     return {str(name): _build(str(name), settings) for name, settings in adapters.items()}
 
 

@@ -105,8 +105,8 @@ class SamDaConfig(AdapterConfig):
     roles: ClassVar[tuple[str, ...]] = ("layer",)
 
     side: str = "image"  # "image", "token" or "both"
-    num_prompts: int = 2  # N
-    num_heads: int = 8
+    num_prompts: int = 2  # N, learned prompts of each layer
+    num_heads: int = 8  # of the attention
     inner_dim: int = 128  # width of the attention, a multiple of num_heads
     prompt_dim: int | None = None  # width of the prompts; null: the decoder's, else a linear map brings them to it
 

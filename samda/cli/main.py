@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `samda`: find the command, run it, turn every error into one line and an exit code.
 
-Exit codes: 0 done, 1 the job failed, 2 wrong usage; 130 and 141 as shells report Ctrl-C and a closed pipe.
+Exit codes: see :data:`EXIT_CODES`; 130 and 141 are what shells report for Ctrl-C and a closed pipe.
 """
 
 from __future__ import annotations
@@ -20,11 +20,19 @@ from samda.cli.parser import Parser
 from samda.errors import UsageError, cause_of
 from samda.version import __version__
 
-__all__ = ["COMMANDS", "build_parser", "main"]
+__all__ = ["COMMANDS", "EXIT_CODES", "build_parser", "main"]
 
 COMMANDS = {  # name -> module, in the order of the help
     name: f"samda.cli.{name}"
-    for name in ("check", "train", "predict", "adapt", "evaluate", "site", "info", "weights", "demo")
+    for name in ("check", "train", "predict", "adapt", "evaluate", "site", "export", "info", "weights", "demo")
+}
+
+EXIT_CODES = {
+    0: "done",
+    1: "the job failed, or one of its cases did",
+    2: "wrong usage: an option, a key, a combination",
+    130: "interrupted (Ctrl-C)",
+    141: "the program that read the output closed it",
 }
 
 DESCRIPTION = "SAM adapters for medical image segmentation. Research use only."

@@ -5,19 +5,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
 from nibabel.spatialimages import SpatialImage
 
 from samda.data.datalists import Case, read_datalist
-from samda.data.formats import files_of, stem
+from samda.data.formats import files_of
+from samda.data.objects import name_of, scan_path, source_of
 from samda.data.task import Task
 from samda.data.transforms import build_preprocessing
 from samda.errors import UsageError, reason_of
@@ -25,6 +24,7 @@ from samda.inference.postprocessing import own_grid, warn_empty
 from samda.inference.volume import VolumeInferer
 from samda.inference.writer import (
     check_output_folder,
+    label_image,
     label_path,
     probability_path,
     write_labels,
@@ -46,8 +46,7 @@ class Prediction:
         labels: (X, Y, Z) class indices, uint8 (uint16 beyond 255 classes), in the axis order of the scan's file.
         affine: (4, 4) voxel index to RAS mm.
         classes: names of the classes, background first.
-        image: the scan's file or DICOM folder, the first of several channel files; None for a scan that came as an
-            object.
+        scan: the scan's file or DICOM folder, the first of several channel files, or the nibabel image that it came as.
         probabilities: (K, X, Y, Z) float32, if asked for.
     """
 
@@ -55,8 +54,13 @@ class Prediction:
     labels: np.ndarray
     affine: np.ndarray
     classes: tuple[str, ...]
-    image: Path | None = None
+    scan: Path | SpatialImage | None = None
     probabilities: np.ndarray | None = None
+
+    @property
+    def image(self) -> SpatialImage:
+        """The label map as a nibabel image; affine and form codes are the scan's own."""
+        return label_image(self.labels, self.scan, self.affine)
 
     @property
     def empty(self) -> bool:
@@ -75,9 +79,9 @@ class Prediction:
         """Write the label map (and the probabilities) into `folder`; returns the path of the label map."""
         folder = check_output_folder(folder)
         if self.probabilities is not None:
-            write_probabilities(probability_path(folder, self.case), self.probabilities, self.image, self.affine)
-        path = label_path(folder, self.case, self.image)
-        return write_labels(path, self.labels, self.classes, self.image, self.affine)
+            write_probabilities(probability_path(folder, self.case), self.probabilities, self.scan, self.affine)
+        path = label_path(folder, self.case, self.scan)
+        return write_labels(path, self.labels, self.classes, self.scan, self.affine)
 
 
 class Predictor:
@@ -117,39 +121,30 @@ class Predictor:
         """Segment one scan.
 
         Args:
-            image: path of a file or DICOM folder, a nibabel image, or a case {"image": path, "id": name}, whose
+            image: path of a file or DICOM folder, a nibabel image, or a case {"image": one of these, "id": name}, whose
                 "image" may list one file a channel.
             probabilities: return the class probabilities, too: 4 K bytes per voxel.
 
         Raises:
             InputError: the scan cannot be read or used.
         """
-        if isinstance(image, SpatialImage):
-            return self._predict_object(image, probabilities)
-        case = {"image": str(image)} if isinstance(image, str | Path) else {k: image[k] for k in image if k != "label"}
-        data = self.preprocessing(case)
+        case = {k: image[k] for k in image if k != "label"} if isinstance(image, Mapping) else {"image": image}
+        scan = case["image"]
+        with scan_path(scan) as path:
+            data = self.preprocessing(case | {"image": path})
         labels, kept = self.inferer.segment(data["image"][None], self.network, keep_probabilities=probabilities)
-        restored, first = self._restore(data, labels), files_of(case["image"])[0]
+        restored = self._restore(data, labels)
         return Prediction(
-            case=str(case.get("id") or stem(first)),
+            case=str(case.get("id") or name_of(scan)),
             labels=restored.as_tensor()[0].numpy(),
             affine=np.asarray(restored.affine, float),
             classes=self.task.classes,
-            image=first,
+            scan=source_of(scan),
             probabilities=None if kept is None else self._restore(data, kept).as_tensor().numpy(),
         )
 
     def _restore(self, data: Mapping[str, Any], result: torch.Tensor) -> MetaTensor:
         return own_grid(self.preprocessing)({"image": data["image"], "pred": MetaTensor(result[0])})["pred"]
-
-    def _predict_object(self, image: SpatialImage, probabilities: bool) -> Prediction:
-        """By way of a file, so that an object is read, and refused, as a file is."""
-        source = image.get_filename()
-        with tempfile.TemporaryDirectory(prefix="samda-") as folder:
-            path = Path(folder) / "image.nii"
-            nib.save(type(image)(image.dataobj, image.affine, image.header), path)  # saving renames the object saved
-            prediction = self.predict(path, probabilities)
-        return dataclasses.replace(prediction, case=stem(source) if source else "image", image=None)
 
 
 @dataclasses.dataclass

@@ -11,13 +11,22 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
+from nibabel.spatialimages import SpatialImage
 
 from samda.data.formats import NIFTI_SUFFIXES, PICTURE_SUFFIXES, Image, files_of
+from samda.data.objects import copy_of
 from samda.errors import InputError, UsageError
 from samda.files import replacing, write_json
 from samda.version import __version__
 
-__all__ = ["check_output_folder", "label_path", "probability_path", "write_labels", "write_probabilities"]
+__all__ = [
+    "check_output_folder",
+    "label_image",
+    "label_path",
+    "probability_path",
+    "write_labels",
+    "write_probabilities",
+]
 
 PURPOSE = "research use only, not for clinical decisions"
 
@@ -44,9 +53,10 @@ def check_output_folder(folder: str | Path) -> Path:
     return folder
 
 
-def label_path(folder: str | Path, case: str, image: Image | None = None) -> Path:
+def label_path(folder: str | Path, case: str, image: Image | SpatialImage | None = None) -> Path:
     """Where the label map of a case goes: `case.nii.gz`, for a picture `case.png`."""
-    picture = image is not None and str(files_of(image)[0]).lower().endswith(PICTURE_SUFFIXES)
+    name = "" if image is None or isinstance(image, SpatialImage) else str(files_of(image)[0])
+    picture = name.lower().endswith(PICTURE_SUFFIXES)
     return Path(folder) / f"{case}{'.png' if picture else '.nii.gz'}"
 
 
@@ -59,7 +69,7 @@ def write_labels(
     path: str | Path,
     labels: np.ndarray,
     classes: Sequence[str],
-    image: str | Path | None = None,
+    image: str | Path | SpatialImage | None = None,
     affine: np.ndarray | None = None,
 ) -> Path:
     """Write a label map, and beside it `<case>.json` with the name of each value.
@@ -71,8 +81,8 @@ def write_labels(
         path: `.nii.gz` or `.nii`, or `.png` for a map of one slice.
         labels: (X, Y, Z) class indices in the axis order of the scan's file.
         classes: names of the classes, background first.
-        image: the scan's file (or DICOM folder).
-        affine: (4, 4) voxel index to RAS mm; needed where `image` is no NIfTI file.
+        image: the scan's file (or DICOM folder), or the scan as a nibabel image.
+        affine: (4, 4) voxel index to RAS mm; needed where `image` is no NIfTI.
 
     Returns:
         The path written.
@@ -90,7 +100,7 @@ def write_labels(
             if path.suffix.lower() == ".png":
                 _save_png(labels, temporary)
             else:
-                _nifti(labels, image, affine).to_filename(temporary)
+                label_image(labels, image, affine).to_filename(temporary)
             write_json(names, about)
     except OSError as error:
         raise InputError(
@@ -102,7 +112,7 @@ def write_labels(
 def write_probabilities(
     path: str | Path,
     probabilities: np.ndarray,
-    image: str | Path | None = None,
+    image: str | Path | SpatialImage | None = None,
     affine: np.ndarray | None = None,
 ) -> Path:
     """Write class probabilities as one NIfTI (X, Y, Z, K), float32.
@@ -112,18 +122,31 @@ def write_probabilities(
     Args:
         path: `.nii.gz`.
         probabilities: (K, X, Y, Z) in the axis order of the scan's file.
-        image: the scan's file.
+        image: the scan's file, or the scan as a nibabel image.
         affine: (4, 4), see :func:`write_labels`.
     """
     path = Path(path)
+    maps = np.moveaxis(probabilities.astype(np.float32, copy=False), 0, -1)
     with replacing(path) as temporary:
-        _nifti(np.moveaxis(probabilities.astype(np.float32, copy=False), 0, -1), image, affine).to_filename(temporary)
+        label_image(maps, image, affine).to_filename(temporary)
     return path
 
 
-def _nifti(array: np.ndarray, image: str | Path | None, affine: np.ndarray | None) -> Any:
-    """A NIfTI image of `array` on the grid of the scan; further dimensions of the array follow."""
-    if image is None or not str(image).lower().endswith(NIFTI_SUFFIXES):
+def label_image(
+    array: np.ndarray, image: str | Path | SpatialImage | None = None, affine: np.ndarray | None = None
+) -> Any:
+    """A NIfTI image of `array` on the grid of a scan; affine and form codes are the scan's own where it is NIfTI.
+
+    Args:
+        array: (X, Y, Z) in the axis order of the scan's file; further dimensions may follow.
+        image: the scan's file, or the scan as a nibabel image.
+        affine: (4, 4), see :func:`write_labels`.
+
+    Raises:
+        InputError: the scan has other voxels than the array.
+    """
+    source: Any = _nifti_of(image)
+    if source is None:
         if affine is None:
             raise UsageError("an affine is needed to write a NIfTI for a scan that is none")
         result = nib.Nifti1Image(array, affine)
@@ -131,13 +154,11 @@ def _nifti(array: np.ndarray, image: str | Path | None, affine: np.ndarray | Non
             set_form(affine, code="scanner")
         result.header.set_xyzt_units("mm")
         return result
-    source: Any = nib.load(image)
     header = source.header.copy()
     shape = source.shape
     if (*shape, 1, 1)[:3] != array.shape[:3]:
-        raise InputError(
-            f"{image} has {shape} voxels, its result {array.shape}; the file has changed, predict it again"
-        )
+        name = image if isinstance(image, str | Path) else "the scan"
+        raise InputError(f"{name} has {shape} voxels, its result {array.shape}; the scan has changed, predict it again")
     if array.ndim == 3 and array.size == int(np.prod(shape)):  # the scan may be (X, Y), or (X, Y, Z, 1)
         array = array.reshape(shape)
     header.extensions.clear()  # may name the patient, as may the texts below
@@ -149,7 +170,16 @@ def _nifti(array: np.ndarray, image: str | Path | None, affine: np.ndarray | Non
     header.set_data_dtype(array.dtype)
     header.set_slope_inter(1, 0)
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    return kind(array, None, header)  # no affine: the header's forms and codes stay as they are
+    return kind(array, header.get_best_affine(), header)  # its own affine: forms and codes stay as they are
+
+
+def _nifti_of(image: str | Path | SpatialImage | None) -> Any:
+    """The scan as a NIfTI image whose header can be taken over; None where it is another format."""
+    if isinstance(image, nib.Nifti1Pair):  # NIfTI-1 and 2, as one file or two
+        return copy_of(image)
+    if isinstance(image, str | Path) and str(image).lower().endswith(NIFTI_SUFFIXES):
+        return nib.load(image)
+    return None
 
 
 def _save_png(labels: np.ndarray, path: Path) -> None:

@@ -1,8 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model is a folder: `adapter.json`, `adapter.safetensors`, and where asked for the base weights.
+"""A trained model is a folder.
 
-Only these are read, so a folder from a stranger cannot run code. The base is fetched, given as a file, or lies in the
-folder as `base.safetensors`; its fingerprint must be the one of the training.
+====================== ================================================================== =============================
+file                   holds                                                              read by
+====================== ================================================================== =============================
+`adapter.json`         format version, backbone, base weights and their fingerprint,      samda
+                       adapters and settings, classes, geometry, record
+`adapter.safetensors`  adapters and class head of the best validation                     samda
+`base.safetensors`     base weights, where asked for or where they came from no file      samda
+`versions/`            versions that `samda adapt --site` made, each with the first two   samda
+                       files, and which of them is active
+`history.json`         the curve of the training                                          reports
+`last.pt`              everything a resume needs                                          `samda train --resume`
+`configs/` and more    the MONAI bundle around the model: `configs/`, `docs/`, `LICENSE`, MONAI
+                       `models/model.pt`
+====================== ================================================================== =============================
+
+Of a folder that came from a stranger, samda reads JSON and safetensors only, which cannot run code; the others can,
+in MONAI's or PyTorch's hands. The base is fetched, given as a file, or lies in the folder; its fingerprint must be the
+one of the training.
 """
 
 from __future__ import annotations
@@ -33,7 +49,11 @@ BASE_KEYS = ("file", "sha256", "fingerprint")
 
 
 def save_model(
-    network: SamSegmenter, folder: str | Path, task: Task, record: Mapping[str, Any], with_base: bool = False
+    network: SamSegmenter,
+    folder: str | Path,
+    task: Task,
+    record: Mapping[str, Any] | None = None,
+    with_base: bool = False,
 ) -> None:
     """Write a trained model; existing files of it are replaced, each at once.
 
@@ -41,7 +61,8 @@ def save_model(
         network: with its adapters; merged or not.
         folder: made if missing.
         task: what the network segments.
-        record: plain values: what it was trained on and how, source statistics, versions, metrics.
+        record: plain values: what it was trained on and how, source statistics, versions, metrics. Without the
+            statistics (`samda.train` takes them) the model cannot be adapted.
         with_base: put the base weights into the folder, too. A network whose base came from no file always does that.
 
     Raises:

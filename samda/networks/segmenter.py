@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from monai.data import MetaTensor
 from segment_anything.modeling import PromptEncoder
 
 from samda.adapters.base import attach, freeze, trainable_parameters
 from samda.adapters.files import load_adapters
-from samda.adapters.registry import build_configs
-from samda.adapters.settings import AdapterConfig
+from samda.adapters.registry import Adapters
 from samda.adapters.sites import Site
 from samda.errors import UsageError
 from samda.networks.attention import DerivedTensors
@@ -48,8 +48,8 @@ class SamSegmenter(nn.Module):
         in_channels: 1 (repeated to three), 2 (the third is their mean) or 3.
         weights: "pretrained" fetches the published weights of the backbone, a path reads that file (an official SAM,
             MobileSAM or MedSAM file), None keeps random weights.
-        adapters: adapter name -> settings, see :func:`samda.adapters.build_configs`; attached after the base weights
-            were loaded.
+        adapters: names, or adapter name -> settings, see :func:`samda.adapters.build_configs`; attached after the base
+            weights were loaded.
         adapter_file: an `adapter.safetensors` to load into the adapters and the class head.
 
     Raises:
@@ -72,7 +72,7 @@ class SamSegmenter(nn.Module):
         num_classes: int = 2,
         in_channels: int = 1,
         weights: str | Path | None = "pretrained",
-        adapters: Mapping[str, Mapping[str, Any] | AdapterConfig] | None = None,
+        adapters: Adapters | None = None,
         adapter_file: str | Path | None = None,
     ) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class SamSegmenter(nn.Module):
             self.load_base(fetch_weights(self.config.name) if weights == "pretrained" else weights)
         freeze(self)
         if adapters:
-            attach(self, build_configs(adapters))
+            attach(self, adapters)
         if adapter_file is not None:
             load_adapters(self, adapter_file)
 
@@ -129,7 +129,8 @@ class SamSegmenter(nn.Module):
         Returns:
             (B, K, H, W), of stacks (B, K, H, W, D).
         """
-        x = x.as_subclass(torch.Tensor)  # a MONAI tensor would carry its metadata through every operation
+        if isinstance(x, MetaTensor):
+            x = x.as_tensor()  # it would carry its metadata through every operation
         if x.ndim == 5:
             return torch.stack([self(image) for image in x.unbind(-1)], -1)
         logits = self.decode(x if embedded else self.encode(x))

@@ -30,6 +30,7 @@ __all__ = [
     "fetch_weights",
     "identify",
     "load_base",
+    "name_in_network",
     "read_state",
 ]
 
@@ -198,7 +199,7 @@ def load_base(network: SamSegmenter, path: str | Path) -> BaseReport:
     sha256 = sha256_of(path) if path.is_file() else ""
     content = read_state(path, sha256)
     _check_backbone(network.config, content, path)
-    names = {key: _name_in_network(key, network.config) for key in content}
+    names = {key: name_in_network(key, network.config) for key in content}
     state = {name: content[key] for key, name in names.items() if name and not name.startswith(HEAD_PREFIXES)}
     head = _start_head(content, network.num_classes, path)
     own = full_state(network)
@@ -210,7 +211,7 @@ def load_base(network: SamSegmenter, path: str | Path) -> BaseReport:
     return BaseReport(path, sha256, tuple(state), tuple(head), tuple(unused))
 
 
-def _name_in_network(key: str, config: BackboneConfig) -> str | None:
+def name_in_network(key: str, config: BackboneConfig) -> str | None:
     """Our name of a tensor of the file; None for what the network has no use for."""
     if key.startswith(QUALITY_PREFIXES):
         return None

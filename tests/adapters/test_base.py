@@ -43,6 +43,16 @@ def test_an_adapter_without_a_site_is_refused() -> None:
         base.attach(OneLayer(3, 4), build_configs({"dka": {}}))
 
 
+def test_names_attach_the_defaults(make_segmenter: Make) -> None:
+    by_name, by_config = make_segmenter(), make_segmenter()
+    base.attach(by_name, ["lora", "sam_da"])
+    base.attach(by_config, build_configs({"lora": {}, "sam_da": {}}))
+    assert base.attached(by_name) == base.attached(by_config)
+    states = [network.state_dict() for network in (by_name, by_config, make_segmenter(adapters=["lora", "sam_da"]))]
+    assert states[0].keys() == states[1].keys() == states[2].keys()
+    assert all(torch.equal(states[0][key], state[key]) for state in states for key in state)
+
+
 def test_merged_models_take_no_changes(make_segmenter: Make) -> None:
     model = make_segmenter(adapters={"lora": {}})
     base.merge(model)

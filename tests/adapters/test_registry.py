@@ -6,9 +6,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
 
 from samda.adapters import ADAPTERS, LkaConfig, SaltConfig, build_configs
 from samda.errors import UsageError
+from samda.resources import packaged
 
 NAMES = ["salt", "lora", "lka", "dka", "sam_da", "norm", "bottleneck", "head", "decoder", "full"]
 
@@ -38,6 +40,17 @@ def test_names_and_types() -> None:
     assert list(configs) == ["first", "wide", "salt"]
 
 
+def test_names_alone_take_the_defaults() -> None:
+    assert build_configs("salt") == build_configs(["salt"]) == {"salt": SaltConfig()}
+    assert list(build_configs(["sam_da", "lka"])) == ["sam_da", "lka"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_shipped_overlay_of_that_name_has_the_same_settings(name: str) -> None:
+    overlay = yaml.safe_load(packaged("configs", "adapters", f"{name}.yaml").read_text())
+    assert build_configs(overlay["adapters"]) == build_configs(name)
+
+
 @pytest.mark.parametrize(
     ("adapters", "message"),
     [
@@ -47,7 +60,9 @@ def test_names_and_types() -> None:
         ({"dka": {"widht": 4}}, "adapter 'dka': unknown key 'widht'; did you mean 'width'?"),
         ({"dka": None}, "settings must be a mapping, got None; write {} for the defaults"),
         ({"dka": 16}, "settings must be a mapping, got 16"),
-        (["salt"], "adapters must be a mapping of name to settings, got list"),
+        (["salt", "slat"], "there is no adapter 'slat'; did you mean 'salt'?"),
+        ("flagship", "there is no adapter 'flagship'; choose from bottleneck"),
+        (7, "adapters must be names or a mapping of name to settings, got 7"),
     ],
 )
 def test_refusals(adapters: dict, message: str) -> None:

@@ -197,6 +197,17 @@ def test_weights(capsys: pytest.CaptureFixture) -> None:
             ["not allowed with"],
         ),
         (["evaluate", "-m", "MODEL", "-i", "SCANS", "-l", "NOWHERE", "-o", "OUT"], 1, ["NOWHERE", "does not exist"]),
+        (["export", "-m", "MODEL", "-o", "OUT"], 2, ["required: --format"]),
+        (["export", "-m", "MODEL", "-o", "OUT", "--format", "onx"], 2, ["'onx'", "did you mean 'onnx'?"]),
+        (["export", "-m", "MODEL", "-o", "MODEL", "--format", "onnx"], 2, ["model exists and is no empty folder"]),
+        (["export", "-m", "MODEL", "-o", "a/b/c", "--format", "onnx"], 2, ["a/b does not exist; make it first"]),
+        (["export", "-m", "MODEL", "-o", "model.pt2", "--format", "torch"], 2, ["is the name of a file", "'model'"]),
+        (
+            ["export", "-m", "MODEL", "-o", "OUT", "--format", "sam"],
+            1,
+            ["adapter 'sam_da'", "a module at decoder.0.layer and 1 more", "onnx or torch"],
+        ),
+        (["export", "-m", "NOWHERE", "-o", "OUT", "--format", "sam"], 1, ["NOWHERE", "trained model"]),
         (["info", "-m", "NOWHERE"], 1, ["NOWHERE", "trained model"]),
         (["weights", "vit_q"], 2, ["vit_q", "did you mean 'vit_"]),
     ],
@@ -221,6 +232,13 @@ def test_refusals(
     assert "Traceback" not in err
     for word in words:
         assert word in last
+
+
+def test_export_names_the_formats_that_there_are() -> None:
+    from samda.cli.export import FORMATS
+    from samda.networks import export
+
+    assert FORMATS == export.FORMATS == tuple(export.PACKAGES)
 
 
 class Payload:

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
+import json
 import re
 import shlex
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -87,10 +91,131 @@ def test_readme_tree_is_the_tree() -> None:
         assert (ROOT / line.split()[0]).is_dir()
 
 
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    """docs/generate.py."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_reference_is_what_the_code_says(generate: ModuleType) -> None:
+    committed = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8").splitlines()
+    current = generate.reference().splitlines()
+    changed = next(((a, b) for a, b in zip(committed, current, strict=False) if a != b), None)
+    assert changed is None and len(committed) == len(current), f"run `make docs`; first difference: {changed}"
+
+
+def test_every_setting_has_a_meaning(generate: ModuleType) -> None:
+    meanings = generate.config_meanings()
+    assert generate.config_keys().keys() == meanings.keys()
+    assert all(meanings.values())
+    for kind in (samda.Task, *samda.ADAPTERS.values()):
+        for field in dataclasses.fields(kind):
+            assert field.name == "name" or generate.comment(kind, field.name), f"{kind.__name__}.{field.name}"
+
+
+def test_the_bundle_page_states_the_defaults(generate: ModuleType) -> None:
+    page = (ROOT / "bundles" / "sam_segmentation" / "docs" / "README.md").read_text(encoding="utf-8")
+    stated = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", page, re.MULTILINE))
+    for key, value in generate.config_keys().items():
+        if isinstance(value, bool | int | float):
+            assert json.loads(stated[key]) == value, key
+        elif value is None or key == "device":
+            assert not stated[key].startswith("`"), key
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            assert stated[key].strip("`") == text, key
+
+
+DOCSTRING = """Purpose of :func:`samda.train`, with ``code``.
+
+More,
+in two lines.
+
+    y = x + 1
+
+  samda info -m model     show it
+
+======= ====== ======
+name    first  second
+======= ====== ======
+`a`     one    two
+               three
+======= ====== ======
+
+Args:
+    x, y: numbers
+        in mm.
+    **more: others: any.
+
+Returns:
+    A thing,
+    or none.
+
+Raises:
+    InputError: never.
+
+Example:
+    >>> f(1)  # doctest: +SKIP
+    2
+"""
+MARKDOWN = """Purpose of `samda.train`, with `code`.
+
+More,
+in two lines.
+
+```
+y = x + 1
+```
+
+```
+samda info -m model  # show it
+```
+
+| name | first | second |
+| --- | --- | --- |
+| `a` | one | two three |
+
+**Args**
+
+* `x`, `y`: numbers in mm.
+* `**more`: others: any.
+
+**Returns**
+
+A thing, or none.
+
+**Raises**
+
+* `InputError`: never.
+
+**Example**
+
+```pycon
+>>> f(1)
+2
+```"""
+
+
+def test_docstrings_become_markdown(generate: ModuleType) -> None:
+    assert generate.markdown(DOCSTRING) == MARKDOWN
+
+
+def test_the_picture_shows_every_floor() -> None:
+    picture = ElementTree.parse(ROOT / "docs" / "architecture.svg")
+    (floors,) = picture.findall(".//*[@id='floors']")
+    shown = {name for text in floors if text.get("class") == "name left" for name in text.text.split(", ")}
+    inside = {path.stem for path in (ROOT / "samda").iterdir() if path.suffix == ".py" or any(path.glob("*.py"))}
+    assert shown - {"bundles", "configs"} == inside - {"__init__", "__main__"}
+    assert "prefers-color-scheme: dark" in picture.find("{*}style").text
+
+
 def test_reference_is_complete() -> None:
     text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
     for name in samda.__all__:
-        assert name == "__version__" or f"`{name}`" in text, name
+        assert name == "__version__" or f"samda.{name}" in text, name
     for field in dataclasses.fields(samda.Task):
         assert f"| `{field.name}` |" in text, field.name
     for name in samda.ADAPTERS:

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a trained model for programs that have no samda.
+
+The result is a folder with the files of one format and export.json, which says what they hold: classes, preprocessing,
+shapes, versions, sha256. Each file was read back and compared with the network.
+
+  samda export -m model -o exported --format onnx     encoder.onnx, decoder.onnx
+  samda export -m model -o exported --format torch    encoder.pt2, decoder.pt2
+  samda export -m model -o exported --format sam      sam.pth for segment_anything, or MobileSAM's package (vit_t)
+
+"sam" merges the adapters into SAM's weights (salt, lora, norm, head, decoder, full); modules (sam_da, lka, dka,
+bottleneck) have no place there. Its class head lies in a file of its own. "onnx" needs pip install 'samda[export]'.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from samda.cli.options import add_json, print_json, say
+
+FORMATS = ("sam", "onnx", "torch")  # those of samda.networks.export, known without torch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `samda export`."""
+    parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="a model folder")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="what to write")
+    parser.add_argument("--version", metavar="NAME", help="version of the model (samda site); default: the active one")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="base weights; default: those of the training")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Export."""
+    from samda.networks.export import check_folder, export_model
+    from samda.networks.versions import load_version
+
+    check_folder(args.output)
+    network, task, _, version = load_version(args.model, args.version, args.weights)
+    say(f"model version {version}; to write, read back and compare takes up to a minute")
+    about = export_model(network, args.output, task, args.format, version)
+    if args.json:
+        print_json(about)
+        return
+    for name, file in about["files"].items():
+        print(f"{args.output / name}  {file['bytes'] / 1e6:.1f} MB{describe(file)}")
+    print(f"{args.output / 'export.json'}  classes, preprocessing, shapes, sha256")
+
+
+def describe(file: dict) -> str:
+    """How far what was read back is from the network."""
+    if "difference" not in file:
+        return f"  {file['tensors']}" if "tensors" in file else ""
+    return f"  differs by {file['difference']:.1e} at most (largest value {file['largest']:.3g})"

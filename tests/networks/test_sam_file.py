@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files for segment_anything: loaded by its own modules, strictly, they give our numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from segment_anything.modeling import Sam
+
+from samda.adapters import trainable_parameters
+from samda.data.task import Task
+from samda.errors import AdapterError, WeightsError
+from samda.networks.backbones import ViTConfig
+from samda.networks.export import export_model
+from samda.networks.original import to_segment_anything
+from samda.networks.segmenter import SamSegmenter
+from samda.networks.weights import read_state
+
+TASK = Task("t", classes=("background", "a", "b"), image_size=64)
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "salt": {"salt": {"rank": 2}},
+    "lora": {"lora": {"rank": 2}},
+    "norm": {"norm": {"where": "both"}},
+    "together": {"salt": {"rank": 2, "layers": ["attn.qkv"]}, "lora": {}, "norm": {"where": "encoder"}},
+    "head": {"head": {}},
+    "decoder": {"decoder": {}},
+    "full": {"full": {}},
+}
+
+
+@torch.no_grad()
+def trained(network: SamSegmenter, seed: int = 0) -> SamSegmenter:
+    """The network with everything that is trained moved by a visible amount."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in trainable_parameters(network).values():
+        parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return network
+
+
+def preprocess(sam: Sam, image: torch.Tensor) -> torch.Tensor:
+    """Gray values in [0, 1] as segment_anything takes them: color, 0 to 255."""
+    return sam.preprocess(255 * image.expand(-1, 3, -1, -1))
+
+
+def class_logits(sam: Sam, head: dict[str, torch.Tensor], embedding: torch.Tensor) -> torch.Tensor:
+    """What `loading` in export.json says, with segment_anything's modules only."""
+    source = embedding + sam.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
+    tokens = head["mask_tokens.weight"][None]
+    tokens, keys = sam.mask_decoder.transformer(source, sam.prompt_encoder.get_dense_pe(), tokens)
+    image = sam.mask_decoder.output_upscaling(keys.transpose(1, 2).view_as(source))
+    rows = []
+    for k in range(tokens.shape[1]):
+        x = tokens[:, k]
+        for i in range(3):
+            layer = f"output_hypernetworks_mlps.{k}.layers.{i}"
+            x = torch.nn.functional.linear(x, head[f"{layer}.weight"], head[f"{layer}.bias"])
+            x = x.relu() if i < 2 else x
+        rows.append(x)
+    return (torch.stack(rows, 1) @ image.flatten(2)).view(1, len(rows), *image.shape[2:])
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@torch.no_grad()
+def test_segment_anything_loads_it_strictly_and_gives_our_numbers(
+    name: str,
+    tmp_path: Path,
+    make_segmenter: Callable[..., SamSegmenter],
+    original_sam: Callable[[ViTConfig], Sam],
+    tiny_vit_config: ViTConfig,
+    tiny_weights: Path,
+) -> None:
+    network = trained(make_segmenter(adapters=ADAPTERS[name]))
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    image = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(1))
+    embedding, logits = network.encode(image), network.decode(network.encode(image))
+
+    about = export_model(network, tmp_path / "out", TASK, "sam")
+    sam, base = original_sam(tiny_vit_config), original_sam(tiny_vit_config)
+    sam.load_state_dict(torch.load(tmp_path / "out" / "sam.pth", weights_only=True))
+    base.load_state_dict(torch.load(tiny_weights, weights_only=True))
+
+    found = sam.image_encoder(preprocess(sam, image))
+    assert torch.allclose(found, embedding, atol=1e-4 * float(embedding.abs().max()))
+    changed = not torch.allclose(found, base.image_encoder(preprocess(sam, image)), atol=1e-3)
+    assert changed == (name not in ("head", "decoder"))
+    head = load_file(tmp_path / "out" / "class_head.safetensors")
+    assert torch.allclose(class_logits(sam, head, found), logits, atol=1e-4 * float(logits.abs().max()))
+    for part in ("mask_tokens", "iou_token", "iou_prediction_head", "output_hypernetworks_mlps"):  # SAM's own
+        for a, b in zip(*(getattr(s.mask_decoder, part).parameters() for s in (sam, base)), strict=True):
+            assert torch.equal(a, b)
+    assert about["files"]["sam.pth"]["difference"] < 1e-4 * about["files"]["sam.pth"]["largest"]
+    assert json.loads((tmp_path / "out" / "export.json").read_text()) == about
+    after = network.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[key], before[key]) for key in before)
+
+
+@torch.no_grad()
+def test_a_tiny_vit_file_has_the_names_of_mobile_sams(
+    tmp_path: Path, make_segmenter: Callable[..., SamSegmenter], tiny_tinyvit_weights: Path
+) -> None:
+    network = trained(make_segmenter("tiny_vit", adapters={"salt": {"rank": 2}, "norm": {}}))
+    export_model(network, tmp_path / "out", TASK, "sam")
+    state, base = read_state(tmp_path / "out" / "sam.pth"), read_state(tiny_tinyvit_weights)
+    assert base.keys() <= state.keys()
+    assert {key.split(".")[1] for key in state.keys() - base.keys()} <= {"norm_head", "head"}
+    assert torch.equal(state["image_encoder.norm_head.weight"], base["image_encoder.norm_head.weight"])
+    assert state["image_encoder.head.bias"].shape == (1000,)  # the base file of the test has none
+    key = "image_encoder.layers.1.blocks.0.attn.qkv.weight"
+    site = network.image_encoder.stages[0].blocks[0].attn.qkv
+    assert torch.allclose(state[key], base[key] + site.adapters["salt"].delta(), atol=1e-6)
+    assert not torch.equal(state[key], base[key])
+    image = torch.rand(1, 1, 64, 96, generator=torch.Generator().manual_seed(1))
+    sam = to_segment_anything(network.config, tmp_path / "out" / "sam.pth")
+    normal = (image.expand(-1, 3, -1, -1) - network.pixel_mean) / network.pixel_std
+    assert torch.allclose(sam.image_encoder(normal), network.encode(image), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "place"),
+    [
+        ({"sam_da": {}}, "decoder.0.layer and 1 more"),
+        ({"salt": {"rank": 2}, "dka": {"large_kernel": 5}}, "encoder.0.attn.after and 3 more"),
+        ({"lka": {}}, "encoder.0.attn.branch and 3 more"),
+        ({"bottleneck": {}}, "encoder.0.attn.after and 3 more"),
+    ],
+)
+def test_modules_have_no_place_in_sams_file(
+    adapters: dict[str, dict[str, Any]], place: str, tmp_path: Path, make_segmenter: Callable[..., SamSegmenter]
+) -> None:
+    network = make_segmenter(adapters=adapters)
+    words = f"'{list(adapters)[-1]}' .* a module at {place}, .* export as onnx or torch"
+    with pytest.raises(AdapterError, match=words):
+        export_model(network, tmp_path / "out", TASK, "sam")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_of_no_file_makes_no_sam(tmp_path: Path, make_segmenter: Callable[..., SamSegmenter]) -> None:
+    with pytest.raises(WeightsError, match=r"of no file.* lack SAM's quality head"):
+        export_model(make_segmenter(weights=None, adapters={"salt": {"rank": 2}}), tmp_path / "out", TASK, "sam")
+    assert list(tmp_path.iterdir()) == []
