@@ -16,6 +16,8 @@ from samda.resources import packaged
 __all__ = [
     "add_device",
     "add_json",
+    "add_keep_largest",
+    "add_modality",
     "existing",
     "parse_settings",
     "pick_device",
@@ -133,6 +135,15 @@ def add_modality(parser: argparse.ArgumentParser) -> None:
     """Add `--modality`."""
     parser.add_argument(
         "--modality", choices=("CT", "MR"), help="kind of the scans, where it is not that of the training"
+    )
+
+
+def add_keep_largest(parser: argparse.ArgumentParser) -> None:
+    """Add `--keep-largest`, read by :func:`samda.inference.components.override`."""
+    parser.add_argument(
+        "--keep-largest",
+        metavar="CLASSES",
+        help="of these classes (liver,spleen) keep the largest 3-D piece only; all, none; default: the model's task",
     )
 
 

@@ -16,7 +16,17 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from samda.cli.options import add_device, add_json, add_modality, existing, pick_device, positive, print_json, say
+from samda.cli.options import (
+    add_device,
+    add_json,
+    add_keep_largest,
+    add_modality,
+    existing,
+    pick_device,
+    positive,
+    print_json,
+    say,
+)
 from samda.errors import InputError
 
 
@@ -37,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory", type=positive, default=512, metavar="MB", help="for class maps on the scan's grid; default 512"
     )
     add_modality(parser)
+    add_keep_largest(parser)
     add_device(parser)
     add_json(parser)
 
@@ -51,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
     """Predict; raise at the end if a case failed."""
     existing(args.input, "input")
     device = pick_device(args.device)
+    from samda.inference.components import override
     from samda.inference.predict import Predictor, find_cases, predict_folder
     from samda.networks.versions import load_version
 
@@ -58,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
     network, task, _, version = load_version(args.model, args.version, args.weights)
     if args.modality:
         task = dataclasses.replace(task, modality=args.modality)
+    task = override(task, args.keep_largest)
     predictor = Predictor(
         network, task, device, batch_size=args.batch_size, memory_budget_mb=args.memory, progress=True
     )

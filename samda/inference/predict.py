@@ -21,6 +21,7 @@ from samda.data.readers import stem
 from samda.data.task import Task
 from samda.data.transforms import build_preprocessing
 from samda.errors import UsageError, reason_of
+from samda.inference.components import keep_largest
 from samda.inference.postprocessing import own_grid, warn_empty
 from samda.inference.volume import VolumeInferer
 from samda.inference.writer import (
@@ -83,7 +84,8 @@ class Predictor:
 
     Args:
         network: (n, C, H, W) slices in [0, 1] -> (n, K, H, W) logits; it is put into eval mode on `device`.
-        task: what it segments, and the geometry it was trained with.
+        task: what it segments, the geometry it was trained with, and the classes of which it keeps the largest piece
+            (of the label map; probabilities stay as the network gives them).
         device: torch device.
         batch_size: slices in one call of the network.
         overlap: of the windows where a body is larger than the field of view.
@@ -126,6 +128,7 @@ class Predictor:
         case = {"image": str(image)} if isinstance(image, str | Path) else {k: image[k] for k in image if k != "label"}
         data = self.preprocessing(case)
         labels, kept = self.inferer.segment(data["image"][None], self.network, keep_probabilities=probabilities)
+        labels = torch.from_numpy(keep_largest(labels[0, 0].cpu().numpy(), self.task.largest_only))[None, None]
         restored = self._restore(data, labels)
         return Prediction(
             case=str(case.get("id") or stem(case["image"])),
