@@ -66,6 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on where the training in MODEL stopped")
     parser.add_argument("--overwrite", action="store_true", help="replace the training in MODEL")
+    parser.add_argument(
+        "--tracking",
+        default="tensorboard",
+        metavar="NAME",
+        help="tensorboard (default, into MODEL/tensorboard), mlflow (into MODEL/mlruns.db), tensorboard,mlflow or none",
+    )
     add_device(parser)
     add_json(parser)
 
@@ -90,6 +96,7 @@ def run(args: argparse.Namespace) -> None:
         resume=args.resume,
         overwrite=args.overwrite,
         device=device,
+        tracking=args.tracking,
     )
     if args.json:
         print_json(result)

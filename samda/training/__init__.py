@@ -14,16 +14,19 @@ from samda.training.optim import build_optimizer, build_schedule, parameter_grou
 from samda.training.record import TrainingRecord
 from samda.training.run import train, training_workflow
 from samda.training.sampler import SliceSampler
+from samda.training.tracking import MLflow, TensorBoard
 
 __all__ = [
     "CaseDice",
     "Checkpoint",
+    "MLflow",
     "Progress",
     "RecordEpoch",
     "Resume",
     "SaveCheckpoint",
     "SliceDataset",
     "SliceSampler",
+    "TensorBoard",
     "TrainingRecord",
     "build_dataset",
     "build_optimizer",

@@ -14,6 +14,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from samda.data.task import Task
 from samda.errors import UsageError, cause_of, nearest
 from samda.resources import packaged
+from samda.training.tracking import mlflow_settings, trackers
 
 __all__ = ["find_overlay", "literal", "train", "training_workflow"]
 
@@ -32,6 +33,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     device: str | None = None,
+    tracking: str | Sequence[str] = "tensorboard",
 ) -> dict[str, Any]:
     """Train on a data set and write a model folder.
 
@@ -49,6 +51,8 @@ def train(
         resume: go on from `output`/last.pt, exactly as if the training had not stopped.
         overwrite: replace the training that `output` holds.
         device: torch device; None takes a GPU where there is one.
+        tracking: "tensorboard" (into `output`/tensorboard), "mlflow" (into `output`/mlruns.db, or where the keys
+            tracking_uri, experiment_name and run_name say), both with a comma between, or "none".
 
     Returns:
         What was trained and reached, see :func:`samda.training.finish.save_training`.
@@ -61,7 +65,9 @@ def train(
         `train("scans", "model", task="abdomen.yaml", adapters=["salt", "sam_da"], overrides={"epochs": 20})`
     """
     with _one_voice():
-        workflow = training_workflow(dataset, output, task, adapters, backbone, overrides, resume, overwrite, device)
+        workflow = training_workflow(
+            dataset, output, task, adapters, backbone, overrides, resume, overwrite, device, tracking
+        )
         workflow.initialize()
         workflow.run()
         return workflow.finalize()[0]
@@ -77,8 +83,10 @@ def training_workflow(
     resume: bool = False,
     overwrite: bool = False,
     device: str | None = None,
+    tracking: str | Sequence[str] = "tensorboard",
 ) -> ConfigWorkflow:
     """The workflow that :func:`train` runs, not yet initialized; the same arguments."""
+    chosen = trackers(tracking)
     config_file = packaged("bundles", "sam_segmentation", "configs", "train.json")
     keys = {
         "bundle_root": literal(str(config_file.parent.parent)),
@@ -86,6 +94,7 @@ def training_workflow(
         "output_dir": literal(str(output)),
         "resume": resume,
         "overwrite": overwrite,
+        "tensorboard": "tensorboard" in chosen,
     }
     if task is not None:
         keys["task"] = literal(task.to_dict() if isinstance(task, Task) else task)
@@ -105,6 +114,8 @@ def training_workflow(
     workflow = ConfigWorkflow(str(config_file), workflow_type="train", logging_file=False)
     for key, value in (keys | overrides).items():
         workflow.parser.set(value, key)  # new nested keys are taken, too; `initialize` then refuses them by name
+    if "mlflow" in chosen:
+        ConfigWorkflow.patch_bundle_tracking(workflow.parser, mlflow_settings())
     return workflow
 
 
