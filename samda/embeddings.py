@@ -20,9 +20,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from samda.errors import InputError, UsageError
+from samda.progress import bar
 
 __all__ = ["EmbeddingDataset", "Views", "allocate", "draw", "split_key"]
 
@@ -155,7 +155,7 @@ class EmbeddingDataset(Dataset):
         folder: str | Path | None,
     ) -> None:
         keys = [(index, view) for index in range(len(self.slices)) for view in range(self.views)]
-        bar = tqdm(total=len(keys), desc="encoding", unit="slice", leave=False, disable=None)
+        progress = bar("encoding", len(keys), "slice")
         for at in range(0, len(keys), batch_size):
             batch = keys[at : at + batch_size]
             items = [self.slices.view(index, view) for index, view in batch]
@@ -170,8 +170,8 @@ class EmbeddingDataset(Dataset):
                 self.labels[index, view] = label
                 if view == 0:
                     self.extras.append({k: v for k, v in item.items() if k not in ("image", "label")})
-            bar.update(len(batch))
-        bar.close()
+            progress.update(len(batch))
+        progress.close()
 
     def choose(self, epoch: int, index: int) -> int:
         """The view of slice `index` in this epoch; epoch 0 is the slice itself."""

@@ -53,6 +53,7 @@ from samda.inference.components import override
 from samda.inference.volume import VolumeInferer
 from samda.networks.saving import full_state
 from samda.networks.segmenter import SamSegmenter
+from samda.progress import share
 
 __all__ = ["Adaptation"]
 
@@ -232,6 +233,7 @@ class Adaptation:
         replay = EmbeddingReplay(self.network, self.memory_mb if self.embedded else 0.0)
         source = segment(self.inferer, data, grid, replay)
         predicted = time.perf_counter()
+        share(0.2)
         axis = slice_axis(self.task)
         areas = slice_areas(source.labels, self.task.num_classes, axis)
         others = tuple(a for a in range(3) if a != axis)

@@ -34,6 +34,7 @@ from samda.errors import SamdaError, UsageError
 from samda.files import replacing, write_json, write_text
 from samda.inference.predict import find_cases
 from samda.inference.writer import check_output_folder, label_path, write_labels, write_probabilities
+from samda.progress import Cases
 
 __all__ = ["AdaptRun", "adapt_folder", "details_folder"]
 
@@ -118,17 +119,19 @@ def adapt_folder(
     if not overwrite:
         job.refuse_other_settings(cases)
     try:
-        for case in cases:
-            name = case["id"]
-            finished = None if overwrite else job.finished(case)
-            if finished is not None:
-                run.resumed.append(name)
-            record = finished or job.do(case)
-            run.records[name] = record
-            if record["decision"] == "failed":
-                run.failed[name] = record["error"]
-            if on_case:
-                on_case(name, record)
+        with Cases("adapting", len(cases)) as progress:
+            for case in cases:
+                name = case["id"]
+                finished = None if overwrite else job.finished(case)
+                if finished is not None:
+                    run.resumed.append(name)
+                record = finished or job.do(case)
+                run.records[name] = record
+                if record["decision"] == "failed":
+                    run.failed[name] = record["error"]
+                if on_case:
+                    on_case(name, record)
+                progress.next()
     finally:  # also after Ctrl-C: what is finished is recorded
         try:
             _write_lists(run, Path(report) if report else folder / "run.jsonl")

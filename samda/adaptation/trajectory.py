@@ -15,6 +15,7 @@ import torch.nn as nn
 
 from samda.adaptation.measures import class_agreement, displacement, foreground_entropy, mean_agreement
 from samda.adaptation.objectives import Bounds, Objective
+from samda.progress import share
 
 __all__ = ["NotFinite", "OutOfTime", "Trajectory", "descend", "held", "keep_last", "load"]
 
@@ -130,6 +131,7 @@ def descend(
             if alignment is not None and objective.align:
                 loss = loss + objective.align * alignment()
         _measure(run, now, loss, merit, displacement(parameters, start))
+        share(0.35 + 0.55 * step / max(1, steps))  # of a case; before it lie prediction and views, behind it one more
         if _is_better(run):
             run.best_step = step
             run.tensors = {name: parameter.detach().clone() for name, parameter in parameters.items()}

@@ -23,6 +23,7 @@ from samda.cli.options import (
     add_json,
     add_keep_largest,
     add_modality,
+    add_quiet,
     existing,
     parse_settings,
     pick_device,
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--section", choices=("training", "validation", "test"), help="which cases of a data set; default test"
     )
+    add_quiet(parser)
     add_device(parser)
     add_json(parser)
 

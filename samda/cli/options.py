@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ __all__ = [
     "add_json",
     "add_keep_largest",
     "add_modality",
+    "add_quiet",
     "existing",
     "parse_settings",
     "pick_device",
@@ -147,6 +147,11 @@ def add_keep_largest(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """`--quiet`, which :func:`samda.cli.main.main` obeys: the result, warnings and errors only."""
+    parser.add_argument("--quiet", action="store_true", help="no progress and no messages but warnings and errors")
+
+
 def print_json(value: Any) -> None:
     """Print plain JSON; NaN and infinity, which JSON does not have, become null."""
     from samda.files import plain
@@ -169,4 +174,7 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 def say(line: str) -> None:
     """Tell the person something that is not the result: standard error, so that `--json` output stays clean."""
-    print(line, file=sys.stderr, flush=True)
+    from samda import progress
+
+    if not progress.is_quiet():
+        progress.line(line)

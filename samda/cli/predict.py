@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
 from pathlib import Path
 
 from samda.cli.options import (
@@ -21,12 +22,14 @@ from samda.cli.options import (
     add_json,
     add_keep_largest,
     add_modality,
+    add_quiet,
     existing,
     pick_device,
     positive,
     print_json,
     say,
 )
+from samda.cli.run_report import RunReport, add_report
 from samda.errors import InputError
 
 
@@ -48,45 +51,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_modality(parser)
     add_keep_largest(parser)
+    add_report(parser)
+    add_quiet(parser)
     add_device(parser)
     add_json(parser)
 
 
-def tell(case: str, outcome: str) -> None:
-    """Report a case; what failed or came out empty, the job has logged already."""
-    if outcome in ("done", "skipped"):
-        say(f"case {case}: {outcome}")
-
-
 def run(args: argparse.Namespace) -> None:
     """Predict; raise at the end if a case failed."""
-    existing(args.input, "input")
-    device = pick_device(args.device)
-    from samda.inference.components import override
-    from samda.inference.predict import Predictor, find_cases, predict_folder
-    from samda.networks.versions import load_version
+    with RunReport(args, "predict") as report:
+        existing(args.input, "input")
+        device = pick_device(args.device)
+        with report.stage("import"):
+            from samda.inference.components import override
+            from samda.inference.predict import Predictor, find_cases, predict_folder
+            from samda.networks.versions import load_version
+        report.add(device=device)
+        cases = find_cases(args.input, args.section)
+        with report.stage("load"):
+            network, task, _, version = load_version(args.model, args.version, args.weights)
+        if args.modality:
+            task = dataclasses.replace(task, modality=args.modality)
+        task = override(task, args.keep_largest)
+        report.add(task=task.to_dict(), model_version=version)
+        if report.wanted:
+            with report.stage("hash"):
+                report.add_network(network)
+                for case in cases:
+                    report.add_input(case["id"], image=case["image"])
+        predictor = Predictor(
+            network, task, device, batch_size=args.batch_size, memory_budget_mb=args.memory, progress=True
+        )
+        say(f"{len(cases)} case{'s' if len(cases) > 1 else ''} on {device}, model version {version}")
+        with report.stage("predict"):
+            result = predict_folder(
+                predictor,
+                args.input,
+                args.output,
+                save_probabilities=args.save_probabilities,
+                skip_finished=args.skip,
+                section=args.section,
+                on_case=Teller(report),
+            )
+        if args.json:
+            print_json(result.to_dict())
+        else:
+            print(f"{len(result.done)} predicted, {len(result.skipped)} finished before; label maps in {args.output}")
+        if result.failed:
+            raise InputError(f"{len(result.failed)} of {len(cases)} cases failed: {', '.join(result.failed)}")
 
-    total = len(find_cases(args.input, args.section))
-    network, task, _, version = load_version(args.model, args.version, args.weights)
-    if args.modality:
-        task = dataclasses.replace(task, modality=args.modality)
-    task = override(task, args.keep_largest)
-    predictor = Predictor(
-        network, task, device, batch_size=args.batch_size, memory_budget_mb=args.memory, progress=True
-    )
-    say(f"{total} case{'s' if total > 1 else ''} on {device}, model version {version}")
-    result = predict_folder(
-        predictor,
-        args.input,
-        args.output,
-        save_probabilities=args.save_probabilities,
-        skip_finished=args.skip,
-        section=args.section,
-        on_case=tell,
-    )
-    if args.json:
-        print_json(result.to_dict())
-    else:
-        print(f"{len(result.done)} predicted, {len(result.skipped)} finished before; label maps in {args.output}")
-    if result.failed:
-        raise InputError(f"{len(result.failed)} of {total} cases failed: {', '.join(result.failed)}")
+
+class Teller:
+    """Reports a case; what failed or came out empty, the job has logged already."""
+
+    def __init__(self, report: RunReport) -> None:
+        self.report, self.since = report, time.perf_counter()
+
+    def __call__(self, case: str, outcome: str) -> None:
+        """The case is finished."""
+        now = time.perf_counter()
+        self.report.set_outcome(case, outcome, now - self.since)
+        self.since = now
+        if outcome in ("done", "skipped"):
+            say(f"case {case}: {outcome}")

@@ -31,6 +31,7 @@ from samda.inference.writer import (
     write_labels,
     write_probabilities,
 )
+from samda.progress import Cases
 
 __all__ = ["FolderResult", "Prediction", "Predictor", "find_cases", "predict_folder"]
 
@@ -91,7 +92,7 @@ class Predictor:
         overlap: of the windows where a body is larger than the field of view.
         memory_budget_mb: memory for class maps on the scan's grid, see :class:`VolumeInferer`.
         amp: "bf16", "fp16" or None.
-        progress: progress bar per scan, on a terminal only.
+        progress: show a bar, on a terminal only: over the cases of a folder, over the slices of a single scan.
     """
 
     def __init__(
@@ -231,17 +232,19 @@ def predict_folder(
     folder = check_output_folder(output)
     _refuse_overwriting(cases, folder)
     result = FolderResult()
-    for case in cases:
-        name = case["id"]
-        finished = label_path(folder, name, case["image"]).exists()
-        finished &= not save_probabilities or probability_path(folder, name).exists()
-        if skip_finished and finished:
-            result.skipped.append(name)
-            outcome = "skipped"
-        else:
-            outcome = _predict_case(predictor, case, folder, save_probabilities, result)
-        if on_case:
-            on_case(name, outcome)
+    with Cases("predicting", len(cases), shown=predictor.inferer.progress) as progress:
+        for case in cases:
+            name = case["id"]
+            finished = label_path(folder, name, case["image"]).exists()
+            finished &= not save_probabilities or probability_path(folder, name).exists()
+            if skip_finished and finished:
+                result.skipped.append(name)
+                outcome = "skipped"
+            else:
+                outcome = _predict_case(predictor, case, folder, save_probabilities, result)
+            if on_case:
+                on_case(name, outcome)
+            progress.next()
     return result
 
 

@@ -13,12 +13,12 @@ import torch
 import torch.nn as nn
 from monai.transforms import Compose
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from samda.data.slices import SliceGrid, center_channels, with_neighbors
 from samda.data.task import Task
 from samda.embeddings import EmbeddingDataset, allocate, draw, split_key
 from samda.errors import InputError
+from samda.progress import bar
 from samda.statistics import SliceStatistics
 
 __all__ = ["SliceDataset", "build_dataset", "prepare_batch", "tile_starts"]
@@ -133,13 +133,16 @@ class SliceDataset(Dataset):
         self.names = [_name(case) for case in data]
         self.statistics = SliceStatistics(task)
         left, checksum = memory_mb, 0
-        for number, case in enumerate(tqdm(data, desc=f"reading {part} cases", leave=False, disable=None)):
+        progress = bar(f"reading {part} cases", len(data), "case")
+        for number, case in enumerate(data):
             image, label = self._read(case, self.names[number], transform)
             checksum = zlib.crc32(label.numpy().tobytes(), checksum)
             self.images.append(_keep(image, left))
             self.labels.append(_keep(label, left))
             left -= (image.nbytes + label.nbytes) / 1e6
             self.items += [(number, position) for position in range(len(image))]
+            progress.update()
+        progress.close()
         self._checksum = checksum
         self.foreground = torch.cat([(label > 0).flatten(1).any(1) for label in self.labels])
         counts = sum(torch.bincount(label.flatten().long(), minlength=task.num_classes) for label in self.labels)
