@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -33,6 +36,7 @@ with quiet("quiet" in sys.argv):
 def on_terminal(*args: str) -> str:
     """What the program writes to standard error where that is a terminal."""
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     done = subprocess.Popen([sys.executable, "-c", CODE, *args], stderr=theirs, stdout=subprocess.DEVNULL)
     os.close(theirs)
     parts = []

@@ -59,7 +59,8 @@ class RunReport:
         self.names: dict[str, str] = {}  # what may tell a patient -> what stands for it
         self.seconds: dict[str, float] = {}
         # paths tell patients and places; what they hold is hashed instead
-        config = {k: v for k, v in vars(args).items() if not isinstance(v, Path) and k not in ("command", "debug")}
+        options = {k: v for k, v in vars(args).items() if not isinstance(v, Path) and k not in ("command", "debug")}
+        config = {key: _described(value) if self.wanted else value for key, value in options.items()}
         self.content: dict[str, Any] = {"report_version": REPORT_VERSION, "command": command, "config": config}
         self.inputs: dict[str, dict[str, Any]] = {}
 
@@ -173,6 +174,16 @@ class RunReport:
                 if value == name or (len(name) > 2 and name in value):
                     value = value.replace(name, self.names[name])
         return value
+
+
+def _described(value: Any) -> Any:
+    """An option as it is; files in it, such as a task or adapters, by name and sha256 instead of their place."""
+    if not isinstance(value, str) or not any(Path(part).is_file() for part in value.split(",")):
+        return value
+    from samda.adaptation.record import path_sha256
+
+    parts = [Path(part) for part in value.split(",")]
+    return [{"file": p.name, "sha256": path_sha256(p)} if p.is_file() else str(p) for p in parts]
 
 
 def outcome_of(error: BaseException | None) -> tuple[int, str, str | None]:

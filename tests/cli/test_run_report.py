@@ -63,6 +63,7 @@ def test_train(place: Path) -> None:
     }
     assert {(entry["input_sha256"], entry["label_sha256"]) for entry in found["inputs"]} == expected
     assert all(entry["case_id"] == f"case-{entry['input_sha256'][:12]}" for entry in found["inputs"])
+    assert found["config"]["task"] == [{"file": "cube.yaml", "sha256": sha256(place / "cube.yaml")}]
     assert found["config"]["epochs"] == 1 and found["config"]["set"] == ["views=1"]
     assert found["result"]["epochs"] == 1 and found["result"]["parameters"]["sam_da"] == 395_522
     seconds = found["seconds"]
@@ -111,7 +112,8 @@ def test_evaluate(place: Path, tmp_path: Path) -> None:
     found = read(tmp_path / "run.json")
     assert [entry["outcome"] for entry in found["inputs"]] == ["done", "done"]
     assert found["inputs"][0]["label_sha256"] == sha256(place / "jane_doe_label.nii.gz")
-    assert found["result"]["classes"]["cube"]["dice"] == {"mean": 1.0, "n": 2}
+    dice = found["result"]["classes"]["cube"]["dice"]
+    assert (dice["mean"], dice["n"]) == (1.0, 2)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_a_job_that_fails_says_so(
     assert cli.main([str(part) for part in command]) == code
     found = read(tmp_path / "run.json")
     assert (found["exit_code"], found["exit_reason"]) == (code, reason)
-    assert words in found["error"] and "\n" not in found["error"] and found["seconds"]["total"] > 0
+    assert words in found["error"] and "\n" not in found["error"] and found["seconds"]["total"] >= 0
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(
