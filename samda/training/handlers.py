@@ -112,7 +112,7 @@ class Progress:
 
     def start(self, engine: Engine) -> None:
         """Open the bar at the epoch that the training starts from."""
-        total = engine.state.max_epochs
+        total = engine.state.max_epochs or 0
         self.bar = bar("training", total, "epoch", initial=engine.state.epoch)
 
     def advance(self, engine: Engine) -> None:

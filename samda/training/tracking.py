@@ -194,7 +194,7 @@ def mlflow_settings() -> dict[str, Any]:
     Neither MONAI's handler for the validator nor its copy of the config is needed: the rows hold the validation, and
     the settings are parameters of the run.
     """
-    settings = copy.deepcopy(DEFAULT_MLFLOW_SETTINGS)
+    settings: dict[str, Any] = copy.deepcopy(DEFAULT_MLFLOW_SETTINGS)
     ours = {"_target_": "samda.training.tracking.MLflow", "record": "@record", "folder": "@output_dir"}
     ours |= {"settings": "$@checkpoint.settings", "_disabled_": "@is_not_rank0"}
     ours |= {key: f"@{key}" for key in ("tracking_uri", "experiment_name", "run_name")}
