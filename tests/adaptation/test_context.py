@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from samda.adaptation.engine import Adaptation
+from samda.adaptation.measures import class_agreement
 from samda.errors import UsageError
 from samda.inference.components import keep_largest, override
 from samda.inference.predict import Predictor
@@ -48,7 +49,7 @@ def test_neighbors_reach_views_and_the_guard_measures_the_slice(
     seen: list[Any] = []
     original = adaptation.judge.plausibility
     adaptation.judge.plausibility = lambda images, maps: seen.append((images, maps)) or original(images, maps)
-    assert 0 <= adaptation.merit(prepared, logits) <= 1
+    assert 0 <= adaptation.merit(prepared, logits, class_agreement(logits)) <= 1
     assert torch.equal(seen[0][0], expected[:, 1:2]) and original(*seen[0]) == pytest.approx(judged, abs=1e-6)
 
     before = {name: value.clone() for name, value in wide_network.state_dict().items()}
