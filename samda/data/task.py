@@ -52,8 +52,12 @@ class Task:
         for key, kind in numbers.items():
             if isinstance(getattr(self, key), str | bool):
                 raise TypeError(f"{key} must be a number, got {getattr(self, key)!r}")
+            if kind is int and getattr(self, key) != int(getattr(self, key)):
+                raise TypeError(f"{key} must be a whole number, got {getattr(self, key)!r}")
             object.__setattr__(self, key, kind(getattr(self, key)))
         if not isinstance(self.keep_largest, bool):
+            if not isinstance(self.keep_largest, str | list | tuple | None):
+                raise TypeError(f"keep_largest must be true, false or names of classes, got {self.keep_largest!r}")
             names = [self.keep_largest] if isinstance(self.keep_largest, str) else self.keep_largest or ()
             object.__setattr__(self, "keep_largest", tuple(str(name) for name in names) or False)
         self._check()
