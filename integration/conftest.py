@@ -38,7 +38,7 @@ def model(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder whose label maps hold organs."""
     folder = tmp_path_factory.mktemp("trained") / "model"
     train = ["train", "-d", dataset, "-o", folder, "--task", "abdomen_ct", "--epochs", "40", "--device", "cpu"]
-    more = ["--set", "views=2", "--set", "val_interval=10", "--tracking", "none", "--quiet"]
+    more = ["--set", "views=1", "--set", "val_interval=10", "--tracking", "none", "--quiet"]
     command = [sys.executable, "-m", "samda", *map(str, train), *more]
     subprocess.run(command, check=True, env=surroundings(), timeout=1800)
     return folder
