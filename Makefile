@@ -2,6 +2,7 @@
 # Everything starts from a fresh clone with Python >= 3.11, pip and npm: each target makes the environment it needs.
 #   make demo                              train and predict on real scans, result in demo/report.html
 #   make test                              the whole test suite
+#   make integration                       MONAI Label and MLflow, each in an environment of its own
 #   make bench                             speed against named rivals, side by side
 #   make test PYTHON=python3.12 VENV=env   another interpreter, another folder for the environment
 
@@ -13,7 +14,7 @@ TESTS  ?= tests
 python := $(VENV)/bin/python
 stamp  := $(VENV)/.samda-installed
 
-.PHONY: help venv demo test bench docs lint format types wheel constraints clean
+.PHONY: help venv demo test integration bench docs lint format types wheel constraints clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -35,6 +36,10 @@ demo: $(stamp)
 
 test: $(stamp)
 	$(python) -m pytest $(TESTS)
+
+# not part of `make test`: it installs other projects' programs into the cache folder, and trains for some minutes
+integration: $(stamp)
+	$(python) -m pytest integration
 
 bench: $(stamp)
 	$(python) benchmarks/speed.py
@@ -66,4 +71,4 @@ constraints: $(stamp)
 
 clean:
 	rm -rf build dist samda.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find samda tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find samda tests integration benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

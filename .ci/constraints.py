@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
+EXTRAS = ("test", "dev")  # what `make venv` installs; integration/ pins the others
 PINNED_BY_TORCH = ("nvidia-", "cuda-", "triton")
 HEADER = """\
 # The tested versions of everything that samda needs, directly or through another package.
@@ -24,9 +25,10 @@ HEADER = """\
 
 
 def declared() -> list[str]:
-    """The requirements of pyproject.toml, optional ones and those of the build included."""
+    """The requirements of pyproject.toml, those of `EXTRAS` and of the build included."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    extras = project["project"]["optional-dependencies"].values()
+    optional = project["project"]["optional-dependencies"]
+    extras = [optional[name] for name in EXTRAS]
     return [*project["build-system"]["requires"], *project["project"]["dependencies"], *(r for e in extras for r in e)]
 
 

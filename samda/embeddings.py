@@ -20,10 +20,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from samda.errors import InputError, UsageError
-from samda.processes import exchange, place, quiet
+from samda.processes import exchange, place
+from samda.progress import bar
 
 __all__ = ["EmbeddingDataset", "Views", "allocate", "draw", "split_key"]
 
@@ -158,7 +158,7 @@ class EmbeddingDataset(Dataset):
     ) -> None:
         keys = [(index, view) for index in range(len(self.slices)) for view in range(self.views)]
         batches = [keys[at : at + batch_size] for at in range(0, len(keys), batch_size)]
-        bar = tqdm(total=len(keys), desc="encoding", unit="slice", leave=False, disable=quiet())
+        progress = bar("encoding", len(keys), "slice")
         rank, world = place()
         for first in range(0, len(batches), world):
             own = [self._encode(batch, encode, device) for batch in batches[first + rank : first + rank + 1]]
@@ -171,8 +171,8 @@ class EmbeddingDataset(Dataset):
                     self.embeddings[index, view] = embedding
                     self.labels[index, view] = label
                 self.extras += extras
-                bar.update(len(batch))
-        bar.close()
+                progress.update(len(batch))
+        progress.close()
 
     def _encode(
         self, batch: list[tuple[int, int]], encode: Callable[[torch.Tensor], torch.Tensor], device: torch.device

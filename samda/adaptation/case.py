@@ -14,6 +14,7 @@ import torch.nn as nn
 from samda.adaptation.views import View, apply_view
 from samda.data.slices import SliceGrid
 from samda.data.task import Task
+from samda.inference.components import keep_largest
 from samda.inference.volume import VolumeInferer, largest
 
 __all__ = ["EmbeddingReplay", "PreparedCase", "Segmentation", "choose_slices", "cut_windows", "encode_views", "segment"]
@@ -100,7 +101,7 @@ class EmbeddingReplay:
 
 @torch.no_grad()
 def segment(inferer: VolumeInferer, data: dict[str, Any], grid: SliceGrid, replay: EmbeddingReplay) -> Segmentation:
-    """Predict all slices at the network's present parameters, slab by slab."""
+    """Predict all slices at the network's present parameters, slab by slab, as `samda predict` does."""
     volume = data["image"].as_tensor()
     labels = np.zeros(volume.shape[1:], np.uint8 if inferer.task.num_classes <= 255 else np.uint16)
     uncertainty = np.zeros(volume.shape[1:], np.float32)
@@ -109,7 +110,7 @@ def segment(inferer: VolumeInferer, data: dict[str, Any], grid: SliceGrid, repla
         labels[place] = largest(maps).cpu().numpy()
         entropy = -(maps * maps.clamp_min(1e-12).log()).sum(0) / np.log(len(maps))
         uncertainty[place] = entropy.clamp(0.0, 1.0).cpu().numpy()
-    return Segmentation(labels, uncertainty)
+    return Segmentation(keep_largest(labels, inferer.task.largest_only), uncertainty)
 
 
 def choose_slices(areas: np.ndarray, doubt: np.ndarray, count: int) -> list[int]:

@@ -46,14 +46,16 @@ from samda.adapters.base import unmerge
 from samda.adapters.files import state_tensors
 from samda.adapters.scopes import scope_parameters
 from samda.data.objects import name_of, scan_path
-from samda.data.slices import SliceGrid
+from samda.data.slices import SliceGrid, center_channels
 from samda.data.task import Task
 from samda.data.transforms import build_preprocessing
 from samda.errors import AdapterError, UsageError, from_mapping
 from samda.features import FeatureTap
+from samda.inference.components import override
 from samda.inference.volume import VolumeInferer
 from samda.networks.saving import full_state
 from samda.networks.segmenter import SamSegmenter
+from samda.progress import share
 
 __all__ = ["Adaptation"]
 
@@ -85,6 +87,8 @@ class Adaptation:
         memory_mb: memory for kept embeddings (MB); beyond it slices are encoded again.
         modality: "CT" or "MR" where the scans are of another kind than those of the training; it decides how
             intensities are mapped to [0, 1].
+        keep_largest: classes of which every prediction keeps only the largest piece, instead of the task's; see
+            :func:`samda.inference.components.override`.
         device: torch device.
         version: name of the model's version, for the record.
 
@@ -121,11 +125,13 @@ class Adaptation:
         batch_size: int = 8,
         memory_mb: float = 2048.0,
         modality: str | None = None,
+        keep_largest: bool | str | Sequence[str] | None = None,
         device: torch.device | str = "cpu",
         version: str = "source",
     ) -> None:
         if modality is not None:
             task = dataclasses.replace(task, modality=modality)
+        task = override(task, keep_largest)
         unmerge(network)  # a merged adapter has no parameters of its own to move
         self.network, self.task, self.device = network.to(device).eval(), task, torch.device(device)
         self.version, self.memory_mb, self.time_limit_s = version, memory_mb, time_limit_s
@@ -169,7 +175,7 @@ class Adaptation:
             "guard": self.guard.to_dict(),
             "time_limit_s": self.time_limit_s,
             "batch_size": self.batch_size,
-        }
+        } | ({"keep_largest": self.task.to_dict()["keep_largest"]} if self.task.largest_only else {})
 
     @classmethod
     def from_record(
@@ -234,6 +240,7 @@ class Adaptation:
         replay = EmbeddingReplay(self.network, self.memory_mb if self.embedded else 0.0)
         source = segment(self.inferer, data, grid, replay)
         predicted = time.perf_counter()
+        share(0.2)
         axis = slice_axis(self.task)
         areas = slice_areas(source.labels, self.task.num_classes, axis)
         others = tuple(a for a in range(3) if a != axis)
@@ -241,7 +248,7 @@ class Adaptation:
         seed = seed_of(sha256, self.seed)
         views = make_views(self.views, seed, **self.view_settings)
         labels = torch.from_numpy(source.labels)[None]
-        images = cut_windows(grid.extract(volume, slices), grid.extract_labels(labels, slices), self.task.image_size)
+        images = cut_windows(grid.inputs(volume, slices), grid.extract_labels(labels, slices), self.task.image_size)
         encode = self.network.encode if self.embedded else None
         inputs = encode_views(images, slices, views, encode, self.batch_size, self.device)
         seconds |= {"predict": predicted - begin, "views": time.perf_counter() - predicted}
@@ -334,9 +341,9 @@ class Adaptation:
         """
         images = prepared.images
         labels = most_likely(log_probabilities(F.interpolate(logits[0], images.shape[-2:], mode="bilinear")))
-        plausibility = mean_plausibility(self.judge.plausibility(images, labels.cpu()), self.guard.absent)
+        plausibility = self.judge.plausibility(center_channels(images, self.task), labels.cpu())
         agreed = mean_agreement(by_class, range(1, self.task.num_classes))
-        return plausibility**2 * (1.0 if math.isnan(agreed) else agreed)
+        return mean_plausibility(plausibility, self.guard.absent) ** 2 * (1.0 if math.isnan(agreed) else agreed)
 
     def predict(self, prepared: PreparedCase, tensors: Mapping[str, torch.Tensor]) -> Segmentation:
         """Predict all slices of a prepared case with other values of the scope's parameters; they are put back."""

@@ -36,6 +36,7 @@ from samda.files import replacing, write_json, write_text
 from samda.inference.predict import find_cases
 from samda.inference.writer import check_output_folder, label_path, write_labels, write_probabilities
 from samda.processes import Part
+from samda.progress import Cases
 
 __all__ = ["AdaptRun", "adapt_folder", "collect", "details_folder"]
 
@@ -128,17 +129,20 @@ def adapt_folder(
     if not overwrite:
         job.refuse_other_settings(cases)
     try:
-        for case in part.of(cases) if part else cases:
-            name = case["id"]
-            finished = None if overwrite else job.finished(case)
-            if finished is not None:
-                run.resumed.append(name)
-            record = finished or job.do(case)
-            run.records[name] = record
-            if record["decision"] == "failed":
-                run.failed[name] = record["error"]
-            if on_case:
-                on_case(name, record)
+        mine = part.of(cases) if part else cases
+        with Cases("adapting", len(mine)) as progress:
+            for case in mine:
+                name = case["id"]
+                finished = None if overwrite else job.finished(case)
+                if finished is not None:
+                    run.resumed.append(name)
+                record = finished or job.do(case)
+                run.records[name] = record
+                if record["decision"] == "failed":
+                    run.failed[name] = record["error"]
+                if on_case:
+                    on_case(name, record)
+                progress.next()
     finally:  # also after Ctrl-C: what is finished is recorded
         try:
             path = Path(report) if report else folder / "run.jsonl"

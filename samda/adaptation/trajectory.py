@@ -15,6 +15,7 @@ import torch.nn as nn
 
 from samda.adaptation.measures import class_agreement, displacement, foreground_entropy, mean_agreement
 from samda.adaptation.objectives import Objective
+from samda.progress import share
 
 __all__ = ["NotFinite", "OutOfTime", "Trajectory", "descend", "held", "keep_last", "load"]
 
@@ -137,6 +138,7 @@ def descend(
         else:
             run.drift.append(math.nan)
         _measure(run, now, loss, merit, displacement(parameters, start))
+        share(0.35 + 0.55 * step / max(1, steps))  # of a case; before it lie prediction and views, behind it one more
         kept = {i: tensors for i, tensors in kept.items() if _is_near(run, i)}
         if _is_near(run, step):
             kept[step] = {name: parameter.detach().clone() for name, parameter in parameters.items()}

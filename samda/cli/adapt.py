@@ -22,8 +22,10 @@ from typing import Any
 from samda.cli.options import (
     add_device,
     add_json,
+    add_keep_largest,
     add_modality,
     add_part,
+    add_quiet,
     existing,
     parse_settings,
     pick_device,
@@ -35,7 +37,7 @@ from samda.errors import InputError, UsageError, check_keys
 from samda.processes import is_main, join_for_cases, leave, read_part
 
 # arguments of Adaptation: those with an option of their own, and the others
-OPTIONS = ("method", "scope", "steps", "lr", "views", "slices", "seed", "modality")
+OPTIONS = ("method", "scope", "steps", "lr", "views", "slices", "seed", "modality", "keep_largest")
 SETTINGS = ("families", "flips", "strength", "guard", "objective", "keep", "time_limit_s", "batch_size", "memory_mb")
 
 
@@ -51,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--views", type=positive, default=8, metavar="N", help="views of each slice; default 8")
     parser.add_argument("--slices", type=positive, default=12, metavar="N", help="slices adapted on; default 12")
     add_modality(parser)
+    add_keep_largest(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the views; default 0")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"any of {', '.join(SETTINGS)}")
     parser.add_argument("--report", type=Path, metavar="FILE", help="file of the records; default OUT/run.jsonl")
@@ -65,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--section", choices=("training", "validation", "test"), help="which cases of a data set; default test"
     )
     add_part(parser)
+    add_quiet(parser)
     add_device(parser)
     add_json(parser)
 

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samda.cli.options import add_device, pick_device, positive, say
+from samda.cli.options import add_device, add_quiet, pick_device, positive, say
 from samda.errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `samda demo`."""
     parser.add_argument("-o", "--output", type=Path, default=Path("demo"), metavar="FOLDER", help="default demo")
     parser.add_argument("--epochs", type=positive, default=300, metavar="N", help="default 300")
+    add_quiet(parser)
     add_device(parser)
 
 
@@ -90,7 +91,9 @@ def run(args: argparse.Namespace) -> None:
     say("[3/6] prediction")
     network, task, _ = load_model(output / "model")
     for part in parts:
-        predict_folder(Predictor(network, part.task, device), part.dataset, output / "predictions", section="test")
+        predict_folder(
+            Predictor(network, part.task, device, progress=True), part.dataset, output / "predictions", section="test"
+        )
 
     say("[4/6] adaptation, without labels")
     for part in parts:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from samda.cli.options import add_json, existing, print_json, task_file
+from samda.cli.options import add_json, add_quiet, existing, print_json, task_file
+from samda.cli.run_report import RunReport, add_report
 from samda.errors import InputError
 
 
@@ -32,25 +33,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="SCORES", help="folder of the scores")
     parser.add_argument("--section", choices=("training", "validation", "test"), help="which cases of a data set")
     parser.add_argument("--nsd-tolerance", type=float, metavar="MM", help="of NSD; default: the task's")
+    add_report(parser)
+    add_quiet(parser)
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate; raise at the end if a case failed."""
-    existing(args.input, "input")
-    existing(args.labels, "labels")
-    from samda.adapters.files import read_adapters
-    from samda.data.task import Task
-    from samda.inference.evaluate import evaluate, format_table
+    with RunReport(args, "evaluate") as report:
+        existing(args.input, "input")
+        existing(args.labels, "labels")
+        with report.stage("import"):
+            from samda.adapters.files import read_adapters
+            from samda.data.task import Task
+            from samda.inference.evaluate import evaluate, format_table
+            from samda.inference.pairs import find_pairs
 
-    task = Task.from_dict(read_adapters(args.model).task) if args.model else Task.from_file(task_file(args.task))
-    result = evaluate(
-        args.input, args.labels, task, args.output, nsd_tolerance_mm=args.nsd_tolerance, section=args.section
-    )
-    if args.json:
-        print_json(result.to_dict())
-    else:
-        print(format_table(result))
-    if result.failed:
-        total = len(result.failed) + len(result.cases)
-        raise InputError(f"{len(result.failed)} of {total} cases could not be scored: {', '.join(result.failed)}")
+        task = Task.from_dict(read_adapters(args.model).task) if args.model else Task.from_file(task_file(args.task))
+        report.add(task=task.to_dict())
+        if report.wanted:
+            with report.stage("hash"):
+                if args.model:
+                    report.add_model(args.model)
+                for case, (prediction, label) in find_pairs(args.input, args.labels, args.section)[0].items():
+                    report.add_input(case, image=prediction, label=label)
+        with report.stage("evaluate"):
+            result = evaluate(
+                args.input,
+                args.labels,
+                task,
+                args.output,
+                nsd_tolerance_mm=args.nsd_tolerance,
+                section=args.section,
+                on_case=report.set_outcome,
+            )
+        report.add(result=result.to_dict()["summary"])
+        if args.json:
+            print_json(result.to_dict())
+        else:
+            print(format_table(result))
+        if result.failed:
+            total = len(result.failed) + len(result.cases)
+            raise InputError(f"{len(result.failed)} of {total} cases could not be scored: {', '.join(result.failed)}")

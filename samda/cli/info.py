@@ -103,6 +103,8 @@ def describe_model(folder: Path) -> dict[str, Any]:
 def print_model(facts: dict[str, Any]) -> None:
     """The main points of :func:`describe_model`."""
     task, record = facts["task"], facts["record"]
+    neighbors = ", between its two neighbors" if task.get("context") else ""
+    kept = task.get("keep_largest", False)
     training, metrics = record.get("training", {}), record.get("metrics", {})
     rows = [
         ("model", facts["model"]),
@@ -112,7 +114,8 @@ def print_model(facts: dict[str, Any]) -> None:
         ("numbers in the file", f"{facts['parameters']:,}"),
         ("classes", ", ".join(task.get("classes", []))),
         ("modality", task.get("modality")),
-        ("slices", f"{task.get('axis')}, {task.get('image_size')} pixels of {task.get('spacing')} mm"),
+        ("slices", f"{task.get('axis')}, {task.get('image_size')} pixels of {task.get('spacing')} mm" + neighbors),
+        ("largest piece of", ", ".join(kept) if isinstance(kept, list) else "every class" if kept else "none"),
         ("trained", f"{training.get('epochs')} epochs, best {training.get('best_epoch')}; {training.get('split')}"),
         ("validation Dice", metrics.get("mean_dice")),
         ("samda", record.get("versions", {}).get("samda")),

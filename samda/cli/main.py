@@ -77,7 +77,7 @@ def _run(argv: list[str]) -> int:
         if args.command is None:
             parser.print_help(sys.stderr)
             return 2
-        with _plain_speech(debug):
+        with _plain_speech(debug, getattr(args, "quiet", False)):
             _module(args.command).run(args)
         return 0
     except SystemExit as done:  # --help and --version
@@ -95,14 +95,19 @@ def _run(argv: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def _plain_speech(debug: bool) -> Iterator[None]:
-    """Within the block: one line per log message and warning on standard error; of other packages only warnings."""
-    handler, own = logging.StreamHandler(), logging.getLogger("samda")
+def _plain_speech(debug: bool, quiet: bool = False) -> Iterator[None]:
+    """Within the block: one line per log message and warning on standard error; of other packages only warnings.
+
+    With `quiet`, warnings and errors only, and no bars.
+    """
+    from samda import progress
+
+    handler, own = _Lines(), logging.getLogger("samda")
     before = own.level
     logging.getLogger().addHandler(handler)
-    own.setLevel(logging.DEBUG if debug else logging.INFO)
+    own.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), progress.quiet(quiet):
             if not debug:
                 warnings.filterwarnings("ignore", category=FutureWarning)
                 warnings.showwarning = lambda message, *_: print(f"warning: {_line(message)}", file=sys.stderr)
@@ -110,6 +115,15 @@ def _plain_speech(debug: bool) -> Iterator[None]:
     finally:
         logging.getLogger().removeHandler(handler)
         own.setLevel(before)
+
+
+class _Lines(logging.Handler):
+    """Log messages as lines on standard error, above the bar that may stand there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from samda import progress
+
+        progress.line(self.format(record))
 
 
 def _report(line: str, code: int, debug: bool) -> int:

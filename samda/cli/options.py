@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,10 @@ from samda.resources import packaged
 __all__ = [
     "add_device",
     "add_json",
+    "add_keep_largest",
+    "add_modality",
     "add_part",
+    "add_quiet",
     "existing",
     "parse_settings",
     "pick_device",
@@ -149,6 +151,20 @@ def add_modality(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_keep_largest(parser: argparse.ArgumentParser) -> None:
+    """Add `--keep-largest`, read by :func:`samda.inference.components.override`."""
+    parser.add_argument(
+        "--keep-largest",
+        metavar="CLASSES",
+        help="of these classes (liver,spleen) keep the largest 3-D piece only; all, none; default: the model's task",
+    )
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """`--quiet`, which :func:`samda.cli.main.main` obeys: the result, warnings and errors only."""
+    parser.add_argument("--quiet", action="store_true", help="no progress and no messages but warnings and errors")
+
+
 def print_json(value: Any) -> None:
     """Print plain JSON; NaN and infinity, which JSON does not have, become null."""
     from samda.files import plain
@@ -171,4 +187,7 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 def say(line: str) -> None:
     """Tell the person something that is not the result: standard error, so that `--json` output stays clean."""
-    print(line, file=sys.stderr, flush=True)
+    from samda import progress
+
+    if not progress.is_quiet():
+        progress.line(line)

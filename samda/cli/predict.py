@@ -15,19 +15,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
 from pathlib import Path
 
 from samda.cli.options import (
     add_device,
     add_json,
+    add_keep_largest,
     add_modality,
     add_part,
+    add_quiet,
     existing,
     pick_device,
     positive,
     print_json,
     say,
 )
+from samda.cli.run_report import RunReport, add_report
 from samda.errors import InputError
 from samda.processes import exchange, is_main, join_for_cases, leave, read_part
 
@@ -50,54 +54,79 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_part(parser)
     add_modality(parser)
+    add_keep_largest(parser)
+    add_report(parser)
+    add_quiet(parser)
     add_device(parser)
     add_json(parser)
 
 
-def tell(case: str, outcome: str) -> None:
-    """Report a case; what failed or came out empty, the job has logged already."""
-    if outcome in ("done", "skipped"):
-        say(f"case {case}: {outcome}")
-
-
 def run(args: argparse.Namespace) -> None:
     """Predict; raise at the end if a case failed."""
-    existing(args.input, "input")
-    part = read_part(args.part)
-    device = pick_device(args.device)
-    from samda.inference.predict import Predictor, find_cases, predict_folder
-    from samda.networks.versions import load_version
+    with RunReport(args, "predict") as report:
+        existing(args.input, "input")
+        part = read_part(args.part)
+        device = pick_device(args.device)
+        with report.stage("import"):
+            from samda.inference.components import override
+            from samda.inference.predict import Predictor, find_cases, predict_folder
+            from samda.networks.versions import load_version
+        report.add(device=device)
+        join_for_cases()
+        cases = find_cases(args.input, args.section)
+        mine = part.of(cases) if part else cases
+        total = len(mine)
+        with report.stage("load"):
+            network, task, _, version = load_version(args.model, args.version, args.weights)
+        if args.modality:
+            task = dataclasses.replace(task, modality=args.modality)
+        task = override(task, args.keep_largest)
+        report.add(task=task.to_dict(), model_version=version)
+        if report.wanted:
+            with report.stage("hash"):
+                report.add_network(network)
+                for case in mine:
+                    report.add_input(case["id"], image=case["image"])
+        predictor = Predictor(
+            network, task, device, batch_size=args.batch_size, memory_budget_mb=args.memory, progress=is_main()
+        )
+        where = f"part {part} of {len(cases)} cases: " if part else ""
+        say(f"{where}{total} case{'' if total == 1 else 's'} on {device}, model version {version}")
+        with report.stage("predict"):
+            result = predict_folder(
+                predictor,
+                args.input,
+                args.output,
+                save_probabilities=args.save_probabilities,
+                skip_finished=args.skip,
+                section=args.section,
+                part=part,
+                on_case=Teller(report),
+            )
+        first, results = is_main(), exchange(result)
+        leave(wait=False)
+        if not first:  # one of several says what became of all
+            return
+        if len(results) > 1:
+            result, part, total = sum(results[1:], results[0]), None, len(cases)
+        if args.json:
+            print_json(result.to_dict() | ({"part": str(part)} if part else {}))
+        else:
+            print(f"{len(result.done)} predicted, {len(result.skipped)} finished before; label maps in {args.output}")
+        if result.failed:
+            raise InputError(f"{len(result.failed)} of {total} cases failed: {', '.join(result.failed)}")
 
-    join_for_cases()
-    cases = find_cases(args.input, args.section)
-    total = len(part.of(cases) if part else cases)
-    network, task, _, version = load_version(args.model, args.version, args.weights)
-    if args.modality:
-        task = dataclasses.replace(task, modality=args.modality)
-    predictor = Predictor(
-        network, task, device, batch_size=args.batch_size, memory_budget_mb=args.memory, progress=is_main()
-    )
-    where = f"part {part} of {len(cases)} cases: " if part else ""
-    say(f"{where}{total} case{'' if total == 1 else 's'} on {device}, model version {version}")
-    result = predict_folder(
-        predictor,
-        args.input,
-        args.output,
-        save_probabilities=args.save_probabilities,
-        skip_finished=args.skip,
-        section=args.section,
-        part=part,
-        on_case=tell,
-    )
-    first, results = is_main(), exchange(result)
-    leave(wait=False)
-    if not first:  # one of several says what became of all
-        return
-    if len(results) > 1:
-        result, part, total = sum(results[1:], results[0]), None, len(cases)
-    if args.json:
-        print_json(result.to_dict() | ({"part": str(part)} if part else {}))
-    else:
-        print(f"{len(result.done)} predicted, {len(result.skipped)} finished before; label maps in {args.output}")
-    if result.failed:
-        raise InputError(f"{len(result.failed)} of {total} cases failed: {', '.join(result.failed)}")
+
+class Teller:
+    """Reports a case; what failed or came out empty, the job has logged already."""
+
+    def __init__(self, report: RunReport) -> None:
+        self.report, self.since = report, time.perf_counter()
+
+    def __call__(self, case: str, outcome: str) -> None:
+        """The case is finished."""
+        now = time.perf_counter()
+        self.report.set_outcome(case, outcome, now - self.since)
+        self.since = now
+        if outcome in ("done", "skipped"):
+            say(f"case {case}: {outcome}")

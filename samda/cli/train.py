@@ -21,6 +21,7 @@ from typing import Any
 from samda.cli.options import (
     add_device,
     add_json,
+    add_quiet,
     existing,
     parse_settings,
     pick_device,
@@ -29,6 +30,7 @@ from samda.cli.options import (
     say,
     task_file,
 )
+from samda.cli.run_report import RunReport, add_report
 from samda.errors import UsageError
 from samda.processes import launched
 
@@ -72,43 +74,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on where the training in MODEL stopped")
     parser.add_argument("--overwrite", action="store_true", help="replace the training in MODEL")
+    parser.add_argument(
+        "--tracking",
+        default="tensorboard",
+        metavar="NAME",
+        help="tensorboard (default, into MODEL/tensorboard), mlflow (into MODEL/mlruns.db), tensorboard,mlflow or none",
+    )
+    add_report(parser)
+    add_quiet(parser)
     add_device(parser)
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Train."""
-    existing(args.data, "data set")
-    overrides = read_overrides(args)
-    adapters = args.adapter.split(",") if args.adapter else None
-    task = task_file(args.task) if args.task else None
-    device = pick_device(args.device)
-    from samda.training import train
+    with RunReport(args, "train") as report:
+        existing(args.data, "data set")
+        overrides = read_overrides(args)
+        adapters = args.adapter.split(",") if args.adapter else None
+        task = task_file(args.task) if args.task else None
+        device = pick_device(args.device)
+        with report.stage("import"):
+            from samda.training import train
+        report.add(device=device)
+        if report.wanted:
+            with report.stage("hash"):
+                add_inputs(report, args.data)
+        rank, world = launched()
 
-    rank, world = launched()
+        def begin() -> None:
+            if rank == 0:
+                say(f"training on {device}" + (f", {world} processes" if world > 1 else ""))
 
-    def begin() -> None:
-        if rank == 0:
-            say(f"training on {device}" + (f", {world} processes" if world > 1 else ""))
+        with report.stage("train"):
+            result = train(
+                args.data,
+                args.output,
+                task=task,
+                adapters=adapters,
+                backbone=args.backbone,
+                overrides=overrides,
+                resume=args.resume,
+                overwrite=args.overwrite,
+                device=device,
+                tracking=args.tracking,
+                begin=begin,
+            )
+        if rank != 0:  # one of several says what all know
+            return
+        report.seconds["epochs"] = result["seconds"]  # of "train"; as is the next
+        report.seconds["encode"] = (result["embeddings"] or {}).get("seconds", 0.0)
+        report.add(result={key: value for key, value in result.items() if key != "model"})
+        report.add_model(args.output)
+        if args.json:
+            print_json(result)
+        else:
+            print(f"model in {args.output}; next: samda predict -m {args.output} -i SCANS -o LABELS")
 
-    result = train(
-        args.data,
-        args.output,
-        task=task,
-        adapters=adapters,
-        backbone=args.backbone,
-        overrides=overrides,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        device=device,
-        begin=begin,
-    )
-    if rank != 0:  # one of several says what all know
-        return
-    if args.json:
-        print_json(result)
-    else:
-        print(f"model in {args.output}; next: samda predict -m {args.output} -i SCANS -o LABELS")
+
+def add_inputs(report: RunReport, dataset: Path) -> None:
+    """The files of the labelled cases."""
+    from samda.data.datalists import read_datalist
+
+    for cases in read_datalist(dataset).cases.values():
+        for case in cases:
+            if "label" in case:
+                report.add_input(case["id"], image=case["image"], label=case["label"])
 
 
 def read_overrides(args: argparse.Namespace) -> dict[str, Any]:

@@ -32,7 +32,8 @@ class RandTissueContrastd(RandomizableTransform):
         curve: largest weight of the random curve, 0 (identity) to 1; the weight is uniform from 0.
         offset: largest offset of an organ, in either direction.
         image_key: {image_key: (C, H, W) in [0, 1]}; all channels change alike.
-        label_key: {label_key: (1, H, W) class indices, background 0}.
+        label_key: {label_key: (1, H, W) class indices, background 0}; or (C, H, W), where the channels are neighboring
+            slices: an organ then shifts in all of them by the same offset, in each where it lies there.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class RandTissueContrastd(RandomizableTransform):
         self.randomize(None)
         if not self._do_transform:
             return d
-        image, label = np.asarray(d[self.image_key], np.float32), np.asarray(d[self.label_key])[0]
+        image, label = np.asarray(d[self.image_key], np.float32), np.asarray(d[self.label_key])
         identity = np.linspace(0, 1, POINTS)
         weight = self.R.uniform(0, self.curve)
         curve = (1 - weight) * identity + weight * self.R.uniform(0, 1, POINTS)
@@ -55,6 +56,6 @@ class RandTissueContrastd(RandomizableTransform):
         offsets = np.zeros(label.shape)
         for k in np.unique(label[label > 0]):
             offsets[label == k] = self.R.uniform(-self.offset, self.offset)
-        changed = changed + ndimage.gaussian_filter(offsets, EDGE)
+        changed = changed + ndimage.gaussian_filter(offsets, (0, EDGE, EDGE))
         d[self.image_key] = torch.from_numpy(np.clip(changed, 0, 1).astype(np.float32))
         return d

@@ -2,7 +2,9 @@
 """Slices of a volume for the network, and maps of slices back on the volume: the only place that knows slices.
 
 A slice is resampled once, from the volume's own in-plane grid to the task's spacing, and cropped or padded around the
-body in the same step. Slices keep their own distance: nothing is resampled across them.
+body in the same step. Slices keep their own distance: nothing is resampled across them. With `context` 1 a slice
+comes between its two neighbors as they lie in the scan: how many mm away follows from the scan's own through-plane
+spacing.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from samda.data.body import body_box
 from samda.data.task import Task
 from samda.errors import InputError
 
-__all__ = ["SliceGrid", "interpolation_matrix"]
+__all__ = ["SliceGrid", "center_channels", "interpolation_matrix", "with_neighbors"]
 
 # axis across the slices, axis along the rows' direction, axis along the columns' direction, in RAS order. All in-plane
 # axes run against RAS: rows from anterior to posterior (axial) or superior to inferior, columns from right to left
@@ -153,6 +155,27 @@ class SliceGrid:
         planes = self._planes(volume, index).float().contiguous()
         return _resample(planes, self._rows.forward, self._columns.forward)
 
+    def inputs(self, volume: torch.Tensor, index: int | slice | Iterable[int]) -> torch.Tensor:
+        """Slices of a volume on the canvas as the network takes them, see `Task.context`.
+
+        Args:
+            volume: (C, X, Y, Z).
+            index: which slices; only these and their neighbors are touched.
+
+        Returns:
+            (n, C, rows, columns) float32, C the task's `network_channels`: without context the slice itself, else the
+            slice below (of smaller index: inferior, posterior, left), the slice, and the slice above. At both ends of
+            the volume the last slice stands in for the missing one.
+        """
+        chosen = self._chosen(index)
+        if not self.task.context:
+            return self.extract(volume, chosen)
+        around = with_neighbors(chosen, 0, self.num_slices)
+        needed = sorted({i for triple in around for i in triple})  # each is resampled once
+        place = {i: position for position, i in enumerate(needed)}
+        places = torch.tensor([[place[i] for i in triple] for triple in around], dtype=torch.long).reshape(-1, 3)
+        return self.extract(volume, needed)[places, 0]
+
     def extract_labels(self, label: torch.Tensor, index: int | slice | Iterable[int]) -> torch.Tensor:
         """Slices of a label map on the canvas: the class with the largest interpolated share of a pixel.
 
@@ -224,21 +247,33 @@ class SliceGrid:
             raise InputError(f"the grid was made for a volume of {self.shape} voxels, got {tuple(volume.shape[1:])}")
         volume = _plain(volume)
         across, rows, columns = (axis + 1 for axis in self.axes)
-        if isinstance(index, slice):
-            start, stop, step = index.indices(self.num_slices)
-            chosen = list(range(start, stop, step))
-        else:
-            chosen = [index] if isinstance(index, int) else [int(i) for i in index]
+        chosen = self._chosen(index)
         if chosen and chosen == list(range(chosen[0], chosen[0] + len(chosen))):
             slab = volume.narrow(across, chosen[0], len(chosen))
         else:
             slab = volume.index_select(across, torch.tensor(chosen, dtype=torch.long, device=volume.device))
         return slab.permute(across, 0, rows, columns)
 
+    def _chosen(self, index: int | slice | Iterable[int]) -> list[int]:
+        """The slices that `index` means."""
+        if isinstance(index, slice):
+            return list(range(*index.indices(self.num_slices)))
+        return [index] if isinstance(index, int) else [int(i) for i in index]
+
     def _to_volume(self) -> tuple[int, int, int]:
         """Dimensions of (n, K, rows, columns) in the order of the volume's axes."""
         place = {self.axes[0]: 0, self.axes[1]: 2, self.axes[2]: 3}
         return place[0], place[1], place[2]
+
+
+def with_neighbors(indices: Iterable[int], first: int, end: int) -> list[tuple[int, int, int]]:
+    """Each index between its neighbors in the range from `first` to `end` (exclusive); the ends repeat themselves."""
+    return [(max(i - 1, first), i, min(i + 1, end - 1)) for i in indices]
+
+
+def center_channels(slices: Any, task: Task) -> Any:
+    """The channels (n, C, ...) of the slices themselves, without the neighbors that `Task.context` adds; a view."""
+    return slices[:, task.context : task.context + task.in_channels]
 
 
 def _plain(volume: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,9 @@ class Task:
     spacing: float = 1.5  # mm per pixel of a slice, both directions
     image_size: int = 256  # pixels of a slice, both directions; a multiple of 16
     axis: str = "axial"  # slices are perpendicular to it: "axial", "coronal" or "sagittal"
-    in_channels: int = 1  # up to 3: files (or channels) of a case; 3 for RGB pictures
+    in_channels: int = 1  # of the scan, up to 3: files (or channels) of a case; 3 for RGB pictures
+    context: int = 0  # 1: the slices above and below join a slice, as the network's three input channels
+    keep_largest: bool | tuple[str, ...] = False  # classes of which only the largest 3-D piece stays; True: all of them
     nsd_tolerance: float = 3.0  # mm, of the normalized surface distance
 
     def __post_init__(self) -> None:
@@ -46,10 +48,18 @@ class Task:
             object.__setattr__(self, "labels", ids)
         for key in ("window", "percentiles"):
             object.__setattr__(self, key, tuple(float(v) for v in getattr(self, key)))
-        for key, kind in (("spacing", float), ("nsd_tolerance", float), ("image_size", int), ("in_channels", int)):
+        numbers = {"spacing": float, "nsd_tolerance": float, "image_size": int, "in_channels": int, "context": int}
+        for key, kind in numbers.items():
             if isinstance(getattr(self, key), str | bool):
                 raise TypeError(f"{key} must be a number, got {getattr(self, key)!r}")
+            if kind is int and getattr(self, key) != int(getattr(self, key)):
+                raise TypeError(f"{key} must be a whole number, got {getattr(self, key)!r}")
             object.__setattr__(self, key, kind(getattr(self, key)))
+        if not isinstance(self.keep_largest, bool):
+            if not isinstance(self.keep_largest, str | list | tuple | None):
+                raise TypeError(f"keep_largest must be true, false or names of classes, got {self.keep_largest!r}")
+            names = [self.keep_largest] if isinstance(self.keep_largest, str) else self.keep_largest or ()
+            object.__setattr__(self, "keep_largest", tuple(str(name) for name in names) or False)
         self._check()
 
     def _check(self) -> None:
@@ -81,6 +91,15 @@ class Task:
                 refuse(f"{key} must be positive (mm), got {getattr(self, key)}")
         if self.in_channels not in (1, 2, 3):
             refuse(f"in_channels must be 1, 2 or 3, got {self.in_channels}")
+        if self.context not in (0, 1):
+            refuse(f"context must be 0 or 1 (SAM takes three channels: a slice and two neighbors), got {self.context}")
+        if self.context and self.in_channels != 1:
+            refuse("context 1 needs in_channels 1: the channels already fill SAM's three; set context to 0")
+        if self.context and self.modality == "image":
+            refuse("context 1 needs a volume, and a picture has no neighboring slices; set context to 0")
+        for name in self.keep_largest if isinstance(self.keep_largest, tuple) else ():
+            if name not in self.classes[1:]:
+                refuse(f"keep_largest names {name!r}, which is no foreground class; {nearest(name, self.classes[1:])}")
         for key in ("window", "percentiles"):
             pair = getattr(self, key)
             if len(pair) != 2 or not pair[0] < pair[1]:
@@ -92,6 +111,18 @@ class Task:
     def num_classes(self) -> int:
         """Number of classes, background included."""
         return len(self.classes)
+
+    @property
+    def network_channels(self) -> int:
+        """Channels of a slice as the network sees it: those of the scan, or the slice between its two neighbors."""
+        return 1 + 2 * self.context if self.context else self.in_channels
+
+    @property
+    def largest_only(self) -> tuple[int, ...]:
+        """Indices of the classes of which only the largest connected piece stays."""
+        if isinstance(self.keep_largest, bool):
+            return tuple(range(1, self.num_classes)) if self.keep_largest else ()
+        return tuple(k for k, name in enumerate(self.classes) if name in self.keep_largest)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Task:
@@ -125,4 +156,9 @@ class Task:
         values["labels"] = None if self.labels is None else {k: list(v) for k, v in self.labels.items()}
         for key in ("window", "percentiles"):
             values[key] = list(getattr(self, key))
+        if isinstance(self.keep_largest, tuple):
+            values["keep_largest"] = list(self.keep_largest)
+        for key in ("context", "keep_largest"):  # left out where unused: files of models without them stay as they were
+            if not values[key]:
+                del values[key]
         return values

@@ -26,6 +26,7 @@ from samda.files import write_json, write_text
 from samda.inference.pairs import find_pairs
 from samda.inference.writer import check_output_folder
 from samda.metrics import COUNTED, DEFINITIONS, SCORES, ClassScores, score_case, summarize
+from samda.progress import bar
 
 __all__ = ["Evaluation", "evaluate", "format_table", "score_files"]
 
@@ -124,6 +125,7 @@ def evaluate(
     pairs, dataset_labels = find_pairs(predictions, labels, section)
     mapping = MapLabelsd("label", task, dataset_labels)
     result = Evaluation(task.classes[1:], {}, {}, tolerance)
+    progress = bar("scoring", len(pairs), "case")
     for case, (prediction, label) in pairs.items():
         outcome = "done"
         try:
@@ -137,6 +139,8 @@ def evaluate(
             result.failed[case] = outcome
         if on_case:
             on_case(case, outcome)
+        progress.update()
+    progress.close()
     if output is not None:
         result.save(output)
     return result

@@ -4,17 +4,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import Compose, Invertd, InvertibleTransform, MapTransform
+from monai.transforms import Compose, Invertd, InvertibleTransform, MapTransform, SaveImaged
 
 from samda.data.formats import stem
 from samda.data.task import Task
+from samda.inference.components import KeepLargestd, override
 from samda.inference.writer import check_output_folder, label_path, write_labels
 
 __all__ = ["SaveLabelMapd", "build_postprocessing", "own_grid"]
@@ -27,19 +28,24 @@ def build_postprocessing(
     preprocessing: InvertibleTransform,
     output_dir: str | Path | None = None,
     keys: KeysCollection = "pred",
+    keep_largest: bool | str | Sequence[str] | None = None,
 ) -> Compose:
-    """Bring predictions back to the axis order of the scan's file and, with `output_dir`, save them.
+    """Keep the largest pieces of the task's classes, bring predictions back to the axis order of the file, save them.
 
     Args:
         task: a Task or its values.
         preprocessing: the very object that preprocessed the image.
         output_dir: folder of the label maps; None saves nothing.
         keys: keys of the predictions, (1, X, Y, Z) class indices.
+        keep_largest: classes of which only the largest piece stays, instead of the task's; see
+            :func:`samda.inference.components.override`.
 
     Raises:
-        UsageError: the folder cannot be written to.
+        UsageError: the folder cannot be written to, or `keep_largest` names no class.
     """
-    steps: list[Any] = [own_grid(preprocessing, keys)]
+    task = override(task if isinstance(task, Task) else Task.from_dict(task), keep_largest)
+    steps: list[Any] = [KeepLargestd(keys, task)] if task.largest_only else []
+    steps.append(own_grid(preprocessing, keys))
     if output_dir is not None:
         steps.append(SaveLabelMapd(keys, output_dir, task))
     return Compose(steps)
@@ -50,8 +56,10 @@ def own_grid(preprocessing: InvertibleTransform, keys: KeysCollection = "pred") 
     return Invertd(keys, transform=preprocessing, orig_keys="image", nearest_interp=True, to_tensor=True)
 
 
-class SaveLabelMapd(MapTransform):
+class SaveLabelMapd(SaveImaged):
     """Save label maps on their own grid, see :func:`samda.inference.writer.write_labels`.
+
+    It is one of MONAI's SaveImaged by descent only: MONAI Label leaves those out, since it writes the result itself.
 
     The file is named as the case ("id"), else as the file of the image. A map without any foreground is saved with a
     warning.
@@ -73,7 +81,7 @@ class SaveLabelMapd(MapTransform):
         task: Task | Mapping[str, Any],
         image_key: str = "image",
     ) -> None:
-        super().__init__(keys)
+        MapTransform.__init__(self, keys)
         self.folder = check_output_folder(output_dir)
         self.task = task if isinstance(task, Task) else Task.from_dict(task)
         self.image_key = image_key

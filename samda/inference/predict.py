@@ -20,6 +20,7 @@ from samda.data.objects import name_of, scan_path, source_of
 from samda.data.task import Task
 from samda.data.transforms import build_preprocessing
 from samda.errors import UsageError, reason_of
+from samda.inference.components import keep_largest
 from samda.inference.postprocessing import own_grid, warn_empty
 from samda.inference.volume import VolumeInferer
 from samda.inference.writer import (
@@ -31,6 +32,7 @@ from samda.inference.writer import (
     write_probabilities,
 )
 from samda.processes import Part
+from samda.progress import Cases
 
 __all__ = ["FolderResult", "Prediction", "Predictor", "find_cases", "predict_folder"]
 
@@ -89,13 +91,14 @@ class Predictor:
 
     Args:
         network: (n, C, H, W) slices in [0, 1] -> (n, K, H, W) logits; it is put into eval mode on `device`.
-        task: what it segments, and the geometry it was trained with.
+        task: what it segments, the geometry it was trained with, and the classes of which it keeps the largest piece
+            (of the label map; probabilities stay as the network gives them).
         device: torch device.
         batch_size: slices in one call of the network.
         overlap: of the windows where a body is larger than the field of view.
         memory_budget_mb: memory for class maps on the scan's grid, see :class:`VolumeInferer`.
         amp: "bf16", "fp16" or None.
-        progress: progress bar per scan, on a terminal only.
+        progress: show a bar, on a terminal only: over the cases of a folder, over the slices of a single scan.
     """
 
     def __init__(
@@ -133,6 +136,7 @@ class Predictor:
         with scan_path(scan) as path:
             data = self.preprocessing(case | {"image": path})
         labels, kept = self.inferer.segment(data["image"][None], self.network, keep_probabilities=probabilities)
+        labels = torch.from_numpy(keep_largest(labels[0, 0].cpu().numpy(), self.task.largest_only))[None, None]
         restored = self._restore(data, labels)
         return Prediction(
             case=str(case.get("id") or name_of(scan)),
@@ -237,17 +241,20 @@ def predict_folder(
     folder = check_output_folder(output)
     _refuse_overwriting(cases, folder)
     result = FolderResult()
-    for case in part.of(cases) if part else cases:
-        name = case["id"]
-        finished = label_path(folder, name, case["image"]).exists()
-        finished &= not save_probabilities or probability_path(folder, name).exists()
-        if skip_finished and finished:
-            result.skipped.append(name)
-            outcome = "skipped"
-        else:
-            outcome = _predict_case(predictor, case, folder, save_probabilities, result)
-        if on_case:
-            on_case(name, outcome)
+    mine = part.of(cases) if part else cases
+    with Cases("predicting", len(mine), shown=predictor.inferer.progress) as progress:
+        for case in mine:
+            name = case["id"]
+            finished = label_path(folder, name, case["image"]).exists()
+            finished &= not save_probabilities or probability_path(folder, name).exists()
+            if skip_finished and finished:
+                result.skipped.append(name)
+                outcome = "skipped"
+            else:
+                outcome = _predict_case(predictor, case, folder, save_probabilities, result)
+            if on_case:
+                on_case(name, outcome)
+            progress.next()
     return result
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer, sliding_window_inference
-from tqdm import tqdm
 
 from samda.data.slices import SliceGrid
 from samda.data.task import Task
 from samda.errors import InputError, SamdaError, UsageError, nearest
+from samda.progress import bar, share
 
 __all__ = ["VolumeInferer", "largest"]
 
@@ -28,7 +28,8 @@ SMALLEST = 1e-12  # probability whose logarithm stands for zero
 class VolumeInferer(Inferer):
     """Segment a preprocessed volume slice by slice and return the result on the volume's own grid.
 
-    Slices are cut by :class:`samda.data.slices.SliceGrid` and go through the network in batches; where the body is
+    Slices are cut by :class:`samda.data.slices.SliceGrid`, with their neighbors where the task has `context`, and go
+    through the network in batches; where the body is
     larger than the field of view, in overlapping windows that are blended with Gaussian weights. The class
     probabilities return to the volume's in-plane grid *before* the largest is taken, so borders are as smooth as the
     volume's grid allows. This happens a few slices (a slab) at a time: beside the volume, the label map and what the
@@ -148,17 +149,20 @@ class VolumeInferer(Inferer):
         device = self._device(network, volume)
         across = grid.axes[0]
         size = self.slab_size(grid)
-        bar = tqdm(total=grid.num_slices, unit="slice", leave=False, disable=None if self.progress else True)
+        shown = bar("segmenting", grid.num_slices, "slice") if self.progress else None
         # a batch holds the same slices whatever the slab, so that the network's rounding cannot depend on it
         for start in range(0, grid.num_slices, self.batch_size):
             stop = min(start + self.batch_size, grid.num_slices)
-            logits = self._logits(grid.extract(volume, range(start, stop)).to(device), network, args, kwargs)
+            logits = self._logits(grid.inputs(volume, range(start, stop)).to(device), network, args, kwargs)
             for first in range(start, stop, size):
                 last = min(first + size, stop)
                 maps = grid.restore(logits[first - start : last - start].softmax(1))
                 yield (slice(None),) * across + (slice(first, last),), maps
-            bar.update(stop - start)
-        bar.close()
+            if shown is not None:
+                shown.update(stop - start)
+                share(stop / grid.num_slices)
+        if shown is not None:
+            shown.close()
 
     def slab_size(self, grid: SliceGrid) -> int:
         """Slices whose class maps lie on the volume's grid at one time, from the memory budget."""

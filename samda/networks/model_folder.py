@@ -158,7 +158,7 @@ def _task(values: Mapping[str, Any], folder: Path) -> Task:
 def _check_task(num_classes: int, in_channels: int, task: Task, where: str) -> None:
     for what, own, wanted in (
         ("classes", num_classes, task.num_classes),
-        ("input channels", in_channels, task.in_channels),
+        ("input channels", in_channels, task.network_channels),
     ):
         if isinstance(own, int) and own != wanted:  # other types are refused where the network is built
             raise InputError(f"{where}: the network has {own} {what}, task {task.name!r} has {wanted}; they must agree")

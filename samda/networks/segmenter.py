@@ -45,7 +45,8 @@ class SamSegmenter(nn.Module):
     Args:
         backbone: "vit_t", "vit_b", "vit_l", "vit_h", or the sizes of another encoder.
         num_classes: K, background included.
-        in_channels: 1 (repeated to three), 2 (the third is their mean) or 3.
+        in_channels: 1 (repeated to three), 2 (the third is their mean) or 3 (colors, or a slice between its neighbors,
+            see `Task.context`).
         weights: "pretrained" fetches the published weights of the backbone, a path reads that file (an official SAM,
             MobileSAM or MedSAM file), None keeps random weights.
         adapters: names, or adapter name -> settings, see :func:`samda.adapters.build_configs`; attached after the base

@@ -15,10 +15,12 @@ from samda.training.optim import build_optimizer, build_schedule, parameter_grou
 from samda.training.record import TrainingRecord
 from samda.training.run import train
 from samda.training.sampler import SliceSampler
+from samda.training.tracking import MLflow, TensorBoard
 
 __all__ = [
     "CaseDice",
     "Checkpoint",
+    "MLflow",
     "PaddedDataset",
     "Progress",
     "RankSampler",
@@ -27,6 +29,7 @@ __all__ = [
     "SaveCheckpoint",
     "SliceDataset",
     "SliceSampler",
+    "TensorBoard",
     "TrainingRecord",
     "WholeBatchLoss",
     "batch_share",

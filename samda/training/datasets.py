@@ -12,14 +12,13 @@ import torch
 import torch.nn as nn
 from monai.transforms import Compose
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from samda.data.formats import files_of
-from samda.data.slices import SliceGrid
+from samda.data.slices import SliceGrid, center_channels, with_neighbors
 from samda.data.task import Task
 from samda.embeddings import EmbeddingDataset, allocate, draw, split_key
 from samda.errors import InputError
-from samda.processes import quiet
+from samda.progress import bar
 from samda.statistics import SliceStatistics
 
 __all__ = ["SliceDataset", "build_dataset", "prepare_batch", "tile_starts"]
@@ -91,7 +90,9 @@ class SliceDataset(Dataset):
     """All slices of some cases with their labels: {"image": (C, H, W), "label": (1, H, W), "case": number of the case}.
 
     The cases are read once. A case may limit itself to ranges of slices, `"slices": [(first, end), ...]`. Where a body
-    exceeds the field of view, a slice gives several tiles. `dataset[index]` is the slice without augmentation;
+    exceeds the field of view, a slice gives several tiles. With `context` the image holds the neighboring slices, too
+    (see :meth:`samda.data.slices.SliceGrid.inputs`); a range is a scan of its own then, so that slices which are held
+    out stay unseen. `dataset[index]` is the slice without augmentation;
     `dataset[epoch, index]` is augmented as (seed, epoch, index) say, whatever was drawn before.
 
     Args:
@@ -125,19 +126,23 @@ class SliceDataset(Dataset):
         self.task, self.augmentation, self.seed, self.part = task, augmentation, seed, part
         self.images: list[torch.Tensor] = []  # per case (n, C, H, W)
         self.labels: list[torch.Tensor] = []  # per case (n, 1, H, W)
+        self.neighbors: list[list[tuple[int, int, int]]] = []  # per case, of each position: below, itself, above
         self.items: list[tuple[int, int]] = []  # case, position in it
         if not data:
             raise InputError(f"the data set has no {part} case; add labelled scans")
         self.names = [_name(case) for case in data]
         self.statistics = SliceStatistics(task)
         left, checksum = memory_mb, 0
-        for number, case in enumerate(tqdm(data, desc=f"reading {part} cases", leave=False, disable=quiet())):
+        progress = bar(f"reading {part} cases", len(data), "case")
+        for number, case in enumerate(data):
             image, label = self._read(case, self.names[number], transform)
             checksum = zlib.crc32(label.numpy().tobytes(), checksum)
             self.images.append(_keep(image, left))
             self.labels.append(_keep(label, left))
             left -= (image.nbytes + label.nbytes) / 1e6
             self.items += [(number, position) for position in range(len(image))]
+            progress.update()
+        progress.close()
         self._checksum = checksum
         self.foreground = torch.cat([(label > 0).flatten(1).any(1) for label in self.labels])
         counts = sum(torch.bincount(label.flatten().long(), minlength=task.num_classes) for label in self.labels)
@@ -152,18 +157,23 @@ class SliceDataset(Dataset):
         image, label = scan["image"], scan["label"]
         grid = SliceGrid.from_volume(image, image.affine, self.task)
         chosen: list[int] = []
+        around: list[tuple[int, int, int]] = []
         for first, end in case.get("slices") or [(0, grid.num_slices)]:
             if not 0 <= first < end <= grid.num_slices:
                 raise InputError(
                     f"case {name!r}: slices {first} to {end} do not lie within its {grid.num_slices} slices"
                 )
+            start = len(chosen)
             chosen += range(first, end)
+            around += with_neighbors(range(start, len(chosen)), start, len(chosen))
         images, labels = grid.extract(image, chosen), grid.extract_labels(label, chosen)
         if self.part == "training":
             self.statistics.update(images, labels)
         size = self.task.image_size
         rows, columns = (tile_starts(side, size) for side in grid.canvas)
         windows = [(..., slice(r, r + size), slice(c, c + size)) for r in rows for c in columns]
+        shifts = [len(chosen) * window for window in range(len(windows))]
+        self.neighbors.append([(a + shift, b + shift, c + shift) for shift in shifts for a, b, c in around])
         return torch.cat([images[w] for w in windows]), torch.cat([labels[w] for w in windows])[:, None]
 
     def _check_foreground(self) -> None:
@@ -179,11 +189,16 @@ class SliceDataset(Dataset):
     def view(self, index: int, view: int) -> dict[str, Any]:
         """The item in augmentation `view`; 0 is the item as it is."""
         case, position = self.items[index]
-        item = {"image": self.images[case][position].clone(), "label": self.labels[case][position].clone()}
+        if self.task.context:
+            around = list(self.neighbors[case][position])
+            item = {"image": self.images[case][around, 0], "label": self.labels[case][around, 0]}
+        else:
+            item = {"image": self.images[case][position].clone(), "label": self.labels[case][position].clone()}
         if view and self.augmentation is not None:
             self.augmentation.set_random_state(seed=draw(self.seed, "augment", view, index))
             item = self.augmentation(item)  # some transforms write into what they are given
-        return {"image": item["image"].float(), "label": item["label"].to(torch.uint8), "case": case}
+        label = center_channels(item["label"][None], self.task)[0, :1]  # of the slice itself
+        return {"image": item["image"].float(), "label": label.to(torch.uint8), "case": case}
 
     def signature(self) -> list[int]:
         """Numbers that tell this data set from another: cases, slices, and a checksum of the labels."""

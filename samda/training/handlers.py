@@ -12,11 +12,11 @@ import torch
 import torch.nn as nn
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
-from tqdm import tqdm
 
 from samda.errors import InputError
 from samda.files import write_json
-from samda.processes import is_main, quiet
+from samda.processes import is_main
+from samda.progress import bar
 from samda.training.record import TrainingRecord
 
 __all__ = ["Progress", "RecordEpoch"]
@@ -114,10 +114,8 @@ class Progress:
 
     def start(self, engine: Engine) -> None:
         """Open the bar at the epoch that the training starts from."""
-        total = engine.state.max_epochs
-        self.bar = tqdm(
-            desc="training", unit="epoch", total=total, initial=engine.state.epoch, leave=False, disable=quiet()
-        )
+        total = engine.state.max_epochs or 0
+        self.bar = bar("training", total, "epoch", initial=engine.state.epoch)
 
     def advance(self, engine: Engine) -> None:
         """One epoch further."""

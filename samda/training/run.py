@@ -16,6 +16,7 @@ from samda.errors import UsageError, cause_of, nearest
 from samda.processes import launched
 from samda.resources import packaged
 from samda.training.check import check_config
+from samda.training.tracking import mlflow_settings, trackers
 
 __all__ = ["find_overlay", "literal", "train"]
 
@@ -34,6 +35,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     device: str | None = None,
+    tracking: str | Sequence[str] = "tensorboard",
     begin: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Train on a data set and write a model folder.
@@ -52,6 +54,8 @@ def train(
         resume: go on from `output`/last.pt, exactly as if the training had not stopped.
         overwrite: replace the training that `output` holds.
         device: torch device; None takes a GPU where there is one.
+        tracking: "tensorboard" (into `output`/tensorboard), "mlflow" (into `output`/mlruns.db, or where the keys
+            tracking_uri, experiment_name and run_name say), both with a comma between, or "none".
         begin: called once all settings were accepted, before anything is read.
 
     Returns:
@@ -64,8 +68,9 @@ def train(
     Example:
         `train("scans", "model", task="abdomen.yaml", adapters=["salt", "sam_da"], overrides={"epochs": 20})`
     """
+    chosen = trackers(tracking)
     keys: dict[str, Any] = {"dataset_dir": literal(str(dataset)), "output_dir": literal(str(output))}
-    keys |= {"resume": resume, "overwrite": overwrite}
+    keys |= {"resume": resume, "overwrite": overwrite, "tensorboard": "tensorboard" in chosen}
     if task is not None:
         keys["task"] = literal(task.to_dict() if isinstance(task, Task) else task)
     if backbone is not None:
@@ -73,7 +78,7 @@ def train(
     if device is not None:
         keys["device"] = str(device)
     with _one_voice():
-        workflow = _workflow(keys, adapters, dict(overrides or {}))
+        workflow = _workflow(keys, adapters, dict(overrides or {}), "mlflow" in chosen)
         if begin is not None:
             begin()
         workflow.initialize()
@@ -81,7 +86,9 @@ def train(
         return workflow.finalize()[0]
 
 
-def _workflow(keys: dict[str, Any], adapters: Adapters | None, overrides: dict[str, Any]) -> ConfigWorkflow:
+def _workflow(
+    keys: dict[str, Any], adapters: Adapters | None, overrides: dict[str, Any], mlflow: bool
+) -> ConfigWorkflow:
     """The workflow of train.json with `keys` and `overrides`, not yet initialized; for torchrun with its overlay."""
     for key in overrides:
         if key in keys or key == "bundle_root":
@@ -99,6 +106,8 @@ def _workflow(keys: dict[str, Any], adapters: Adapters | None, overrides: dict[s
     for key, value in (keys | overrides).items():
         workflow.parser.set(value, key)  # new nested keys are taken, too, and refused by name below
     check_config(workflow.parser.get(), ConfigParser.load_config_files(paths))
+    if mlflow:
+        ConfigWorkflow.patch_bundle_tracking(workflow.parser, mlflow_settings())
     return workflow
 
 

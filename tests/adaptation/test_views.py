@@ -29,6 +29,21 @@ def test_the_same_seed_gives_the_same_views() -> None:
     assert make_views(9, 5) != make_views(9, 6)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_channels_of_a_slice_change_alike(family: str) -> None:
+    """Each channel as if it were alone; noise has the same strength, but every slice of a scan has its own."""
+    view = next(view for view in make_views(8, 5) if view.family == family)
+    one = torch.full((2, 1, 40, 40), 0.5) + 0.1 * torch.rand(2, 1, 40, 40, generator=torch.Generator().manual_seed(3))
+    found = apply_view(view, one.repeat(1, 3, 1, 1), range(2))
+    alone = apply_view(view, one, range(2))
+    assert torch.equal(found[:, :1], alone)
+    if family == "noise":
+        spread = (found - one).std((-2, -1))
+        assert float(spread.max() / spread.min()) < 1.15
+    else:
+        assert torch.equal(found, alone.repeat(1, 3, 1, 1))
+
+
 def test_global_generators_stay_untouched() -> None:
     torch.manual_seed(0)
     expected = torch.rand(4)

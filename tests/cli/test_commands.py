@@ -113,6 +113,16 @@ def test_another_modality_maps_intensities_its_own_way(
     assert code == 0 and out.startswith("1 predicted")
 
 
+def test_a_class_to_keep_the_largest_piece_of_must_exist(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for command in ("predict", "adapt"):
+        args = [command, "-m", place / "model", "-i", place / "scans", "-o", tmp_path / "x", "--keep-largest", "bal"]
+        code, _, err = samda(capsys, *args)
+        assert code == 2 and not (tmp_path / "x").exists()
+        assert "keep_largest names 'bal', which is no foreground class; did you mean 'ball'?" in err.splitlines()[-1]
+
+
 def test_one_bad_scan_does_not_stop_the_others(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     shutil.copytree(place / "scans", tmp_path / "scans")
     (tmp_path / "scans" / "broken.nii.gz").write_bytes(b"no scan")

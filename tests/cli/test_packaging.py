@@ -15,6 +15,7 @@ import pytest
 
 import samda
 from samda.resources import packaged
+from samda.training.tracking import OLDEST_MLFLOW
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -56,7 +57,7 @@ def test_constraints_pin_every_requirement_once() -> None:
     groups = [
         PROJECT["build-system"]["requires"],
         PROJECT["project"]["dependencies"],
-        *PROJECT["project"]["optional-dependencies"].values(),
+        *(PROJECT["project"]["optional-dependencies"][name] for name in ("test", "dev")),
     ]
     for requirement in (r for group in groups for r in group):
         name = re.match(r"[A-Za-z0-9_.-]+", requirement).group().lower().replace("_", "-")
@@ -64,6 +65,19 @@ def test_constraints_pin_every_requirement_once() -> None:
     assert pins["torch"] == "2.14.1"
     assert pins["torchvision"] == "0.29.1"
     assert not [name for name in pins if name.startswith(("nvidia", "cuda", "triton"))]  # Linux only, by torch itself
+
+
+def test_what_the_environments_of_integration_add_is_pinned_once_and_agrees() -> None:
+    """They come on top of samda's environment, so they must not repeat its packages."""
+    own = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    for name, program in (("monailabel", "monailabel==0.8.5"), ("mlflow", "mlflow==3.17.2")):
+        lines = (ROOT / "integration" / f"{name}.txt").read_text().splitlines()
+        pins = [line for line in lines if line and line[0] != "#"]
+        assert program in pins and all(re.fullmatch(r"[a-z0-9-]+==[0-9a-z.]+", pin) for pin in pins)
+        assert len({pin.split("==")[0] for pin in pins}) == len(pins)
+        assert not own & {pin.split("==")[0] for pin in pins}
+    extra = PROJECT["project"]["optional-dependencies"]["mlflow"]
+    assert extra == [f"mlflow>={OLDEST_MLFLOW}"]
 
 
 def test_public_names_exist_and_import_lazily() -> None:

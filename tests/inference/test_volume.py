@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,6 +37,33 @@ def test_labels_are_exact_where_pixels_meet_voxels(
     assert isinstance(result, MetaTensor)
     assert result.dtype == torch.uint8
     assert np.array_equal(result[0, 0].numpy(), labels)
+
+
+@pytest.mark.parametrize("channel", [0, 1, 2])
+def test_context_hands_the_network_the_slice_below_itself_and_above(
+    band_network: torch.nn.Module, band_task: Task, phantom: SimpleNamespace, channel: int
+) -> None:
+    """A network that looks at one channel only: its labels are those of that neighbor, also across batches."""
+    labels = phantom.truth(SHAPE)
+    wide = dataclasses.replace(band_task, context=1)
+    result = VolumeInferer(wide, batch_size=3)(
+        volume(labels), lambda x: band_network(x[:, channel : channel + 1]) if x.shape[1] == 3 else None
+    )
+    shifted = labels[:, :, np.clip(np.arange(10) + channel - 1, 0, 9)]
+    assert np.array_equal(result[0, 0].numpy(), shifted)
+
+
+def test_context_sees_nothing_new_in_a_volume_of_equal_slices(
+    make_segmenter: Callable, band_task: Task, phantom: SimpleNamespace
+) -> None:
+    """SAM repeats a single channel to three; equal neighbors are the same input, so the same probabilities."""
+    image = volume(np.repeat(phantom.truth((40, 48, 1)), 5, axis=2))
+    one, three = (make_segmenter(in_channels=channels).eval() for channels in (1, 3))
+    wide = dataclasses.replace(band_task, context=1)
+    a, b = (
+        VolumeInferer(t, output="probabilities")(image, network) for t, network in ((band_task, one), (wide, three))
+    )
+    assert torch.equal(a.as_tensor(), b.as_tensor())
 
 
 def test_batches(band_network: torch.nn.Module, band_task: Task, phantom: SimpleNamespace) -> None:

@@ -18,6 +18,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from tiny_scans import AFFINE, TASK
 
 from samda.errors import UsageError, cause_of
+from samda.inference.components import keep_largest
 from samda.resources import packaged
 from samda.training import train
 from samda.version import __version__
@@ -73,6 +74,18 @@ def test_inference_from_elsewhere_writes_label_maps_on_the_scans_grid(
     assert labels.shape == image.shape and labels.get_data_dtype() == np.uint8
     assert np.array_equal(labels.affine, image.affine) and np.allclose(labels.affine, AFFINE)
     assert set(np.unique(labels.get_fdata())) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("kept", [True, ["liver"]])
+def test_inference_keeps_the_largest_piece_where_asked(
+    model: Path, datalist: Path, tmp_path: Path, keys: dict[str, Any], kept: Any
+) -> None:
+    settings = {"dataset_dir": str(datalist.parent / "d.nii.gz"), "weights": keys["weights"]}
+    run("inference", model, output_dir=str(tmp_path / "plain"), **settings)
+    run("inference", model, output_dir=str(tmp_path / "kept"), keep_largest=kept, **settings)
+    plain, found = (np.asarray(nib.load(tmp_path / name / "d.nii.gz").dataobj) for name in ("plain", "kept"))
+    assert plain.any(), "there is something to look at"
+    assert np.array_equal(found, keep_largest(plain, [1, 2] if kept is True else [1]))
 
 
 def test_evaluation_from_elsewhere_scores_the_section(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,43 @@ def test_ranges_of_slices_are_respected(write_case: Write, task: Task) -> None:
         assert torch.equal(part[i]["label"], whole[j]["label"])
     with pytest.raises(InputError, match="case 'a': slices 6 to 12 do not lie within its 8 slices"):
         dataset_of([case | {"slices": [(6, 12)]}], task)
+
+
+def test_context_adds_the_neighbors_and_a_range_is_a_scan_of_its_own(write_case: Write, task: Task) -> None:
+    case, wide = write_case("a", 1), dataclasses.replace(task, context=1)
+    plain = dataset_of([case], task)
+    whole, part = dataset_of([case], wide), dataset_of([case | {"slices": [(2, 4), (6, 7)]}], wide)
+    around = {i: (max(i - 1, 0), i, min(i + 1, 7)) for i in range(8)}
+    for dataset, expected in ((whole, around), (part, {0: (2, 2, 3), 1: (2, 3, 3), 2: (6, 6, 6)})):
+        assert len(dataset) == len(expected)
+        for i, triple in expected.items():
+            assert torch.equal(dataset[i]["image"], torch.cat([plain[j]["image"] for j in triple]))
+            assert torch.equal(dataset[i]["label"], plain[triple[1]]["label"])
+    assert whole.statistics.to_dict() == plain.statistics.to_dict(), "statistics are those of the slices alone"
+    assert whole.signature() == plain.signature()
+
+
+def test_context_of_tiles_stays_in_the_tile(write_case: Write, task: Task) -> None:
+    small = Task(classes=task.classes, spacing=4.0, image_size=32)
+    case = write_case("a", 1)
+    plain, wide = dataset_of([case], small), dataset_of([case], dataclasses.replace(small, context=1))
+    assert len(wide) == len(plain) > 8
+    for i in range(len(plain)):
+        window, j = divmod(i, 8)
+        triple = [8 * window + k for k in (max(j - 1, 0), j, min(j + 1, 7))]
+        assert torch.equal(wide[i]["image"], torch.cat([plain[k]["image"] for k in triple]))
+
+
+def test_augmentation_with_context_gives_the_label_of_the_slice(write_case: Write, task: Task) -> None:
+    """Geometry depends on nothing but (seed, epoch, index), so labels are those without context."""
+    case = write_case("a", 1)
+    augmentation = build_augmentation(task)
+    plain = dataset_of([case], task, augmentation=augmentation, seed=7)
+    wide = dataset_of([case], dataclasses.replace(task, context=1), augmentation=augmentation, seed=7)
+    for key in [(1, 3), (2, 4), (5, 6)]:
+        item = wide[key]
+        assert item["image"].shape == (3, 64, 64) and item["label"].shape == (1, 64, 64)
+        assert torch.equal(item["label"], plain[key]["label"])
 
 
 def test_augmentation_follows_from_seed_epoch_and_index_alone(write_case: Write, task: Task) -> None:

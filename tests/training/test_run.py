@@ -18,8 +18,11 @@ from ignite.engine import Engine
 from safetensors.torch import load_file
 from tiny_scans import TASK, write_case
 
+from samda.data.slices import SliceGrid
 from samda.data.task import Task
+from samda.data.transforms import build_preprocessing
 from samda.errors import AdapterError, InputError, UsageError
+from samda.inference.volume import VolumeInferer
 from samda.networks.model_folder import load_model
 from samda.resources import packaged
 from samda.training import Progress, train
@@ -56,6 +59,25 @@ def test_a_training_writes_a_model_that_loads(datalist: Path, tmp_path: Path, ke
     assert statistics["classes"]["liver"]["area_mm2"][3] == pytest.approx(80 * 4.2 * 3.9, rel=0.15)  # 8 x 10 voxels
     assert record["training"]["cases"] == {"training": 2, "validation": 1}
     assert same(dict(network.state_dict()), tensors(tmp_path / "model"))
+
+
+def test_a_training_with_context_is_saved_and_predicts_with_it(datalist: Path, tmp_path: Path, keys: Keys) -> None:
+    task = Task.from_dict(TASK | {"context": 1, "keep_largest": ["liver"]})
+    train(datalist, tmp_path / "model", task, overrides=keys)
+    network, loaded, record = load_model(tmp_path / "model", weights=keys["weights"])
+    assert loaded == task and network.in_channels == 3
+    assert (record["statistics"]["slices"], len(record["statistics"]["body"]["intensity"])) == (16, 1)
+    metadata = json.loads((tmp_path / "model" / "configs" / "metadata.json").read_text())
+    assert metadata["network_data_format"]["inputs"]["image"]["num_channels"] == 1, "the scan has one channel"
+    data = build_preprocessing(task, labels=False)({"image": str(datalist.parent / "d.nii.gz")})
+    grid = SliceGrid.from_volume(data["image"], data["image"].affine, task)
+    plain = grid.extract(data["image"], range(8))[:, 0]
+    stacked = torch.stack([plain[[max(i - 1, 0), i, min(i + 1, 7)]] for i in range(8)])
+    with torch.no_grad():
+        expected = grid.restore(network(stacked).softmax(1))
+    inferer = VolumeInferer(task, output="probabilities", batch_size=3)
+    torch.testing.assert_close(inferer(data["image"][None], network)[0].as_tensor(), expected, rtol=1e-4, atol=1e-5)
+    shutil.rmtree(tmp_path / "model")
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(datalist: Path, tmp_path: Path, keys: Keys) -> None:

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--report run.json`: what ran on what, how long, how much memory, and how it ended, also where it failed.
+
+`samda adapt` writes a record per case instead (run.jsonl); keys that both have mean the same and are made the same way.
+As there, files are named by the hash of their content, not by names that may be those of patients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from samda.data.formats import Image, files_of
+from samda.errors import SamdaError, UsageError, reason_of
+from samda.processes import launched
+
+__all__ = ["REPORT_VERSION", "RunReport", "add_report"]
+
+REPORT_VERSION = 1
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    """`--report`, the file of :class:`RunReport`."""
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write versions, hashes, times, peak memory and outcome as JSON, also when the job fails",
+    )
+
+
+class RunReport:
+    """Collects what a run did and writes it when the block ends, however it ends.
+
+        with RunReport(args, "predict") as report:
+            with report.stage("load"):
+                ...
+
+    Args:
+        args: of the command line; `args.report` None writes nothing and hashes nothing.
+        command: its name.
+
+    Attributes:
+        wanted: is there a file to write?
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+
+    def __init__(self, args: argparse.Namespace, command: str) -> None:
+        self.path: Path | None = args.report
+        self.wanted = self.path is not None and launched()[0] == 0  # the first of several processes writes it
+        if self.path is not None and (self.path.is_dir() or not self.path.absolute().parent.is_dir()):
+            what = "is a folder" if self.path.is_dir() else "lies in a folder that does not exist"
+            raise UsageError(f"--report {self.path} {what}; give a file in a folder that exists")
+        self.names: dict[str, str] = {}  # what may tell a patient -> what stands for it
+        self.seconds: dict[str, float] = {}
+        # paths tell patients and places; what they hold is hashed instead
+        options = {k: v for k, v in vars(args).items() if not isinstance(v, Path) and k not in ("command", "debug")}
+        config = {key: _described(value) if self.wanted else value for key, value in options.items()}
+        self.content: dict[str, Any] = {"report_version": REPORT_VERSION, "command": command, "config": config}
+        self.inputs: dict[str, dict[str, Any]] = {}
+
+    def __enter__(self) -> RunReport:
+        from samda.adaptation.record import now
+
+        self._begin = time.perf_counter()
+        self.content["time_start"] = now() if self.wanted else None
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not self.wanted:
+            return
+        try:
+            self._write(error)
+        except Exception as failure:
+            if error is None:
+                raise
+            from samda.cli.options import say
+
+            say(f"the report {self.path} could not be written: {failure}")  # what went wrong first matters more
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage; one that fails is timed up to there."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - begin, 3)
+
+    def add_input(self, case: str, **files: Image | None) -> None:
+        """Hash the files of a case: `add_input("a", image=..., label=...)`; what is not there has no hash."""
+        if not self.wanted:
+            return
+        from samda.adaptation.record import path_sha256, pseudonym, sha256_of
+
+        hashes: dict[str, str | None] = {}
+        for kind, path in files.items():
+            if path is None:
+                continue
+            try:
+                found = path_sha256(path)
+            except OSError:
+                found = None
+            hashes["input_sha256" if kind == "image" else f"{kind}_sha256"] = found
+        case_id = pseudonym(next((value for value in hashes.values() if value), None) or sha256_of(case))
+        given = [str(path) for image in files.values() if image is not None for path in files_of(image)]
+        self.names |= {text: case_id for text in (*given, *(Path(path).name for path in given), case)}
+        self.inputs[case] = {"case_id": case_id, **hashes}
+
+    def set_outcome(self, case: str, outcome: str, seconds: float | None = None) -> None:
+        """What became of a case: "done", "empty", "skipped" or why it failed."""
+        if self.wanted:
+            entry = self.inputs.setdefault(case, {"case_id": "unknown"})
+            entry["outcome"] = outcome
+            if seconds is not None:
+                entry["seconds"] = round(seconds, 3)
+
+    def add(self, **values: Any) -> None:
+        """Further keys: plain values."""
+        self.content |= values
+
+    def add_model(self, folder: str | Path) -> None:
+        """The hash of a model folder's adapters and class head, and the base it stands on, from its files alone."""
+        if not self.wanted:
+            return
+        from samda.adaptation.record import tensors_sha256
+        from samda.adapters.files import read_adapters
+
+        file = read_adapters(folder)
+        self.add(adapter_sha256=tensors_sha256(file.tensors), base_file_sha256=file.base.get("sha256"))
+
+    def add_network(self, network: Any) -> None:
+        """The hashes that `samda adapt` records: base and class head together, and adapters with class head."""
+        from samda.adaptation.record import tensors_sha256
+        from samda.adapters.files import state_tensors
+        from samda.networks.saving import full_state
+
+        base, adapters = full_state(network), state_tensors(network)
+        self.add(model_sha256=tensors_sha256(base), adapter_sha256=tensors_sha256(adapters))
+
+    def _write(self, error: BaseException | None) -> None:
+        from samda.adaptation.record import now, sha256_of, versions
+        from samda.files import write_json
+
+        code, reason, text = outcome_of(error)
+        inputs = [{"outcome": None} | entry for entry in self.inputs.values()]
+        content = self.content | {
+            "time_end": now(),
+            "seconds": self.seconds | {"total": round(time.perf_counter() - self._begin, 3)},
+            "versions": versions(),
+            "config_sha256": sha256_of(self.content["config"]),
+            "inputs": inputs,
+            "peak_memory_mb": peak_memory_mb(),
+            "exit_code": code,
+            "exit_reason": reason,
+            "error": text,
+        }
+        assert self.path is not None
+        write_json(self.path, self._concealed(content))
+
+    def _concealed(self, value: Any) -> Any:
+        """Without names of files and cases in any text."""
+        if isinstance(value, Mapping):
+            return {self._concealed(key): self._concealed(entry) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._concealed(entry) for entry in value]
+        if isinstance(value, str):
+            for name in sorted(self.names, key=len, reverse=True):
+                if value == name or (len(name) > 2 and name in value):
+                    value = value.replace(name, self.names[name])
+        return value
+
+
+def _described(value: Any) -> Any:
+    """An option as it is; files in it, such as a task or adapters, by name and sha256 instead of their place."""
+    if not isinstance(value, str) or not any(Path(part).is_file() for part in value.split(",")):
+        return value
+    from samda.adaptation.record import path_sha256
+
+    parts = [Path(part) for part in value.split(",")]
+    return [{"file": p.name, "sha256": path_sha256(p)} if p.is_file() else str(p) for p in parts]
+
+
+def outcome_of(error: BaseException | None) -> tuple[int, str, str | None]:
+    """Exit code, reason ("done", "usage", "failed", "interrupted", "out of memory", "unexpected") and message."""
+    if error is None:
+        return 0, "done", None
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted", None
+    if isinstance(error, UsageError):
+        return 2, "usage", reason_of(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return 1, "out of memory", reason_of(error)
+    return 1, "failed" if isinstance(error, SamdaError) else "unexpected", reason_of(error)
+
+
+def peak_memory_mb() -> dict[str, float | None]:
+    """Largest memory of this process so far: resident, and on the GPUs (MB = 10^6 bytes); None where unknown."""
+    try:
+        import resource
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+        resident: float | None = peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+    except ImportError:  # Windows
+        resident = None
+    import torch
+
+    gpu = [torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())]
+    cuda = sum(gpu) / 1e6 if gpu else None
+    return {"rss": None if resident is None else round(resident), "cuda": None if cuda is None else math.ceil(cuda)}

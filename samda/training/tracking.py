@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Curves of a training for TensorBoard and MLflow: loss, learning rates, validation Dice per class; and pictures.
+
+Both take the rows of :class:`samda.training.record.TrainingRecord`, so they show what history.json holds. TensorBoard
+is on by default and writes to `MODEL/tensorboard`; MLflow is MONAI's own handler, added as MONAI's `--tracking mlflow`
+adds it.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from ignite.engine import Engine, Events
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
+from monai.handlers import MLFlowHandler, TensorBoardHandler
+from monai.networks.utils import eval_mode
+from monai.utils import version_geq
+
+from samda.errors import UsageError, nearest
+from samda.report import paint
+from samda.training.record import TrainingRecord
+
+__all__ = ["MLflow", "TensorBoard", "mlflow_settings", "scalars", "trackers"]
+
+TRACKERS = ("tensorboard", "mlflow")
+OLDEST_MLFLOW = "3.15.2"  # what MONAI 1.6 asks for
+SHOWN = 4  # validation slices with pictures
+
+
+def trackers(names: str | Sequence[str]) -> list[str]:
+    """The trackers that "tensorboard", "mlflow", "tensorboard,mlflow" or "none" means; their packages are there.
+
+    Raises:
+        UsageError: an unknown name, or a package that is missing or too old.
+    """
+    chosen = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+    if chosen in ([], ["none"]):
+        return []
+    for name in chosen:
+        if name not in TRACKERS:
+            raise UsageError(f"tracking {name!r} is unknown; {nearest(name, (*TRACKERS, 'none'))}")
+    if "mlflow" in chosen:
+        _check_mlflow()
+    return chosen
+
+
+def _check_mlflow() -> None:
+    try:
+        found = importlib.metadata.version("mlflow")
+    except importlib.metadata.PackageNotFoundError:
+        found = None
+    if found is None or not version_geq(found, OLDEST_MLFLOW):
+        have = f"this environment has {found}" if found else "it is not installed"
+        raise UsageError(
+            f"tracking 'mlflow' needs mlflow {OLDEST_MLFLOW} or newer, {have}: pip install 'samda[mlflow]'"
+        )
+
+
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """A row of the curve by name: "loss", "learning_rate/GROUP" and, where validated, "dice/mean" and "dice/CLASS"."""
+    values = {"loss": row["loss"]}
+    values |= {f"learning_rate/{group}": rate for group, rate in row["learning_rate"].items()}
+    if "mean_dice" in row:
+        values["dice/mean"] = row["mean_dice"]
+        values |= {f"dice/{name}": value for name, value in row["dice"].items() if value is not None}
+    return values
+
+
+def _first_process() -> bool:
+    """Is this the process that writes? Several share a training on several GPUs."""
+    parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not parallel or torch.distributed.get_rank() == 0
+
+
+class TensorBoard(TensorBoardHandler):
+    """Writes every epoch to TensorBoard, and pictures whenever a validation was the best so far.
+
+    Attach it after :class:`samda.training.handlers.RecordEpoch`. Nothing is written before the training starts. A new
+    training replaces the events of an older one in the folder; a resumed one goes on behind its checkpoint. Pictures
+    show slices of the validation cases beside label and prediction: `folder` holds patient images.
+
+    Args:
+        record: of the training.
+        network: the segmenter.
+        dataset: the validation slices.
+        folder: where the event files go.
+    """
+
+    def __init__(self, record: TrainingRecord, network: nn.Module, dataset: Any, folder: str | Path) -> None:
+        self.record, self.network, self.dataset, self.folder = record, network, dataset, Path(folder)
+        slices = getattr(dataset, "slices", dataset)  # of an EmbeddingDataset
+        self.slices, self.shown = slices, _spread(slices.foreground.numpy(), SHOWN)
+        self.internal_writer = True
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the training engine."""
+        if _first_process():
+            engine.add_event_handler(Events.STARTED, self.start)
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self.write)
+            engine.add_event_handler(Events.COMPLETED, self.close)
+
+    def start(self, engine: Engine) -> None:
+        """Open the event file."""
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a training needs it
+
+        if engine.state.epoch == 0:
+            for path in self.folder.glob("events.out.tfevents.*"):
+                path.unlink()
+        purge = engine.state.epoch + 1 if engine.state.epoch else None  # epochs behind the checkpoint come again
+        self._writer = SummaryWriter(str(self.folder), purge_step=purge)
+
+    def write(self, engine: Engine) -> None:
+        """Write the newest row of the curve."""
+        row = self.record.history[-1]
+        for name, value in scalars(row).items():
+            self._writer.add_scalar(name, value, row["epoch"])
+        if self.record.best_epoch == row["epoch"]:
+            for number, picture in enumerate(self.pictures(), start=1):
+                self._writer.add_image(f"validation/{number}", picture, row["epoch"], dataformats="HWC")
+        self._writer.flush()  # a training that is killed leaves its curve
+
+    @torch.no_grad()
+    def pictures(self) -> list[np.ndarray]:
+        """Slice, label and present prediction side by side, for each slice shown: (H, 3 W, 3) uint8."""
+        device = next(self.network.parameters()).device
+        embedded = self.slices is not self.dataset
+        pictures = []
+        with eval_mode(self.network):
+            for index in self.shown:
+                item = self.slices.view(index, 0)
+                inputs = self.dataset[index]["embedding"] if embedded else item["image"]
+                logits = self.network(inputs[None].to(device), embedded=embedded)
+                image = item["image"].numpy()
+                image = image[self.slices.task.context :][: self.slices.task.in_channels]  # without its neighbors
+                label, predicted = item["label"][0].numpy(), logits[0].argmax(0).cpu().numpy()
+                pictures.append(np.concatenate([paint(image), paint(image, label), paint(image, predicted)], axis=1))
+        return pictures
+
+
+class MLflow(MLFlowHandler):
+    """MONAI's MLFlowHandler for a samda training: every epoch as one step, settings as parameters.
+
+    A resumed training goes on in its run where that is unfinished; a new one always has a run of its own, named as its
+    folder, also where several trainings share a server.
+
+    Args:
+        record: of the training.
+        settings: parameters of the run.
+        folder: the model folder; names the run unless `run_name` does.
+        run_name: of the run.
+        more: further arguments of MONAI's handler: tracking_uri, experiment_name, ...
+    """
+
+    def __init__(
+        self,
+        record: TrainingRecord,
+        settings: Mapping[str, Any],
+        folder: str | Path,
+        run_name: str | None = None,
+        **more: Any,
+    ) -> None:
+        self.record, self.settings = record, settings
+        more |= {"run_name": run_name or str(Path(folder).resolve()), "iteration_log": False, "epoch_log": True}
+        Path(folder).mkdir(parents=True, exist_ok=True)  # the database lies there
+        super().__init__(epoch_logger=self.write, close_on_complete=True, **more)
+
+    def start(self, engine: Engine) -> None:
+        """Open the run."""
+        if engine.state.epoch == 0:  # MONAI would go on with any unfinished run of this name
+            self._set_experiment()
+            self.cur_run = self.client.create_run(self.experiment.experiment_id, run_name=self.run_name)  # type: ignore
+            values = {re.sub(r"[^\w\-. :/]", "_", key): str(value)[:500] for key, value in self.settings.items()}
+            self.experiment_param = values  # 500 letters are MLflow's limit
+        super().start(engine)
+
+    def write(self, engine: Engine) -> None:
+        """Log the newest row of the curve."""
+        row = self.record.history[-1]
+        names = {name: re.sub(r"[^\w\-. :/]", "_", name) for name in scalars(row)}  # what MLflow takes in a name
+        self._log_metrics({names[name]: value for name, value in scalars(row).items()}, step=row["epoch"])
+
+
+def mlflow_settings() -> dict[str, Any]:
+    """MONAI's settings for `--tracking mlflow` with :class:`MLflow` at the trainer, and nothing at the validator.
+
+    Neither MONAI's handler for the validator nor its copy of the config is needed: the rows hold the validation, and
+    the settings are parameters of the run.
+    """
+    settings: dict[str, Any] = copy.deepcopy(DEFAULT_MLFLOW_SETTINGS)
+    ours = {"_target_": "samda.training.tracking.MLflow", "record": "@record", "folder": "@output_dir"}
+    ours |= {"settings": "$@checkpoint.settings", "_disabled_": "@is_not_rank0"}
+    ours |= {key: f"@{key}" for key in ("tracking_uri", "experiment_name", "run_name")}
+    settings["configs"] |= {"trainer": ours, "experiment_name": "samda", "save_execute_config": False}
+    del settings["configs"]["validator"], settings["configs"]["evaluator"]
+    return settings
+
+
+def _spread(foreground: np.ndarray, count: int) -> list[int]:
+    """Up to `count` items, evenly over those with foreground, else over all."""
+    found = np.flatnonzero(foreground)
+    found = found if len(found) else np.arange(len(foreground))
+    count = min(count, len(found))
+    return [int(found[int((k + 0.5) * len(found) / count)]) for k in range(count)]
