@@ -16,6 +16,7 @@ from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.image_encoder import PatchEmbed, window_partition, window_unpartition
 
 from samda.adapters.sites import LinearSite, NormSite, ResidualSites, SiteInfo
+from samda.networks.activations import gelu
 from samda.networks.attention import DerivedTensors, relative_attention, relative_table
 
 __all__ = ["ImageEncoderViT", "build_neck"]
@@ -87,7 +88,7 @@ class MLPBlock(nn.Module):
         self.lin2 = LinearSite(hidden, dim, SiteInfo(f"{prefix}.mlp.fc2", "linear", "mlp.fc2", block, hidden))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.lin2(F.gelu(self.lin1(x)))
+        return self.lin2(gelu(self.lin1(x)))
 
 
 class Block(nn.Module):
