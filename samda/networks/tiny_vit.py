@@ -15,7 +15,7 @@ from samda.adapters.sites import LinearSite, NormSite, ResidualSites, SiteInfo
 from samda.networks.activations import gelu
 from samda.networks.attention import DerivedTensors
 from samda.networks.convolutions import FoldedConvNorm, quicken
-from samda.networks.vit import build_neck
+from samda.networks.vit import build_neck, run_block
 from samda.networks.windows import bias_index, window_attention, window_bias
 
 __all__ = ["TinyViT", "rename_mobile_sam"]
@@ -130,10 +130,10 @@ class Stage(nn.Module):
         self.downsample.conv2.conv.stride = (stride, stride)
         self.blocks = nn.ModuleList(Block(first_block + i, dim, num_heads, window, mlp_ratio) for i in range(depth))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, checkpointing: bool) -> torch.Tensor:
         x = self.downsample(x).permute(0, 2, 3, 1)
         for block in self.blocks:
-            x = block(x)
+            x = run_block(block, x, checkpointing)
         return x.permute(0, 3, 1, 2)
 
 
@@ -148,7 +148,12 @@ class TinyViT(nn.Module):
         image_size: side of the images in pixels that the weights were trained at; any multiple of 16 works.
         mlp_ratio: width of the MLPs over the channels.
         out_channels: channels of the embedding.
+
+    Attributes:
+        checkpointing: see :func:`samda.networks.vit.run_block`.
     """
+
+    checkpointing = False
 
     def __init__(
         self,
@@ -180,7 +185,7 @@ class TinyViT(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.conv_blocks(self.patch_embed(x))
         for stage in self.stages:
-            x = stage(x)
+            x = stage(x, self.checkpointing)
         return self.neck(x)
 
     def train(self, mode: bool = True) -> TinyViT:
