@@ -2,7 +2,7 @@
 # Everything starts from a fresh clone with Python >= 3.11, pip and npm: each target makes the environment it needs.
 #   make demo                              train and predict on real scans, result in demo/report.html
 #   make test                              the whole test suite
-#   make bench                             speed against named rivals, side by side
+#   make bench                             speed against named rivals, side by side; tables of docs/performance.md
 #   make test PYTHON=python3.12 VENV=env   another interpreter, another folder for the environment
 
 PYTHON ?= python3
@@ -38,6 +38,8 @@ test: $(stamp)
 
 bench: $(stamp)
 	$(python) benchmarks/speed.py
+	$(python) benchmarks/scaling.py
+	$(python) benchmarks/performance_page.py
 
 lint: $(stamp)
 	$(python) -m ruff check .
