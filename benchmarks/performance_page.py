@@ -63,8 +63,8 @@ def _machine(results: dict[str, Any]) -> str:
     facts = results["machine"]
     return (
         f"Measured on: {facts['processor']}, {facts['cores']} cores, {facts['threads']} threads of PyTorch "
-        f"{facts['torch']}, Python {facts['python']}, {facts['system']}; up to {results['repeats']} repeats, load of the "
-        f"machine at the end {facts['load']}."
+        f"{facts['torch']}, Python {facts['python']}, {facts['system']}; up to {results['repeats']} repeats, load of "
+        f"the machine at the end {facts['load']}."
     )
 
 
