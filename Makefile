@@ -3,7 +3,7 @@
 #   make demo                              train and predict on real scans, result in demo/report.html
 #   make test                              the whole test suite
 #   make integration                       MONAI Label and MLflow, each in an environment of its own
-#   make bench                             speed against named rivals, side by side
+#   make bench                             speed against named rivals, side by side; tables of docs/performance.md
 #   make test PYTHON=python3.12 VENV=env   another interpreter, another folder for the environment
 
 PYTHON ?= python3
@@ -43,6 +43,8 @@ integration: $(stamp)
 
 bench: $(stamp)
 	$(python) benchmarks/speed.py
+	$(python) benchmarks/scaling.py
+	$(python) benchmarks/performance_page.py
 
 # after a change of options, docstrings or settings
 docs: $(stamp)

@@ -14,7 +14,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["Row", "interleave", "machine", "median", "spread", "table"]
+__all__ = ["Options", "Row", "interleave", "machine", "median", "relative_error", "spread", "table"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What rows are measured with."""
+
+    device: str = "cpu"
+    repeats: int = 5
+    model: Path | None = None  # a trained vit_t; None trains one
+    memory_size: int = 1024  # pixels, of the step whose memory is measured
 
 
 @dataclasses.dataclass
@@ -51,6 +61,12 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over the largest magnitude."""
+    with torch.no_grad():
+        return ((value.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+
+
 def median(values: list[float]) -> float:
     """The middle figure."""
     return statistics.median(values)
@@ -72,6 +88,7 @@ def machine(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.system(),
+        "load": round(os.getloadavg()[0], 1),  # of other work, when the measurement ended
     }
     if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()

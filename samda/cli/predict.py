@@ -9,6 +9,7 @@ reported and does not stop the others; the exit code is then 1.
   samda predict -m model -i scans -o labels --continue      leave out what is finished
   samda predict -m model -i scans -o labels --modality MR   scans of another kind than those of the training
   samda predict -m model -i scans -o labels --part 2/8      the second of eight jobs
+  samda predict -m model -i scans -o labels --amp bf16      faster on GPUs and on CPUs with bfloat16
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory", type=positive, default=512, metavar="MB", help="for class maps on the scan's grid; default 512"
     )
     add_part(parser)
+    parser.add_argument(
+        "--amp", choices=("bf16", "fp16"), help="reduced precision of the network (fp16: GPUs only); default: full"
+    )
     add_modality(parser)
     add_keep_largest(parser)
     add_report(parser)
@@ -68,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
         part = read_part(args.part)
         device = pick_device(args.device)
         with report.stage("import"):
+            from samda.adapters.base import merge
             from samda.inference.components import override
             from samda.inference.predict import Predictor, find_cases, predict_folder
             from samda.networks.versions import load_version
@@ -87,8 +92,15 @@ def run(args: argparse.Namespace) -> None:
                 report.add_network(network)
                 for case in mine:
                     report.add_input(case["id"], image=case["image"])
+        merge(network)  # nothing is trained here: no adapter needs to cost more than it must
         predictor = Predictor(
-            network, task, device, batch_size=args.batch_size, memory_budget_mb=args.memory, progress=is_main()
+            network,
+            task,
+            device,
+            batch_size=args.batch_size,
+            memory_budget_mb=args.memory,
+            amp=args.amp,
+            progress=is_main(),
         )
         where = f"part {part} of {len(cases)} cases: " if part else ""
         say(f"{where}{total} case{'' if total == 1 else 's'} on {device}, model version {version}")

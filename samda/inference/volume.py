@@ -76,6 +76,8 @@ class VolumeInferer(Inferer):
         self.task = task if isinstance(task, Task) else Task.from_dict(task)
         self.batch_size, self.overlap, self.output = int(batch_size), overlap, output
         self.memory_budget_mb, self.amp, self.device, self.progress = memory_budget_mb, amp, device, progress
+        if device is not None:
+            self._check_precision(torch.device(device))
 
     def __call__(  # type: ignore[override]
         self,
@@ -201,9 +203,12 @@ class VolumeInferer(Inferer):
     def _device(self, network: Callable, volume: torch.Tensor) -> torch.device:
         parameter = next(network.parameters(), None) if isinstance(network, torch.nn.Module) else None
         device = torch.device(self.device) if self.device is not None else getattr(parameter, "device", volume.device)
+        self._check_precision(device)
+        return device
+
+    def _check_precision(self, device: torch.device) -> None:
         if device.type == "cpu" and self.amp == "fp16":
             raise UsageError("amp 'fp16' needs a GPU; on a CPU use bf16 or none")
-        return device
 
 
 def window_overlap(side: int, size: int, least: float) -> float:

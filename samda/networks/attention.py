@@ -16,13 +16,15 @@ with one learned table per axis (MViTv2, arXiv 2112.01526). Two formulations giv
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 
 __all__ = ["DerivedTensors", "choose_formulation", "relative_attention", "relative_table"]
 
+T = TypeVar("T")
 
 # of the masks that exist at a time, one head's at least: near the cache of a CPU, in few kernel calls elsewhere
 MASK_ELEMENTS = {"cpu": 2**22}
@@ -31,22 +33,23 @@ MAX_FUSED_WIDTH = 256  # channels per head that the fused CUDA kernels take
 
 
 class DerivedTensors:
-    """Remembers tensors that are computed from a frozen parameter and a size; a changed parameter is noticed.
+    """Remembers tensors that are computed from frozen parameters and a size; a changed parameter is noticed.
 
-    Nothing is remembered while gradients flow to the parameter.
+    Nothing is remembered while gradients flow to a parameter.
     """
 
     limit = 8  # sizes kept at a time
 
     def __init__(self) -> None:
-        self._kept: dict[object, tuple[object, torch.Tensor]] = {}
+        self._kept: dict[object, tuple[object, Any]] = {}
 
-    def __call__(self, parameter: torch.Tensor, key: object, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """`compute()`, or what it gave for the same parameter and key before."""
-        if (parameter.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+    def __call__(self, parameters: torch.Tensor | Sequence[torch.Tensor], key: object, compute: Callable[[], T]) -> T:
+        """`compute()`, a tensor or several, or what it gave for the same parameters and key before."""
+        sources = (parameters,) if isinstance(parameters, torch.Tensor) else parameters
+        trained = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+        if trained or torch.compiler.is_compiling():
             return compute()
-        version = None if parameter.is_inference() else parameter._version
-        stamp = (parameter.data_ptr(), version, parameter.dtype, parameter.device)
+        stamp = [(p.data_ptr(), None if p.is_inference() else p._version, p.dtype, p.device) for p in sources]
         kept = self._kept.get(key)
         if kept is None or kept[0] != stamp:
             if len(self._kept) >= self.limit:

@@ -24,7 +24,7 @@ from onnx import numpy_helper
 
 from samda.errors import WeightsError
 from samda.networks.files import check_sha256
-from samda.networks.tiny_vit import bias_index
+from samda.networks.windows import bias_index
 
 __all__ = ["ENCODER", "PACKAGE", "SAM", "convert", "fetch_package"]
 

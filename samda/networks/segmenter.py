@@ -52,6 +52,8 @@ class SamSegmenter(nn.Module):
         adapters: names, or adapter name -> settings, see :func:`samda.adapters.build_configs`; attached after the base
             weights were loaded.
         adapter_file: an `adapter.safetensors` to load into the adapters and the class head.
+        checkpointing: training keeps what enters each block of the encoder and computes the rest again in the backward
+            pass: less memory, more time, the same gradients.
 
     Raises:
         UsageError: an argument is out of range.
@@ -75,6 +77,7 @@ class SamSegmenter(nn.Module):
         weights: str | Path | None = "pretrained",
         adapters: Adapters | None = None,
         adapter_file: str | Path | None = None,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(num_classes, int) or num_classes < 2:
@@ -93,6 +96,7 @@ class SamSegmenter(nn.Module):
             self.image_encoder = self.config.build()
             self.prompt_encoder = PromptEncoder(channels, (grid, grid), (self.config.image_size,) * 2, mask_in_chans=16)
             self.mask_decoder = ClassDecoder(num_classes, channels)
+        self.image_encoder.checkpointing = checkpointing  # type: ignore[assignment]
         self.register_buffer("pixel_mean", torch.tensor(MEAN).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(STD).view(-1, 1, 1), persistent=False)
         self._positions = DerivedTensors()

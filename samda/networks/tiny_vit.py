@@ -1,43 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """MobileSAM's image encoder: TinyViT (arXiv 2207.10666) with SAM's neck, its transformer blocks naming their sites.
 
-Convolutional parts are timm's. Blocks norm their tokens once on the whole grid, padding included, and cut windows from
-the result: the same numbers as norming each window, and adapters see the grid instead of windows.
+Convolutional parts are timm's. Blocks norm and project their tokens on the whole grid and cut windows from the result:
+the same numbers as for each window, and adapters see the grid instead of windows.
 """
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from segment_anything.modeling.image_encoder import window_partition, window_unpartition
 from timm.models.tiny_vit import ConvNorm, MBConv, PatchEmbed, PatchMerging
 
 from samda.adapters.sites import LinearSite, NormSite, ResidualSites, SiteInfo
-from samda.networks.vit import build_neck
+from samda.networks.activations import gelu
+from samda.networks.attention import DerivedTensors
+from samda.networks.convolutions import FoldedConvNorm, quicken
+from samda.networks.vit import build_neck, run_block
+from samda.networks.windows import bias_index, window_attention, window_bias
 
-__all__ = ["TinyViT", "bias_index", "rename_mobile_sam"]
+__all__ = ["TinyViT", "rename_mobile_sam"]
 
 NORM_EPS = 1e-5
-
-
-def bias_index(window: int) -> torch.Tensor:
-    """Which attention bias belongs to a pair of tokens of a window.
-
-    Biases are shared by equal distances (|dy|, |dx|), numbered in the order in which the first token meets them.
-
-    Args:
-        window: side of the window in tokens.
-
-    Returns:
-        (window^2, window^2) indices into the window^2 stored biases.
-    """
-    # the first token lies in a corner, so it meets every distance once, row by row: number = |dy| * window + |dx|
-    points = torch.tensor(list(itertools.product(range(window), repeat=2)), device="cpu")
-    distance = (points[:, None] - points[None, :]).abs()
-    return distance[..., 0] * window + distance[..., 1]
 
 
 class Attention(nn.Module):
@@ -62,20 +45,26 @@ class Attention(nn.Module):
         self.proj = LinearSite(dim, dim, SiteInfo(f"{prefix}.attn.proj", "linear", "attn.proj", block, dim))
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, window * window))
         self.register_buffer("bias_index", bias_index(window), persistent=False)
+        self._biases = DerivedTensors()
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, H, W, C) -> normalized input and output of attention, both (B, H, W, C)."""
-        height, width, channels = x.shape[1:]
-        # zero tokens fill the last windows before the norm, as in the original, and so come out as the norm's shift
-        padded = self.norm(F.pad(x, (0, 0, 0, -width % self.window, 0, -height % self.window)))
-        tokens, size = window_partition(self.qkv(padded), self.window)
-        # each head's channels hold its own query, key and value
-        q, k, v = tokens.reshape(len(tokens), self.window**2, self.num_heads, -1).transpose(1, 2).chunk(3, -1)
-        bias = self.attention_biases[:, self.bias_index].to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
-        out = out.transpose(1, 2).reshape(-1, self.window, self.window, channels)
-        out = window_unpartition(out, self.window, size, (height, width))
-        return padded[:, :height, :width], self.proj(out)
+        inputs = self.norm(x)
+        if x.shape[1] % self.window == x.shape[2] % self.window == 0:
+            qkv, padding = self.qkv(inputs), None
+        else:
+            # zero tokens fill the last windows before the norm, as in the original, and come out as the norm's shift
+            shift = self.norm.affine()[1].to(inputs.dtype)
+            tokens = self.qkv(torch.cat([inputs.flatten(0, 2), shift[None]]))
+            qkv, padding = tokens[:-1].unflatten(0, x.shape[:3]), tokens[-1]
+        out = window_attention(qkv, padding, self.num_heads, self.window, self._bias)
+        return inputs, self.proj(out)
+
+    def _bias(self, rows: int, columns: int) -> torch.Tensor:
+        def compute() -> torch.Tensor:
+            return window_bias(self.attention_biases[:, self.bias_index], rows, columns)
+
+        return self._biases(self.attention_biases, (rows, columns), compute)
 
 
 class Mlp(nn.Module):
@@ -90,7 +79,7 @@ class Mlp(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, H, W, C) -> normalized input and output of the MLP."""
         inputs = self.norm(x)
-        return inputs, self.fc2(F.gelu(self.fc1(inputs)))
+        return inputs, self.fc2(gelu(self.fc1(inputs)))
 
 
 class Block(nn.Module):
@@ -101,7 +90,7 @@ class Block(nn.Module):
         prefix = f"encoder.{block}"
         self.attn = Attention(prefix, block, dim, num_heads, window)
         self.attn_sites = ResidualSites(prefix, "attn", block, dim)
-        self.local_conv = ConvNorm(dim, dim, ks=3, stride=1, pad=1, groups=dim)
+        self.local_conv = FoldedConvNorm(ConvNorm(dim, dim, ks=3, stride=1, pad=1, groups=dim))
         self.mlp = Mlp(prefix, block, dim, int(dim * mlp_ratio))
         self.mlp_sites = ResidualSites(prefix, "mlp", block, dim)
 
@@ -137,14 +126,14 @@ class Stage(nn.Module):
         stride: int,
     ) -> None:
         super().__init__()
-        self.downsample = PatchMerging(in_dim, dim, nn.GELU)
+        self.downsample = quicken(PatchMerging(in_dim, dim, nn.GELU))
         self.downsample.conv2.conv.stride = (stride, stride)
         self.blocks = nn.ModuleList(Block(first_block + i, dim, num_heads, window, mlp_ratio) for i in range(depth))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, checkpointing: bool) -> torch.Tensor:
         x = self.downsample(x).permute(0, 2, 3, 1)
         for block in self.blocks:
-            x = block(x)
+            x = run_block(block, x, checkpointing)
         return x.permute(0, 3, 1, 2)
 
 
@@ -159,7 +148,12 @@ class TinyViT(nn.Module):
         image_size: side of the images in pixels that the weights were trained at; any multiple of 16 works.
         mlp_ratio: width of the MLPs over the channels.
         out_channels: channels of the embedding.
+
+    Attributes:
+        checkpointing: see :func:`samda.networks.vit.run_block`.
     """
+
+    checkpointing = False
 
     def __init__(
         self,
@@ -174,8 +168,9 @@ class TinyViT(nn.Module):
     ) -> None:
         super().__init__()
         self.img_size = image_size
-        self.patch_embed = PatchEmbed(3, dims[0], nn.GELU)
-        self.conv_blocks = nn.Sequential(*(MBConv(dims[0], dims[0], 4.0, nn.GELU, 0.0) for _ in range(depths[0])))
+        self.patch_embed = quicken(PatchEmbed(3, dims[0], nn.GELU))
+        blocks = (MBConv(dims[0], dims[0], 4.0, nn.GELU, 0.0) for _ in range(depths[0]))
+        self.conv_blocks = quicken(nn.Sequential(*blocks))
         self.stages = nn.ModuleList()
         for i in range(1, len(dims)):
             stride = 1 if i == len(dims) - 1 else 2
@@ -190,7 +185,7 @@ class TinyViT(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.conv_blocks(self.patch_embed(x))
         for stage in self.stages:
-            x = stage(x)
+            x = stage(x, self.checkpointing)
         return self.neck(x)
 
     def train(self, mode: bool = True) -> TinyViT:

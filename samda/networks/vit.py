@@ -14,11 +14,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.image_encoder import PatchEmbed, window_partition, window_unpartition
+from torch.utils.checkpoint import checkpoint
 
 from samda.adapters.sites import LinearSite, NormSite, ResidualSites, SiteInfo
+from samda.networks.activations import gelu
 from samda.networks.attention import DerivedTensors, relative_attention, relative_table
 
-__all__ = ["ImageEncoderViT", "build_neck"]
+__all__ = ["ImageEncoderViT", "build_neck", "run_block"]
 
 PATCH = 16  # pixels per token, both directions
 
@@ -87,7 +89,7 @@ class MLPBlock(nn.Module):
         self.lin2 = LinearSite(hidden, dim, SiteInfo(f"{prefix}.mlp.fc2", "linear", "mlp.fc2", block, hidden))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.lin2(F.gelu(self.lin1(x)))
+        return self.lin2(gelu(self.lin1(x)))
 
 
 class Block(nn.Module):
@@ -122,7 +124,12 @@ class ImageEncoderViT(nn.Module):
         window_size: side of the windows in tokens.
         mlp_ratio: width of the MLP over `embed_dim`.
         out_channels: channels of the embedding.
+
+    Attributes:
+        checkpointing: see :func:`run_block`.
     """
+
+    checkpointing = False
 
     def __init__(
         self,
@@ -153,7 +160,7 @@ class ImageEncoderViT(nn.Module):
         x = self.patch_embed(x)
         x = (x + self._position_embedding(x.shape[1], x.shape[2])).contiguous()
         for block in self.blocks:
-            x = block(x)
+            x = run_block(block, x, self.checkpointing)
         return self.neck(x.permute(0, 3, 1, 2))
 
     def _position_embedding(self, height: int, width: int) -> torch.Tensor:
@@ -169,6 +176,13 @@ class ImageEncoderViT(nn.Module):
             return resized.permute(0, 2, 3, 1).to(self.pos_embed.dtype)
 
         return self._positions(self.pos_embed, (height, width), resize)
+
+
+def run_block(block: nn.Module, x: torch.Tensor, checkpointing: bool) -> torch.Tensor:
+    """A block of an encoder; with `checkpointing` only its input is kept for the backward pass, the rest is redone."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, x, use_reentrant=False)
+    return block(x)
 
 
 def build_neck(dim: int, out_channels: int) -> nn.Sequential:

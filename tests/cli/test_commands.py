@@ -123,6 +123,22 @@ def test_a_class_to_keep_the_largest_piece_of_must_exist(
         assert "keep_largest names 'bal', which is no foreground class; did you mean 'ball'?" in err.splitlines()[-1]
 
 
+def test_reduced_precision_predicts_nearly_the_same(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = tmp_path / "model"  # hardly trained: probabilities near one half, where rounding shows
+    train = ["train", "-d", place / "data", "-o", model, "--task", place / "balls.yaml", "--epochs", "1"]
+    rates = ["--set", "views=1", "--set", "learning_rate=1e-5", "--set", "head_learning_rate=1e-5"]
+    assert samda(capsys, *train, *rates)[0] == 0
+    predict = ["predict", "-m", model, "-i", place / "scans", "--save-probabilities"]
+    found = {}
+    for name, amp in {"full": (), "half": ("--amp", "bf16")}.items():
+        assert samda(capsys, *predict, "-o", tmp_path / name, *amp)[0] == 0
+        found[name] = nib.load(tmp_path / name / "probabilities" / "c.nii.gz").get_fdata()
+    assert 0 < np.abs(found["full"] - found["half"]).max() < 0.15
+    code, _, err = samda(capsys, *predict, "-o", tmp_path / "none", "--amp", "fp16", "--device", "cpu")
+    assert code == 2 and "amp 'fp16' needs a GPU; on a CPU use bf16 or none" in err
+    assert not (tmp_path / "none").exists()
+
+
 def test_one_bad_scan_does_not_stop_the_others(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     shutil.copytree(place / "scans", tmp_path / "scans")
     (tmp_path / "scans" / "broken.nii.gz").write_bytes(b"no scan")

@@ -124,6 +124,32 @@ def test_training_moves_neither_base_nor_statistics(make_segmenter: Callable[...
     assert moved >= set(network.head_params())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_keeps_less_and_changes_no_gradient(
+    make_segmenter: Callable[..., SamSegmenter], kind: str
+) -> None:
+    image = random_images(2, 1, 64, 64)
+    gradients, kept = {}, {}
+    for checkpointing in (False, True):
+        network = make_segmenter(kind, adapters={"lka": {}, "lora": {}, "sam_da": {}}).train()
+        network.image_encoder.checkpointing = checkpointing
+        sizes: list[int] = []
+        weights = {p.data_ptr() for p in network.parameters()}  # there anyway
+
+        def pack(tensor: torch.Tensor, sizes: list[int] = sizes, weights: set[int] = weights) -> torch.Tensor:
+            sizes.append(0 if tensor.data_ptr() in weights else tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            embedding = network.encode(image)
+        kept[checkpointing] = sum(sizes)
+        network(embedding, embedded=True).square().mean().backward()
+        gradients[checkpointing] = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+    assert kept[True] < 0.5 * kept[False]
+    for name, gradient in gradients[False].items():
+        assert torch.equal(gradients[True][name], gradient), name
+
+
 @pytest.mark.parametrize("adapter", ["lka", "full"])
 def test_train_leaves_the_base_in_evaluation(make_segmenter: Callable[..., SamSegmenter], adapter: str) -> None:
     network = make_segmenter("tiny_vit", adapters={adapter: {}}).train()

@@ -15,18 +15,8 @@ from samda.adapters.base import sites
 from samda.networks import minisam
 from samda.networks.backbones import BACKBONES, TinyViTConfig
 from samda.networks.original import to_segment_anything
-from samda.networks.tiny_vit import Block, bias_index, rename_mobile_sam
+from samda.networks.tiny_vit import Block, rename_mobile_sam
 from samda.resources import cache_dir
-
-
-@pytest.mark.parametrize("window", [2, 3, 7])
-def test_bias_index_numbers_distances_as_they_come(window: int) -> None:
-    tokens = [(y, x) for y in range(window) for x in range(window)]
-    numbers: dict[tuple[int, int], int] = {}
-    for i, (y, x) in enumerate(tokens):
-        for j, (y2, x2) in enumerate(tokens):
-            number = numbers.setdefault((abs(y - y2), abs(x - x2)), len(numbers))
-            assert bias_index(window)[i, j] == number
 
 
 @pytest.mark.parametrize(("height", "width"), [(7, 7), (8, 8), (5, 16), (14, 7)])
