@@ -4,6 +4,7 @@
     python benchmarks/adaptation.py -o /tmp/adaptation                 everything; hours on two cores, resumable
     python benchmarks/adaptation.py -o /tmp/adaptation --cases B M --methods none tent default --seeds 0 1
     python benchmarks/adaptation.py -o /tmp/adaptation --table         print what is there
+    python benchmarks/adaptation.py -o /tmp/plain --plain --cases B M --methods none   another source recipe
 
 Scores go to FOLDER/summary.json, or where `--results` says; `benchmarks/results/adaptation.json` was written so.
 
@@ -107,14 +108,14 @@ class Memo:
         return torch.stack([self.known[key] for key in keys])
 
 
-def source_model(folder: Path, seed: int, examples: Examples, epochs: int) -> Path:
-    """The model folder of a seed, trained if it is not there."""
+def source_model(folder: Path, seed: int, examples: Examples, epochs: int, tissue: float) -> Path:
+    """The model folder of a seed, trained if it is not there; `tissue` weighs the random tissue contrasts."""
     model = folder / "models" / f"seed{seed}"
     if not (model / "adapter.json").exists():
         from samda.cli.demo import RECIPE
         from samda.training import train
 
-        overrides = RECIPE | {"seed": seed, "epochs": epochs}
+        overrides = RECIPE | {"seed": seed, "epochs": epochs, "train::augmentation::tissue": tissue}
         train(
             examples.folder / "abdomen_ct.json", model, examples["A"].task, "sam_da", "vit_t", overrides, overwrite=True
         )
@@ -248,13 +249,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--cases", nargs="+", help="names or families: B, M, real, tuning, report; default all")
     parser.add_argument("--epochs", type=int, default=150, help="of the source models")
+    parser.add_argument("--plain", action="store_true", help="train the source models without random tissue contrasts")
     parser.add_argument("--results", type=Path, metavar="FILE", help="default FOLDER/summary.json")
     parser.add_argument("--table", action="store_true", help="print only")
     parser.add_argument("--cost", action="store_true", help="time patient A instead")
     args = parser.parse_args(argv)
     if not args.table:
         examples = fetch_examples()
-        models = {seed: source_model(args.output, seed, examples, args.epochs) for seed in args.seeds}
+        models = {
+            seed: source_model(args.output, seed, examples, args.epochs, float(not args.plain)) for seed in args.seeds
+        }
         if args.cost:
             print(json.dumps(cost(next(iter(models.values())), examples), indent=1))
             return
