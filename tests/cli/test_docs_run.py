@@ -3,8 +3,8 @@
 
 Each code block runs in a folder of its own that holds what the pages speak of: a data set, a task, scans, a model. A
 block below `<!-- goes on -->` runs in the folder that the block before it leaves. A block below
-`<!-- not run: REASON -->` is listed with its reason and not run. What shortens the blocks is :data:`SHORT`, and
-`image_size` in liver.yaml.
+`<!-- not run: REASON -->` is listed with its reason and not run; one in the language `text` shows what is printed. What
+shortens the blocks is :data:`SHORT`, and `image_size` in liver.yaml.
 """
 
 from __future__ import annotations
@@ -139,8 +139,9 @@ def run_commands(body: str) -> None:
     for words in command_lines(body):
         assert words[0] == "samda", f"{words}: only samda commands are run; mark the block as not run"
         args = words[1:]
-        if args[0] in ("train", "predict", "export") and not {"--resume", "--continue"} & set(args):
-            shutil.rmtree(args[args.index("-o") + 1], ignore_errors=True)
+        if "-o" in args and not {"--resume", "--continue"} & set(args):
+            output = Path(args[args.index("-o") + 1])
+            shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
         if args[0] == "train":
             for option, value in SHORT.items():
                 if not any(word.startswith(option.split()[-1]) for word in args):
@@ -153,6 +154,8 @@ def test_block(group: list[Block], request: pytest.FixtureRequest) -> None:
     for block in group:
         if block.reason is not None:
             assert block.reason in REASONS
+        elif block.language == "text":
+            continue
         elif block.language == "yaml":
             assert block.body.startswith("# ") and yaml.safe_load(block.body)
         elif block.language == "python":
