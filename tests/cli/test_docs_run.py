@@ -27,7 +27,7 @@ from samda.data.task import Task
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = ("start.md", "how-to.md")
-REASONS = ("takes minutes", "needs a network")
+REASONS = ("takes minutes", "needs a network", "starts a server", "make integration tests it")
 SHORT = {"--epochs": "1", "--set views": "views=1"}  # added to every `samda train` that does not say otherwise
 BLOCK = re.compile(
     r"^(?: *<!-- (?:not run: (?P<reason>[^>]*?)|(?P<goes_on>goes on)) -->\n)?"
