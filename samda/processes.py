@@ -33,7 +33,6 @@ __all__ = [
     "leave",
     "local_device",
     "place",
-    "quiet",
     "read_part",
 ]
 
@@ -165,11 +164,6 @@ def place() -> tuple[int, int]:
 def is_main() -> bool:
     """Is this the process that writes files and reports?"""
     return place()[0] == 0
-
-
-def quiet() -> bool | None:
-    """For tqdm's `disable`: one progress bar, and that on a terminal only."""
-    return None if is_main() else True
 
 
 def exchange(value: T) -> list[T]:

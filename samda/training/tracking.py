@@ -139,7 +139,8 @@ class TensorBoard(TensorBoardHandler):
                 inputs = self.dataset[index]["embedding"] if embedded else item["image"]
                 logits = self.network(inputs[None].to(device), embedded=embedded)
                 image = item["image"].numpy()
-                image = image[self.slices.task.context :][: self.slices.task.in_channels]  # without its neighbors
+                task = self.slices.task  # without its neighbors; two channels make no color
+                image = image[task.context :][: 3 if task.in_channels == 3 else 1]
                 label, predicted = item["label"][0].numpy(), logits[0].argmax(0).cpu().numpy()
                 pictures.append(np.concatenate([paint(image), paint(image, label), paint(image, predicted)], axis=1))
         return pictures

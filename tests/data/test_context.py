@@ -67,7 +67,7 @@ def test_one_slice_is_its_own_neighbor() -> None:
         ({"context": 1.5}, "context must be a whole number, got 1.5"),
         ({"keep_largest": 1}, "keep_largest must be true, false or names of classes, got 1"),
         ({"context": "1"}, "context must be a number, got '1'"),
-        ({"context": 1, "in_channels": 3}, "colors already fill SAM's three input channels; set context to 0"),
+        ({"context": 1, "in_channels": 3}, "the channels already fill SAM's three; set context to 0"),
         ({"context": 1, "modality": "image"}, "a picture has no neighboring slices; set context to 0"),
         (
             {"keep_largest": ["liver"]},

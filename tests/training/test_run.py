@@ -55,7 +55,7 @@ def test_a_training_writes_a_model_that_loads(datalist: Path, tmp_path: Path, ke
     statistics = record["statistics"]
     assert (statistics["cases"], statistics["slices"], statistics["classes"]["liver"]["slices"]) == (2, 16, 12)
     rows = [row for layer in statistics["features"] for key in ("mean", "std") for row in layer[key]]
-    assert [len(row) for row in rows] == [256] * (2 * 2 * len(record["task"]["classes"]))
+    assert [len(row) for row in rows] == [256] * (2 * 2 * task.num_classes)
     assert statistics["classes"]["liver"]["area_mm2"][3] == pytest.approx(80 * 4.2 * 3.9, rel=0.15)  # 8 x 10 voxels
     assert record["training"]["cases"] == {"training": 2, "validation": 1}
     assert same(dict(network.state_dict()), tensors(tmp_path / "model"))
