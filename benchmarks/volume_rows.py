@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from rivals import SliceBySlice, sam_with_original_encoder
 
 from samda.adaptation.engine import Adaptation
 from samda.cli.demo import hold_out
-from samda.data.examples import Example, fetch_examples
+from samda.data.examples import fetch_examples
 from samda.data.transforms import build_preprocessing
 from samda.inference.predict import Predictor
 from samda.inference.volume import VolumeInferer
@@ -25,10 +26,12 @@ __all__ = ["adapt", "predict"]
 QUICK = {"epochs": 24, "views": 1, "val_interval": 24, "patience": 0}  # not good, but no chance result either
 
 
-def _model(options: Options, example: Example) -> tuple:
-    """The given model, or one trained on the example in a minute; network, task, record."""
+@functools.cache
+def _model(options: Options) -> tuple:
+    """The given model, or one trained on patient A in a minute; network, task, record."""
     if options.model is not None:
         return load_model(options.model)
+    example = fetch_examples()["A"]
     with tempfile.TemporaryDirectory() as folder:
         dataset = hold_out(example, Path(folder) / "data")
         train(dataset, Path(folder) / "model", example.task, "sam_da", "vit_t", QUICK, device=options.device)
@@ -38,7 +41,7 @@ def _model(options: Options, example: Example) -> tuple:
 def predict(options: Options) -> Iterator[Row]:
     """Patient A from preprocessed volume to label map, in memory: samda against SamPredictor, slice by slice."""
     example, device = fetch_examples()["A"], options.device
-    network, task, _ = _model(options, example)
+    network, task, _ = _model(options)
     network.to(device)
     sam = sam_with_original_encoder(task.image_size).to(device)
     image = build_preprocessing(task, labels=False)({"image": str(example.image)})["image"]
@@ -53,7 +56,7 @@ def predict(options: Options) -> Iterator[Row]:
     }
     full, half = runs["samda fp32"](), runs["samda bf16"]()  # warms up, too
     rivals[None](volume[..., :4]), rivals["bf16"](volume[..., :4])
-    seconds = interleave(runs, min(options.repeats, 3), warm_up=0, device=device)
+    seconds = interleave(runs, min(options.repeats, 2), warm_up=0, device=device)
     theirs, ours, theirs_half, ours_half = (median(values) for values in seconds.values())
     with torch.no_grad():
         pixels = torch.rand(1, 3, task.image_size, task.image_size, device=device)
@@ -84,7 +87,7 @@ def predict(options: Options) -> Iterator[Row]:
 def adapt(options: Options) -> Iterator[Row]:
     """Adapting to patient A (views, steps, guard, both predictions) against predicting A."""
     example = fetch_examples()["A"]
-    network, task, record = _model(options, example)
+    network, task, record = _model(options)
     predictor = Predictor(network, task, options.device)
     adaptation = Adaptation(network, task, record, device=options.device)
     decisions = []
@@ -92,7 +95,7 @@ def adapt(options: Options) -> Iterator[Row]:
         "predict": lambda: predictor.predict(example.image),
         "adapt": lambda: decisions.append(adaptation.adapt(example.image).record),
     }
-    seconds = interleave(runs, min(options.repeats, 3), device=options.device)
+    seconds = interleave(runs, min(options.repeats, 2), device=options.device)
     plain, adapted = (median(values) for values in seconds.values())
     yield Row(
         "adapting to patient A, 112 slices, vit_t, the defaults of `samda adapt`",

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """SAM's mask decoder without prompts: K mask tokens give K class logit maps, for a whole batch of images at once.
 
-The layers are segment_anything's own modules. Their LayerNorms become norm sites, and a decoder site follows each
-two-way layer. The quality (IoU) token and its head do not exist here.
+The layers are segment_anything's own modules. Attention and upscaling run fused, LayerNorms become norm sites, and a
+decoder site follows each two-way layer. The quality (IoU) token and its head do not exist here.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.mask_decoder import MLP
-from segment_anything.modeling.transformer import TwoWayTransformer
+from segment_anything.modeling.transformer import Attention, TwoWayTransformer
 
 from samda.adapters.sites import DecoderSite, NormSite, SiteInfo
+from samda.networks.activations import gelu
 
 __all__ = ["ClassDecoder", "SiteTransformer", "grid_positions"]
 
@@ -42,13 +46,63 @@ def grid_positions(frequencies: torch.Tensor, size: tuple[int, int]) -> torch.Te
         return torch.cat([angles.sin(), angles.cos()], -1).permute(2, 0, 1)[None]
 
 
+class FusedAttention(Attention):
+    """The decoder's attention without its matrix in memory, with the parameters of `original`, whose place it takes."""
+
+    def __init__(self, original: Attention) -> None:
+        nn.Module.__init__(self)
+        self.num_heads = original.num_heads
+        self.q_proj, self.k_proj = original.q_proj, original.k_proj
+        self.v_proj, self.out_proj = original.v_proj, original.out_proj
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q (B, N, C), k and v (B, M, C) -> (B, N, C)."""
+        projected = (self.q_proj(q), self.k_proj(k), self.v_proj(v))
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Upscaling(nn.Sequential):
+    """SAM's upscaling of the image features by four, with the channels last.
+
+    A transposed convolution whose 2 x 2 windows do not overlap is a linear layer that gives four tokens for one, and a
+    norm over channels is the fused LayerNorm then. Parameters have the names and the shapes of SAM's.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(
+            nn.ConvTranspose2d(dim, dim // 4, kernel_size=2, stride=2),
+            LayerNorm2d(dim // 4),
+            nn.GELU(),
+            nn.ConvTranspose2d(dim // 4, dim // 8, kernel_size=2, stride=2),
+            nn.GELU(),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) -> (B, C / 8, 4h, 4w)."""
+        norm: Any = self[1]
+        x = _double(x.permute(0, 2, 3, 1), self[0])
+        x = gelu(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
+        return gelu(_double(x, self[3])).permute(0, 3, 1, 2)
+
+
+def _double(x: torch.Tensor, layer: Any) -> torch.Tensor:
+    """(B, h, w, C) -> (B, 2h, 2w, C') by a transposed convolution of kernel and stride 2."""
+    weight, bias = layer.weight, layer.bias  # (C, C', 2, 2), (C',)
+    windows = F.linear(x, weight.permute(2, 3, 1, 0).flatten(0, 2), bias.repeat(4)).unflatten(-1, (2, 2, -1))
+    return windows.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
 class SiteTransformer(TwoWayTransformer):
     """SAM's two-way transformer with sites: every LayerNorm, and the tokens after each layer."""
 
     def __init__(self, depth: int, embedding_dim: int, num_heads: int, mlp_dim: int) -> None:
         super().__init__(depth=depth, embedding_dim=embedding_dim, num_heads=num_heads, mlp_dim=mlp_dim)
         self.sites = nn.ModuleList()
+        self.final_attn_token_to_image = FusedAttention(self.final_attn_token_to_image)  # type: ignore[has-type]
         for index, layer in enumerate(self.layers):
+            for name in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token"):
+                setattr(layer, name, FusedAttention(getattr(layer, name)))
             for name in ("norm1", "norm2", "norm3", "norm4"):
                 setattr(layer, name, _norm_site(f"decoder.{index}.{name}", index, embedding_dim))
             info = SiteInfo(f"decoder.{index}.layer", "decoder", "layer", index, embedding_dim)
@@ -95,13 +149,7 @@ class ClassDecoder(nn.Module):
         self.num_classes = num_classes
         self.transformer = SiteTransformer(DEPTH, embed_dim, NUM_HEADS, MLP_DIM)
         self.mask_tokens = nn.Embedding(num_classes, embed_dim)
-        self.output_upscaling = nn.Sequential(
-            nn.ConvTranspose2d(embed_dim, embed_dim // 4, kernel_size=2, stride=2),
-            LayerNorm2d(embed_dim // 4),
-            nn.GELU(),
-            nn.ConvTranspose2d(embed_dim // 4, embed_dim // 8, kernel_size=2, stride=2),
-            nn.GELU(),
-        )
+        self.output_upscaling = Upscaling(embed_dim)
         self.output_hypernetworks_mlps = nn.ModuleList(
             MLP(embed_dim, embed_dim, embed_dim // 8, 3) for _ in range(num_classes)
         )
