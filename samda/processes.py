@@ -14,6 +14,7 @@ import datetime
 import logging
 import os
 import re
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,7 +34,6 @@ __all__ = [
     "leave",
     "local_device",
     "place",
-    "quiet",
     "read_part",
 ]
 
@@ -167,11 +167,6 @@ def is_main() -> bool:
     return place()[0] == 0
 
 
-def quiet() -> bool | None:
-    """For tqdm's `disable`: one progress bar, and that on a terminal only."""
-    return None if is_main() else True
-
-
 def exchange(value: T) -> list[T]:
     """The values of all connected processes, in the order of their ranks; every process has to call it."""
     import torch.distributed as dist
@@ -195,6 +190,8 @@ def broadcast(value: T) -> T:
 
 
 def _connected() -> bool:
+    if "torch" not in sys.modules:  # then nothing can be connected, and asking costs no import
+        return False
     import torch.distributed as dist
 
     return dist.is_available() and dist.is_initialized()

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from samda.data.datalists import LARGEST_CHANNELS, LAYOUTS, DataList, read_datalist
 from samda.data.facts import CaseFacts, look_at
 from samda.data.formats import files_of
@@ -19,6 +17,7 @@ from samda.data.problems import Problem
 from samda.data.splits import split
 from samda.data.task import Task
 from samda.errors import InputError, SamdaError
+from samda.progress import bar
 
 __all__ = ["DataReport", "check_data", "intensity_problems"]
 
@@ -91,9 +90,11 @@ def check_data(path: str | Path, task: Task | None = None) -> DataReport:
     problems: list[Problem] = []
     data = read_datalist(path, problems.append)
     every = [(case, section) for section, cases in data.cases.items() for case in cases]
-    facts = [
-        look_at(case, section, problems.append) for case, section in tqdm(every, "cases", leave=False, disable=None)
-    ]
+    progress, facts = bar("looking at cases", len(every), "case"), []
+    for case, section in every:
+        facts.append(look_at(case, section, problems.append))
+        progress.update()
+    progress.close()
     report = DataReport(Path(path), data, facts, problems)
     problems += _of_ids(report, task)
     problems += _of_channels(facts, task)
