@@ -37,8 +37,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder whose label maps hold organs."""
     folder = tmp_path_factory.mktemp("trained") / "model"
-    train = ["train", "-d", dataset, "-o", folder, "--task", "abdomen_ct", "--epochs", "40", "--device", "cpu"]
-    more = ["--set", "views=1", "--set", "val_interval=10", "--tracking", "none", "--quiet"]
+    train = ["train", "-d", dataset, "-o", folder, "--task", "abdomen_ct", "--epochs", "120", "--device", "cpu"]
+    more = ["--set", "views=1", "--set", "val_interval=20", "--tracking", "none", "--quiet"]
     command = [sys.executable, "-m", "samda", *map(str, train), *more]
     subprocess.run(command, check=True, env=surroundings(), timeout=1800)
     return folder

@@ -14,6 +14,7 @@ import datetime
 import logging
 import os
 import re
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -189,6 +190,8 @@ def broadcast(value: T) -> T:
 
 
 def _connected() -> bool:
+    if "torch" not in sys.modules:  # then nothing can be connected, and asking costs no import
+        return False
     import torch.distributed as dist
 
     return dist.is_available() and dist.is_initialized()

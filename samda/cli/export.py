@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from samda.cli.options import add_json, print_json, say
+from samda.cli.options import add_json, add_quiet, print_json, say
 
 FORMATS = ("sam", "onnx", "torch")  # those of samda.networks.export, known without torch
 
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=FORMATS, required=True, help="what to write")
     parser.add_argument("--version", metavar="NAME", help="version of the model (samda site); default: the active one")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="base weights; default: those of the training")
+    add_quiet(parser)
     add_json(parser)
 
 

@@ -34,7 +34,7 @@ from samda.cli.options import (
 )
 from samda.cli.run_report import RunReport, add_report
 from samda.errors import InputError
-from samda.processes import exchange, is_main, join_for_cases, leave, read_part
+from samda.processes import exchange, is_main, join_for_cases, launched, leave, read_part
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
         if report.wanted:
             with report.stage("hash"):
                 report.add_network(network)
-                for case in mine:
+                for case in cases if launched()[1] > 1 else mine:  # the first of several processes reports for all
                     report.add_input(case["id"], image=case["image"])
         merge(network)  # nothing is trained here: no adapter needs to cost more than it must
         predictor = Predictor(
@@ -119,6 +119,8 @@ def run(args: argparse.Namespace) -> None:
         leave(wait=False)
         if not first:  # one of several says what became of all
             return
+        for other in results[1:]:
+            report.set_outcomes(other.to_dict())
         if len(results) > 1:
             result, part, total = sum(results[1:], results[0]), None, len(cases)
         if args.json:

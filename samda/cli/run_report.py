@@ -122,6 +122,14 @@ class RunReport:
             if seconds is not None:
                 entry["seconds"] = round(seconds, 3)
 
+    def set_outcomes(self, result: Mapping[str, Any]) -> None:
+        """What became of cases that other processes did; `result` as FolderResult gives it."""
+        for outcome in ("done", "skipped", "empty"):
+            for case in result[outcome]:
+                self.set_outcome(case, outcome)
+        for case, reason in result["failed"].items():
+            self.set_outcome(case, reason)
+
     def add(self, **values: Any) -> None:
         """Further keys: plain values."""
         self.content |= values

@@ -25,6 +25,7 @@ from monai.networks.utils import eval_mode
 from monai.utils import version_geq
 
 from samda.errors import UsageError, nearest
+from samda.processes import is_main
 from samda.report import paint
 from samda.training.record import TrainingRecord
 
@@ -74,12 +75,6 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     return values
 
 
-def _first_process() -> bool:
-    """Is this the process that writes? Several share a training on several GPUs."""
-    parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not parallel or torch.distributed.get_rank() == 0
-
-
 class TensorBoard(TensorBoardHandler):
     """Writes every epoch to TensorBoard, and pictures whenever a validation was the best so far.
 
@@ -102,7 +97,7 @@ class TensorBoard(TensorBoardHandler):
 
     def attach(self, engine: Engine) -> None:
         """Register with the training engine."""
-        if _first_process():
+        if is_main():
             engine.add_event_handler(Events.STARTED, self.start)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.write)
             engine.add_event_handler(Events.COMPLETED, self.close)
