@@ -120,7 +120,7 @@ def growth(device: str, repeats: int) -> dict[str, Any]:
     )
     for name, key, values in (
         ("salt", "rank", (1, 4, 64, 256)),
-        ("lora", "rank", (1, 4, 64, 256)),
+        ("lora", "rank", (1, 4, 64, 128)),
         ("dka", "width", (8, 16, 64, 192)),
         ("lka", "width", (8, 16, 64)),
     ):
