@@ -88,7 +88,7 @@ def machine(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.system(),
-        "load": round(os.getloadavg()[0], 1),  # of other work, when the measurement ended
+        "load": round(os.getloadavg()[0], 1),  # when the measurement ended, itself included
     }
     if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()

@@ -43,9 +43,10 @@ def blocks(results: Path) -> dict[str, str]:
     speed, scaling = (_read(results / f"{name}_cpu.json") for name in ("speed", "scaling"))
     cuda = _read(results / "speed_cuda.json")
     return {
-        "machine": _machine(speed),
+        "machine": _machine(speed, "make bench"),
         "speed": _speed(speed, "make bench"),
         "cuda": _speed(cuda, "python benchmarks/speed.py --device cuda"),
+        "machine_of_the_rest": _machine(scaling, "python benchmarks/scaling.py"),
         "growth": _growth(scaling.get("growth")),
         "profile": _profile(scaling.get("profile")),
         "floor": _floor(scaling.get("profile")),
@@ -57,14 +58,14 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _machine(results: dict[str, Any]) -> str:
+def _machine(results: dict[str, Any], command: str) -> str:
     if not results:
-        return MISSING.format(command="make bench")
+        return MISSING.format(command=command)
     facts = results["machine"]
     return (
         f"Measured on: {facts['processor']}, {facts['cores']} cores, {facts['threads']} threads of PyTorch "
-        f"{facts['torch']}, Python {facts['python']}, {facts['system']}; up to {results['repeats']} repeats, load of "
-        f"the machine at the end {facts['load']}."
+        f"{facts['torch']}, Python {facts['python']}, {facts['system']}; up to {results['repeats']} repeats; load of the "
+        f"machine when it ended, this work included: {facts['load']}."
     )
 
 

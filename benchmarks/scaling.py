@@ -280,10 +280,9 @@ def main() -> None:
         parser.error(f"no part {unknown[0]!r}; choose from {', '.join(PARTS)}")
     path = arguments.results / f"scaling_{arguments.device}.json"
     content = json.loads(path.read_text()) if path.exists() else {}
-    content["machine"] = machine(arguments.device)
     for name in names:
         content[name] = PARTS[name](arguments.device, arguments.repeats)
-        write_json(path, content)
+        write_json(path, content | {"machine": machine(arguments.device), "repeats": arguments.repeats})
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def test_every_figure_of_a_row_is_on_the_page(page: ModuleType) -> None:
 
 def test_without_results_the_page_says_how_to_measure(page: ModuleType, tmp_path: Path) -> None:
     text = page.filled(page.PAGE.read_text(encoding="utf-8"), tmp_path)
-    assert text.count("not measured; `") == 7
+    assert text.count("not measured; `") == 8
     assert "not measured; `python benchmarks/speed.py --device cuda`" in text
 
 
