@@ -64,8 +64,8 @@ def _machine(results: dict[str, Any], command: str) -> str:
     facts = results["machine"]
     return (
         f"Measured on: {facts['processor']}, {facts['cores']} cores, {facts['threads']} threads of PyTorch "
-        f"{facts['torch']}, Python {facts['python']}, {facts['system']}; up to {results['repeats']} repeats; load of the "
-        f"machine when it ended, this work included: {facts['load']}."
+        f"{facts['torch']}, Python {facts['python']}, {facts['system']}; up to {results['repeats']} repeats; load of "
+        f"the machine when it ended, this work included: {facts['load']}."
     )
 
 
