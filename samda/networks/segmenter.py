@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from monai.data import MetaTensor
 from segment_anything.modeling import PromptEncoder
 
@@ -25,6 +24,7 @@ from samda.networks.backbones import BackboneConfig, backbone_config
 from samda.networks.decoder import ClassDecoder, grid_positions
 from samda.networks.fingerprint import compute_fingerprint
 from samda.networks.saving import save_only_trained
+from samda.networks.upsampling import enlarge
 from samda.networks.weights import BaseReport, fetch_weights, load_base
 
 __all__ = ["STRIDE", "SamSegmenter"]
@@ -139,10 +139,9 @@ class SamSegmenter(nn.Module):
         if x.ndim == 5:
             return torch.stack([self(image) for image in x.unbind(-1)], -1)
         logits = self.decode(x if embedded else self.encode(x))
-        size = [STRIDE // 4 * side for side in logits.shape[2:]]
         # single precision from here: class scores of many windows and slices are summed later
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+        return enlarge(logits, STRIDE // 4)
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) in [0, 1] -> embeddings (B, 256, H / 16, W / 16)."""
