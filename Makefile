@@ -4,6 +4,7 @@
 #   make test                              the whole test suite
 #   make integration                       MONAI Label and MLflow, each in an environment of its own
 #   make bench                             speed against named rivals, side by side; tables of docs/performance.md
+#   make evidence                          adapters, few labels, receptive fields, rivals; hours, goes on where it stopped
 #   make test PYTHON=python3.12 VENV=env   another interpreter, another folder for the environment
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ TESTS  ?= tests
 python := $(VENV)/bin/python
 stamp  := $(VENV)/.samda-installed
 
-.PHONY: help venv demo test integration bench docs lint format types wheel constraints clean
+.PHONY: help venv demo test integration bench evidence docs lint format types wheel constraints clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -45,6 +46,9 @@ bench: $(stamp)
 	$(python) benchmarks/speed.py
 	$(python) benchmarks/scaling.py
 	$(python) benchmarks/performance_page.py
+
+evidence: $(stamp)
+	$(python) -m benchmarks.evidence
 
 # after a change of options, docstrings or settings
 docs: $(stamp)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of docs/evidence.md as SVG; each carries the checksum of the rows it was drawn from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from samda.files import replacing
+
+from .methods import ENCODER, FROZEN
+from .parts import COUNTS
+from .tables import labels_name, pick
+
+__all__ = ["checksum", "draw_fields", "draw_labels"]
+
+Row = dict[str, Any]
+
+
+def checksum(rows: Any) -> str:
+    """Of what a figure shows."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def draw_labels(rows: list[Row], path: Path) -> None:
+    """Dice over labelled slices: a line per method, the band of one standard deviation."""
+    figure = _figure(10, 4.2)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, methods, title in ((left, FROZEN, "encoder left alone"), (right, ("head", *ENCODER), "encoder trained")):
+        for number, method in enumerate(methods):
+            points = [(at, pick(rows, task="abdomen", method=method, labels=n)) for at, n in enumerate(COUNTS)]
+            points = [(at, [row["dice"] for row in found]) for at, found in points if found]
+            if not points:
+                continue
+            places, means = [at for at, _ in points], [statistics.fmean(values) for _, values in points]
+            style = {"color": "black", "linestyle": "--"} if method == "head" else {"color": f"C{number % 10}"}
+            if number > 10:
+                style["linestyle"] = ":"
+            axes.plot(places, means, marker="o", markersize=3, label=method, **style)
+            if len(methods) <= 4:
+                errors = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+                low, high = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
+                axes.fill_between(places, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        axes.set(title=title, xlabel="labelled slices of patient A", xticks=range(len(COUNTS)))
+        axes.set_xticklabels([labels_name(n) for n in COUNTS])
+        axes.legend(fontsize=7, frameon=False, ncols=1 if len(methods) <= 4 else 2)
+        axes.grid(alpha=0.3)
+    left.set_ylabel("Dice, slices of blocks never trained on")
+    _save(figure, path, rows)
+
+
+def draw_fields(rows: list[Row], path: Path) -> None:
+    """A column per network, a row per tap: influence of each pixel on the middle, three decades from white to dark."""
+    import numpy as np
+
+    taps = ("block", "neck")
+    figure = _figure(1.35 * max(1, len(rows)), 3.2)
+    grid = figure.subplots(len(taps), max(1, len(rows)), squeeze=False)
+    for column, row in enumerate(rows):
+        for line, tap in enumerate(taps):
+            axes = grid[line, column]
+            picture = np.array([list(bytes.fromhex(text)) for text in row[tap]["picture"]])
+            axes.imshow(picture, cmap="magma_r", vmin=0, vmax=255, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            if column == 0:
+                axes.set_ylabel(tap)
+        grid[0, column].set_title("frozen SAM" if row["network"] == "head" else row["network"], fontsize=7)
+    _save(figure, path, rows)
+
+
+def _figure(width: float, height: float) -> Any:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "samda"  # the same rows give the same file
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: Path, rows: list[Row]) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None, "Description": checksum(rows)})

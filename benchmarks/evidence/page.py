@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the tables and figures of docs/evidence.md from the results in `benchmarks/results`.
+
+The text around them is by hand and holds no number that was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from samda.files import write_text
+
+from . import figures, tables
+from .methods import ABLATIONS, FROZEN
+from .parts import CHEST, PARTS, planned, results_file
+from .protocol import TASKS, VIEWS
+from .trial import BATCH, HEAD_RATE, HEAD_STEPS, LATER_HEAD_RATE, STEPS
+
+__all__ = ["PAGE", "blocks", "filled", "read", "write_page"]
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "evidence.md"
+LABELS_FIGURE = ROOT / "docs" / "evidence_labels.svg"
+FIELDS_FIGURE = ROOT / "docs" / "evidence_fields.svg"
+
+
+def read(part: str) -> list[dict[str, Any]]:
+    """The rows of a part that are there."""
+    file = results_file(part)
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def main_rows() -> list[dict[str, Any]]:
+    """What the comparison of methods shows."""
+    return read("frozen") + read("encoder")
+
+
+def write_page() -> None:
+    """The page and its figures, made anew."""
+    figures.draw_labels(main_rows(), LABELS_FIGURE)
+    figures.draw_fields(read("fields"), FIELDS_FIGURE)
+    write_text(PAGE, filled(PAGE.read_text(encoding="utf-8")))
+
+
+def filled(text: str) -> str:
+    """The page with everything between `<!-- NAME -->` and `<!-- end -->` made anew.
+
+    Raises:
+        ValueError: a marker names no table, or a table has no marker.
+    """
+    made = blocks()
+    named = re.findall(r"<!-- (\w+) -->\n", text)
+    if sorted(named) != sorted([*made, *["end"] * len(made)]):
+        raise ValueError(f"{PAGE.name} has the markers {named}, tables are {', '.join(made)}")
+    for name, content in made.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->\n)"
+        text = re.sub(pattern, lambda found, content=content: f"{found[1]}{content}\n{found[2]}", text, flags=re.DOTALL)
+    return text
+
+
+def blocks() -> dict[str, str]:
+    """Every table by its name."""
+    main, chest, fields = main_rows(), read("chest"), read("fields")
+    return {
+        "protocol": _protocol(),
+        "done": _done(),
+        "rates": tables.rates(read("rates")),
+        "few_labels": tables.few_labels(main, "abdomen"),
+        "methods": tables.encoder(main, "abdomen"),
+        "findings": tables.findings(main),
+        "cost": tables.cost(main, "abdomen"),
+        "chest": tables.few_labels(chest, "chest"),
+        "chest_methods": tables.encoder(chest, "chest", FROZEN + CHEST),
+        "fields_block": tables.fields(fields, "block"),
+        "fields_neck": tables.fields(fields, "neck"),
+        "ablations": "\n\n".join(
+            f"**{name}**\n\n{tables.ablation(name, read('ablations'), main)}" for name in ABLATIONS
+        ),
+    }
+
+
+def _protocol() -> str:
+    abdomen, chest = (TASKS[name] for name in ("abdomen", "chest"))
+    blocks = {name: ", ".join(f"{a} to {b - 1}" for a, b in t.test) for name, t in (("a", abdomen), ("c", chest))}
+    return (
+        f"Scored: slices {blocks['a']} of patient A (3 mm a slice, {abdomen.gap} slices on each side of a block are "
+        f"not used at all) and {blocks['c']} of the chest CT (10 mm, {chest.gap}). The class head comes first, "
+        f"{HEAD_STEPS} steps at a rate of {HEAD_RATE:g} on embeddings of {VIEWS} views of each slice; then every "
+        f"method makes {STEPS} steps more, head at {LATER_HEAD_RATE:g}. Batches of {BATCH} slices, AdamW, Dice + "
+        "cross-entropy, half a cosine, last weights."
+    )
+
+
+def _done() -> str:
+    lines = []
+    for part in PARTS:
+        rows, wanted = read(part), planned(part)
+        done = sum(any(run.items() <= row.items() for row in rows) for run in wanted)
+        left = len(wanted) - done
+        lines.append([part, str(len(wanted)), str(done), f"{left}, its time was spent" if left else "none"])
+    return tables.markdown(["part", "runs planned", "done", "left out"], lines)
