@@ -24,7 +24,7 @@ __all__ = ["COMMANDS", "EXIT_CODES", "build_parser", "main"]
 
 COMMANDS = {  # name -> module, in the order of the help
     name: f"samda.cli.{name}"
-    for name in ("check", "train", "predict", "adapt", "evaluate", "site", "export", "info", "weights", "demo")
+    for name in ("check", "train", "predict", "adapt", "evaluate", "erf", "site", "export", "info", "weights", "demo")
 }
 
 EXIT_CODES = {

@@ -106,6 +106,7 @@ class SliceGrid:
         canvas: (rows, columns) in pixels: `task.image_size` both, or larger multiples of 16 where the body is larger
             than the field of view; the network then sees it in windows of `task.image_size`.
         num_slices: number of slices.
+        body: first slice and end (exclusive) of those that reach the body.
     """
 
     def __init__(self, shape: Sequence[int], spacing_mm: Sequence[float], box: np.ndarray, task: Task) -> None:
@@ -115,6 +116,7 @@ class SliceGrid:
         self.axes = PLANES[task.axis]
         across, *plane = self.axes
         self.num_slices = self.shape[across]
+        self.body = (int(box[across][0]), int(box[across][1]))
         self._rows, self._columns = (_Line.build(self.shape[a], self.spacing_mm[a], box[a], task) for a in plane)
         self.canvas = (len(self._rows.forward), len(self._columns.forward))
 

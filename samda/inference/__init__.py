@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inference: scans to label maps on their own grids, and label maps to scores."""
+"""Inference: scans to label maps on their own grids, label maps to scores, and how far the encoder sees."""
 
 from __future__ import annotations
 
+from samda.inference.body_slices import body_slices
 from samda.inference.evaluate import evaluate
 from samda.inference.postprocessing import SaveLabelMapd, build_postprocessing
 from samda.inference.predict import Prediction, Predictor, find_cases, predict_folder
+from samda.inference.receptive_field import ErfMap, area_ratios, measure_erf
 from samda.inference.volume import VolumeInferer
 
 __all__ = [
+    "ErfMap",
     "Prediction",
     "Predictor",
     "SaveLabelMapd",
     "VolumeInferer",
+    "area_ratios",
+    "body_slices",
     "build_postprocessing",
     "evaluate",
     "find_cases",
+    "measure_erf",
     "predict_folder",
 ]

@@ -145,13 +145,21 @@ class SamSegmenter(nn.Module):
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) in [0, 1] -> embeddings (B, 256, H / 16, W / 16)."""
+        return self.image_encoder(self.normalize(image))
+
+    def normalize(self, image: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) in [0, 1] -> what the encoder takes: three channels (B, 3, H, W) by SAM's mean and std.
+
+        Raises:
+            UsageError: another number of channels, or sides that are no multiples of 16.
+        """
         if image.ndim != 4 or image.shape[1] != self.in_channels:
             raise UsageError(f"images must be (B, {self.in_channels}, H, W), got {tuple(image.shape)}")
         if image.shape[2] % STRIDE or image.shape[3] % STRIDE:
             raise UsageError(f"H and W must be multiples of {STRIDE}, got {tuple(image.shape[2:])}; pad the images")
         if self.in_channels == 2:
             image = torch.cat([image, image.mean(dim=1, keepdim=True)], dim=1)
-        return self.image_encoder((image.expand(-1, 3, -1, -1) - self.pixel_mean) / self.pixel_std)
+        return (image.expand(-1, 3, -1, -1) - self.pixel_mean) / self.pixel_std
 
     def decode(self, embedding: torch.Tensor) -> torch.Tensor:
         """Embeddings (B, 256, h, w) -> class logits (B, K, 4h, 4w)."""

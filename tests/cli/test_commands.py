@@ -182,6 +182,51 @@ def test_info_of_a_model(place: Path, capsys: pytest.CaptureFixture) -> None:
     assert "64 pixels of 2.0 mm" in out
 
 
+def test_erf(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    erf = ["erf", "-m", place / "model", "-i", place / "scans", "--slices", "2"]
+    code, out, _ = samda(capsys, *erf, "--baseline", "--json", "-o", tmp_path / "fields")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["images"], found["image_size"], found["spacing_mm"]) == (2, [64, 64], 2.0)
+    assert json.loads((tmp_path / "fields" / "erf.json").read_text()) == found
+    assert sorted(path.name for path in (tmp_path / "fields").iterdir()) == ["erf.json", "erf.png"]
+    assert (tmp_path / "fields" / "erf.png").read_bytes().startswith(b"\x89PNG")
+    model, base = found["models"]
+    assert (model["model"], model["version"], list(model["adapters"])) == (str(place / "model"), "source", ["sam_da"])
+    assert (base["model"], base["version"], base["adapters"]) == ("vit_t without adapters", None, {})
+    assert model["taps"] == base["taps"]  # sam_da leaves the encoder as it is
+    for tap in ("block", "neck"):
+        assert (model["taps"][tap]["images"], model["taps"][tap]["skipped"]) == (2, 0)
+        for scale in ("log", "mass", "normalized"):
+            sides = [area["side"] for area in model["taps"][tap]["areas"][scale].values()]
+            assert 3 <= sides[0] < sides[1] < sides[2] <= 63
+            assert all(
+                a["side"] is None or a["ratio"] == a["side"] ** 2 / 64**2
+                for a in model["taps"][tap]["areas"][scale].values()
+            )
+    code, out, err = samda(capsys, *erf, "--quiet")
+    lines = out.splitlines()
+    assert (code, err, len(lines)) == (0, "", 1 + 2 * 3)
+    side = model["taps"]["neck"]["areas"]["mass"]["0.5"]["side"]
+    assert lines[5].startswith(f"{place / 'model'}, neck, mass") and f" {side} (" in lines[5]
+
+
+def test_erf_sees_adapters_and_refuses_other_images(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    own, own_task = tmp_path / "own.yaml", tmp_path / "other.yaml"
+    own.write_text("adapters: {dka: {width: 4, large_kernel: 7, small_kernel: 3, init: paper}}")
+    own_task.write_text(yaml.safe_dump(TASK | {"window": [-100, 150]}))
+    train = ["train", "-d", place / "data", "--epochs", "1", "--set", "views=1", "--tracking", "none"]
+    assert samda(capsys, *train, "--task", place / "balls.yaml", "-o", tmp_path / "dka", "--adapter", own)[0] == 0
+    erf = ["erf", "-i", place / "scans", "--slices", "1", "--json", "--baseline", "-m", place / "model"]
+    code, out, _ = samda(capsys, *erf, tmp_path / "dka")
+    models = json.loads(out)["models"]
+    assert (code, [list(m["adapters"]) for m in models]) == (0, [["sam_da"], [], ["dka"]])  # one base, measured once
+    assert models[0]["taps"] == models[1]["taps"] != models[2]["taps"]
+    assert samda(capsys, *train, "--task", own_task, "-o", tmp_path / "other")[0] == 0
+    code, _, err = samda(capsys, *erf, tmp_path / "other")
+    assert code == 2 and "see different images (window (-100.0, 200.0) and (-100.0, 150.0))" in err.splitlines()[-1]
+
+
 def test_weights(capsys: pytest.CaptureFixture) -> None:
     code, out, _ = samda(capsys, "weights", "--json")
     known = json.loads(out)
@@ -234,6 +279,12 @@ def test_weights(capsys: pytest.CaptureFixture) -> None:
             ["adapter 'sam_da'", "a module at decoder.0.layer and 1 more", "onnx or torch"],
         ),
         (["export", "-m", "NOWHERE", "-o", "OUT", "--format", "sam"], 1, ["NOWHERE", "trained model"]),
+        (["erf", "-m", "NOWHERE", "-i", "SCANS"], 1, ["NOWHERE", "trained model"]),
+        (["erf", "-m", "MODEL", "-i", "NOWHERE"], 1, ["NOWHERE", "does not exist"]),
+        (["erf", "-m", "MODEL", "MODEL", "-i", "SCANS"], 2, ["names a folder twice"]),
+        (["erf", "-m", "MODEL", "-i", "SCANS", "-o", "MODEL"], 2, ["model exists and is no empty folder"]),
+        (["erf", "-m", "MODEL", "-i", "SCANS", "--slices", "0"], 2, ["--slices", "from 1"]),
+        (["erf", "-m", "MODEL", "-i", "SCANS", "--version", "sit"], 2, ["no version 'sit'"]),
         (["info", "-m", "NOWHERE"], 1, ["NOWHERE", "trained model"]),
         (["weights", "vit_q"], 2, ["vit_q", "did you mean 'vit_"]),
     ],

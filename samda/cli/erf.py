@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure how far a trained encoder sees: its effective receptive field.
+
+The gradient of the feature in the middle of the encoder with regard to every pixel, averaged over slices of scans that
+are prepared as for a prediction. No labels are needed. Of each model two features are taken: "block", what the last
+transformer block gives, and "neck", the embedding. A side is that of the smallest centered square (pixels) with more
+than 20, 30, 50 or 99 percent of the influence, and the percentage behind it is the square's part of the image; "-": no
+square within the image holds as much. Three scales: "log" is the papers' and depends on the size of the features;
+"mass" (no logarithm) and "normalized" (logarithm of the share of the largest) do not.
+
+  samda erf -m model -i scans
+  samda erf -m dka_model lka_model -i scans --baseline -o fields     with the frozen SAM, as erf.json and erf.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from samda.cli.options import (
+    add_device,
+    add_json,
+    add_modality,
+    add_quiet,
+    existing,
+    pick_device,
+    positive,
+    print_json,
+    print_table,
+    say,
+)
+from samda.errors import UsageError
+from samda.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+    from tqdm import tqdm
+
+    from samda.inference.erf_files import ModelField
+    from samda.networks.segmenter import SamSegmenter
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `samda erf`."""
+    parser.add_argument(
+        "-m", "--model", type=Path, nargs="+", required=True, metavar="MODEL", help="model folders of one geometry"
+    )
+    parser.add_argument("-i", "--input", type=Path, required=True, metavar="SCANS", help="a scan, a folder, a data set")
+    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="a new folder for erf.json and erf.png")
+    parser.add_argument("--baseline", action="store_true", help="the same of each backbone as it was, without adapters")
+    parser.add_argument("--slices", type=positive, default=50, metavar="N", help="at most, in all scans; default 50")
+    parser.add_argument("--version", metavar="NAME", help="version of the models (samda site); default: the active one")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="base weights; default: those of the training")
+    parser.add_argument(
+        "--section", choices=("training", "validation", "test"), help="which cases of a data set; default test"
+    )
+    add_modality(parser)
+    add_quiet(parser)
+    add_device(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print, write."""
+    existing(args.input, "input")
+    device = pick_device(args.device)
+    from samda.adapters.files import read_adapters
+    from samda.data.task import Task
+    from samda.inference.body_slices import body_slices, check_same_slices
+    from samda.inference.erf_files import write_fields
+    from samda.inference.predict import find_cases
+    from samda.networks.export import check_folder
+    from samda.networks.versions import load_version, version_folder
+
+    folder = check_folder(args.output.expanduser()) if args.output else None
+    tasks = {
+        str(model): Task.from_dict(read_adapters(version_folder(model, args.version)).task) for model in args.model
+    }
+    if len(tasks) < len(args.model):
+        raise UsageError("--model names a folder twice; keep one")
+    check_same_slices(tasks)
+    task = next(iter(tasks.values()))
+    if args.modality:
+        task = dataclasses.replace(task, modality=args.modality)
+    images = body_slices(find_cases(args.input, args.section), task, args.slices)
+    say(f"{len(images)} slices of {task.image_size} pixels on {device}")
+    models: list[ModelField] = []
+    bases: set[tuple[str, str | None]] = set()
+    for model in args.model:
+        network, _, _, version = load_version(model, args.version, args.weights, device)
+        models.append(measure(network, images, str(model), version))
+        report = network.base_report
+        base = (str(network.config.to_json()), report.sha256 if report else None)
+        if args.baseline and base not in bases:
+            bases.add(base)
+            models.append(measure(unadapted(network), images, f"{network.config.name} without adapters", None))
+    about = describe(images, task.spacing)
+    if folder is not None:
+        write_fields(folder, models, about)
+        say(f"{folder / 'erf.json'} and erf.png written")
+    if args.json:
+        print_json({**about, "models": [model.to_dict() for model in models]})
+    else:
+        print_fields(models)
+
+
+def unadapted(network: SamSegmenter) -> SamSegmenter:
+    """The network's base as its file has it: baselines such as `full` train the base itself."""
+    from samda.networks.segmenter import SamSegmenter
+
+    device = network.pixel_mean.device
+    assert network.base_report is not None  # a model folder is loaded with its base
+    weights = network.base_report.path
+    return SamSegmenter(network.config, in_channels=network.in_channels, weights=weights).to(device)
+
+
+def measure(network: SamSegmenter, images: Sequence[torch.Tensor], name: str, version: str | None) -> ModelField:
+    """Both taps of a network."""
+    from samda.inference.erf_files import ModelField
+    from samda.inference.receptive_field import TAPS, measure_erf
+    from samda.progress import bar
+
+    fields = {}
+    for tap in TAPS:
+        with bar(f"{name}, {tap}", len(images), "slice") as shown:
+            fields[tap] = measure_erf(network, counted(images, shown), tap)
+        if skipped := fields[tap].skipped:
+            say(f"{name}, {tap}: {skipped} of {len(images)} slices gave gradients that are not finite, left out")
+    return ModelField.of(network, fields, name, version)
+
+
+def counted(images: Sequence[torch.Tensor], shown: tqdm) -> Iterator[torch.Tensor]:
+    """The images; the bar moves with them."""
+    for image in images:
+        yield image
+        shown.update()
+
+
+def describe(images: Sequence[torch.Tensor], spacing_mm: float) -> dict[str, Any]:
+    """What holds for all models: nothing that names a scan."""
+    import torch
+
+    from samda.inference.writer import PURPOSE
+
+    return {
+        "purpose": PURPOSE,
+        "made_by": {"samda": __version__, "torch": torch.__version__},
+        "images": len(images),
+        "image_size": list(images[0].shape[1:]),
+        "spacing_mm": spacing_mm,
+    }
+
+
+def print_fields(models: Sequence[ModelField]) -> None:
+    """One row per model, tap and scale."""
+    rows: list[list[object]] = []
+    for model in models:
+        for tap, scales in model.areas.items():
+            rows += [[f"{model.name}, {tap}, {scale}", *areas.values()] for scale, areas in scales.items()]
+    shares = next(iter(next(iter(models[0].areas.values())).values()))
+    print_table(["side in pixels (part of the image)", *(f"{100 * share:g} %" for share in shares)], rows)
