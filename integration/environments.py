@@ -23,15 +23,15 @@ HERE = Path(__file__).resolve().parent
 MINUTES = 20  # for an installation
 
 
-def environment(name: str) -> Path:
-    """The Python interpreter of the environment `name`, made from `name`.txt beside this file where it is missing.
+def environment(name: str, lists: Path = HERE) -> Path:
+    """The Python interpreter of the environment `name`, made from `name`.txt in `lists` where it is missing.
 
     A list that changes, or another Python or place of samda's own environment, makes a new one.
 
     Raises:
         subprocess.CalledProcessError, subprocess.TimeoutExpired: pip failed.
     """
-    wanted = HERE / f"{name}.txt"
+    wanted = lists / f"{name}.txt"
     below = sysconfig.get_path("purelib")
     key = hashlib.sha256("\n".join([wanted.read_text(), sys.version, below]).encode()).hexdigest()[:12]
     folder = cache_dir() / "integration" / f"{name}-{key}"
@@ -48,7 +48,9 @@ def environment(name: str) -> Path:
     ).stdout.strip()  # fmt: skip
     (Path(own) / "samda_below.pth").write_text(f"import site; site.addsitedir({below!r})\n")
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "-r", wanted]
-    subprocess.run([*map(str, pip)], check=True, timeout=60 * MINUTES)
+    done = subprocess.run([*map(str, pip)], stderr=subprocess.PIPE, text=True, timeout=60 * MINUTES)
+    sys.stderr.write(done.stderr)
+    done.check_returncode()
     (folder / "complete").touch()
     return python
 
