@@ -120,7 +120,8 @@ def _by_slices(cases: Sequence[Case], task: Task, folds: int, fold: int) -> Spli
         validation.append(case | {"slices": _join(held)})
     number = sum(end - first for case in validation for first, end in case["slices"])
     if number == 0:
-        raise UsageError(f"{count} slices leave none to validate; add a patient")
+        few = "1 slice leaves" if count == 1 else f"{count} slices leave"
+        raise UsageError(f"{few} none to validate; add a patient")
     note = (
         f"one patient only: {number} {task.axis} slices in contiguous blocks validate, the rest of the scan trains; "
         "expect lower scores on other patients"

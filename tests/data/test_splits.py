@@ -120,5 +120,5 @@ def test_all_cases_in_one_fold():
 
 def test_too_few_slices_for_a_validation(tmp_path):
     path = save(tmp_path / "a.nii", np.zeros((5, 6, 1), np.int16), AFFINES["ras"])
-    with pytest.raises(UsageError, match="1 slices leave none"):
+    with pytest.raises(UsageError, match="1 slice leaves none"):
         split([{"id": "a", "image": path}], TASK, fold=1)
