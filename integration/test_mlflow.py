@@ -71,7 +71,7 @@ def test_the_run_holds_the_curve_and_the_settings(python: Path, dataset: Path, t
 def test_monais_own_tracking_works_too(python: Path, dataset: Path, tmp_path: Path) -> None:
     config = packaged("bundles", "sam_segmentation", "configs", "train.json")
     task = packaged("configs", "tasks", "abdomen_ct.yaml")
-    keys = ["--dataset_dir", dataset, "--output_dir", "$'model'", "--task", task, "--epochs", "1", "--views", "1"]
+    keys = ["--dataset_dir", dataset, "--output_dir", "model", "--task", task, "--epochs", "1", "--views", "1"]
     call(python, "-m", "monai.bundle", "run", "--config_file", config, *keys, "--tracking", "mlflow", cwd=tmp_path)
     runs = read(python, tmp_path / "model" / "mlruns.db")
     metrics = {name: steps for run in runs for name, steps in run["metrics"].items()}

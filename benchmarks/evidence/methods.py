@@ -44,7 +44,7 @@ METHODS: dict[str, Method] = {
     "dka_5": Method(_kernel(5, placement="after")),
     "salt+sam_da": Method({"salt": {}, "sam_da": {}}, 3e-3),
     "salt+dka+sam_da": Method({"salt": {}, "dka": {}, "sam_da": {}}),
-    "full": Method({"full": {}}, 1e-4),
+    "full": Method({"full": {}}, 3e-4),
 }
 FROZEN = tuple(name for name, method in METHODS.items() if not method.encoder)
 ENCODER = tuple(name for name, method in METHODS.items() if method.encoder)

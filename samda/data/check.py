@@ -14,6 +14,7 @@ from samda.data.facts import CaseFacts, look_at
 from samda.data.formats import files_of
 from samda.data.labels import LabelMap, label_map
 from samda.data.problems import Problem
+from samda.data.slices import refuse_other_scale
 from samda.data.splits import split
 from samda.data.task import Task
 from samda.errors import InputError, SamdaError
@@ -103,6 +104,7 @@ def check_data(path: str | Path, task: Task | None = None) -> DataReport:
     problems += _of_whole(report, task)
     if task is not None:
         problems += intensity_problems(report, task)
+        problems += _of_scale(facts, task)
     return report
 
 
@@ -176,6 +178,17 @@ def _of_channels(facts: Sequence[CaseFacts], task: Task | None) -> list[Problem]
         else:
             text = f"{what}, {counts[usual]} other cases {usual}; leave it out, or bring all to the same channels"
         found.append(Problem("channels", text, case.id, case.section != "test"))
+    return found
+
+
+def _of_scale(facts: Sequence[CaseFacts], task: Task) -> list[Problem]:
+    """Cases whose voxels are another order of magnitude than the task's pixels."""
+    found = []
+    for case in facts:
+        try:
+            refuse_other_scale(case.sides_mm or (task.spacing,) * 3, task)
+        except InputError as error:
+            found.append(Problem("spacing", f"{case.image[0]}: {error}", case.id, case.section != "test"))
     return found
 
 

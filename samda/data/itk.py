@@ -21,10 +21,15 @@ MODALITY = "0008|0060"
 
 def has_dicom(folder: str | Path) -> bool:
     """Does `folder` itself hold a DICOM series?"""
+    return bool(_series_of(folder))
+
+
+def _series_of(folder: str | Path) -> tuple[str, ...]:
+    """The UIDs of the DICOM series in a folder."""
     shown = sitk.ProcessObject.GetGlobalWarningDisplay()
     sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK would warn of every folder without
     try:
-        return bool(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
+        return sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(shown)
 
@@ -85,7 +90,7 @@ def read_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         InputError: no series, several, damaged files, or uneven slice positions.
     """
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    series = _series_of(folder)
     if not series:
         raise InputError(f"{folder} holds no DICOM series; give a scan, or the folder of one series")
     files = [sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), name) for name in series]
@@ -148,7 +153,7 @@ def _slice_step(positions: np.ndarray, folder: Path) -> np.ndarray:
 
 def dicom_modality(folder: Path) -> str | None:
     """The modality that the DICOM series in a folder states: "CT", "MR", "PT", ..."""
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    series = _series_of(folder)
     if not series:
         return None
     reader = sitk.ImageFileReader()

@@ -41,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: it cannot be read, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is no JSON ({error}); repair it") from error
     if not isinstance(content, dict):
@@ -96,7 +96,14 @@ def _entry(entry: Any, section: str, where: str, folder: Path) -> Case:
         case["label"] = str(folder / label)
     if "fold" in case and (isinstance(case["fold"], bool) or not isinstance(case["fold"], int)):
         raise InputError(f"{where}: fold must be a whole number, got {case['fold']!r}")
+    if "slices" in case and not _are_ranges(case["slices"]):
+        raise InputError(f"{where}: slices must be pairs [[first, end], ...] of whole numbers, got {case['slices']!r}")
     return case
+
+
+def _are_ranges(value: Any) -> bool:
+    pairs = value if isinstance(value, list) else [None]
+    return all(isinstance(pair, list) and len(pair) == 2 and all(type(i) is int for i in pair) for pair in pairs)
 
 
 # -------------------------------------------------------------------------------------------------------- nnU-Net v2
@@ -175,9 +182,12 @@ def pair_cases(path: Path, report: Report) -> dict[str, list[Case]]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as text ({error}); save it as CSV in UTF-8") from error
-    columns = _columns(lines[0] if lines else "")
+    if not any(line.strip() for line in lines):
+        raise InputError(f"{path} is empty; write a line with the columns image,label, and one for each case")
+    columns = _columns(lines[0])
     _check_columns(columns, path)
     cases: dict[str, list[Case]] = {}
+    wrong = 0
     for number, row in enumerate(csv.reader(lines[1:], delimiter=_delimiter(lines[0])), start=2):
         cells = [cell.strip() for cell in row]
         if not any(cells):
@@ -190,9 +200,10 @@ def pair_cases(path: Path, report: Report) -> dict[str, list[Case]]:
                 )
         except InputError as error:
             report(Problem("entry", str(error)))
+            wrong += 1
         else:
             cases.setdefault(section, []).append(case)
-    if not cases:
+    if not cases and not wrong:  # else the report says more
         raise InputError(f"{path} lists no usable case; write a line with image and label for each")
     return cases
 

@@ -20,7 +20,9 @@ from samda.data.body import body_box
 from samda.data.task import Task
 from samda.errors import InputError
 
-__all__ = ["SliceGrid", "center_channels", "interpolation_matrix", "with_neighbors"]
+__all__ = ["SliceGrid", "center_channels", "interpolation_matrix", "refuse_other_scale", "with_neighbors"]
+
+FARTHEST = 64  # times that pixels may be finer or coarser than voxels; beyond it somebody took another unit
 
 # axis across the slices, axis along the rows' direction, axis along the columns' direction, in RAS order. All in-plane
 # axes run against RAS: rows from anterior to posterior (axial) or superior to inferior, columns from right to left
@@ -48,6 +50,24 @@ def interpolation_matrix(positions: np.ndarray, size: int, width: float = 1.0) -
     weights = np.maximum(0.0, 1.0 - np.abs(np.arange(size)[None] - clipped[:, None]) / max(1.0, width))
     weights = weights / weights.sum(axis=1, keepdims=True) * inside[:, None]
     return torch.from_numpy(weights.astype(np.float32))
+
+
+def refuse_other_scale(spacing_mm: Sequence[float], task: Task) -> None:
+    """Refuse a task whose pixels have nothing to do with the voxels: slices would fill the memory, or show nothing.
+
+    Args:
+        spacing_mm: (3,) voxel size along X, Y, Z, in RAS order.
+        task: slice axis and spacing.
+
+    Raises:
+        InputError: the spacings differ more than `FARTHEST` times.
+    """
+    for axis in PLANES[task.axis][1:]:
+        if not 1 / FARTHEST <= task.spacing / spacing_mm[axis] <= FARTHEST:
+            raise InputError(
+                f"pixels of {task.spacing:g} mm (the task's spacing) do not suit voxels of {spacing_mm[axis]:g} mm; "
+                "check that both are in mm"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +127,16 @@ class SliceGrid:
             than the field of view; the network then sees it in windows of `task.image_size`.
         num_slices: number of slices.
         body: first slice and end (exclusive) of those that reach the body.
+
+    Raises:
+        InputError: the task's spacing is another order of magnitude, see :func:`refuse_other_scale`.
     """
 
     def __init__(self, shape: Sequence[int], spacing_mm: Sequence[float], box: np.ndarray, task: Task) -> None:
         self.shape = tuple(int(n) for n in shape)
         self.spacing_mm = tuple(float(s) for s in spacing_mm)
         self.task = task
+        refuse_other_scale(self.spacing_mm, task)
         self.axes = PLANES[task.axis]
         across, *plane = self.axes
         self.num_slices = self.shape[across]

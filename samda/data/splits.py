@@ -111,16 +111,18 @@ def _by_stated_fold(cases: Sequence[Case], fold: int, stated: set[int]) -> Split
 def _by_slices(cases: Sequence[Case], task: Task, folds: int, fold: int) -> Split:
     training, validation = [], []
     for case in cases:
-        count = _slice_count(case["image"], task)
+        own = case.get("slices") or [(0, _slice_count(case["image"], task))]
+        count = sum(end - first for first, end in own)
         edges = [round(count * i / (2 * folds)) for i in range(2 * folds + 1)]
-        blocks = list(itertools.pairwise(edges))
-        held = [block for i, block in enumerate(blocks) if i % folds == fold]
-        rest = [block for i, block in enumerate(blocks) if i % folds != fold]
+        blocks = [_within(own, *block) for block in itertools.pairwise(edges)]
+        held = [piece for i, block in enumerate(blocks) if i % folds == fold for piece in block]
+        rest = [piece for i, block in enumerate(blocks) if i % folds != fold for piece in block]
         training.append(case | {"slices": _join(rest)})
         validation.append(case | {"slices": _join(held)})
     number = sum(end - first for case in validation for first, end in case["slices"])
     if number == 0:
-        raise UsageError(f"{count} slices leave none to validate; add a patient")
+        few = "1 slice leaves" if count == 1 else f"{count} slices leave"
+        raise UsageError(f"{few} none to validate; add a patient")
     note = (
         f"one patient only: {number} {task.axis} slices in contiguous blocks validate, the rest of the scan trains; "
         "expect lower scores on other patients"
@@ -133,6 +135,17 @@ def _slice_count(path: str, task: Task) -> int:
     shape, affine = read_geometry(path)
     axes = nib.io_orientation(affine)[:, 0]
     return shape[int(np.flatnonzero(axes == AXIS[task.axis])[0])]
+
+
+def _within(ranges: Sequence[tuple[int, int]], first: int, end: int) -> list[tuple[int, int]]:
+    """Slices `first` to `end` (exclusive), counted along `ranges`, as ranges of the scan."""
+    found, before = [], 0
+    for low, high in ranges:
+        a, b = max(first - before, 0), min(end - before, high - low)
+        if a < b:
+            found.append((low + a, low + b))
+        before += high - low
+    return found
 
 
 def _join(blocks: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +43,26 @@ class Task:
     nsd_tolerance: float = 3.0  # mm, of the normalized surface distance
 
     def __post_init__(self) -> None:
+        if not isinstance(self.classes, list | tuple):
+            raise TypeError(f"classes must be a list of names, background first; got {self.classes!r}")
         object.__setattr__(self, "classes", tuple(str(name) for name in self.classes))
         if self.labels is not None:
-            listed = {name: v if isinstance(v, list | tuple) else [v] for name, v in self.labels.items()}
-            ids = {name: tuple(int(i) for i in v) for name, v in listed.items()}
-            object.__setattr__(self, "labels", ids)
+            if not isinstance(self.labels, Mapping):
+                raise TypeError(f"labels must be class names with their ids, got {self.labels!r}")
+            object.__setattr__(self, "labels", {name: _ids(name, value) for name, value in self.labels.items()})
         for key in ("window", "percentiles"):
-            object.__setattr__(self, key, tuple(float(v) for v in getattr(self, key)))
+            try:
+                object.__setattr__(self, key, tuple(float(v) for v in getattr(self, key)))
+            except (TypeError, ValueError):
+                raise TypeError(f"{key} must be (low, high), got {getattr(self, key)!r}") from None
         numbers = {"spacing": float, "nsd_tolerance": float, "image_size": int, "in_channels": int, "context": int}
         for key, kind in numbers.items():
-            if isinstance(getattr(self, key), str | bool):
-                raise TypeError(f"{key} must be a number, got {getattr(self, key)!r}")
-            if kind is int and getattr(self, key) != int(getattr(self, key)):
-                raise TypeError(f"{key} must be a whole number, got {getattr(self, key)!r}")
-            object.__setattr__(self, key, kind(getattr(self, key)))
+            value = getattr(self, key)
+            if isinstance(value, str | bool | None):
+                raise TypeError(f"{key} must be a number, got {value!r}")
+            if kind is int and not (math.isfinite(value) and value == int(value)):
+                raise TypeError(f"{key} must be a whole number, got {value!r}")
+            object.__setattr__(self, key, kind(value))
         if not isinstance(self.keep_largest, bool):
             if not isinstance(self.keep_largest, str | list | tuple | None):
                 raise TypeError(f"keep_largest must be true, false or names of classes, got {self.keep_largest!r}")
@@ -68,6 +76,8 @@ class Task:
 
         if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
             refuse(f"classes must be background and at least one more, all different; got {list(self.classes)}")
+        if self.classes[0] != "background":
+            refuse(f"the first class must be 'background', got {self.classes[0]!r}; put it before the others")
         for name in self.labels or {}:
             if name not in self.classes:
                 refuse(f"labels names the unknown class {name!r}; {nearest(name, self.classes)}")
@@ -87,7 +97,7 @@ class Task:
         if not 16 <= self.image_size <= LARGEST_IMAGE or self.image_size % 16:
             refuse(f"image_size must be a multiple of 16 from 16 to {LARGEST_IMAGE}, got {self.image_size}")
         for key in ("spacing", "nsd_tolerance"):
-            if getattr(self, key) <= 0:
+            if not 0 < getattr(self, key) < math.inf:  # nor NaN
                 refuse(f"{key} must be positive (mm), got {getattr(self, key)}")
         if self.in_channels not in (1, 2, 3):
             refuse(f"in_channels must be 1, 2 or 3, got {self.in_channels}")
@@ -102,7 +112,7 @@ class Task:
                 refuse(f"keep_largest names {name!r}, which is no foreground class; {nearest(name, self.classes[1:])}")
         for key in ("window", "percentiles"):
             pair = getattr(self, key)
-            if len(pair) != 2 or not pair[0] < pair[1]:
+            if len(pair) != 2 or not -math.inf < pair[0] < pair[1] < math.inf:
                 refuse(f"{key} must be (low, high) with low < high, got {pair}")
         if self.percentiles[0] < 0 or self.percentiles[1] > 100:
             refuse(f"percentiles must lie between 0 and 100, got {self.percentiles}")
@@ -162,3 +172,12 @@ class Task:
             if not values[key]:
                 del values[key]
         return values
+
+
+def _ids(name: str, value: Any) -> tuple[int, ...]:
+    """The ids of a class in the label files, stated as one number or a list of them."""
+    ids = value if isinstance(value, list | tuple) else [value]
+    for i in ids:
+        if isinstance(i, bool) or not isinstance(i, Real) or not float(i).is_integer():
+            raise TypeError(f"labels of {name!r} must be whole numbers, got {i!r}")
+    return tuple(int(i) for i in ids)

@@ -155,7 +155,10 @@ class SliceDataset(Dataset):
             raise InputError(f"case {name!r} has no label; training needs one for every case")
         scan = transform(dict(case))
         image, label = scan["image"], scan["label"]
-        grid = SliceGrid.from_volume(image, image.affine, self.task)
+        try:
+            grid = SliceGrid.from_volume(image, image.affine, self.task)
+        except InputError as error:
+            raise InputError(f"case {name!r}: {error}") from error
         chosen: list[int] = []
         around: list[tuple[int, int, int]] = []
         for first, end in case.get("slices") or [(0, grid.num_slices)]:

@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 class RecordEpoch:
     """After each epoch (and its validation): a row of the curve, the best parameters, the decision to stop early.
 
-    Attach it after the ValidationHandler. The curve is written to `folder`/history.json.
+    Attach it after the ValidationHandler. The curve is written to `folder`/history.json. Handlers that follow find the
+    output of the engine as a list of one item, in which MONAI's own (StatsHandler, MLFlowHandler) look for the loss.
 
     Args:
         record: where all of it is kept.
@@ -63,9 +64,14 @@ class RecordEpoch:
         self._rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
 
     def add_loss(self, engine: Engine) -> None:
-        """Note the loss of an iteration, without waiting for the device."""
+        """Note the loss of an iteration, without waiting for the device; leave the output as MONAI's handlers take it.
+
+        Their usual `from_engine(["loss"], first=True)` finds a number in a list of outputs, but a tuple in a single
+        one. The batch is not taken apart for that (`decollate`): it would wait for the device at every step.
+        """
         output: Any = engine.state.output
         self._losses.append(output["loss"].detach())
+        engine.state.output = [output]
 
     def finish(self, engine: Engine) -> None:
         """Write the row, keep the best."""

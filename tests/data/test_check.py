@@ -182,6 +182,14 @@ def test_a_task_says_what_counts(place: Path) -> None:
     assert "which the window -160 to 240 HU does not tell apart" in found[0].text
 
 
+@pytest.mark.parametrize("spacing", [0.002, 1500.0])
+def test_pixels_of_another_unit(place: Path, spacing: float) -> None:
+    found = problems(place, Task(classes=("background", "liver"), labels={"liver": (1,)}, spacing=spacing))
+    assert [(p.kind, p.case, p.stops) for p in found] == [("spacing", name, True) for name in "abcd"]
+    words = f"a_0000.nii.gz: pixels of {spacing:g} mm (the task's spacing) do not suit voxels of 18 mm; check that both"
+    assert words in found[0].text
+
+
 def test_classes_that_nothing_shows(place: Path) -> None:
     content = json.loads((place / "dataset.json").read_text())
     content["labels"] |= {"tumor": 3, "both": [1, 2]}

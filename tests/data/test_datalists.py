@@ -123,6 +123,8 @@ def test_equal_file_names_take_their_folders(tmp_path):
         ({"training": [7]}, "training[0] must be"),
         ({"training": ["a.nii"]}, "has no 'label'"),
         ({"training": [{"image": "a.nii", "label": "b.nii", "fold": "1"}]}, "fold must be a whole number"),
+        ({"training": [{"image": "a.nii", "label": "b.nii", "slices": [3, 9]}]}, "slices must be pairs [[first, end]"),
+        ({"training": [{"image": "a.nii", "label": "b.nii", "slices": [[0, 1.5]]}]}, "got [[0, 1.5]]"),
         ({"training": [], "test": {"image": "a.nii"}}, "'test' must be a list"),
         ([1, 2], "must hold a JSON object"),
     ],
@@ -135,6 +137,13 @@ def test_malformed_lists(tmp_path, content, message):
 def test_what_is_no_json(tmp_path):
     (tmp_path / "l.json").write_text('{"training": [')
     assert "is no JSON" in refusal(tmp_path / "l.json")
+
+
+def test_json_that_begins_with_a_byte_order_mark(tmp_path):
+    touch(tmp_path, "a.nii", "b.nii")
+    text = '{"training": [{"image": "a.nii", "label": "b.nii", "slices": [[0, 4], [6, 9]]}]}'
+    (tmp_path / "l.json").write_text(text, encoding="utf-8-sig")
+    assert read_datalist(tmp_path / "l.json").cases["training"][0]["slices"] == [[0, 4], [6, 9]]
 
 
 def test_missing_files_are_listed(tmp_path):

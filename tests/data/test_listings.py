@@ -59,7 +59,8 @@ def test_delimiters_of_spreadsheets(place, delimiter):
         ("image,label,patinet\nct/0.nii.gz,seg/0.nii.gz,1", "column 'patinet' is unknown; did you mean 'patient'?"),
         ("image,mask\nct/0.nii.gz,seg/0.nii.gz", "has no column 'label' (columns: image, mask)"),
         ("image,label,label\na,b,c", "has column 'label' twice"),
-        ("", "has no column 'image' (columns: none)"),
+        ("", "pairs.csv is empty; write a line with the columns image,label, and one for each case"),
+        ("\n \n", "pairs.csv is empty; write a line"),
         ("image,label\n", "lists no usable case"),
         ("image,label\n,seg/0.nii.gz", "line 2 has no image"),
         ("image,label,section\nct/0.nii.gz,seg/0.nii.gz,trainng", "section 'trainng' is unknown; did you mean 'train"),
@@ -75,6 +76,17 @@ def test_what_is_wrong_is_one_line(place, text, message):
     with pytest.raises(InputError) as caught:
         read_datalist(place / "pairs.csv")
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_report_names_every_wrong_line_also_where_no_sound_one_is_left(place):
+    (place / "pairs.csv").write_text("image,label,fold\n,seg/0.nii.gz,0\nct/0.nii.gz,seg/0.nii.gz,x\n")
+    problems = []
+    data = read_datalist(place / "pairs.csv", problems.append)
+    assert not any(data.cases.values())
+    assert [problem.text.partition("pairs.csv, ")[2] for problem in problems] == [
+        "line 2 has no image; give a path",
+        "line 3: fold must be a whole number, got 'x'",
+    ]
 
 
 def test_other_tables_do_not_make_a_data_set(place):

@@ -385,9 +385,10 @@ def test_gzip_with_a_flipped_byte(tmp_path):
     assert "cannot be read as a scan" in refusal(path)
 
 
-def test_folder_without_dicom(tmp_path):
+def test_folder_without_dicom(tmp_path, capfd):
     (tmp_path / "empty").mkdir()
     assert "holds no DICOM series" in refusal(tmp_path / "empty")
+    assert capfd.readouterr() == ("", "")  # ITK would say it a second time, in four lines
 
 
 def test_damaged_dicom_series(tmp_path):

@@ -48,6 +48,14 @@ def canvas_positions(grid: SliceGrid, axis: str, box=BOX, shape=SHAPE, spacing=S
     return positions
 
 
+@pytest.mark.parametrize(("axis", "spacing"), [("axial", 1.1 / 65), ("axial", 2.3 * 65), ("coronal", 5 * 71.0)])
+def test_pixels_of_another_unit_are_refused(axis, spacing):
+    with pytest.raises(InputError, match=r"pixels of .* mm \(the task's spacing\) do not suit voxels of .* mm; check"):
+        SliceGrid(SHAPE, SPACING, BOX, task_along(axis, spacing=spacing))
+    far = {"axial": 2.3 * 28, "coronal": 5 * 14.0}[axis]
+    assert SliceGrid(SHAPE, SPACING, BOX, task_along(axis, spacing=far)).canvas == (64, 64)
+
+
 # ------------------------------------------------------------------------------------------------- interpolation matrix
 
 

@@ -87,6 +87,20 @@ def test_all_folds_of_slices_together_are_the_scan(tmp_path):
     assert "slices" not in case
 
 
+def test_slices_that_the_list_leaves_out_stay_out(tmp_path):
+    path = save(tmp_path / "a.nii", np.zeros((5, 6, 40), np.int16), AFFINES["ras"])
+    case = {"id": "a", "image": path, "label": path, "slices": [[3, 11], [20, 32]]}
+    allowed = [*range(3, 11), *range(20, 32)]
+    for fold in range(5):
+        result = split([case], TASK, 0.2, fold)
+        sides = [
+            [i for first, end in side["slices"] for i in range(first, end)]
+            for side in (result.training[0], result.validation[0])
+        ]
+        assert sorted(sides[0] + sides[1]) == allowed
+        assert sides[1] == [allowed[i] for i in range(20) if i // 2 % 5 == fold]  # ten blocks of two slices
+
+
 def test_two_scans_of_one_patient_are_one_patient(tmp_path):
     path = save(tmp_path / "a.nii", np.zeros((5, 6, 20), np.int16), AFFINES["ras"])
     result = split([{"id": i, "patient": "p", "image": path} for i in "ab"], TASK)
@@ -120,5 +134,5 @@ def test_all_cases_in_one_fold():
 
 def test_too_few_slices_for_a_validation(tmp_path):
     path = save(tmp_path / "a.nii", np.zeros((5, 6, 1), np.int16), AFFINES["ras"])
-    with pytest.raises(UsageError, match="1 slices leave none"):
+    with pytest.raises(UsageError, match="1 slice leaves none"):
         split([{"id": "a", "image": path}], TASK, fold=1)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -26,17 +27,30 @@ def test_values_survive_json():
         ({"classes": ["background", "liver"], "labels": {"livr": 1}}, "did you mean 'liver'"),
         ({"classes": ["background", "a", "b"], "labels": {"a": 1}}, "no ids for b"),
         ({"classes": ["background", "a", "b"], "labels": {"a": 1, "b": [2, 1]}}, "id 1 to both 'a' and 'b'"),
-        ({"labels": {"foreground": "one"}}, "invalid literal"),
+        ({"classes": "liver"}, "classes must be a list of names, background first; got 'liver'"),
+        ({"classes": None}, "classes must be a list of names, background first; got None"),
+        ({"classes": ["liver", "tumor"]}, "the first class must be 'background', got 'liver'; put it before the others"),
+        ({"labels": {"foreground": "one"}}, "labels of 'foreground' must be whole numbers, got 'one'"),
+        ({"labels": {"foreground": 1.5}}, "labels of 'foreground' must be whole numbers, got 1.5"),
+        ({"labels": {"foreground": [True]}}, "labels of 'foreground' must be whole numbers, got True"),
+        ({"labels": [1]}, "labels must be class names with their ids, got [1]"),
         ({"axis": "axail"}, "did you mean 'axial'"),
         ({"modality": "PET"}, "CT, MR, image"),
         ({"image_size": 250}, "multiple of 16 from 16 to 4096, got 250"),
         ({"image_size": "256"}, "image_size must be a number, got '256'"),
         ({"spacing": 0}, "spacing must be positive"),
+        ({"spacing": math.nan}, "spacing must be positive (mm), got nan"),
+        ({"spacing": math.inf}, "spacing must be positive (mm), got inf"),
+        ({"spacing": None}, "spacing must be a number, got None"),
+        ({"image_size": math.inf}, "image_size must be a whole number, got inf"),
         ({"nsd_tolerance": -1}, "nsd_tolerance must be positive"),
+        ({"nsd_tolerance": math.nan}, "nsd_tolerance must be positive"),
+        ({"window": [-math.inf, 240]}, "low < high"),
         ({"in_channels": 4}, "1, 2 or 3, got 4"),
         ({"window": [240, -160]}, "low < high"),
         ({"window": [1, 2, 3]}, "low, high"),
-        ({"window": 5}, "task"),
+        ({"window": 5}, "window must be (low, high), got 5"),
+        ({"window": ["a", 5]}, "window must be (low, high), got ['a', 5]"),
         ({"percentiles": [1, 101]}, "between 0 and 100"),
     ],
 )

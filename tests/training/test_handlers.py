@@ -2,20 +2,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from monai.engines import SupervisedEvaluator
-from monai.handlers import ValidationHandler
+from monai.handlers import ValidationHandler, from_engine
 
 from samda.errors import InputError
 from samda.training import Progress, RecordEpoch, TrainingRecord
 
 
 def run(
-    folder: Path, scores: list[float], patience: int = 0, loss: float = 2.0, interval: int = 1
+    folder: Path,
+    scores: list[float],
+    patience: int = 0,
+    loss: float = 2.0,
+    interval: int = 1,
+    follow: Callable[[Engine], None] = lambda engine: None,
 ) -> tuple[TrainingRecord, torch.nn.Module]:
     """Train a parameter that counts epochs, with the given validation scores."""
     network = torch.nn.Linear(1, 1, bias=False)
@@ -29,8 +36,6 @@ def run(
 
     class Score:
         def attach(self, engine: Engine, name: str) -> None:
-            from ignite.engine import Events
-
             @engine.on(Events.EPOCH_COMPLETED)
             def _(engine: Engine) -> None:
                 engine.state.metrics[name] = scores[engine.state.epoch - 1]
@@ -47,6 +52,7 @@ def run(
     ValidationHandler(interval, evaluator).attach(trainer)
     RecordEpoch(record, network, evaluator, optimizer, patience, folder).attach(trainer)
     Progress(record).attach(trainer)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, follow)
     trainer.run([0, 1], max_epochs=len(scores))
     return record, network
 
@@ -77,6 +83,15 @@ def test_epochs_without_validation_have_no_dice(tmp_path: Path) -> None:
     record, _ = run(tmp_path, [0.1, 0.5, 0.4, 0.2], interval=2)
     assert ["mean_dice" in row for row in record.history] == [False, True, False, True]
     assert record.best_epoch == 2
+
+
+def test_handlers_of_monai_that_follow_find_the_loss(tmp_path: Path) -> None:
+    """As its `--tracking mlflow` reads it: that adds its handler behind ours."""
+    usual = DEFAULT_MLFLOW_SETTINGS["configs"]["trainer"]["output_transform"]
+    assert usual == "$monai.handlers.from_engine(['loss'], first=True)"
+    seen: list[float] = []
+    run(tmp_path, [0.1, 0.5], follow=lambda e: seen.append(from_engine(["loss"], first=True)(e.state.output).item()))
+    assert seen == [2.0, 3.0, 2.0, 3.0]
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
