@@ -23,6 +23,7 @@ __all__ = ["PAGE", "blocks", "filled", "read", "write_page"]
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "evidence.md"
+ADAPTATION = ROOT / "benchmarks" / "results" / "adaptation.json"
 LABELS_FIGURE = ROOT / "docs" / "evidence_labels.svg"
 FIELDS_FIGURE = ROOT / "docs" / "evidence_fields.svg"
 
@@ -74,6 +75,9 @@ def blocks() -> dict[str, str]:
         "cost": tables.cost(main, "abdomen"),
         "chest": tables.few_labels(chest, "chest"),
         "chest_methods": tables.encoder(chest, "chest", FROZEN + CHEST),
+        "rivals": tables.rivals(read("rivals")),
+        "peft": tables.peft(read("rivals")),
+        "adaptation": tables.adaptation(json.loads(ADAPTATION.read_text(encoding="utf-8"))),
         "fields_block": tables.fields(fields, "block"),
         "fields_neck": tables.fields(fields, "neck"),
         "ablations": "\n\n".join(

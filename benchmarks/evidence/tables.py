@@ -10,7 +10,20 @@ from typing import Any
 from .methods import ABLATIONS, ENCODER, FROZEN, METHODS
 from .parts import COUNTS, ENCODER_COUNTS, RATED, RATES
 
-__all__ = ["ablation", "cost", "encoder", "few_labels", "fields", "findings", "markdown", "rates", "spread"]
+__all__ = [
+    "ablation",
+    "adaptation",
+    "cost",
+    "encoder",
+    "few_labels",
+    "fields",
+    "findings",
+    "markdown",
+    "peft",
+    "rates",
+    "rivals",
+    "spread",
+]
 
 Row = dict[str, Any]
 NOTHING = "-"
@@ -135,6 +148,61 @@ def fields(rows: list[Row], tap: str) -> str:
         areas = [row[tap]["areas"][scale][share] for scale in scales for share in shares]
         name = "frozen SAM" if row["network"] == "head" else row["network"]
         lines.append([name, *(NOTHING if area is None else f"{100 * area:.1f} %" for area in areas)])
+    return markdown(head, lines)
+
+
+def rivals(rows: list[Row]) -> str:
+    """Dice of everybody for the same slices and CPU seconds."""
+    counts = [8, 0]
+    lines = []
+    for name in dict.fromkeys(row["rival"] for row in rows if row["rival"] != "peft"):
+        mine = pick(rows, rival=name)
+        done = [row for row in mine if "dice" in row]
+        cells = [spread([row["dice"] for row in pick(done, labels=n)]) for n in counts]
+        steps = [
+            round(statistics.median(row["steps"] for row in pick(done, labels=n)))
+            for n in counts
+            if pick(done, labels=n)
+        ]
+        words = f"{done[0]['parameters']:,}" if done else f"not run: {mine[0]['reason']}"
+        lines.append([f"`{name}`", words, " / ".join(map(str, steps)) or NOTHING, str(len(done)), *cells])
+    return markdown(["", "trained parameters", "steps, 8 / all", "runs", "Dice, 8 slices", "Dice, all slices"], lines)
+
+
+def peft(rows: list[Row]) -> str:
+    """HF peft's LoRA and ours, from the same random A and B: the largest differences."""
+    found = pick(rows, rival="peft")
+    if not found:
+        return "not measured"
+    row = found[0]
+    if row["status"] != "run":
+        return f"not run: {row['reason']}"
+    lines = [
+        ["logits before the first step", f"{row['outputs']:.1e}"],
+        [f"loss, over {row['steps']} steps", f"{row['losses']:.1e}"],
+        ["A and B after the last step", f"{row['weights']:.1e} (they moved by {row['changed']:.1e})"],
+        ["logits after the last step", f"{row['logits']:.1e}"],
+        ["seconds of a step, peft / samda", f"{row['peft']['step_seconds']:.2f} / {row['samda']['step_seconds']:.2f}"],
+    ]
+    return markdown([f"{row['layers']} linear layers, {row['parameters']:,} parameters", "largest difference"], lines)
+
+
+def adaptation(results: dict[str, Any]) -> str:
+    """Mean Dice on B and M over the source models: plain, the last iterate, and what the guard lets pass."""
+    cases = ("B", "M")
+    runs = [run for run in results.get("runs", []) if run["case"] in cases]
+    head = ["objective", "seeds"]
+    for case in cases:
+        head += [f"{case} plain", f"{case} alone", f"{case} guarded", "smallest gain"]
+    lines = []
+    for method in dict.fromkeys(run["method"] for run in runs):
+        seeds = len({run["seed"] for run in pick(runs, method=method)})
+        cells = [f"`{method}`", str(seeds)]
+        for case in cases:
+            scores = [run["mean_dice"] for run in pick(runs, method=method, case=case)]
+            cells += [f"{statistics.fmean(s[key] for s in scores):.3f}" for key in ("source", "last", "final")]
+            cells.append(f"{min(s['final'] - s['source'] for s in scores):+.3f}")
+        lines.append(cells)
     return markdown(head, lines)
 
 
