@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
+import monai.losses
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from samda.adapters.base import modules
 from samda.adapters.sites import LinearSite, SiteInfo
 from samda.networks import vit
 from samda.networks.segmenter import SamSegmenter
+from samda.training.loss import DiceCELoss
+
+LOSS = {"include_background": False, "to_onehot_y": True, "softmax": True, "batch": True}  # as in train.json
 
 __all__ = ["embeddings", "salt", "salt_step", "training_memory"]
 
@@ -90,20 +94,20 @@ def embeddings(options: Options) -> Iterator[Row]:
             original = sam_model_registry["vit_b"]().image_encoder.eval().requires_grad_(False)
         original.to(device)
         image = torch.rand(batch, 1, size, size, device=device)
-        label = torch.randint(0, 7, (batch, size, size), device=device)
+        label = torch.randint(0, 7, (batch, 1, size, size), device=device)
         with torch.no_grad():
             embedding = network.encode(image)
         optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4)
 
-        def step(x, embedded=True, network=network, label=label, optimizer=optimizer) -> None:
+        def step(x, embedded=True, loss=DiceCELoss, network=network, label=label, optimizer=optimizer) -> None:
             optimizer.zero_grad()
-            F.cross_entropy(network(x, embedded=embedded), label).backward()
+            loss(**LOSS)(network(x, embedded=embedded), label).backward()
             optimizer.step()
 
         def encoded_by_the_original(step=step, image=image, original=original) -> None:
             with torch.no_grad():
                 embedded = original(image.expand(-1, 3, -1, -1))
-            step(embedded)
+            step(embedded, loss=monai.losses.DiceCELoss)
 
         runs = {
             "original encoder every step": encoded_by_the_original,
@@ -114,7 +118,7 @@ def embeddings(options: Options) -> Iterator[Row]:
         slow, own, fast = (median(values) for values in seconds.values())
         yield Row(
             f"training SAM-DA + class head, {backbone} at {size} px, batch {batch}",
-            "the original encoder in every step",
+            "the original encoder in every step, MONAI's loss",
             f">= {goal:.0f}x slices per second",
             seconds,
             f"{slow / fast:.1f}x ({batch / slow:.2f} against {batch / fast:.2f} slices/s)",

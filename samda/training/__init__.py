@@ -10,6 +10,7 @@ from samda.training.datasets import SliceDataset, build_dataset, prepare_batch
 from samda.training.distributed import PaddedDataset, RankSampler, WholeBatchLoss, batch_share, distribute
 from samda.training.finish import save_training
 from samda.training.handlers import Progress, RecordEpoch
+from samda.training.loss import DiceCELoss
 from samda.training.metric import CaseDice
 from samda.training.optim import build_optimizer, build_schedule, parameter_groups
 from samda.training.record import TrainingRecord
@@ -20,6 +21,7 @@ from samda.training.tracking import MLflow, TensorBoard
 __all__ = [
     "CaseDice",
     "Checkpoint",
+    "DiceCELoss",
     "MLflow",
     "PaddedDataset",
     "Progress",
