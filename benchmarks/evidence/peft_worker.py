@@ -84,8 +84,11 @@ def main(folder: Path) -> None:
     loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
     optimizers, losses, seconds = {}, {}, {}
     for name, network in networks.items():
-        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        optimizers[name] = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.01)
+        groups = [
+            {"params": [p for pair in adapters[name].values() for p in pair], "lr": 1e-3},
+            {"params": [network.get_parameter(path) for path in network.head_params()], "lr": 1e-2},
+        ]
+        optimizers[name] = torch.optim.AdamW(groups, weight_decay=0.01)
         losses[name], seconds[name] = [], []
     for step in range(settings["steps"]):
         chosen = torch.randint(len(data["images"]), (settings["batch_size"],), generator=generator)

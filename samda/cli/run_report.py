@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from samda.data.formats import Image, files_of
-from samda.errors import SamdaError, UsageError, reason_of
+from samda.errors import InputError, SamdaError, UsageError, reason_of
 from samda.processes import launched
 
 __all__ = ["REPORT_VERSION", "RunReport", "add_report"]
@@ -79,6 +79,9 @@ class RunReport:
         try:
             self._write(error)
         except Exception as failure:
+            if error is None and isinstance(failure, OSError):
+                reason = failure.strerror or failure
+                raise InputError(f"all is done but the report {self.path}, which cannot be written: {reason}") from None
             if error is None:
                 raise
             from samda.cli.options import say

@@ -16,7 +16,7 @@ import yaml
 
 from samda.adaptation.engine import Adaptation
 from samda.cli import main as cli
-from samda.cli.run_report import outcome_of
+from samda.cli.run_report import RunReport, outcome_of
 from samda.errors import InputError, UsageError
 from samda.networks.model_folder import load_model
 
@@ -140,6 +140,27 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(
         command = ["train", "-d", place / "dataset.json", "-o", tmp_path / "m", "--report", where]
         assert cli.main([str(part) for part in command]) == 2
         assert words in capsys.readouterr().err and not (tmp_path / "m").exists()
+
+
+def test_a_report_that_fails_in_the_end_is_one_line(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = tmp_path / "lost"
+    lost.mkdir()
+    finished = RunReport._write
+
+    def write(report: RunReport, error: BaseException | None) -> None:
+        shutil.rmtree(lost)
+        lost.write_text("a file has taken the folder's place")
+        finished(report, error)
+
+    monkeypatch.setattr(RunReport, "_write", write)
+    image = ["predict", "-m", place / "model", "-i", place / "jane_doe_image.nii.gz", "-o", tmp_path / "out"]
+    assert cli.main([*map(str, image), "--quiet", "--report", str(lost / "run.json")]) == 1
+    said = capsys.readouterr().err
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("samda predict: all is done but the report") and last.endswith("written: File exists")
+    assert (tmp_path / "out").is_dir() and any((tmp_path / "out").iterdir())
 
 
 def test_quiet_prints_the_result_alone(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
