@@ -69,9 +69,9 @@ class RecordEpoch:
         Their usual `from_engine(["loss"], first=True)` finds a number in a list of outputs, but a tuple in a single
         one. The batch is not taken apart for that (`decollate`): it would wait for the device at every step.
         """
-        output: Any = engine.state.output
-        self._losses.append(output["loss"].detach())
-        engine.state.output = [output]
+        state: Any = engine.state
+        self._losses.append(state.output["loss"].detach())
+        state.output = [state.output]
 
     def finish(self, engine: Engine) -> None:
         """Write the row, keep the best."""
