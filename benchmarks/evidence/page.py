@@ -13,6 +13,8 @@ from typing import Any
 
 from samda.files import write_text
 
+from ..context import RESULTS as CONTEXT
+from ..context import table as context_table
 from . import figures, tables
 from .methods import ABLATIONS, FROZEN
 from .parts import CHEST, PARTS, planned, results_file
@@ -77,6 +79,7 @@ def blocks() -> dict[str, str]:
         "chest_methods": tables.encoder(chest, "chest", FROZEN + CHEST),
         "rivals": tables.rivals(read("rivals")),
         "peft": tables.peft(read("rivals")),
+        "context": context_table(json.loads(CONTEXT.read_text(encoding="utf-8"))),
         "adaptation": tables.adaptation(json.loads(ADAPTATION.read_text(encoding="utf-8"))),
         "fields_block": tables.fields(fields, "block"),
         "fields_neck": tables.fields(fields, "neck"),

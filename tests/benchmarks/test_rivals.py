@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`evidence` as the scripts beside it import it."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    """`benchmarks`, from the root of the repository."""
+    monkeypatch.syspath_prepend(str(ROOT))
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def slices() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_nnunet_gets_exactly_the_chosen_slices(slices: tuple[torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
-    from evidence.nnunet import read_volume, write_dataset
+    from benchmarks.evidence.nnunet import read_volume, write_dataset
 
     images, labels = slices
     write_dataset(tmp_path, images, labels, [4, 1], 3, "CT")
@@ -63,14 +63,14 @@ def test_nnunet_gets_exactly_the_chosen_slices(slices: tuple[torch.Tensor, torch
     ],
 )
 def test_a_program_that_does_not_run_says_why(program: list[str], reason: str) -> None:
-    from evidence.apart import NotRun, run_there
+    from benchmarks.evidence.apart import NotRun, run_there
 
     with pytest.raises(NotRun, match=reason):
         run_there(program, timeout=1 if "sleep" in program[-1] else 60)
 
 
 def test_dice_is_pooled_over_the_slices(slices: tuple[torch.Tensor, torch.Tensor]) -> None:
-    from evidence.apart import pooled_dice, scores
+    from benchmarks.evidence.apart import pooled_dice, scores
 
     _, labels = slices
     predicted = labels[:, 0].flip(0)
@@ -86,7 +86,7 @@ def test_dice_is_pooled_over_the_slices(slices: tuple[torch.Tensor, torch.Tensor
     ("side", "filters"), [(256, [32, 64, 128, 256, 512, 512, 512]), (48, [32, 64, 128, 256]), (30, [32, 64])]
 )
 def test_levels_of_the_u_net(side: int, filters: list[int]) -> None:
-    from evidence.dynunet import plan
+    from benchmarks.evidence.dynunet import plan
 
     levels = plan(side)
     assert levels["filters"] == filters
@@ -94,7 +94,7 @@ def test_levels_of_the_u_net(side: int, filters: list[int]) -> None:
 
 
 def test_rate_falls_to_zero_with_the_budget() -> None:
-    from evidence.dynunet import rate
+    from benchmarks.evidence.dynunet import rate
 
     assert rate(0) == 0.01
     assert rate(0.5) == pytest.approx(0.01 * 0.5**0.9)
@@ -102,7 +102,7 @@ def test_rate_falls_to_zero_with_the_budget() -> None:
 
 
 def test_heads_are_weighted_by_their_level() -> None:
-    from evidence.dynunet import SupervisedHeads
+    from benchmarks.evidence.dynunet import SupervisedHeads
 
     loss = SupervisedHeads()
     generator = torch.Generator().manual_seed(0)
@@ -113,7 +113,7 @@ def test_heads_are_weighted_by_their_level() -> None:
 
 
 def test_the_u_net_trains_for_its_budget(slices: tuple[torch.Tensor, torch.Tensor]) -> None:
-    from evidence.dynunet import train_dynunet
+    from benchmarks.evidence.dynunet import train_dynunet
 
     images, labels = (torch.nn.functional.pad(values, (0, 0, 0, 8)) for values in slices)
     row = train_dynunet(images, labels, [0, 1, 2], [3, 4], 3, cpu_seconds=0.3, seed=0)
