@@ -57,7 +57,7 @@ def test_nnunet_gets_exactly_the_chosen_slices(slices: tuple[torch.Tensor, torch
         (["no_such_program"], "no_such_program cannot be started"),
         (
             [sys.executable, "-c", "print('fine'); raise ValueError('too small')"],
-            r"failed \(1\): ValueError: small",
+            r"failed \(1\): ValueError: too small",
         ),
         ([sys.executable, "-c", "import time; time.sleep(60)"], "took longer than 1 s"),
     ],
