@@ -31,9 +31,10 @@ FIELDS_FIGURE = ROOT / "docs" / "evidence_fields.svg"
 
 
 def read(part: str) -> list[dict[str, Any]]:
-    """The rows of a part that are there."""
+    """The rows of a part that are there, in the order in which they are planned."""
     file = results_file(part)
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    return [row for run in planned(part) for row in rows if run.items() <= row.items()]
 
 
 def main_rows() -> list[dict[str, Any]]:
@@ -104,8 +105,7 @@ def _protocol() -> str:
 def _done() -> str:
     lines = []
     for part in PARTS:
-        rows, wanted = read(part), planned(part)
-        done = sum(any(run.items() <= row.items() for row in rows) for run in wanted)
-        left = len(wanted) - done
-        lines.append([part, str(len(wanted)), str(done), f"{left}, its time was spent" if left else "none"])
+        wanted, done = len(planned(part)), len(read(part))
+        left = f"{wanted - done}, for lack of time" if wanted - done else "none"
+        lines.append([part, str(wanted), str(done), left])
     return tables.markdown(["part", "runs planned", "done", "left out"], lines)
