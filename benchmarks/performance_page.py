@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from filling import fill
 from harness import Row, table
 
 from samda.files import write_text
@@ -23,19 +23,8 @@ MISSING = "not measured; `{command}`"
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
-    """The page with its tables, everything between `<!-- NAME -->` and `<!-- end -->`, made anew.
-
-    Raises:
-        ValueError: a marker names no table, or a table has no marker.
-    """
-    tables = blocks(results)
-    named = re.findall(r"<!-- (\w+) -->\n", text)
-    if sorted(named) != sorted([*tables, *["end"] * len(tables)]):
-        raise ValueError(f"{PAGE.name} has the markers {named}, tables are {', '.join(tables)}")
-    for name, content in tables.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->\n)"
-        text = re.sub(pattern, lambda found, content=content: f"{found[1]}{content}\n{found[2]}", text, flags=re.DOTALL)
-    return text
+    """The page with its tables made anew, see :func:`filling.fill`."""
+    return fill(text, blocks(results))
 
 
 def blocks(results: Path) -> dict[str, str]:

@@ -7,7 +7,6 @@ The text around them is by hand and holds no number that was measured.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from samda.files import write_text
 
 from ..context import RESULTS as CONTEXT
 from ..context import table as context_table
+from ..filling import fill
 from . import figures, tables
 from .methods import ABLATIONS, FROZEN
 from .parts import CHEST, PARTS, planned, results_file
@@ -50,19 +50,8 @@ def write_page() -> None:
 
 
 def filled(text: str) -> str:
-    """The page with everything between `<!-- NAME -->` and `<!-- end -->` made anew.
-
-    Raises:
-        ValueError: a marker names no table, or a table has no marker.
-    """
-    made = blocks()
-    named = re.findall(r"<!-- (\w+) -->\n", text)
-    if sorted(named) != sorted([*made, *["end"] * len(made)]):
-        raise ValueError(f"{PAGE.name} has the markers {named}, tables are {', '.join(made)}")
-    for name, content in made.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->\n)"
-        text = re.sub(pattern, lambda found, content=content: f"{found[1]}{content}\n{found[2]}", text, flags=re.DOTALL)
-    return text
+    """The page with its tables made anew."""
+    return fill(text, blocks())
 
 
 def blocks() -> dict[str, str]:

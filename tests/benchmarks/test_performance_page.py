@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 def page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script that writes the page."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("harness", "performance_page"):
+    for name in ("filling", "harness", "performance_page"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import performance_page
 
