@@ -63,7 +63,7 @@ def few_labels(rows: list[Row], task: str) -> str:
 
 
 def encoder(rows: list[Row], task: str, methods: Sequence[str] = FROZEN + ENCODER) -> str:
-    """Dice of all methods for the seeds that every column has, and the gain over the head alone, seed by seed."""
+    """Dice of all methods, and the gain over the head alone, seed by seed, where both are there."""
     counts = sorted(ENCODER_COUNTS, key=lambda n: n or 10**6)
     head = ["method"]
     for n in counts:
@@ -72,21 +72,19 @@ def encoder(rows: list[Row], task: str, methods: Sequence[str] = FROZEN + ENCODE
     for method in methods:
         cells: list[str] = []
         for n in counts:
-            pairs = gains(rows, task, method, n, seeds=range(3))
-            cells += [spread([r["dice"] for r, _ in pairs]), spread([gain for _, gain in pairs], "+")]
+            dice = [r["dice"] for r in pick(rows, task=task, method=method, labels=n) if r["seed"] < 3]
+            cells += [spread(dice), spread([g for r, g in gains(rows, task, method, n) if r["seed"] < 3], "+")]
         if any(cell != NOTHING for cell in cells):
             lines.append([f"`{method}`", *cells])
     return markdown(head, lines)
 
 
-def gains(
-    rows: list[Row], task: str, method: str, labels: int, base: str = "head", seeds: Iterable[int] | None = None
-) -> list[tuple[Row, float]]:
+def gains(rows: list[Row], task: str, method: str, labels: int, base: str = "head") -> list[tuple[Row, float]]:
     """The method's rows, each with what it has over `base` of the same slices and seed."""
     found = []
     for row in pick(rows, task=task, method=method, labels=labels):
         rival = pick(rows, task=task, method=base, labels=labels, seed=row["seed"])
-        if rival and (seeds is None or row["seed"] in seeds):
+        if rival:
             found.append((row, row["dice"] - rival[0]["dice"]))
     return found
 
