@@ -36,11 +36,11 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean and, of two and more, standard deviation: "0.512 ± 0.031"."""
+    """Mean and, of two and more, standard deviation: "0.512 ± 0.031"; of a single one "0.512 (1)"."""
     if not values:
         return NOTHING
     mean = format(statistics.fmean(values), f"{sign}.3f")
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean} (1)"
 
 
 def labels_name(count: int) -> str:

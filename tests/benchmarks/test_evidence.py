@@ -95,7 +95,7 @@ def root_of_seed(run: dict) -> dict:
 def test_standard_deviation_and_pairs(module) -> None:
     tables: ModuleType = module("tables")
     assert tables.spread([0.5, 0.7]) == "0.600 ± 0.141"
-    assert tables.spread([0.5], "+") == "+0.500" and tables.spread([]) == "-"
+    assert tables.spread([0.5], "+") == "+0.500 (1)" and tables.spread([]) == "-"
     common = {"task": "abdomen", "labels": 2}
     rows = [
         common | {"method": m, "seed": s, "dice": d} for m, s, d in (("head", 0, 0.3), ("lora", 0, 0.5), ("lora", 1, 1))
