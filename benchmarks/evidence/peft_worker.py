@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from samda.adapters import LoraConfig, sites
 from samda.adapters.sites import Site
 from samda.networks.segmenter import SamSegmenter
+from samda.training import build_schedule
 
 Pairs = dict[str, tuple[nn.Parameter, nn.Parameter]]  # layer -> A (rank, in), B (out, rank)
 
@@ -82,13 +83,14 @@ def main(folder: Path) -> None:
     start = {name: tuple(nn.Parameter(p.detach().clone()) for p in pair) for name, pair in ours.items()}
 
     loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
-    optimizers, losses, seconds = {}, {}, {}
+    optimizers, schedules, losses, seconds = {}, {}, {}, {}
     for name, network in networks.items():
         groups = [
             {"params": [p for pair in adapters[name].values() for p in pair], "lr": 1e-3},
-            {"params": [network.get_parameter(path) for path in network.head_params()], "lr": 1e-2},
+            {"params": [network.get_parameter(path) for path in network.head_params()], "lr": 3e-3},
         ]
         optimizers[name] = torch.optim.AdamW(groups, weight_decay=0.01)
+        schedules[name] = build_schedule(optimizers[name], epochs=1, iterations=settings["steps"], warmup=0.1)
         losses[name], seconds[name] = [], []
     for step in range(settings["steps"]):
         chosen = torch.randint(len(data["images"]), (settings["batch_size"],), generator=generator)
@@ -100,6 +102,7 @@ def main(folder: Path) -> None:
             value = loss(networks[name](data["images"][chosen]), data["labels"][chosen])
             value.backward()
             optimizers[name].step()
+            schedules[name].step()
             seconds[name].append(time.perf_counter() - begin)
             losses[name].append(float(value))
 
