@@ -74,10 +74,16 @@ def _fields() -> list[Run]:
 
 def _rivals() -> list[Run]:
     """Everybody with the same slices and the same CPU seconds; and peft's LoRA beside ours."""
-    from .rivals import RIVALS, SEEDS
+    from .rivals import BUDGETS, RIVALS, SEEDS
 
-    runs = [{"rival": rival, "labels": labels, "seed": seed} for seed in SEEDS for labels in (8, 0) for rival in RIVALS]
-    return [{"rival": "peft", "labels": 8, "seed": 0}, *runs]
+    runs = [
+        {"rival": rival, "labels": labels, "seed": seed, "budget": budget}
+        for budget in BUDGETS
+        for seed in SEEDS
+        for labels in (8, 0)
+        for rival in RIVALS
+    ]
+    return [{"rival": "peft", "labels": 8, "seed": 0, "budget": 0}, *runs]
 
 
 PARTS = {
@@ -106,7 +112,7 @@ def measure(run: Run) -> Run:
     if "rival" in run:
         from .rivals import compete
 
-        return run | compete(run["rival"], run["labels"], run["seed"])
+        return run | compete(run["rival"], run["labels"], run["seed"], run["budget"])
     if "network" in run:
         return run | fields.field(run["network"])
 

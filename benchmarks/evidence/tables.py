@@ -153,18 +153,17 @@ def rivals(rows: list[Row]) -> str:
     """Dice of everybody for the same slices and CPU seconds."""
     counts = [8, 0]
     lines = []
-    for name in dict.fromkeys(row["rival"] for row in rows if row["rival"] != "peft"):
-        mine = pick(rows, rival=name)
+    for budget, name in dict.fromkeys((row["budget"], row["rival"]) for row in rows if row["rival"] != "peft"):
+        mine = pick(rows, rival=name, budget=budget)
         done = [row for row in mine if "dice" in row]
-        cells = [spread([row["dice"] for row in pick(done, labels=n)]) for n in counts]
-        steps = [
-            round(statistics.median(row["steps"] for row in pick(done, labels=n)))
-            for n in counts
-            if pick(done, labels=n)
-        ]
+        parts = [pick(done, labels=n) for n in counts]
+        steps = [str(round(statistics.median(row["steps"] for row in part))) if part else NOTHING for part in parts]
         words = f"{done[0]['parameters']:,}" if done else f"not run: {mine[0]['reason']}"
-        lines.append([f"`{name}`", words, " / ".join(map(str, steps)) or NOTHING, str(len(done)), *cells])
-    return markdown(["", "trained parameters", "steps, 8 / all", "runs", "Dice, 8 slices", "Dice, all slices"], lines)
+        dice = [spread([row["dice"] for row in part]) for part in parts]
+        lines.append([f"`{name}`", str(budget), words, " / ".join(steps), *dice])
+    return markdown(
+        ["", "CPU seconds", "trained parameters", "steps, 8 / all", "Dice, 8 slices", "Dice, all slices"], lines
+    )
 
 
 def peft(rows: list[Row]) -> str:
