@@ -78,8 +78,8 @@ def _rivals() -> list[Run]:
 
     runs = [
         {"rival": rival, "labels": labels, "seed": seed, "budget": budget}
-        for budget in BUDGETS
         for seed in SEEDS
+        for budget in BUDGETS
         for labels in (8, 0)
         for rival in RIVALS
     ]

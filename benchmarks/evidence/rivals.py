@@ -32,7 +32,7 @@ TICKS = 1000  # of the schedule
 
 
 def compete(rival: str, labels: int, seed: int, budget: int) -> dict[str, Any]:
-    """Train a rival for `budget` CPU seconds and score it: {"dice": mean, "classes", "steps", "parameters", "seconds"}."""
+    """Train for `budget` CPU seconds and score: {"dice": mean, "classes", "steps", "parameters", "seconds"}."""
     slices = load("abdomen")
     chosen, scored = choose(slices, labels, seed), list(slices.test)
     data = (slices.images, slices.labels, chosen, scored, slices.task.num_classes)
