@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from samda.inference.receptive_field import TAPS, area_ratios, measure_erf, rescale
 
 from samda.files import replacing
+from samda.inference.receptive_field import TAPS, area_ratios, measure_erf, rescale
 from samda.networks.segmenter import SamSegmenter
 from samda.resources import cache_dir
 
