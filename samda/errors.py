@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+import errno
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# how the writers of PyTorch and safetensors, which are no Python, say it
+FULL_DISK = ("No space left on device", "File too large", "PytorchStreamWriter failed", "file write failed")
 
 
 class SamdaError(Exception):
@@ -70,13 +75,32 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 def cause_of(error: BaseException) -> SamdaError | None:
     """The samda error behind `error`, or None: MONAI wraps what a transform raises in RuntimeErrors."""
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, SamdaError):
-        seen = seen.__cause__ or seen.__context__
-    return seen
+    return next((known for known in _chain(error) if isinstance(known, SamdaError)), None)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, what caused it, and so on; an error that was raised again in its own handling comes once."""
+    seen: set[int] = set()
+    behind: BaseException | None = error
+    while behind is not None and id(behind) not in seen:
+        seen.add(id(behind))
+        yield behind
+        behind = behind.__cause__ or behind.__context__
+
+
+def disk_trouble(error: BaseException) -> str | None:
+    """What a person can do about an error of the disk, in one line: full, read-only, not allowed. Else None."""
+    for known in _chain(error):
+        if isinstance(known, OSError) and known.errno in DISK_ERRORS:
+            where = known.filename or "a file"
+            return f"{where} cannot be written or read ({known.strerror}); make room, or choose another folder"
+        text = str(known)
+        if any(words in text for words in FULL_DISK):
+            return "a file cannot be written (is the disk full?); make room, or choose another folder"
+    return None
 
 
 def reason_of(error: BaseException) -> str:
     """Why a case failed, in one line: the samda error behind `error`, or else what was not expected."""
-    known = cause_of(error)
+    known = cause_of(error) or disk_trouble(error)
     return " ".join(str(known).split()) if known else f"unexpected {type(error).__name__}: {error}"

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Look, tell, and raise at the end if training would stumble."""
     existing(args.data, "data set")
-    task = task_file(args.task) if args.task else None
+    task = None if args.task is None else task_file(args.task)
     if task and args.output:
         raise UsageError("--task is checked and -o writes a suggestion; leave out one of them")
     if args.output:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from samda.cli.parser import Parser
-from samda.errors import UsageError, cause_of
+from samda.errors import UsageError, cause_of, disk_trouble
 from samda.version import __version__
 
 __all__ = ["COMMANDS", "EXIT_CODES", "build_parser", "main"]
@@ -88,6 +88,9 @@ def _run(argv: list[str]) -> int:
         raise
     except Exception as error:
         known = cause_of(error)
+        trouble = disk_trouble(error)
+        if known is None and trouble is not None:
+            return _report(f"{name}: {_line(trouble)}", 1, debug)
         if known is None:
             return _report(f"{name}: unexpected {type(error).__name__}: {_line(error)} (--debug shows where)", 1, debug)
         hint = f" (see samda {argv[0]} --help)" if name != "samda" and isinstance(known, UsageError) else ""

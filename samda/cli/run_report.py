@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -58,6 +59,12 @@ class RunReport:
         if self.path is not None and (self.path.is_dir() or not self.path.absolute().parent.is_dir()):
             what = "is a folder" if self.path.is_dir() else "lies in a folder that does not exist"
             raise UsageError(f"--report {self.path} {what}; give a file in a folder that exists")
+        if self.path is not None and self.wanted:
+            try:
+                with tempfile.TemporaryFile(dir=self.path.absolute().parent):
+                    pass
+            except OSError as error:
+                raise UsageError(f"--report {self.path} cannot be written ({error.strerror}); give another") from error
         self.names: dict[str, str] = {}  # what may tell a patient -> what stands for it
         self.seconds: dict[str, float] = {}
         # paths tell patients and places; what they hold is hashed instead

@@ -91,8 +91,8 @@ def run(args: argparse.Namespace) -> None:
     with RunReport(args, "train") as report:
         existing(args.data, "data set")
         overrides = read_overrides(args)
-        adapters = args.adapter.split(",") if args.adapter else None
-        task = task_file(args.task) if args.task else None
+        adapters = None if args.adapter is None else args.adapter.split(",")
+        task = None if args.task is None else task_file(args.task)
         device = pick_device(args.device)
         with report.stage("import"):
             from samda.training import train

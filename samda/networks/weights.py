@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,7 +154,11 @@ def read_state(path: str | Path, sha256: str | None = None) -> State:
             check_sha256(path, known.sha256, sha256)
     try:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # the readers raise many types: zip, pickle, runtime and value errors
+    except pickle.UnpicklingError as error:  # PyTorch's own words advise to run the code that the file may hold
+        raise WeightsError(
+            f"{path} cannot be read as weights (no file of tensors only); give a .pth or .safetensors file"
+        ) from error
+    except Exception as error:  # the readers raise many types: zip, runtime and value errors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WeightsError(
             f"{path} cannot be read as weights ({reason}); fetch it again, or save tensors only"

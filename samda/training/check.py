@@ -8,6 +8,7 @@ MONAI adds any override to the config, so `--epoch 5` trains with the default nu
 from __future__ import annotations
 
 import inspect
+import math
 import pydoc
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,18 @@ __all__ = ["check_config", "check_overrides"]
 FREE = ("adapters", "backbone", "task", "_meta_")  # these may be mappings whose keys their own builders check
 NAMED = ("backbone", "task")  # and these names of something known
 TRACKING = ("tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "output_dir")
+LEAST = {  # keys whose wrong values PyTorch and ignite refuse in words of their own, or take
+    "epochs": 1,
+    "batch_size": 1,
+    "views": 1,
+    "val_interval": 1,
+    "checkpoint_interval": 1,
+    "patience": 0,
+    "workers": 0,
+    "memory_mb": 0,
+    "weight_decay": 0,
+    "seed": 0,
+}
 TYPES = {
     bool: "true or false",
     int: "a whole number",
@@ -54,16 +67,21 @@ def check_overrides(config_file: str | Sequence[str]) -> None:
 
 
 def check_config(config: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
-    """Check every key of `config`, nested ones too, and the type of its plain values.
+    """Check every key of `config`, nested ones too, the type of its plain values, and that counts are none below 0.
 
     Args:
         config: the config after overlays and overrides, before it is resolved.
         reference: the config that defines the valid keys; a null value takes any type.
 
     Raises:
-        UsageError: naming the key path and the nearest valid key, or the type expected and the value received.
+        UsageError: naming the key path and the nearest valid key, or the type or the least value expected and the value
+            received.
     """
     _check_mapping(config, reference, "", TRACKING)
+    for key, least in LEAST.items():
+        value = config.get(key, least)
+        if key in reference and isinstance(value, int | float) and not least <= value < math.inf:  # nor NaN
+            raise UsageError(f"config key {key!r} must be at least {least}, got {value!r}")
 
 
 def _check_mapping(config: Mapping[str, Any], reference: Mapping[str, Any], path: str, extra: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,38 @@ from ignite.engine import Engine, Events
 from samda.errors import InputError, UsageError
 from samda.processes import broadcast, is_main, place
 
-__all__ = ["Checkpoint", "Resume", "SaveCheckpoint"]
+__all__ = ["Checkpoint", "Resume", "SaveCheckpoint", "check_model_folder"]
 
 logger = logging.getLogger(__name__)
+
+LAST = "last.pt"
+
+
+def check_model_folder(folder: str | Path, resume: bool = False, overwrite: bool = False) -> None:
+    """Refuse a folder that cannot hold the training, before hours of work.
+
+    Args:
+        folder: where the model goes; made later, with the folders above it.
+        resume: go on with the training there.
+        overwrite: replace it.
+
+    Raises:
+        UsageError: it is a file, lies in one, or cannot be written; it holds a training and neither `resume` nor
+            `overwrite` is given, or both are.
+    """
+    folder = Path(folder)
+    if resume and overwrite:
+        raise UsageError("resume and overwrite exclude each other; choose one")
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise UsageError(f"output {folder} cannot be made, {place} is a file; give a folder")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UsageError(f"nothing can be written to {place} ({error.strerror}); choose another output") from error
+    if (folder / LAST).exists() and not resume and not overwrite:
+        raise UsageError(f"{folder} already holds a training; resume it, overwrite it or choose another folder")
 
 
 class Checkpoint:
@@ -36,7 +66,7 @@ class Checkpoint:
         overwrite: replace the training that `folder` holds instead of refusing to.
 
     Raises:
-        UsageError: `folder` holds a training and neither `resume` nor `overwrite` is given, or both are.
+        UsageError: see :func:`check_model_folder`.
     """
 
     def __init__(
@@ -47,15 +77,10 @@ class Checkpoint:
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
-        self.path = Path(folder) / "last.pt"
+        self.path = Path(folder) / LAST
         self.objects, self.settings = dict(objects), dict(settings)
         self.resume = resume
-        if resume and overwrite:
-            raise UsageError("resume and overwrite exclude each other; choose one")
-        if self.path.exists() and not resume and not overwrite:
-            raise UsageError(
-                f"{self.path.parent} already holds a training; resume it, overwrite it or choose another folder"
-            )
+        check_model_folder(folder, resume, overwrite)
         if resume and not self.path.exists():
             logger.warning("nothing to resume in %s: starting at the first epoch", self.path.parent)
 
@@ -70,8 +95,12 @@ class Checkpoint:
             state["scaler"] = scaler.state_dict()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(".last.pt.tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, self.path)
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, self.path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)  # half a file on a full disk
+            raise
 
     def load(self, engine: Engine) -> None:
         """Put everything back as last.pt has it.

@@ -16,6 +16,7 @@ from samda.errors import UsageError, cause_of, nearest
 from samda.processes import launched
 from samda.resources import packaged
 from samda.training.check import check_config
+from samda.training.checkpoint import check_model_folder
 from samda.training.tracking import mlflow_settings, trackers
 
 __all__ = ["find_overlay", "literal", "train"]
@@ -69,6 +70,9 @@ def train(
         `train("scans", "model", task="abdomen.yaml", adapters=["salt", "sam_da"], overrides={"epochs": 20})`
     """
     chosen = trackers(tracking)
+    check_model_folder(output, resume, overwrite)
+    if Path(output).resolve() == Path(dataset).expanduser().resolve():
+        raise UsageError(f"output {output} is the data set; choose another folder for the model")
     keys: dict[str, Any] = {"dataset_dir": literal(str(dataset)), "output_dir": literal(str(output))}
     keys |= {"resume": resume, "overwrite": overwrite, "tensorboard": "tensorboard" in chosen}
     if task is not None:

@@ -103,6 +103,19 @@ try:
 """
 
 
+CIRCLE = """\
+try:
+        try:
+            raise KeyError('spleen')
+        except KeyError as error:
+            first = error
+            raise RuntimeError("Failed to evaluate '$build()'") from error
+    except RuntimeError:
+        raise first from None
+"""
+FULL = "import errno; raise OSError(errno.ENOSPC, 'No space left on device', 'a.nii.gz')"
+
+
 @pytest.fixture
 def command(tmp_path, monkeypatch: pytest.MonkeyPatch):
     """Add the command `samda extra`, whose file ends with the given line."""
@@ -132,6 +145,18 @@ def test_a_command_is_one_file(command, capsys: pytest.CaptureFixture) -> None:
         ("raise UsageError('rank must be positive')", 2, "samda extra: rank must be positive (see samda extra --help)"),
         ("raise KeyError('spleen')", 1, "samda extra: unexpected KeyError: 'spleen' (--debug shows where)"),
         ("raise KeyboardInterrupt", 130, "samda extra: interrupted"),
+        (CIRCLE, 1, "samda extra: unexpected KeyError: 'spleen' (--debug shows where)"),
+        (
+            FULL,
+            1,
+            "samda extra: a.nii.gz cannot be written or read (No space left on device); make room, or choose another "
+            "folder",
+        ),
+        (
+            "raise RuntimeError('[enforce fail] PytorchStreamWriter failed writing file data/3: file write failed')",
+            1,
+            "samda extra: a file cannot be written (is the disk full?); make room, or choose another folder",
+        ),
         (WRAPPED, 1, "samda extra: scan 'a.nii.gz' has two time points; choose one"),
     ],
 )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,9 @@ def test_a_job_that_fails_says_so(
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    for where, words in ((tmp_path, "is a folder"), (tmp_path / "no" / "run.json", "folder that does not exist")):
+    cases = [(tmp_path, "is a folder"), (tmp_path / "no" / "run.json", "folder that does not exist")]
+    cases += [(Path("/proc/run.json"), "cannot be written")] if sys.platform == "linux" else []
+    for where, words in cases:
         command = ["train", "-d", place / "dataset.json", "-o", tmp_path / "m", "--report", where]
         assert cli.main([str(part) for part in command]) == 2
         assert words in capsys.readouterr().err and not (tmp_path / "m").exists()

@@ -29,7 +29,10 @@ def test_values_survive_json():
         ({"classes": ["background", "a", "b"], "labels": {"a": 1, "b": [2, 1]}}, "id 1 to both 'a' and 'b'"),
         ({"classes": "liver"}, "classes must be a list of names, background first; got 'liver'"),
         ({"classes": None}, "classes must be a list of names, background first; got None"),
-        ({"classes": ["liver", "tumor"]}, "the first class must be 'background', got 'liver'; put it before"),
+        (
+            {"classes": ["liver", "tumor"]},
+            "the first class must be 'background', got 'liver'; put it before the others",
+        ),
         ({"labels": {"foreground": "one"}}, "labels of 'foreground' must be whole numbers, got 'one'"),
         ({"labels": {"foreground": 1.5}}, "labels of 'foreground' must be whole numbers, got 1.5"),
         ({"labels": {"foreground": [True]}}, "labels of 'foreground' must be whole numbers, got True"),

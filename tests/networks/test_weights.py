@@ -130,7 +130,7 @@ def test_pickled_code_is_not_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     message = refused(saved(tmp_path / "x.pth", {"model": state, "extra": Code()}), tiny_vit_config)
-    assert "cannot be read as weights" in message
+    assert "cannot be read as weights (no file of tensors only); give a .pth or .safetensors file" in message
     assert not (tmp_path / "never").exists()
 
 

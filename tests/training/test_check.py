@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from samda.training import check_config
 REFERENCE: dict[str, Any] = {
     "epochs": 10,
     "rate": 0.1,
+    "patience": 5,
+    "weight_decay": 0.1,
     "amp": True,
     "task": None,
     "name": "x",
@@ -25,6 +28,7 @@ REFERENCE: dict[str, Any] = {
     [
         {"epochs": 3},
         {"rate": 1},
+        {"epochs": 1, "patience": 0, "weight_decay": 0},
         {"epochs": "$2 * 5"},
         {"task": {"classes": ["a", "b"]}},
         {"adapters": {"salt": {"d": 4}}},
@@ -52,6 +56,10 @@ def test_valid_configs_pass(change: dict[str, Any]) -> None:
         ({"amp": "false"}, "config key 'amp' must be true or false, got 'false'"),
         ({"adapters": ["salt"]}, "config key 'adapters' must be a mapping, got ['salt']"),
         ({"name": 3}, "config key 'name' must be text, got 3"),
+        ({"epochs": 0}, "config key 'epochs' must be at least 1, got 0"),
+        ({"patience": -1}, "config key 'patience' must be at least 0, got -1"),
+        ({"weight_decay": math.nan}, "config key 'weight_decay' must be at least 0, got nan"),
+        ({"weight_decay": math.inf}, "config key 'weight_decay' must be at least 0, got inf"),
     ],
 )
 def test_wrong_keys_and_types_are_refused_by_their_path(change: dict[str, Any], message: str) -> None:

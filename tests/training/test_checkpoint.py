@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from ignite.engine import Engine, Events
 
 from samda.errors import InputError, UsageError
-from samda.training import Checkpoint, Resume, SaveCheckpoint, TrainingRecord
+from samda.training import Checkpoint, Resume, SaveCheckpoint, TrainingRecord, train
+from samda.training.checkpoint import check_model_folder
 
 
 class Toy:
@@ -107,3 +109,20 @@ def test_the_interval_keeps_the_last_epoch(tmp_path: Path) -> None:
     SaveCheckpoint(Spy(tmp_path, {}, {}), interval=2).attach(engine)
     engine.run(range(1), max_epochs=5)
     assert epochs == [2, 4, 5]
+
+
+@pytest.mark.parametrize(("name", "words"), [("file", "is a file"), ("file/model", "is a file")])
+def test_a_place_that_can_be_no_folder_is_refused_at_once(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match=words):
+        check_model_folder(tmp_path / name)
+    with pytest.raises(UsageError, match=words):  # before anything is read: there is no data set
+        train(tmp_path / "none", tmp_path / name)
+    check_model_folder(tmp_path / "new" / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "to look makes nothing"
+
+
+def test_half_a_checkpoint_is_taken_away(tmp_path: Path) -> None:
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        Toy(tmp_path, epochs=1, late=lambda: 0)  # which no file can hold
+    assert list(tmp_path.iterdir()) == []
