@@ -37,8 +37,6 @@ from samda.version import __version__
 
 if TYPE_CHECKING:
     import torch
-    from tqdm import tqdm
-
     from samda.inference.erf_files import ModelField
     from samda.networks.segmenter import SamSegmenter
 
@@ -132,7 +130,7 @@ def measure(network: SamSegmenter, images: Sequence[torch.Tensor], name: str, ve
     return ModelField.of(network, fields, name, version)
 
 
-def counted(images: Sequence[torch.Tensor], shown: tqdm) -> Iterator[torch.Tensor]:
+def counted(images: Sequence[torch.Tensor], shown: Any) -> Iterator[torch.Tensor]:
     """The images; the bar moves with them."""
     for image in images:
         yield image
