@@ -71,7 +71,7 @@ class RecordEpoch:
         """
         output: Any = engine.state.output
         self._losses.append(output["loss"].detach())
-        engine.state.output = [output]
+        engine.state.output = [output]  # type: ignore[assignment]
 
     def finish(self, engine: Engine) -> None:
         """Write the row, keep the best."""
