@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 # how the writers of PyTorch and safetensors, which are no Python, say it
-FULL_DISK = ("No space left on device", "File too large", "PytorchStreamWriter failed", "file write failed")
+FULL_DISK = ("No space left on device", "File too large", "PytorchStreamWriter failed", "inline_container.cc")
 
 
 class SamdaError(Exception):
