@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 # how the writers of PyTorch and safetensors, which are no Python, say it
-FULL_DISK = ("No space left on device", "File too large", "PytorchStreamWriter failed", "file write failed")
+FULL_DISK = ("No space left on device", "File too large", "PytorchStreamWriter failed", "inline_container.cc")
 
 
 class SamdaError(Exception):
@@ -65,6 +65,8 @@ def check_keys(given: Iterable[str], valid: Iterable[str], where: str) -> None:
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Build the dataclass `cls` from a mapping, refusing unknown keys with the nearest valid name."""
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{where}: settings must be a mapping, got {values!r}; write {{KEY: VALUE}}")
     fields = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
     check_keys(values, fields, where)
     try:

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["new_folder", "plain", "replacing", "write_json", "write_text"]
+from samda.errors import InputError
+
+__all__ = ["check_room", "new_folder", "plain", "replacing", "write_json", "write_text"]
 
 
 @contextmanager
@@ -30,8 +32,30 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:  # a writer's hidden name, or none, tells a person nothing
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_room(folder: str | Path, needed: float) -> None:
+    """Refuse a disk without room for `needed` bytes, for writers that end the whole process there.
+
+    Args:
+        folder: an existing folder on the disk.
+        needed: bytes.
+
+    Raises:
+        InputError: there is less.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"the disk of {folder} has {free / 1e6:.0f} MB left where {needed / 1e6:.0f} MB are needed; make room, or "
+            "choose another folder"
+        )
 
 
 @contextmanager

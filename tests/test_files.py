@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from samda.files import new_folder, plain, replacing, write_json
+from samda.errors import InputError
+from samda.files import check_room, new_folder, plain, replacing, write_json
 
 
 def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -43,3 +45,20 @@ def test_json_holds_plain_values_only(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {1: (np.float32(0.5), np.nan, Path("x")), "b": np.arange(2)})
     assert json.loads((tmp_path / "a.json").read_text()) == {"1": [0.5, None, "x"], "b": [0, 1]}
     assert plain(float("inf")) is None
+
+
+def test_an_error_of_the_disk_names_the_file_that_was_wanted(tmp_path: Path) -> None:
+    for told in ((), ("temporary",)):
+        with pytest.raises(OSError) as caught, replacing(tmp_path / "a.json") as temporary:
+            raise OSError(errno.ENOSPC, "No space left on device", *[str(temporary) for _ in told])
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "a.json"))
+    with pytest.raises(FileNotFoundError, match="other"), replacing(tmp_path / "a.json"):
+        (tmp_path / "other").read_text()
+    with pytest.raises(ValueError, match="no disk"), replacing(tmp_path / "a.json"):
+        raise ValueError("no disk")
+
+
+def test_room_is_asked_for(tmp_path: Path) -> None:
+    check_room(tmp_path, 1)
+    with pytest.raises(InputError, match=r"MB left where 1000000000000 MB are needed; make room"):
+        check_room(tmp_path, 1e18)

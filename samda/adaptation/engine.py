@@ -139,7 +139,7 @@ class Adaptation:
         self.scope, self.parameters = scope, scope_parameters(network, scope)
         _check_trained(network, self.parameters)
         self.judge = Judge(task, record)
-        self.guard: GuardSettings = from_mapping(GuardSettings, dict(guard or {}), "guard")
+        self.guard: GuardSettings = from_mapping(GuardSettings, guard or {}, "guard")
         self.steps = self.objective.steps if steps is None else steps
         self.lr = self.objective.lr if lr is None else lr
         self.views, self.slices, self.seed, self.keep = views, slices, seed, keep

@@ -378,4 +378,4 @@ def build_objective(name: str, settings: Mapping[str, Any] | None = None) -> Obj
     """
     if name not in OBJECTIVES:
         raise UsageError(f"unknown method {name!r}; {nearest(name, OBJECTIVES)}")
-    return from_mapping(OBJECTIVES[name], dict(settings or {}), f"method {name!r}")
+    return from_mapping(OBJECTIVES[name], settings or {}, f"method {name!r}")

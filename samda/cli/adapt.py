@@ -26,6 +26,7 @@ from samda.cli.options import (
     add_modality,
     add_part,
     add_quiet,
+    check_report,
     existing,
     parse_settings,
     pick_device,
@@ -81,6 +82,10 @@ def tell(case: str, record: Mapping[str, Any]) -> None:
 def run(args: argparse.Namespace) -> None:
     """Adapt; raise at the end if a case failed."""
     existing(args.input, "input")
+    if args.labels is not None:
+        existing(args.labels, "labels")
+    if args.report is not None:
+        check_report(args.report)
     settings = read_settings(args)
     if args.site and args.dry_run:
         raise UsageError("--site needs adapted cases; leave out --dry-run")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = [
     "add_modality",
     "add_part",
     "add_quiet",
+    "check_report",
     "existing",
     "parse_settings",
     "pick_device",
@@ -88,6 +90,23 @@ def existing(path: Path, what: str) -> Path:
     if not path.exists():
         raise InputError(f"{what} {str(path)!r} does not exist; check the path")
     return path
+
+
+def check_report(path: Path) -> None:
+    """Refuse a `--report` that cannot be written, before the work.
+
+    Raises:
+        UsageError: it is a folder, or its own folder is missing or cannot be written.
+    """
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir():
+        what = "is a folder" if path.is_dir() else "lies in a folder that does not exist"
+        raise UsageError(f"--report {path} {what}; give a file in a folder that exists")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"--report {path} cannot be written ({error.strerror}); give another") from error
 
 
 def positive(text: str) -> int:

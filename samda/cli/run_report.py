@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from samda.cli.options import check_report, say
 from samda.data.formats import Image, files_of
 from samda.errors import InputError, SamdaError, UsageError, reason_of
 from samda.processes import launched
@@ -56,15 +56,8 @@ class RunReport:
     def __init__(self, args: argparse.Namespace, command: str) -> None:
         self.path: Path | None = args.report
         self.wanted = self.path is not None and launched()[0] == 0  # the first of several processes writes it
-        if self.path is not None and (self.path.is_dir() or not self.path.absolute().parent.is_dir()):
-            what = "is a folder" if self.path.is_dir() else "lies in a folder that does not exist"
-            raise UsageError(f"--report {self.path} {what}; give a file in a folder that exists")
-        if self.path is not None and self.wanted:
-            try:
-                with tempfile.TemporaryFile(dir=self.path.absolute().parent):
-                    pass
-            except OSError as error:
-                raise UsageError(f"--report {self.path} cannot be written ({error.strerror}); give another") from error
+        if self.path is not None:
+            check_report(self.path)
         self.names: dict[str, str] = {}  # what may tell a patient -> what stands for it
         self.seconds: dict[str, float] = {}
         # paths tell patients and places; what they hold is hashed instead
@@ -91,8 +84,6 @@ class RunReport:
                 raise InputError(f"all is done but the report {self.path}, which cannot be written: {reason}") from None
             if error is None:
                 raise
-            from samda.cli.options import say
-
             say(f"the report {self.path} could not be written: {failure}")  # what went wrong first matters more
 
     @contextlib.contextmanager

@@ -118,8 +118,8 @@ def evaluate(
         InputError: no predictions, no labels, or not a single pair.
     """
     tolerance = task.nsd_tolerance if nsd_tolerance_mm is None else nsd_tolerance_mm
-    if tolerance < 0:
-        raise UsageError(f"the NSD tolerance must not be negative (mm), got {tolerance:g}")
+    if not 0 <= tolerance < math.inf:  # nor NaN, within which nothing lies
+        raise UsageError(f"the NSD tolerance must be a length from 0 (mm), got {tolerance:g}")
     if output is not None:
         check_output_folder(output)
     pairs, dataset_labels = find_pairs(predictions, labels, section)

@@ -28,7 +28,7 @@ from safetensors import torch as safetensors
 
 from samda.adapters.base import attached
 from samda.errors import UsageError, nearest
-from samda.files import new_folder, write_json
+from samda.files import check_room, new_folder, write_json
 from samda.networks.files import sha256_of
 from samda.networks.graphs import GRAPHS, compare, probe_images, write_graphs
 from samda.networks.sam_file import class_head, sam_state
@@ -70,6 +70,8 @@ def export_model(
     if format not in FORMATS:
         raise UsageError(f"there is no format {format!r}; {nearest(str(format), FORMATS)}")
     folder = check_folder(Path(folder).expanduser())
+    weights = sum(parameter.nbytes for parameter in network.parameters())
+    check_room(folder.parent, 1.5 * weights)  # encoder, decoder, what both share; PyTorch aborts on a full disk
     own = copy.deepcopy(network).to("cpu", torch.float32).eval()
     try:
         with new_folder(folder) as place:

@@ -24,6 +24,7 @@ __all__ = ["check_config", "check_overrides"]
 FREE = ("adapters", "backbone", "task", "_meta_")  # these may be mappings whose keys their own builders check
 NAMED = ("backbone", "task")  # and these names of something known
 TRACKING = ("tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "output_dir")
+LARGEST_SEED = 2**63 - 1  # of PyTorch's generators
 LEAST = {  # keys whose wrong values PyTorch and ignite refuse in words of their own, or take
     "epochs": 1,
     "batch_size": 1,
@@ -82,6 +83,8 @@ def check_config(config: Mapping[str, Any], reference: Mapping[str, Any]) -> Non
         value = config.get(key, least)
         if key in reference and isinstance(value, int | float) and not least <= value < math.inf:  # nor NaN
             raise UsageError(f"config key {key!r} must be at least {least}, got {value!r}")
+    if isinstance(config.get("seed"), int) and config["seed"] > LARGEST_SEED:
+        raise UsageError(f"config key 'seed' must be at most {LARGEST_SEED}, got {config['seed']}")
 
 
 def _check_mapping(config: Mapping[str, Any], reference: Mapping[str, Any], path: str, extra: tuple[str, ...]) -> None:

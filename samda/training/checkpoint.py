@@ -85,7 +85,11 @@ class Checkpoint:
             logger.warning("nothing to resume in %s: starting at the first epoch", self.path.parent)
 
     def save(self, engine: Engine) -> None:
-        """Write last.pt under a temporary name (always the same: a killed run leaves no litter), then rename it."""
+        """Write last.pt under a temporary name (always the same: a killed run leaves no litter), then rename it.
+
+        Raises:
+            InputError: there is no room for it; the one before stays.
+        """
         if not is_main():
             return
         state: dict[str, Any] = {name: thing.state_dict() for name, thing in self.objects.items()}
@@ -98,8 +102,12 @@ class Checkpoint:
         try:
             torch.save(state, temporary)
             os.replace(temporary, self.path)
-        except BaseException:
+        except BaseException as error:
             temporary.unlink(missing_ok=True)  # half a file on a full disk
+            if isinstance(error, OSError) or "inline_container" in str(error):  # where PyTorch writes
+                raise InputError(
+                    f"{self.path} cannot be written ({_reason(error)}); make room, and go on with resume"
+                ) from error
             raise
 
     def load(self, engine: Engine) -> None:
@@ -167,6 +175,10 @@ class SaveCheckpoint:
         if engine.state.epoch != self._saved:
             self.checkpoint.save(engine)
             self._saved = engine.state.epoch
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or "is the disk full?"
 
 
 def _random_state() -> dict[str, Any]:

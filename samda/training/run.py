@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from samda.data.task import Task
@@ -147,6 +148,21 @@ def literal(value: Any) -> Any:
     return value
 
 
+def _overlay(file: Path) -> dict[str, Any]:
+    """The keys of one overlay.
+
+    Raises:
+        UsageError: the file is no YAML or JSON, or holds no mapping.
+    """
+    try:
+        values = ConfigParser.load_config_file(file)
+    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{file} is no YAML or JSON ({' '.join(str(error).split())}); repair it") from error
+    if not isinstance(values, Mapping) or not isinstance(values.get("adapters", {}), Mapping):
+        raise UsageError(f"{file} must hold a mapping with the key `adapters`, itself a mapping; see configs/adapters")
+    return dict(values)
+
+
 def _merged(files: Iterable[Path], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of several overlays; their adapters are taken together.
 
@@ -155,7 +171,7 @@ def _merged(files: Iterable[Path], overrides: Mapping[str, Any]) -> dict[str, An
     """
     merged: dict[str, Any] = {"adapters": {}}
     for file in files:
-        for key, value in ConfigParser.load_config_file(file).items():
+        for key, value in _overlay(file).items():
             target, entries = (merged["adapters"], value) if key == "adapters" else (merged, {key: value})
             for name, entry in entries.items():
                 if target.get(name, entry) != entry and name not in overrides:

@@ -196,7 +196,9 @@ def test_flips_are_mapped_back(make_adaptation: Callable, network: SamSegmenter,
         found = adaptation.logits(prepared)
         mirrored = network.decode(network.encode(apply_view(prepared.views[1], images, prepared.slices)))
     # other batches, other rounding: logits of about 1 may differ by a few 1e-5
-    torch.testing.assert_close(found[1], mirrored.flip(-1), rtol=1e-4, atol=1e-4)  # liver and spleen have no twin of the other side
+    torch.testing.assert_close(
+        found[1], mirrored.flip(-1), rtol=1e-4, atol=1e-4
+    )  # liver and spleen have no twin of the other side
     torch.testing.assert_close(found[0], network.decode(network.encode(images)), rtol=1e-4, atol=1e-4)
 
 

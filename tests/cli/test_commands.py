@@ -266,6 +266,19 @@ def test_weights(capsys: pytest.CaptureFixture) -> None:
         (["predict", "-m", "MODEL", "-i", "NOWHERE", "-o", "OUT"], 1, ["NOWHERE", "does not exist"]),
         (["predict", "-m", "MODEL", "-i", "SCANS", "-o", "SCANS"], 2, ["choose another output folder"]),
         (["predict", "-m", "MODEL", "-i", "SCANS", "-o", "OUT", "--version", "sit"], 2, ["no version 'sit'"]),
+        (["adapt", "-m", "MODEL", "-i", "SCANS", "-o", "OUT", "--labels", "NOWHERE"], 1, ["labels", "does not exist"]),
+        (["adapt", "-m", "MODEL", "-i", "SCANS", "-o", "OUT", "--report", "SCANS"], 2, ["is a folder"]),
+        (["adapt", "-m", "MODEL", "-i", "SCANS", "-o", "OUT", "--set", "guard=5"], 2, ["guard: settings must be a"]),
+        (
+            ["adapt", "-m", "MODEL", "-i", "SCANS", "-o", "OUT", "--set", "objective=x"],
+            2,
+            ["must be a mapping, got 'x"],
+        ),
+        (
+            ["evaluate", "-m", "MODEL", "-i", "SCANS", "-l", "SCANS", "-o", "OUT", "--nsd-tolerance", "nan"],
+            2,
+            ["must be a length from 0 (mm), got nan"],
+        ),
         (["evaluate", "-i", "SCANS", "-l", "DATA", "-o", "OUT"], 2, ["-m/--model", "--task"]),
         (
             ["evaluate", "-m", "MODEL", "--task", "TASK", "-i", "SCANS", "-l", "DATA", "-o", "OUT"],

@@ -153,7 +153,7 @@ def test_a_command_is_one_file(command, capsys: pytest.CaptureFixture) -> None:
             "folder",
         ),
         (
-            "raise RuntimeError('[enforce fail] PytorchStreamWriter failed writing file data/3: file write failed')",
+            "raise RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos 1517504 vs 1517392')",
             1,
             "samda extra: a file cannot be written (is the disk full?); make room, or choose another folder",
         ),

@@ -178,6 +178,22 @@ def test_overlays_that_disagree_need_a_word(datalist: Path, tmp_path: Path, keys
 
 
 @pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("adapters: [", "is no YAML or JSON"),
+        ("", "must hold a mapping with the key `adapters`"),
+        ("- salt\n", "must hold a mapping with the key `adapters`"),
+        ("adapters: salt\n", "must hold a mapping with the key `adapters`"),
+    ],
+)
+def test_overlays_that_are_none(datalist: Path, tmp_path: Path, keys: Keys, text: str, words: str) -> None:
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(UsageError) as error:
+        train(datalist, tmp_path / "model", TASK, adapters=tmp_path / "own.yaml", overrides=keys)
+    assert words in str(error.value) and "own.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"epoch": 3}, "config key 'epoch' is unknown; did you mean 'epochs'?"),
