@@ -37,6 +37,7 @@ from samda.version import __version__
 
 if TYPE_CHECKING:
     import torch
+
     from samda.inference.erf_files import ModelField
     from samda.networks.segmenter import SamSegmenter
 
