@@ -193,7 +193,7 @@ def test_task_values_and_network_keywords(band_task: Task, phantom: SimpleNamesp
 
 
 def test_many_classes_need_two_bytes() -> None:
-    task = Task(classes=tuple(f"c{k}" for k in range(300)), spacing=1.0, image_size=16)
+    task = Task(classes=("background", *(f"c{k}" for k in range(1, 300))), spacing=1.0, image_size=16)
 
     def network(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.one_hot(torch.full((len(x), 16, 16), 299), 300).permute(0, 3, 1, 2) * 9.0
