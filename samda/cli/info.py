@@ -106,6 +106,7 @@ def print_model(facts: dict[str, Any]) -> None:
     neighbors = ", between its two neighbors" if task.get("context") else ""
     kept = task.get("keep_largest", False)
     training, metrics = record.get("training", {}), record.get("metrics", {})
+    dice = metrics.get("mean_dice")
     rows = [
         ("model", facts["model"]),
         ("backbone", facts["network"].get("backbone")),
@@ -117,7 +118,7 @@ def print_model(facts: dict[str, Any]) -> None:
         ("slices", f"{task.get('axis')}, {task.get('image_size')} pixels of {task.get('spacing')} mm" + neighbors),
         ("largest piece of", ", ".join(kept) if isinstance(kept, list) else "every class" if kept else "none"),
         ("trained", f"{training.get('epochs')} epochs, best {training.get('best_epoch')}; {training.get('split')}"),
-        ("validation Dice", metrics.get("mean_dice")),
+        ("validation Dice", f"{dice:.3f}" if isinstance(dice, float) else dice),
         ("samda", record.get("versions", {}).get("samda")),
         ("purpose", record.get("purpose")),
     ]

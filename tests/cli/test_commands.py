@@ -180,6 +180,8 @@ def test_info_of_a_model(place: Path, capsys: pytest.CaptureFixture) -> None:
     _, out, _ = samda(capsys, "info", "-m", place / "model")
     assert "background, ball" in out
     assert "64 pixels of 2.0 mm" in out
+    dice = facts["record"]["metrics"]["mean_dice"]
+    assert f"validation Dice      {dice:.3f}\n" in out
 
 
 def test_erf(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
