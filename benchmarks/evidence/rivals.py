@@ -12,7 +12,6 @@ import time
 from typing import Any
 
 import torch
-from monai.losses import DiceCELoss
 
 from samda.networks.segmenter import SamSegmenter
 from samda.training.optim import build_optimizer, build_schedule
@@ -66,13 +65,11 @@ def _samda(name: str, labels: int, seed: int, budget: int) -> dict[str, Any]:
     slices, method = load("abdomen"), METHODS[name]
     network = SamSegmenter("vit_t", num_classes=slices.task.num_classes, adapters=trial.seeded(method, seed))
     start = time.process_time()
-    draw = trial.images(slices, labels, seed)
-    if not method.encoder:
-        draw = _encoded(network, labels, seed)
+    draw = trial.images(slices, labels, seed) if method.encoder else _encoded(network, labels, seed)
     rates = {"adapters": method.rate, "head": HEAD_RATES.get(name, trial.HEAD_RATE), "base": method.rate}
     optimizer = build_optimizer(network, rates, weight_decay=0.01)
     schedule = build_schedule(optimizer, 1, TICKS)
-    criterion = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+    criterion = trial.build_loss()
     network.train()
     steps = 0
     while (spent := time.process_time() - start) < budget:

@@ -25,7 +25,7 @@ from samda.training.optim import build_optimizer, build_schedule
 from .methods import Method
 from .protocol import VIEWS, Slices, choose, load, score, views
 
-__all__ = ["BATCH", "HEAD_STEPS", "STEPS", "Draw", "images", "mean", "order", "run", "scored", "seeded"]
+__all__ = ["BATCH", "HEAD_STEPS", "STEPS", "Draw", "build_loss", "images", "mean", "order", "run", "scored", "seeded"]
 
 Draw = Callable[[int], tuple[torch.Tensor, torch.Tensor, bool]]  # step -> inputs, labels, are they embeddings?
 
@@ -90,11 +90,16 @@ def _head(task: str, labels: int, seed: int) -> dict[str, torch.Tensor]:
     return state
 
 
+def build_loss() -> DiceCELoss:
+    """Dice + cross-entropy with the settings of train.json."""
+    return DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+
+
 def _fit(network: SamSegmenter, draw: Draw, steps: int, rate: float, head_rate: float) -> None:
     rates = {"adapters": rate, "head": head_rate, "base": rate}
     optimizer = build_optimizer(network, rates, weight_decay=0.01)
     schedule = build_schedule(optimizer, 1, steps)
-    criterion = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+    criterion = build_loss()
     network.train()
     for step in range(steps):
         inputs, labels, embedded = draw(step)
