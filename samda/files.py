@@ -8,6 +8,7 @@ import math
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from samda.errors import InputError
 
-__all__ = ["check_room", "new_folder", "plain", "replacing", "write_json", "write_text"]
+__all__ = ["check_room", "new_folder", "plain", "replacing", "try_writing", "write_json", "write_text"]
 
 
 @contextmanager
@@ -38,6 +39,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def try_writing(folder: str | Path) -> None:
+    """Write a file without a name into `folder`, to learn before the work whether anything can be written there.
+
+    Raises:
+        OSError: what the results would meet, too.
+    """
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def check_room(folder: str | Path, needed: float) -> None:

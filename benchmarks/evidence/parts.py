@@ -40,8 +40,8 @@ def _frozen(task: str) -> list[Run]:
     return [
         {"task": task, "method": method, "labels": labels, "seed": seed}
         for seed in range(5)
-        for labels in COUNTS
         for method in FROZEN
+        for labels in COUNTS  # innermost: neighboring runs, at work at the same time, do not train the same head twice
     ]
 
 
@@ -80,8 +80,8 @@ def _rivals() -> list[Run]:
         {"rival": rival, "labels": labels, "seed": seed, "budget": budget}
         for seed in SEEDS
         for budget in BUDGETS
-        for labels in (8, 0)
         for rival in RIVALS
+        for labels in (8, 0)
     ]
     return [{"rival": "peft", "labels": 8, "seed": 0, "budget": 0}, *runs]
 

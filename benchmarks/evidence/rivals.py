@@ -24,7 +24,7 @@ __all__ = ["BUDGETS", "RIVALS", "SEEDS", "compete"]
 
 BUDGETS = (120, 900)  # CPU seconds of one training
 SEEDS = (0, 1, 2)
-RIVALS = ("sam_da", "decoder", "lora", "full", "dynunet", "nnunet")
+RIVALS = ("sam_da", "nnunet", "dynunet", "full", "decoder", "lora")  # the most telling ones first
 HEAD_RATES = {"full": 1e-3}  # of the shipped overlay; 0.01 otherwise
 PEFT_STEPS = 20
 TICKS = 1000  # of the schedule

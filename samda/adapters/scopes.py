@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch.nn as nn
 
 from samda.adapters.base import modules
-from samda.errors import AdapterError
+from samda.errors import AdapterError, UsageError
 
 __all__ = ["SCOPES", "available_scopes", "scope_parameters"]
 
@@ -34,15 +34,17 @@ def scope_parameters(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
         scope: a name of the table, or several joined by "+".
 
     Raises:
-        AdapterError: the scope is unknown or empty in this model; the message lists the scopes it has.
+        UsageError: there is no such scope.
+        AdapterError: it is empty in this model; the message lists the scopes it has.
     """
     found = _parameters_by_scope(model)
     chosen: dict[str, nn.Parameter] = {}
     for part in scope.split("+"):
         if part not in found:
             have = ", ".join(available_scopes(model)) or "none (it has no adapter that could be adapted)"
-            why = "this model has no parameters in" if part in SCOPES else "there is no"
-            raise AdapterError(f"{why} scope {part!r}; it has: {have}")
+            if part not in SCOPES:
+                raise UsageError(f"there is no scope {part!r}; this model has: {have}")
+            raise AdapterError(f"this model has no parameters in scope {part!r}; it has: {have}")
         chosen |= found[part]
     order = [name for name, _ in model.named_parameters()]
     return {name: chosen[name] for name in order if name in chosen}

@@ -26,7 +26,7 @@ from samda.cli.options import (
     add_modality,
     add_part,
     add_quiet,
-    check_report,
+    check_file,
     existing,
     parse_settings,
     pick_device,
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     if args.labels is not None:
         existing(args.labels, "labels")
     if args.report is not None:
-        check_report(args.report)
+        check_file(args.report, "--report")
     settings = read_settings(args)
     if args.site and args.dry_run:
         raise UsageError("--site needs adapted cases; leave out --dry-run")

@@ -18,7 +18,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samda.cli.options import add_device, add_json, add_quiet, existing, pick_device, print_json, print_table, task_file
+from samda.cli.options import (
+    add_device,
+    add_json,
+    add_quiet,
+    check_file,
+    existing,
+    pick_device,
+    print_json,
+    print_table,
+    task_file,
+)
 from samda.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -85,12 +95,11 @@ def check_output(path: Path, overwrite: bool) -> None:
     """Refuse a place that cannot be written, or a file that a person may have changed, before the scans are read.
 
     Raises:
-        UsageError: no YAML name, no folder, or a file that is there.
+        UsageError: no YAML name, no place for a file, or a file that is there.
     """
     if path.suffix not in (".yaml", ".yml"):
         raise UsageError(f"output {str(path)!r} must be named .yaml; samda train reads its format from the name")
-    if not path.parent.is_dir():
-        raise UsageError(f"output {str(path)!r} cannot be written, {path.parent} does not exist; make it first")
+    check_file(path, "-o")
     if path.exists() and not overwrite:
         raise UsageError(
             f"output {str(path)!r} exists and may have been changed by hand; give --overwrite to replace it"

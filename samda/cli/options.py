@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ __all__ = [
     "add_modality",
     "add_part",
     "add_quiet",
-    "check_report",
+    "check_file",
     "existing",
     "parse_settings",
     "pick_device",
@@ -92,8 +91,8 @@ def existing(path: Path, what: str) -> Path:
     return path
 
 
-def check_report(path: Path) -> None:
-    """Refuse a `--report` that cannot be written, before the work.
+def check_file(path: Path, option: str) -> None:
+    """Refuse a file that cannot be written, before the work.
 
     Raises:
         UsageError: it is a folder, or its own folder is missing or cannot be written.
@@ -101,12 +100,13 @@ def check_report(path: Path) -> None:
     folder = path.absolute().parent
     if path.is_dir() or not folder.is_dir():
         what = "is a folder" if path.is_dir() else "lies in a folder that does not exist"
-        raise UsageError(f"--report {path} {what}; give a file in a folder that exists")
+        raise UsageError(f"{option} {path} {what}; give a file in a folder that exists")
+    from samda.files import try_writing
+
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        try_writing(folder)
     except OSError as error:
-        raise UsageError(f"--report {path} cannot be written ({error.strerror}); give another") from error
+        raise UsageError(f"{option} {path} cannot be written ({error.strerror}); give another") from error
 
 
 def positive(text: str) -> int:

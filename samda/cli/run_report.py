@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from samda.cli.options import check_report, say
+from samda.cli.options import check_file, say
 from samda.data.formats import Image, files_of
 from samda.errors import InputError, SamdaError, UsageError, reason_of
 from samda.processes import launched
@@ -57,7 +57,7 @@ class RunReport:
         self.path: Path | None = args.report
         self.wanted = self.path is not None and launched()[0] == 0  # the first of several processes writes it
         if self.path is not None:
-            check_report(self.path)
+            check_file(self.path, "--report")
         self.names: dict[str, str] = {}  # what may tell a patient -> what stands for it
         self.seconds: dict[str, float] = {}
         # paths tell patients and places; what they hold is hashed instead

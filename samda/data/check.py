@@ -100,6 +100,7 @@ def check_data(path: str | Path, task: Task | None = None) -> DataReport:
     problems += _of_ids(report, task)
     problems += _of_channels(facts, task)
     problems += _of_slices(facts)
+    problems += _of_ranges(data, facts, task)
     problems += _of_patients(data)
     problems += _of_whole(report, task)
     if task is not None:
@@ -204,6 +205,21 @@ def _of_slices(facts: Sequence[CaseFacts]) -> list[Problem]:
     if pictures and volumes:
         text = f"{len(pictures)} cases are pictures, {len(volumes)} are scans; make two data sets of them"
         found.append(Problem("mixed", text, stops=False))
+    return found
+
+
+def _of_ranges(data: DataList, facts: Sequence[CaseFacts], task: Task | None) -> list[Problem]:
+    """Ranges of "slices" that leave the scan: along the task's axis or, where no task says which, along any."""
+    found = []
+    for case, entry in zip(facts, (case for cases in data.cases.values() for case in cases), strict=True):
+        if not case.shape:
+            continue
+        along = {"sagittal": "LR", "coronal": "PA", "axial": "IS"}.get(task.axis if task else "", "LRPAIS")
+        size = max(n for n, end in zip(case.shape, case.orientation, strict=True) if end in along)
+        for first, end in entry.get("slices", []):
+            if not 0 <= first < end <= size:
+                text = f"slices {first} to {end} do not lie within its {size} slices; count from 0, end exclusive"
+                found.append(Problem("slices", text, case.id, case.section != "test"))
     return found
 
 

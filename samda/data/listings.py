@@ -96,6 +96,9 @@ def _entry(entry: Any, section: str, where: str, folder: Path) -> Case:
         case["label"] = str(folder / label)
     if "fold" in case and (isinstance(case["fold"], bool) or not isinstance(case["fold"], int)):
         raise InputError(f"{where}: fold must be a whole number, got {case['fold']!r}")
+    for key in ("id", "patient"):
+        if isinstance(case.get(key), list | Mapping):
+            raise InputError(f"{where}: {key} must be a text or a number, got {case[key]!r}")
     if "slices" in case and not _are_ranges(case["slices"]):
         raise InputError(f"{where}: slices must be pairs [[first, end], ...] of whole numbers, got {case['slices']!r}")
     return case

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from nibabel.spatialimages import SpatialImage
 from samda.data.formats import NIFTI_SUFFIXES, PICTURE_SUFFIXES, Image, files_of
 from samda.data.objects import copy_of
 from samda.errors import InputError, UsageError
-from samda.files import replacing, write_json
+from samda.files import replacing, try_writing, write_json
 from samda.version import __version__
 
 __all__ = [
@@ -44,8 +43,7 @@ def check_output_folder(folder: str | Path) -> Path:
         raise UsageError(f"output folder {folder} cannot be made, {folder.parent} does not exist; make it first")
     try:
         folder.mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        try_writing(folder)
     except OSError as error:
         raise UsageError(
             f"nothing can be written to {folder} ({error.strerror}); choose another output folder"

@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from samda.errors import InputError, UsageError
+from samda.files import try_writing
 from samda.processes import broadcast, is_main, place
 
 __all__ = ["Checkpoint", "Resume", "SaveCheckpoint", "check_model_folder"]
@@ -44,8 +44,7 @@ def check_model_folder(folder: str | Path, resume: bool = False, overwrite: bool
     if not place.is_dir():
         raise UsageError(f"output {folder} cannot be made, {place} is a file; give a folder")
     try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
+        try_writing(place)
     except OSError as error:
         raise UsageError(f"nothing can be written to {place} ({error.strerror}); choose another output") from error
     if (folder / LAST).exists() and not resume and not overwrite:

@@ -270,6 +270,8 @@ def test_weights(capsys: pytest.CaptureFixture) -> None:
         (["predict", "-m", "MODEL", "-i", "SCANS", "-o", "OUT", "--version", "sit"], 2, ["no version 'sit'"]),
         (["adapt", "-m", "MODEL", "-i", "SCANS", "-o", "OUT", "--labels", "NOWHERE"], 1, ["labels", "does not exist"]),
         (["adapt", "-m", "MODEL", "-i", "SCANS", "-o", "OUT", "--report", "SCANS"], 2, ["is a folder"]),
+        (["adapt", "-m", "MODEL", "-i", "SCANS", "-o", "OUT", "--scope", "decodr"], 2, ["no scope 'decodr'"]),
+        (["adapt", "-m", "MODEL", "-i", "SCANS", "-o", "OUT", "--scope", "norm"], 1, ["no parameters in scope 'norm'"]),
         (["adapt", "-m", "MODEL", "-i", "SCANS", "-o", "OUT", "--set", "guard=5"], 2, ["guard: settings must be a"]),
         (
             ["adapt", "-m", "MODEL", "-i", "SCANS", "-o", "OUT", "--set", "objective=x"],

@@ -224,6 +224,16 @@ def test_patients_and_files_on_two_sides(place: Path) -> None:
     assert "is the image of 2 cases (x, y)" in found[2].text
 
 
+def test_ranges_that_leave_the_scan(place: Path) -> None:
+    ends = {"a": SHAPE[2], "b": max(SHAPE) + 1, "d": SHAPE[2] + 1}
+    path = listed(place, training=[{"of": name, "slices": [[0, end]]} for name, end in ends.items()])
+    assert [(p.kind, p.case, p.stops) for p in problems(path)] == [("slices", "b_0000", True)]
+    task = Task(classes=("background", "liver", "spleen"), labels={"liver": 1, "spleen": 2}, axis="axial")
+    found = [problem for problem in problems(path, task) if problem.kind == "slices"]
+    assert [p.case for p in found] == ["b_0000", "d_0000"]
+    assert f"slices 0 to {SHAPE[2] + 1} do not lie within its {SHAPE[2]} slices" in found[1].text
+
+
 def test_validation_needs_foreground(place: Path) -> None:
     change(place, "empty label", "c")
     found = problems(listed(place, training=[{"of": "a"}], validation=[{"of": "c"}]))

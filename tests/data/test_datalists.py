@@ -123,6 +123,7 @@ def test_equal_file_names_take_their_folders(tmp_path):
         ({"training": [7]}, "training[0] must be"),
         ({"training": ["a.nii"]}, "has no 'label'"),
         ({"training": [{"image": "a.nii", "label": "b.nii", "fold": "1"}]}, "fold must be a whole number"),
+        ({"training": [{"image": "a.nii", "label": "b.nii", "patient": {"id": 1}}]}, "patient must be a text or a num"),
         ({"training": [{"image": "a.nii", "label": "b.nii", "slices": [3, 9]}]}, "slices must be pairs [[first, end]"),
         ({"training": [{"image": "a.nii", "label": "b.nii", "slices": [[0, 1.5]]}]}, "got [[0, 1.5]]"),
         ({"training": [], "test": {"image": "a.nii"}}, "'test' must be a list"),
