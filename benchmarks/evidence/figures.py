@@ -12,7 +12,7 @@ from typing import Any
 from samda.files import replacing
 
 from .methods import ENCODER, FROZEN
-from .parts import COUNTS
+from .parts import COUNTS, ENCODER_COUNTS, ENCODER_SEEDS, SEEDS
 from .tables import labels_name, pick
 
 __all__ = ["checksum", "draw_fields", "draw_labels"]
@@ -29,19 +29,26 @@ def draw_labels(rows: list[Row], path: Path) -> None:
     """Dice over labelled slices: a line per method, the band of one standard deviation."""
     figure = _figure(10, 4.2)
     left, right = figure.subplots(1, 2, sharey=True)
-    for axes, methods, title in ((left, FROZEN, "encoder left alone"), (right, ("head", *ENCODER), "encoder trained")):
+    for axes, methods, counts, seeds, title in (
+        (left, FROZEN, COUNTS, SEEDS, "encoder left alone"),
+        (right, ("head", *ENCODER), ENCODER_COUNTS, ENCODER_SEEDS, "encoder trained"),  # the head of the same runs
+    ):
         for number, method in enumerate(methods):
-            points = [(at, pick(rows, task="abdomen", method=method, labels=n)) for at, n in enumerate(COUNTS)]
-            points = [(at, [row["dice"] for row in found]) for at, found in points if found]
+            points = {
+                at: [row["dice"] for row in pick(rows, task="abdomen", method=method, labels=n) if row["seed"] < seeds]
+                for at, n in enumerate(COUNTS)
+                if n in counts
+            }
+            points = {at: values for at, values in points.items() if values}
             if not points:
                 continue
-            places, means = [at for at, _ in points], [statistics.fmean(values) for _, values in points]
+            places, means = list(points), [statistics.fmean(values) for values in points.values()]
             style = {"color": "black", "linestyle": "--"} if method == "head" else {"color": f"C{number % 10}"}
             if number > 10:
                 style["linestyle"] = ":"
             axes.plot(places, means, marker="o", markersize=3, label=method, **style)
             if len(methods) <= 4:
-                errors = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+                errors = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in points.values()]
                 low, high = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
                 axes.fill_between(places, low, high, color=style["color"], alpha=0.12, linewidth=0)
         axes.set(title=title, xlabel="labelled slices of patient A", xticks=range(len(COUNTS)))

@@ -14,6 +14,7 @@ __all__ = ["PARTS", "RESULTS", "measure", "planned", "results_file"]
 RESULTS = Path(__file__).parents[1] / "results" / "evidence"
 COUNTS = (1, 2, 4, 8, 16, 0)  # labelled slices; 0: all
 ENCODER_COUNTS = (8, 2, 0)
+SEEDS, ENCODER_SEEDS = 5, 3  # from 0; the second where the encoder trains
 CHEST = ("lora", "salt", "dka", "full")  # of the methods that train the encoder
 RATES = (1e-3, 3e-3)
 RATED = ("lora", "salt", "dka", "full")
@@ -39,7 +40,7 @@ def _rates() -> list[Run]:
 def _frozen(task: str) -> list[Run]:
     return [
         {"task": task, "method": method, "labels": labels, "seed": seed}
-        for seed in range(5)
+        for seed in range(SEEDS)
         for method in FROZEN
         for labels in COUNTS  # innermost: neighboring runs, at work at the same time, do not train the same head twice
     ]
@@ -48,7 +49,7 @@ def _frozen(task: str) -> list[Run]:
 def _encoder(task: str, methods: tuple[str, ...]) -> list[Run]:
     return [
         {"task": task, "method": method, "labels": labels, "seed": seed}
-        for seed in range(3)
+        for seed in range(ENCODER_SEEDS)
         for labels in ENCODER_COUNTS
         for method in methods
     ]
@@ -58,7 +59,7 @@ def _ablations() -> list[Run]:
     """Those that no other part has, on eight slices of the abdomen."""
     return [
         {"task": "abdomen", "ablation": ablation, "row": row, "labels": 8, "seed": seed}
-        for seed in range(3)
+        for seed in range(ENCODER_SEEDS)
         for ablation, rows in ABLATIONS.items()
         for row, method in rows.items()
         if method not in METHODS.values()

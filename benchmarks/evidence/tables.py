@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .methods import ABLATIONS, ENCODER, FROZEN, METHODS
-from .parts import COUNTS, ENCODER_COUNTS, RATED, RATES
+from .parts import COUNTS, ENCODER_COUNTS, ENCODER_SEEDS, RATED, RATES
 
 __all__ = [
     "ablation",
@@ -72,18 +72,18 @@ def encoder(rows: list[Row], task: str, methods: Sequence[str] = FROZEN + ENCODE
     for method in methods:
         cells: list[str] = []
         for n in counts:
-            dice = [r["dice"] for r in pick(rows, task=task, method=method, labels=n) if r["seed"] < 3]
-            cells += [spread(dice), spread([g for r, g in gains(rows, task, method, n) if r["seed"] < 3], "+")]
+            mine = [r for r in pick(rows, task=task, method=method, labels=n) if r["seed"] < ENCODER_SEEDS]
+            cells += [spread([r["dice"] for r in mine]), spread([g for _, g in gains(mine, rows)], "+")]
         if any(cell != NOTHING for cell in cells):
             lines.append([f"`{method}`", *cells])
     return markdown(head, lines)
 
 
-def gains(rows: list[Row], task: str, method: str, labels: int, base: str = "head") -> list[tuple[Row, float]]:
-    """The method's rows, each with what it has over `base` of the same slices and seed."""
+def gains(mine: list[Row], rows: list[Row], base: str = "head") -> list[tuple[Row, float]]:
+    """Rows of a method, each with what it has over `base` of the same task, slices and seed."""
     found = []
-    for row in pick(rows, task=task, method=method, labels=labels):
-        rival = pick(rows, task=task, method=base, labels=labels, seed=row["seed"])
+    for row in mine:
+        rival = pick(rows, method=base, **{key: row[key] for key in ("task", "labels", "seed")})
         if rival:
             found.append((row, row["dice"] - rival[0]["dice"]))
     return found
@@ -117,7 +117,7 @@ def ablation(name: str, rows: list[Row], main: list[Row]) -> str:
     for row, method in ABLATIONS[name].items():
         twin = next((key for key, value in METHODS.items() if value is method), None)
         mine = pick(main, task="abdomen", method=twin, labels=8) if twin else pick(rows, ablation=name, row=row)
-        found[row] = {r["seed"]: r for r in mine if r["seed"] < 3}
+        found[row] = {r["seed"]: r for r in mine if r["seed"] < ENCODER_SEEDS}
     first = next(iter(found.values()))
     lines, means, deviations = [], [], []
     for row, mine in found.items():
@@ -219,7 +219,8 @@ def findings(rows: list[Row]) -> str:
     ]
     lines = []
     for claim, better, worse, counts in claims:
-        pairs = [g for n in COUNTS if counts(n) for g in gains(rows, "abdomen", better, n, base=worse)]
+        mine = [row for row in pick(rows, task="abdomen", method=better) if counts(row["labels"])]
+        pairs = gains(mine, rows, base=worse)
         won = sum(gain > 0 for _, gain in pairs)
         differences = [gain for _, gain in pairs]
         lines.append([claim, f"`{better}` - `{worse}`", f"{won} of {len(pairs)}", spread(differences, "+")])
