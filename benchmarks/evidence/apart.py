@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the rivals share: environments of their own, programs that run there, and one way to score all of them."""
+"""What the rivals share: the slices, environments of their own, programs that run there, and one way to score."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import subprocess
 from collections.abc import Sequence
@@ -15,9 +16,47 @@ import torch.nn.functional as F
 
 from samda.training.metric import CaseDice
 
-__all__ = ["NotRun", "interpreter", "pooled_dice", "run_there", "scores"]
+__all__ = ["Exam", "NotRun", "interpreter", "run_there"]
 
 HERE = Path(__file__).resolve().parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """Slices, which of them train and which are scored.
+
+    Attributes:
+        images: (N, 1, H, W) in [0, 1].
+        labels: (N, 1, H, W) class indices.
+        train: slices that train.
+        test: slices that are scored.
+        num_classes: background included.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    train: list[int]
+    test: list[int]
+    num_classes: int
+
+    def scores(self, predicted: torch.Tensor) -> dict[str, Any]:
+        """Dice of the scored slices, pooled over all of them.
+
+        Args:
+            predicted: (n, H, W) class indices, in the order of `test`.
+
+        Returns:
+            {"dice": one value per foreground class, None for one that nobody shows, "mean": of the others}, rounded.
+        """
+        metric = CaseDice([str(k) for k in range(self.num_classes)])
+        for one, label in zip(predicted, self.labels[self.test], strict=True):
+            metric.update(F.one_hot(one.long(), self.num_classes).movedim(-1, 0)[None], label[None], [0])
+        dice = list(metric.per_class().values())
+        found = [value for value in dice if value is not None]
+        return {
+            "dice": [None if value is None else round(value, 4) for value in dice],
+            "mean": round(sum(found) / len(found), 4) if found else None,
+        }
 
 
 class NotRun(Exception):
@@ -61,30 +100,6 @@ def run_there(command: Sequence[str | Path], timeout: float, **surroundings: str
     if done.returncode:
         raise NotRun(f"{name} failed ({done.returncode}): {_last_line(done.stderr) or _last_line(done.stdout)}")
     return done.stdout
-
-
-def pooled_dice(predicted: torch.Tensor, labels: torch.Tensor, num_classes: int) -> list[float | None]:
-    """Dice of each foreground class, pooled over all slices; None for a class that occurs in neither.
-
-    Args:
-        predicted: (N, H, W) class indices.
-        labels: (N, 1, H, W) class indices.
-        num_classes: background included.
-    """
-    metric = CaseDice([str(k) for k in range(num_classes)])
-    for one, label in zip(predicted, labels, strict=True):
-        metric.update(F.one_hot(one.long(), num_classes).movedim(-1, 0)[None], label[None], [0])
-    return list(metric.per_class().values())
-
-
-def scores(predicted: torch.Tensor, labels: torch.Tensor, num_classes: int) -> dict[str, Any]:
-    """{"dice": one value per foreground class, "mean": of those that occur}, rounded; arguments as `pooled_dice`."""
-    dice = pooled_dice(predicted, labels, num_classes)
-    found = [value for value in dice if value is not None]
-    return {
-        "dice": [None if value is None else round(value, 4) for value in dice],
-        "mean": round(sum(found) / len(found), 4) if found else None,
-    }
 
 
 def _environments() -> ModuleType:

@@ -10,7 +10,7 @@ steps this machine made.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from monai.networks.nets import DynUNet
 
 from samda.embeddings import draw
 
-from .apart import scores
+from .apart import Exam
 
 __all__ = ["SupervisedHeads", "build_dynunet", "plan", "rate", "train_dynunet"]
 
@@ -75,11 +75,7 @@ class SupervisedHeads(nn.Module):
 
 
 def train_dynunet(
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    train: Sequence[int],
-    test: Sequence[int],
-    num_classes: int,
+    exam: Exam,
     cpu_seconds: float,
     seed: int,
     augmentation: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
@@ -88,11 +84,7 @@ def train_dynunet(
     """Train on some slices until the CPU time is spent, on one thread; score others.
 
     Args:
-        images: (N, 1, H, W) in [0, 1], H = W.
-        labels: (N, 1, H, W) class indices.
-        train: slices that train.
-        test: slices that are scored.
-        num_classes: background included.
+        exam: the slices, as high as wide.
         cpu_seconds: CPU time of the training; augmentation counts, the scoring does not.
         seed: of the weights, the batches and the augmentation.
         augmentation: of {"image": (1, H, W), "label": (1, H, W)}, as `samda.data.transforms.build_augmentation`
@@ -107,12 +99,12 @@ def train_dynunet(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = build_dynunet(images.shape[-1], num_classes)
-        steps, spent = _train(network, images, labels, train, cpu_seconds, seed, augmentation, batch_size)
-        predicted = _predict(network, images[list(test)])
+            network = build_dynunet(exam.images.shape[-1], exam.num_classes)
+        steps, spent = _train(network, exam, cpu_seconds, seed, augmentation, batch_size)
+        predicted = _predict(network, exam.images[exam.test])
     finally:
         torch.set_num_threads(threads)
-    return scores(predicted, labels[list(test)], num_classes) | {
+    return exam.scores(predicted) | {
         "steps": steps,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "batch_size": batch_size,
@@ -122,9 +114,7 @@ def train_dynunet(
 
 def _train(
     network: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    train: Sequence[int],
+    exam: Exam,
     cpu_seconds: float,
     seed: int,
     augmentation: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None,
@@ -139,8 +129,8 @@ def _train(
     while (spent := time.process_time() - start) < cpu_seconds:
         for group in optimizer.param_groups:
             group["lr"] = rate(spent / cpu_seconds)
-        chosen = [train[i] for i in torch.randint(len(train), (batch_size,), generator=generator).tolist()]
-        items = [{"image": images[i].clone(), "label": labels[i].clone()} for i in chosen]
+        chosen = [exam.train[i] for i in torch.randint(len(exam.train), (batch_size,), generator=generator).tolist()]
+        items = [{"image": exam.images[i].clone(), "label": exam.labels[i].clone()} for i in chosen]
         if augmentation is not None:
             for position, item in enumerate(items):
                 augmentation.set_random_state(seed=draw(seed, "augment", steps, position))  # type: ignore[attr-defined]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +18,26 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from .apart import HERE, NotRun, interpreter, run_there, scores
+from .apart import HERE, Exam, NotRun, interpreter, run_there
 
 __all__ = ["read_volume", "train_nnunet", "write_dataset", "write_volume"]
 
+CHANNEL = "CT"  # nnU-Net's name of the modality, which decides how intensities are normalized
 ID, NAME = 1, "Dataset001_Slices"
 PIXEL_MM, SLICE_MM = 1.0, 10.0  # of the volumes; slices far apart, so that their axis is the one that 2D leaves out
 TRAINERS = {True: "CpuBudgetTrainer", False: "CpuBudgetTrainerNoMirroring"}
 MINUTES = 20  # wall time of each command, on top of the budget
 
 
-def train_nnunet(
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    train: Sequence[int],
-    test: Sequence[int],
-    num_classes: int,
-    cpu_seconds: float,
-    seed: int,
-    mirroring: bool = True,
-    channel: str = "CT",
-) -> dict[str, Any]:
+def train_nnunet(exam: Exam, cpu_seconds: float, seed: int, mirroring: bool = True) -> dict[str, Any]:
     """Train nnU-Net's 2D configuration on some slices until the CPU time is spent; score others.
 
     Args:
-        images: (N, 1, H, W) in [0, 1].
-        labels: (N, 1, H, W) class indices.
-        train: slices that train.
-        test: slices that are scored.
-        num_classes: background included.
+        exam: the slices.
         cpu_seconds: CPU time of the training steps, with nnU-Net's augmentation; planning, preprocessing and prediction
             do not count.
         seed: of weights, sampling and augmentation.
         mirroring: as nnU-Net does by default, in training and prediction; False is its trainer without.
-        channel: nnU-Net's name of the modality, which decides how intensities are normalized: "CT", else by z-score.
 
     Returns:
         {"status": "run", "dice": per foreground class, "mean", "steps", "parameters", "batch_size", "patch_size",
@@ -61,30 +46,18 @@ def train_nnunet(
     try:
         python = interpreter("nnunet")
         with tempfile.TemporaryDirectory() as folder:
-            predicted, budget = _run(
-                python, Path(folder), images, labels, train, test, num_classes, cpu_seconds, seed, mirroring, channel
-            )
+            predicted, budget = _run(python, Path(folder), exam, cpu_seconds, seed, mirroring)
     except NotRun as error:
         return {"status": "not run", "reason": str(error)}
-    return {"status": "run", **scores(predicted, labels[list(test)], num_classes), **budget, "mirroring": mirroring}
+    return {"status": "run", **exam.scores(predicted), **budget, "mirroring": mirroring}
 
 
 def _run(
-    python: Path,
-    folder: Path,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    train: Sequence[int],
-    test: Sequence[int],
-    num_classes: int,
-    cpu_seconds: float,
-    seed: int,
-    mirroring: bool,
-    channel: str,
+    python: Path, folder: Path, exam: Exam, cpu_seconds: float, seed: int, mirroring: bool
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Predicted class indices (N, H, W) of the scored slices, and what the trainer counted."""
-    write_dataset(folder / "raw" / NAME, images, labels, train, num_classes, channel)
-    write_volume(images[list(test), 0], folder / "scored" / "test_0000.nii.gz")
+    write_dataset(folder / "raw" / NAME, exam)
+    write_volume(exam.images[exam.test, 0], folder / "scored" / "test_0000.nii.gz")
     surroundings = {
         "nnUNet_raw": str(folder / "raw"),
         "nnUNet_preprocessed": str(folder / "preprocessed"),
@@ -108,24 +81,18 @@ def _run(
     return read_volume(folder / "predicted" / "test.nii.gz").long(), json.loads(counted.read_text(encoding="utf-8"))
 
 
-def write_dataset(
-    folder: Path, images: torch.Tensor, labels: torch.Tensor, train: Sequence[int], num_classes: int, channel: str
-) -> None:
-    """nnU-Net's raw data set of one case that holds exactly the slices `train`, in their order in the scan.
+def write_dataset(folder: Path, exam: Exam) -> None:
+    """nnU-Net's raw data set of one case that holds exactly the slices that train, in their order in the scan.
 
     Args:
         folder: where it goes, `.../DatasetXXX_NAME`.
-        images: (N, 1, H, W).
-        labels: (N, 1, H, W) class indices.
-        train: which slices.
-        num_classes: background included.
-        channel: see :func:`train_nnunet`.
+        exam: the slices.
     """
-    chosen = sorted(train)
-    write_volume(images[chosen, 0], folder / "imagesTr" / "train_0000.nii.gz")
-    write_volume(labels[chosen, 0], folder / "labelsTr" / "train.nii.gz")
-    names = {"background": 0} | {f"class_{k}": k for k in range(1, num_classes)}
-    content = {"channel_names": {"0": channel}, "labels": names, "numTraining": 1, "file_ending": ".nii.gz"}
+    chosen = sorted(exam.train)
+    write_volume(exam.images[chosen, 0], folder / "imagesTr" / "train_0000.nii.gz")
+    write_volume(exam.labels[chosen, 0], folder / "labelsTr" / "train.nii.gz")
+    names = {"background": 0} | {f"class_{k}": k for k in range(1, exam.num_classes)}
+    content = {"channel_names": {"0": CHANNEL}, "labels": names, "numTraining": 1, "file_ending": ".nii.gz"}
     (folder / "dataset.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 

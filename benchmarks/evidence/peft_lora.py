@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .apart import HERE, NotRun, interpreter, run_there, scores
+from .apart import HERE, Exam, NotRun, interpreter, run_there
 
 __all__ = ["compare"]
 
 
 def compare(
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    train: Sequence[int],
-    test: Sequence[int],
-    num_classes: int,
+    exam: Exam,
     steps: int,
     seed: int = 0,
     rank: int = 4,
@@ -35,11 +30,7 @@ def compare(
     """Train with both for some steps and compare the numbers.
 
     Args:
-        images: (N, 1, H, W) in [0, 1].
-        labels: (N, 1, H, W) class indices.
-        train: slices that train, without augmentation.
-        test: slices that are scored.
-        num_classes: background included.
+        exam: the slices; no augmentation.
         steps: of the training.
         seed: of A and of the batches.
         rank: of the adapters.
@@ -52,14 +43,14 @@ def compare(
         (after training), "changed": by how much training moved A and B, "samda" and "peft": {"dice", "mean",
         "step_seconds": median, "losses"}}, or {"status": "not run", "reason": why}.
     """
-    settings = {"num_classes": num_classes, "steps": steps, "seed": seed, "rank": rank, "batch_size": batch_size}
+    settings = {"num_classes": exam.num_classes, "steps": steps, "seed": seed, "rank": rank, "batch_size": batch_size}
     settings["alpha"] = rank if alpha is None else alpha
     try:
         python = interpreter("peft")
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            data = {"images": images[list(train)], "labels": labels[list(train)], "scored": images[list(test)]}
-            torch.save({key: value.clone() for key, value in data.items()}, folder / "data.pt")
+            data = {"images": exam.images[exam.train], "labels": exam.labels[exam.train]}
+            torch.save(data | {"scored": exam.images[exam.test]}, folder / "data.pt")
             (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
             wait = 600 + 60 * steps
             run_there([python, HERE / "peft_worker.py", folder], wait, HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
@@ -68,5 +59,5 @@ def compare(
     except NotRun as error:
         return {"status": "not run", "reason": str(error)}
     for name in ("samda", "peft"):
-        result[name] |= scores(predicted[name], labels[list(test)], num_classes)
+        result[name] |= exam.scores(predicted[name])
     return {"status": "run", **settings, **result}

@@ -17,6 +17,7 @@ from samda.networks.segmenter import SamSegmenter
 from samda.training.optim import build_optimizer, build_schedule
 
 from . import trial
+from .apart import Exam
 from .methods import METHODS
 from .protocol import VIEWS, choose, load
 
@@ -24,7 +25,7 @@ __all__ = ["BUDGETS", "RIVALS", "SEEDS", "compete"]
 
 BUDGETS = (120, 900)  # CPU seconds of one training
 SEEDS = (0, 1, 2)
-RIVALS = ("sam_da", "nnunet", "dynunet", "full", "decoder", "lora")  # the most telling ones first
+RIVALS = ("sam_da", "nnunet", "dynunet", "full", "nnunet_unmirrored", "decoder", "lora")  # the most telling ones first
 HEAD_RATES = {"full": 1e-3}  # of the shipped overlay; 0.01 otherwise
 PEFT_STEPS = 20
 TICKS = 1000  # of the schedule
@@ -34,21 +35,21 @@ def compete(rival: str, labels: int, seed: int, budget: int) -> dict[str, Any]:
     """Train for `budget` CPU seconds and score: {"dice": mean, "classes", "steps", "parameters", "seconds"}."""
     slices = load("abdomen")
     chosen, scored = choose(slices, labels, seed), list(slices.test)
-    data = (slices.images, slices.labels, chosen, scored, slices.task.num_classes)
+    exam = Exam(slices.images, slices.labels, chosen, scored, slices.task.num_classes)
     if rival == "peft":
         from .peft_lora import compare
 
-        return compare(*data, PEFT_STEPS, seed)
+        return compare(exam, PEFT_STEPS, seed)
     if rival in METHODS:
         return _samda(rival, labels, seed, budget)
     if rival == "dynunet":
         from .dynunet import train_dynunet
 
-        row = train_dynunet(*data, budget, seed, slices.augmentation)
+        row = train_dynunet(exam, budget, seed, slices.augmentation)
     else:
         from .nnunet import train_nnunet
 
-        row = train_nnunet(*data, budget, seed)
+        row = train_nnunet(exam, budget, seed, mirroring=rival == "nnunet")
         if row["status"] == "not run":
             return row
     names = slices.task.classes[1:]

@@ -31,10 +31,11 @@ def slices() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_nnunet_gets_exactly_the_chosen_slices(slices: tuple[torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
+    from benchmarks.evidence.apart import Exam
     from benchmarks.evidence.nnunet import read_volume, write_dataset
 
     images, labels = slices
-    write_dataset(tmp_path, images, labels, [4, 1], 3, "CT")
+    write_dataset(tmp_path, Exam(images, labels, [4, 1], [0], num_classes=3))
     assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")} == {
         "dataset.json", "imagesTr/train_0000.nii.gz", "labelsTr/train.nii.gz",
     }  # fmt: skip
@@ -70,16 +71,17 @@ def test_a_program_that_does_not_run_says_why(program: list[str], reason: str) -
 
 
 def test_dice_is_pooled_over_the_slices(slices: tuple[torch.Tensor, torch.Tensor]) -> None:
-    from benchmarks.evidence.apart import pooled_dice, scores
+    from benchmarks.evidence.apart import Exam
 
-    _, labels = slices
+    images, labels = slices
     predicted = labels[:, 0].flip(0)
     expected = []
     for k in (1, 2):
         a, b = predicted.numpy() == k, labels[:, 0].numpy() == k
         expected.append(2 * (a & b).sum() / (a.sum() + b.sum()))
-    assert pooled_dice(predicted, labels, 4) == [pytest.approx(expected[0]), pytest.approx(expected[1]), None]
-    assert scores(predicted, labels, 4)["mean"] == pytest.approx(sum(expected) / 2, abs=5e-5)
+    row = Exam(images, labels, [], list(range(5)), num_classes=4).scores(predicted)
+    assert row["dice"] == [pytest.approx(expected[0], abs=5e-5), pytest.approx(expected[1], abs=5e-5), None]
+    assert row["mean"] == pytest.approx(sum(expected) / 2, abs=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +115,10 @@ def test_heads_are_weighted_by_their_level() -> None:
 
 
 def test_the_u_net_trains_for_its_budget(slices: tuple[torch.Tensor, torch.Tensor]) -> None:
+    from benchmarks.evidence.apart import Exam
     from benchmarks.evidence.dynunet import train_dynunet
 
     images, labels = (torch.nn.functional.pad(values, (0, 0, 0, 8)) for values in slices)
-    row = train_dynunet(images, labels, [0, 1, 2], [3, 4], 3, cpu_seconds=0.3, seed=0)
+    row = train_dynunet(Exam(images, labels, [0, 1, 2], [3, 4], 3), cpu_seconds=0.3, seed=0)
     assert row["steps"] >= 1 and row["cpu_seconds"] >= 0.3
     assert len(row["dice"]) == 2 and all(0 <= value <= 1 for value in row["dice"])
