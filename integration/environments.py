@@ -15,6 +15,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from filelock import FileLock  # PyTorch brings it along
+
 from samda.resources import cache_dir
 
 __all__ = ["HERE", "environment", "surroundings"]
@@ -36,11 +38,16 @@ def environment(name: str, lists: Path = HERE) -> Path:
     key = hashlib.sha256("\n".join([wanted.read_text(), sys.version, below]).encode()).hexdigest()[:12]
     folder = cache_dir() / "integration" / f"{name}-{key}"
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
-    if (folder / "complete").exists():
-        return python
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # two processes may want it at once
+        if not (folder / "complete").exists():
+            _make(name, folder, python, wanted, below)
+    return python
+
+
+def _make(name: str, folder: Path, python: Path, wanted: Path, below: str) -> None:
     print(f"installing {name} into {folder}", file=sys.stderr, flush=True)
     shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, timeout=60 * MINUTES)
     own = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
@@ -52,7 +59,6 @@ def environment(name: str, lists: Path = HERE) -> Path:
     sys.stderr.write(done.stderr)
     done.check_returncode()
     (folder / "complete").touch()
-    return python
 
 
 def surroundings(**more: str) -> dict[str, str]:

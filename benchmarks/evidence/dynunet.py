@@ -2,15 +2,17 @@
 """MONAI's DynUNet from scratch, laid out and trained as nnU-Net does in 2D (Isensee et al., Nature Methods 2021).
 
 From nnU-Net: the plan of the levels, instance norm, deep supervision, Dice + cross-entropy, SGD with Nesterov momentum
-0.99 and decay 3e-5, a rate of 0.01 that falls polynomially, gradients clipped at 12. From samda: the augmentation and
-the slices. The budget is CPU time, so the rate follows the share of it that is spent: at the end it is 0, however many
-steps this machine made.
+0.99 and decay 3e-5, a rate of 0.01 that falls polynomially, gradients clipped at 12, and a third of each batch, at
+least a slice, that must show a class, each class as often as the others. From samda: the augmentation and the slices. The
+budget is CPU time, so the rate follows the share of it that is spent: at the end it is 0, however many steps this
+machine made.
 """
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,9 +24,10 @@ from samda.embeddings import draw
 
 from .apart import Exam
 
-__all__ = ["SupervisedHeads", "build_dynunet", "plan", "rate", "train_dynunet"]
+__all__ = ["SupervisedHeads", "batches", "build_dynunet", "plan", "rate", "train_dynunet"]
 
 SMALLEST = 4  # pixels of the deepest level, as nnU-Net plans
+FORCED = 0.33  # of a batch
 FEATURES = (32, 512)  # of the first level; at most
 
 
@@ -74,6 +77,17 @@ class SupervisedHeads(nn.Module):
         return sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)  # type: ignore[return-value]
 
 
+def batches(exam: Exam, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Slices of each step, drawn with replacement; a third of them, at least one, show a class that is drawn first."""
+    dice = random.Random(seed)
+    showing = {k: [i for i in exam.train if (exam.labels[i] == k).any()] for k in range(1, exam.num_classes)}
+    classes = [k for k, slices in showing.items() if slices]
+    forced = max(1, batch_size - round(batch_size * (1 - FORCED))) if classes else 0
+    while True:
+        anywhere = [dice.choice(exam.train) for _ in range(batch_size - forced)]
+        yield anywhere + [dice.choice(showing[dice.choice(classes)]) for _ in range(forced)]
+
+
 def train_dynunet(
     exam: Exam,
     cpu_seconds: float,
@@ -89,7 +103,7 @@ def train_dynunet(
         seed: of the weights, the batches and the augmentation.
         augmentation: of {"image": (1, H, W), "label": (1, H, W)}, as `samda.data.transforms.build_augmentation`
             builds it; None trains on the slices as they are.
-        batch_size: slices of a step, drawn with replacement; 2 is what nnU-Net plans for few slices.
+        batch_size: slices of a step, see :func:`batches`; 2 is what nnU-Net plans for few slices.
 
     Returns:
         {"dice": per foreground class, "mean", "steps", "parameters", "batch_size", "cpu_seconds"}
@@ -123,14 +137,13 @@ def _train(
     """Steps made and CPU seconds spent."""
     loss = SupervisedHeads()
     optimizer = torch.optim.SGD(network.parameters(), lr=rate(0), momentum=0.99, nesterov=True, weight_decay=3e-5)
-    generator = torch.Generator().manual_seed(seed)
+    chosen = batches(exam, batch_size, seed)
     network.train()
     steps, start = 0, time.process_time()
     while (spent := time.process_time() - start) < cpu_seconds:
         for group in optimizer.param_groups:
             group["lr"] = rate(spent / cpu_seconds)
-        chosen = [exam.train[i] for i in torch.randint(len(exam.train), (batch_size,), generator=generator).tolist()]
-        items = [{"image": exam.images[i].clone(), "label": exam.labels[i].clone()} for i in chosen]
+        items = [{"image": exam.images[i].clone(), "label": exam.labels[i].clone()} for i in next(chosen)]
         if augmentation is not None:
             for position, item in enumerate(items):
                 augmentation.set_random_state(seed=draw(seed, "augment", steps, position))  # type: ignore[attr-defined]

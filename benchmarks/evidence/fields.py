@@ -20,16 +20,18 @@ from samda.resources import cache_dir
 
 from . import trial
 from .methods import METHODS
-from .protocol import ALL, load
+from .protocol import ALL, TASKS, fingerprint, load
 
-__all__ = ["RANDOM", "field", "keep", "picture"]
+__all__ = ["RANDOM", "field", "keep", "picture", "setup"]
 
 RANDOM = {
     "vit_b": {"head": {}},
+    "vit_b, bottleneck_16": METHODS["bottleneck_16"].adapters,
     "vit_b, dka_5": METHODS["dka_5"].adapters,
     "vit_b, dka": METHODS["dka"].adapters,
 }
 RANDOM_SCALE = 0.5  # of the weights of Up, which are zero in a new adapter
+RANDOM_IMAGES = 2  # of the scored slices; ViT-B is slow
 SIDE = 64  # pixels of the pictures that are kept
 
 
@@ -40,7 +42,14 @@ def keep(method: str, network: SamSegmenter) -> None:
 
 
 def _file(method: str) -> Path:
-    return cache_dir() / "evidence" / f"network_{trial.STEPS}_{method.replace('+', '_')}.pt"
+    return cache_dir() / "evidence" / f"network_{method.replace('+', '_')}_{setup(method)}.pt"
+
+
+def setup(name: str) -> str:
+    """Changes with everything that was set for a row."""
+    if name in RANDOM:
+        return fingerprint(TASKS["abdomen"], RANDOM[name], RANDOM_SCALE, RANDOM_IMAGES)
+    return trial.setup("abdomen", METHODS[name])
 
 
 def field(name: str) -> dict[str, Any]:
@@ -48,7 +57,7 @@ def field(name: str) -> dict[str, Any]:
     slices = load("abdomen")
     images = [slices.images[i] for i in slices.test]
     if name in RANDOM:
-        network, images = _random(name), images[:2]
+        network, images = _random(name), images[:RANDOM_IMAGES]
     else:
         network = _trained(name)
     row: dict[str, Any] = {"images": len(images)}

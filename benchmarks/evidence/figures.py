@@ -6,13 +6,14 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from samda.files import replacing
 
 from .methods import ENCODER, FROZEN
-from .parts import COUNTS, ENCODER_COUNTS, ENCODER_SEEDS, SEEDS
+from .parts import CHEST, COUNTS, ENCODER_COUNTS, ENCODER_SEEDS, SEEDS
 from .tables import labels_name, pick
 
 __all__ = ["checksum", "draw_fields", "draw_labels"]
@@ -26,37 +27,43 @@ def checksum(rows: Any) -> str:
 
 
 def draw_labels(rows: list[Row], path: Path) -> None:
-    """Dice over labelled slices: a line per method, the band of one standard deviation."""
-    figure = _figure(10, 4.2)
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, methods, counts, seeds, title in (
-        (left, FROZEN, COUNTS, SEEDS, "encoder left alone"),
-        (right, ("head", *ENCODER), ENCODER_COUNTS, ENCODER_SEEDS, "encoder trained"),  # the head of the same runs
-    ):
-        for number, method in enumerate(methods):
-            points = {
-                at: [row["dice"] for row in pick(rows, task="abdomen", method=method, labels=n) if row["seed"] < seeds]
-                for at, n in enumerate(COUNTS)
-                if n in counts
-            }
-            points = {at: values for at, values in points.items() if values}
-            if not points:
-                continue
-            places, means = list(points), [statistics.fmean(values) for values in points.values()]
-            style = {"color": "black", "linestyle": "--"} if method == "head" else {"color": f"C{number % 10}"}
-            if number > 10:
-                style["linestyle"] = ":"
-            axes.plot(places, means, marker="o", markersize=3, label=method, **style)
-            if len(methods) <= 4:
-                errors = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in points.values()]
-                low, high = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
-                axes.fill_between(places, low, high, color=style["color"], alpha=0.12, linewidth=0)
-        axes.set(title=title, xlabel="labelled slices of patient A", xticks=range(len(COUNTS)))
-        axes.set_xticklabels([labels_name(n) for n in COUNTS])
-        axes.legend(fontsize=7, frameon=False, ncols=1 if len(methods) <= 4 else 2)
-        axes.grid(alpha=0.3)
-    left.set_ylabel("Dice, slices of blocks never trained on")
+    """Dice over labelled slices: a line per method; the band of one standard deviation where few lines share a panel."""
+    figure = _figure(14, 4.4)
+    panels = figure.subplots(1, 3, sharey=True)
+    _panel(panels[0], rows, "abdomen", FROZEN, COUNTS, SEEDS, "patient A, encoder left alone")
+    _panel(panels[1], rows, "abdomen", ("head", *ENCODER), ENCODER_COUNTS, ENCODER_SEEDS, "patient A, encoder trained")
+    _panel(panels[2], rows, "chest", (*FROZEN, *CHEST), ENCODER_COUNTS, ENCODER_SEEDS, "chest CT")
+    panels[0].set_ylabel("Dice, slices of blocks never trained on")
     _save(figure, path, rows)
+
+
+def _panel(
+    axes: Any, rows: list[Row], task: str, methods: Sequence[str], counts: Sequence[int], seeds: int, title: str
+) -> None:
+    """Lines over the counts and seeds that all these methods have."""
+    for number, method in enumerate(methods):
+        points = {
+            at: [row["dice"] for row in pick(rows, task=task, method=method, labels=n) if row["seed"] < seeds]
+            for at, n in enumerate(COUNTS)
+            if n in counts
+        }
+        points = {at: values for at, values in points.items() if values}
+        if not points:
+            continue
+        places, means = list(points), [statistics.fmean(values) for values in points.values()]
+        style = {"color": "black", "linestyle": "--"} if method == "head" else {"color": f"C{number % 10}"}
+        if number > 10:
+            style["linestyle"] = ":"
+        axes.plot(places, means, marker="o", markersize=3, label=method, **style)
+        if len(methods) <= 4:
+            errors = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in points.values()]
+            low, high = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
+            axes.fill_between(places, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    axes.set(title=title, xlabel="labelled slices", xticks=range(len(COUNTS)))
+    axes.set_xticklabels([labels_name(n) for n in COUNTS])
+    if axes.lines:
+        axes.legend(fontsize=7, frameon=False, ncols=1 if len(methods) <= 4 else 2)
+    axes.grid(alpha=0.3)
 
 
 def draw_fields(rows: list[Row], path: Path) -> None:

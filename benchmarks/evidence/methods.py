@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["ABLATIONS", "ENCODER", "FROZEN", "METHODS", "Method"]
+__all__ = ["ABLATIONS", "ENCODER", "FRESH", "FROZEN", "METHODS", "Method"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Method:
     Attributes:
         adapters: see :func:`samda.adapters.build_configs`.
         rate: of the adapters, or of the base where a baseline trains it.
-        encoder: does the encoder change? Otherwise slices are encoded once.
+        encoder: does every step encode its slices, in views that no step before has seen? Otherwise they are encoded
+            once, in the few views of :mod:`.protocol`.
     """
 
     adapters: Mapping[str, Mapping[str, Any]]
@@ -34,7 +35,10 @@ METHODS: dict[str, Method] = {
     "head": Method({"head": {}}, encoder=False),
     "decoder": Method({"decoder": {}}, 5e-4, encoder=False),
     "sam_da": Method({"sam_da": {}}, 3e-3, encoder=False),
+    "head_fresh": Method({"head": {}}),  # what fresh views alone are worth
+    "sam_da_fresh": Method({"sam_da": {}}, 3e-3),
     "bottleneck": Method({"bottleneck": {}}),
+    "bottleneck_16": Method({"bottleneck": {"width": 16, "bias": False}}),  # DKA without its kernels
     "lora": Method({"lora": {}}, 3e-3),
     "salt": Method({"salt": {}}, 3e-3),
     "s_sam": Method({"salt": {"r": 1.0}}, 3e-3),
@@ -47,7 +51,8 @@ METHODS: dict[str, Method] = {
     "full": Method({"full": {}}, 3e-4),
 }
 FROZEN = tuple(name for name, method in METHODS.items() if not method.encoder)
-ENCODER = tuple(name for name, method in METHODS.items() if method.encoder)
+FRESH = ("head_fresh", "sam_da_fresh")
+ENCODER = tuple(name for name, method in METHODS.items() if method.encoder and name not in FRESH)  # these change it
 
 # ablation -> row -> method; a row that the main table has stands there under its own name
 ABLATIONS: dict[str, dict[str, Method]] = {
@@ -64,7 +69,7 @@ ABLATIONS: dict[str, dict[str, Method]] = {
         "31 + 5": Method({"dka": {"large_kernel": 31}}),
         "51 alone": METHODS["dka_51"],
         "5 alone": METHODS["dka_5"],
-        "none (bottleneck of the same width)": Method({"bottleneck": {"width": 16, "bias": False}}),
+        "none (bottleneck of the same width)": METHODS["bottleneck_16"],
     },
     "SALT, r, d and ReLU": {
         "r = k - 8, d = 4": METHODS["salt"],

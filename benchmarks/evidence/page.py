@@ -6,18 +6,20 @@ The text around them is by hand and holds no number that was measured.
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 from samda.files import write_text
+from samda.training.optim import build_schedule
 
 from ..context import RESULTS as CONTEXT
 from ..context import table as context_table
 from ..filling import fill
 from . import figures, tables
 from .methods import ABLATIONS, FROZEN
-from .parts import CHEST, PARTS, planned, results_file
+from .parts import CHEST, PARTS, missing, planned, read
 from .protocol import TASKS, VIEWS
 from .trial import BATCH, HEAD_RATE, HEAD_STEPS, LATER_HEAD_RATE, STEPS
 
@@ -30,13 +32,6 @@ LABELS_FIGURE = ROOT / "docs" / "evidence_labels.svg"
 FIELDS_FIGURE = ROOT / "docs" / "evidence_fields.svg"
 
 
-def read(part: str) -> list[dict[str, Any]]:
-    """The rows of a part that are there, in the order in which they are planned."""
-    file = results_file(part)
-    rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    return [row for run in planned(part) for row in rows if run.items() <= row.items()]
-
-
 def main_rows() -> list[dict[str, Any]]:
     """What the comparison of methods shows."""
     return read("frozen") + read("encoder")
@@ -44,7 +39,7 @@ def main_rows() -> list[dict[str, Any]]:
 
 def write_page() -> None:
     """The page and its figures, made anew."""
-    figures.draw_labels(main_rows(), LABELS_FIGURE)
+    figures.draw_labels(main_rows() + read("chest"), LABELS_FIGURE)
     figures.draw_fields(read("fields"), FIELDS_FIGURE)
     write_text(PAGE, filled(PAGE.read_text(encoding="utf-8")))
 
@@ -64,7 +59,7 @@ def blocks() -> dict[str, str]:
         "few_labels": tables.few_labels(main, "abdomen"),
         "methods": tables.encoder(main, "abdomen"),
         "findings": tables.findings(main),
-        "cost": tables.cost(main, "abdomen"),
+        "cost": tables.cost(main, "abdomen", read("rivals")),
         "chest": tables.few_labels(chest, "chest"),
         "chest_methods": tables.encoder(chest, "chest", FROZEN + CHEST),
         "rivals": tables.rivals(read("rivals")),
@@ -81,20 +76,20 @@ def blocks() -> dict[str, str]:
 
 def _protocol() -> str:
     abdomen, chest = (TASKS[name] for name in ("abdomen", "chest"))
+    warmup = inspect.signature(build_schedule).parameters["warmup"].default
     blocks = {name: ", ".join(f"{a} to {b - 1}" for a, b in t.test) for name, t in (("a", abdomen), ("c", chest))}
     return (
         f"Scored: slices {blocks['a']} of patient A (3 mm a slice, {abdomen.gap} slices on each side of a block are "
         f"not used at all) and {blocks['c']} of the chest CT (10 mm, {chest.gap}). The class head comes first, "
         f"{HEAD_STEPS} steps at a rate of {HEAD_RATE:g} on embeddings of {VIEWS} views of each slice; then every "
         f"method makes {STEPS} steps more, head at {LATER_HEAD_RATE:g}. Batches of {BATCH} slices, AdamW, Dice + "
-        "cross-entropy, half a cosine, last weights."
+        f"cross-entropy, {100 * warmup:g} % warm-up and half a cosine, last weights."
     )
 
 
 def _done() -> str:
     lines = []
     for part in PARTS:
-        wanted, done = len(planned(part)), len(read(part))
-        left = f"{wanted - done}, for lack of time" if wanted - done else "none"
-        lines.append([part, str(wanted), str(done), left])
+        wanted, left = len(planned(part)), len(missing(part))
+        lines.append([part, str(wanted), str(wanted - left), f"{left}, not made yet" if left else "none"])
     return tables.markdown(["part", "runs planned", "done", "left out"], lines)

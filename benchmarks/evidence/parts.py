@@ -4,12 +4,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
-from .methods import ABLATIONS, ENCODER, FROZEN, METHODS, Method
+from filelock import FileLock
 
-__all__ = ["PARTS", "RESULTS", "measure", "planned", "results_file"]
+from samda.files import write_json
+from samda.resources import cache_dir
+
+from .methods import ABLATIONS, ENCODER, FRESH, FROZEN, METHODS, Method
+
+__all__ = ["PARTS", "RESULTS", "measure", "missing", "planned", "read", "results_file", "store"]
 
 RESULTS = Path(__file__).parents[1] / "results" / "evidence"
 COUNTS = (1, 2, 4, 8, 16, 0)  # labelled slices; 0: all
@@ -24,8 +30,20 @@ Run = dict[str, Any]
 
 
 def planned(part: str) -> list[Run]:
-    """The runs of a part, the most telling ones first."""
-    return PARTS[part]()
+    """The runs of a part, the most telling ones first, each with the fingerprint of its settings."""
+    from . import fields, trial
+
+    runs = PARTS[part]()
+    for run in runs:
+        if "network" in run:
+            run["setup"] = fields.setup(run["network"])
+        elif "task" in run:
+            run["setup"] = trial.setup(run["task"], _method(run))
+    return runs
+
+
+def _method(run: Run) -> Method:
+    return ABLATIONS[run["ablation"]][run["row"]] if "ablation" in run else METHODS[run["method"]]
 
 
 def _rates() -> list[Run]:
@@ -90,7 +108,7 @@ def _rivals() -> list[Run]:
 PARTS = {
     "rates": _rates,
     "frozen": lambda: _frozen("abdomen"),
-    "encoder": lambda: _encoder("abdomen", ENCODER),
+    "encoder": lambda: _encoder("abdomen", ENCODER + FRESH),
     "ablations": _ablations,
     "rivals": _rivals,
     "fields": _fields,
@@ -101,6 +119,38 @@ PARTS = {
 def results_file(part: str) -> Path:
     """Where the rows of a part are kept."""
     return RESULTS / f"{part}.json"
+
+
+def stored(part: str) -> list[Run]:
+    """All rows that are kept, those of other settings included."""
+    file = results_file(part)
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def read(part: str) -> list[Run]:
+    """The rows of the planned runs that are there, in the order of the plan."""
+    rows = stored(part)
+    return [row for run in planned(part) for row in rows if run.items() <= row.items()]
+
+
+def missing(part: str) -> list[Run]:
+    """The planned runs without a row; a rival that could not run is tried again."""
+    rows = [row for row in stored(part) if row.get("status") != "not run"]
+    return [run for run in planned(part) if not any(run.items() <= row.items() for row in rows)]
+
+
+def store(part: str, row: Run) -> None:
+    """Add a row to what is kept now, perhaps by another command, in place of one that could not run."""
+    lock = cache_dir() / "evidence" / f"{part}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        settled = [other for other in stored(part) if other.get("status") != "not run" or not same(other, row)]
+        write_json(results_file(part), [*settled, row])
+
+
+def same(one: Run, other: Run) -> bool:
+    """Do two rows answer for the same run?"""
+    return all(one.get(key) == other.get(key) for key in ("rival", "labels", "seed", "budget"))
 
 
 def measure(run: Run) -> Run:
@@ -118,10 +168,9 @@ def measure(run: Run) -> Run:
         return run | fields.field(run["network"])
 
     rate = {"rate": run["rate"]} if "rate" in run else {}
-    method: Method = ABLATIONS[run["ablation"]][run["row"]] if "ablation" in run else METHODS[run["method"]]
     row, network = trial.run(
         run["task"],
-        dataclasses.replace(method, **rate),
+        dataclasses.replace(_method(run), **rate),
         run["labels"],
         run["seed"],
         part="choice" if rate else "test",

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from samda.resources import cache_dir
 from samda.training.datasets import SliceDataset
 from samda.training.metric import CaseDice
 
-__all__ = ["ALL", "TASKS", "Blocks", "Slices", "choose", "load", "score", "views"]
+__all__ = ["ALL", "TASKS", "Blocks", "Slices", "choose", "fingerprint", "load", "score", "views"]
 
 ALL = 0  # labelled slices: as many as there are
 VIEWS = 8  # of each training slice, where slices are encoded once
@@ -68,6 +70,12 @@ class Slices:
         return {"image": item["image"].float(), "label": item["label"].to(torch.uint8)}
 
 
+def fingerprint(*settings: Any) -> str:
+    """Eight digits that change with any of the settings (plain values and dataclasses)."""
+    text = json.dumps(settings, default=dataclasses.asdict, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
 @functools.cache
 def load(name: str) -> Slices:
     """The slices of a task, preprocessed as in a training."""
@@ -106,7 +114,7 @@ def views(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """
     from samda.networks.segmenter import SamSegmenter
 
-    file = cache_dir() / "evidence" / f"{name}_{VIEWS}.pt"
+    file = cache_dir() / "evidence" / f"{name}_{fingerprint(TASKS[name], VIEWS)}.pt"
     if file.is_file():
         stored = torch.load(file, weights_only=True, mmap=True)
         return stored["embeddings"], stored["labels"]

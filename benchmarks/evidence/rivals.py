@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """samda beside networks that know nothing of SAM, with the same slices of patient A and the same CPU seconds.
 
-samda trains as `samda train` does: class head and adapters together, at the rates of the shipped overlays; where the
-encoder stays as it is, the encoding of the slices is paid from the same budget.
+samda trains class head and adapters together, from nothing: the adapters at the rates of :mod:`.methods`, the head at
+that of the shipped overlay. Where the encoder stays as it is, the encoding of the slices is paid from the same budget.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ __all__ = ["BUDGETS", "RIVALS", "SEEDS", "compete"]
 
 BUDGETS = (120, 900)  # CPU seconds of one training
 SEEDS = (0, 1, 2)
-RIVALS = ("sam_da", "nnunet", "dynunet", "full", "nnunet_unmirrored", "decoder", "lora")  # the most telling ones first
+# the most telling ones first
+RIVALS = ("sam_da", "nnunet", "dynunet", "full", "nnunet_unmirrored", "salt+dka+sam_da", "decoder", "lora")
 HEAD_RATES = {"full": 1e-3}  # of the shipped overlay; 0.01 otherwise
 PEFT_STEPS = 20
 TICKS = 1000  # of the schedule

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .methods import ABLATIONS, ENCODER, FROZEN, METHODS
+from scipy import stats
+
+from .methods import ABLATIONS, FROZEN, METHODS
 from .parts import COUNTS, ENCODER_COUNTS, ENCODER_SEEDS, RATED, RATES
 
 __all__ = [
@@ -36,11 +39,26 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean and, of two and more, standard deviation: "0.512 ± 0.031"; of a single one "0.512 (1)"."""
+    """Mean and standard deviation, "0.512 ± 0.031"; fewer than three values are counted, "0.512 (1)"."""
     if not values:
         return NOTHING
     mean = format(statistics.fmean(values), f"{sign}.3f")
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean} (1)"
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{mean}{deviation}{f' ({len(values)})' if len(values) < 3 else ''}"
+
+
+def difference(values: Sequence[float]) -> str:
+    """Mean and standard deviation of paired differences, bold where the 95 % interval of the mean leaves out zero."""
+    text = spread(values, "+")
+    return f"**{text}**" if told_apart(values) else text
+
+
+def told_apart(values: Sequence[float]) -> bool:
+    """Does Student's 95 % interval of the mean, mean ± t s / sqrt(n), leave out zero? Never with fewer than three."""
+    if len(values) < 3:
+        return False
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return abs(statistics.fmean(values)) > half
 
 
 def labels_name(count: int) -> str:
@@ -62,7 +80,7 @@ def few_labels(rows: list[Row], task: str) -> str:
     return markdown(["Dice", *(labels_name(n) for n in COUNTS)], lines)
 
 
-def encoder(rows: list[Row], task: str, methods: Sequence[str] = FROZEN + ENCODER) -> str:
+def encoder(rows: list[Row], task: str, methods: Sequence[str] = tuple(METHODS)) -> str:
     """Dice of all methods, and the gain over the head alone, seed by seed, where both are there."""
     counts = sorted(ENCODER_COUNTS, key=lambda n: n or 10**6)
     head = ["method"]
@@ -73,31 +91,34 @@ def encoder(rows: list[Row], task: str, methods: Sequence[str] = FROZEN + ENCODE
         cells: list[str] = []
         for n in counts:
             mine = [r for r in pick(rows, task=task, method=method, labels=n) if r["seed"] < ENCODER_SEEDS]
-            cells += [spread([r["dice"] for r in mine]), spread([g for _, g in gains(mine, rows)], "+")]
+            cells += [spread([r["dice"] for r in mine]), difference(gains(mine, pick(rows, method="head")))]
         if any(cell != NOTHING for cell in cells):
             lines.append([f"`{method}`", *cells])
     return markdown(head, lines)
 
 
-def gains(mine: list[Row], rows: list[Row], base: str = "head") -> list[tuple[Row, float]]:
-    """Rows of a method, each with what it has over `base` of the same task, slices and seed."""
+def gains(mine: list[Row], others: list[Row]) -> list[float]:
+    """What the rows of a method have over those of another of the same task, slices and seed."""
     found = []
     for row in mine:
-        rival = pick(rows, method=base, **{key: row[key] for key in ("task", "labels", "seed")})
-        if rival:
-            found.append((row, row["dice"] - rival[0]["dice"]))
+        same = pick(others, **{key: row[key] for key in ("task", "labels", "seed")})
+        found += [row["dice"] - other["dice"] for other in same]
     return found
 
 
-def cost(rows: list[Row], task: str) -> str:
-    """Parameters, seconds and megabytes of each method."""
-    lines = []
+def cost(rows: list[Row], task: str, compared: list[Row]) -> str:
+    """Parameters, seconds and megabytes of each method; what the head adds is known from the rivals that were trained."""
+    lines, head = [], NOTHING
+    for rival in (row for row in compared if "parameters" in row and row["rival"] in METHODS):
+        for twin in pick(rows, task=task, method=rival["rival"])[:1]:
+            head = f"{rival['parameters'] - twin['parameters']:,}"
     for method in METHODS:
         mine = pick(rows, task=task, method=method)
         if mine:
             seconds = statistics.median(r["seconds"] for r in mine)
             lines.append([f"`{method}`", f"{mine[0]['parameters']:,}", f"{seconds:.0f}", f"{mine[0]['megabytes']:.2f}"])
-    return markdown(["method", "trained parameters, without head", "CPU seconds (median)", "MB"], lines)
+    table = markdown(["method", "trained parameters, without head", "CPU seconds (median)", "MB"], lines)
+    return f"{table}\n\nThe head has {head} parameters more, with every method."
 
 
 def rates(rows: list[Row]) -> str:
@@ -112,29 +133,23 @@ def rates(rows: list[Row]) -> str:
 
 
 def ablation(name: str, rows: list[Row], main: list[Row]) -> str:
-    """One dial: Dice on eight slices, the difference to the first row seed by seed, and what to make of it."""
-    found: dict[str, dict[int, Row]] = {}
-    for row, method in ABLATIONS[name].items():
-        twin = next((key for key, value in METHODS.items() if value is method), None)
-        mine = pick(main, task="abdomen", method=twin, labels=8) if twin else pick(rows, ablation=name, row=row)
-        found[row] = {r["seed"]: r for r in mine if r["seed"] < ENCODER_SEEDS}
+    """One dial: Dice on eight slices, and the difference to the first row seed by seed."""
+    found = {row: ablated(name, row, rows, main) for row in ABLATIONS[name]}
     first = next(iter(found.values()))
-    lines, means, deviations = [], [], []
+    lines = []
     for row, mine in found.items():
-        values = [r["dice"] for r in mine.values()]
-        differences = [r["dice"] - first[seed]["dice"] for seed, r in mine.items() if seed in first]
-        count = f"{next(iter(mine.values()))['parameters']:,}" if mine else NOTHING
-        against = spread(differences, "+") if mine is not first else ""
-        lines.append([row, count, str(len(values)), spread(values), against])
-        if len(values) > 1:
-            means.append(statistics.fmean(values))
-            deviations.append(statistics.stdev(values))
-    table = markdown(["", "parameters", "seeds", "Dice", "against the first row"], lines)
-    if len(means) < 2:
-        return table
-    width, noise = max(means) - min(means), statistics.median(deviations)
-    verdict = "below" if width < noise else "above"
-    return f"{table}\n\nThe means span {width:.3f}; the median spread over seeds is {noise:.3f}: {verdict} the spread."
+        count = f"{mine[0]['parameters']:,}" if mine else NOTHING
+        against = "" if mine is first else difference(gains(mine, first))
+        lines.append([row, count, spread([r["dice"] for r in mine]), against])
+    return markdown(["", "parameters", "Dice", "against the first row"], lines)
+
+
+def ablated(name: str, row: str, rows: list[Row], main: list[Row]) -> list[Row]:
+    """The runs of a row of an ablation; one that the main table has is found there."""
+    method = ABLATIONS[name][row]
+    twin = next((key for key, value in METHODS.items() if value is method), None)
+    mine = pick(main, task="abdomen", method=twin, labels=8) if twin else pick(rows, ablation=name, row=row)
+    return [r for r in mine if r["seed"] < ENCODER_SEEDS]
 
 
 def fields(rows: list[Row], tap: str) -> str:
@@ -204,24 +219,31 @@ def adaptation(results: dict[str, Any]) -> str:
 
 
 def findings(rows: list[Row]) -> str:
-    """What the papers claim, and how often it held here, pair by pair."""
-    claims: list[tuple[str, str, str, Callable[[int], bool]]] = [
-        ("SALT beats LoRA", "salt", "lora", lambda n: True),
-        ("SALT beats S-SAM", "salt", "s_sam", lambda n: True),
-        ("DKA beats a plain bottleneck", "dka", "bottleneck", lambda n: True),
-        ("DKA beats its small kernel alone", "dka", "dka_5", lambda n: True),
-        ("LKA beats a plain bottleneck", "lka", "bottleneck", lambda n: True),
-        ("a plain bottleneck falls below the head alone when labels are few", "head", "bottleneck", lambda n: n == 2),
-        ("LoRA falls below the head alone when labels are few", "head", "lora", lambda n: n == 2),
-        ("DKA does not, when labels are few", "dka", "head", lambda n: n == 2),
-        ("SAM-DA rivals full fine-tuning", "sam_da", "full", lambda n: True),
-        ("SAM-DA beats the whole decoder", "sam_da", "decoder", lambda n: True),
+    """What the papers claim, and what each claim compares, pair by pair."""
+    claims = [
+        ("SALT beats LoRA", "salt", "lora"),
+        ("SALT beats S-SAM", "salt", "s_sam"),
+        ("LKA beats a plain bottleneck of its width (8)", "lka", "bottleneck"),
+        ("DKA beats a plain bottleneck of its width (16)", "dka", "bottleneck_16"),
+        ("DKA beats its large kernel alone", "dka", "dka_51"),
+        ("DKA beats its small kernel alone", "dka", "dka_5"),
+        ("plain adapters fall below the head when labels are few", "head_fresh", "bottleneck"),
+        ("", "head_fresh", "lora"),
+        ("kernels save them", "dka", "head_fresh"),
+        ("SAM-DA rivals full fine-tuning", "sam_da_fresh", "full"),
+        ("SAM-DA beats the whole decoder", "sam_da", "decoder"),
+        ("adapters of encoder and decoder add up", "salt+sam_da", "salt"),
+        ("", "salt+sam_da", "sam_da_fresh"),
+        ("fresh views, not what the method adds", "head_fresh", "head"),
+        ("", "sam_da_fresh", "sam_da"),
     ]
+    counts = sorted(ENCODER_COUNTS, key=lambda n: n or 10**6)
     lines = []
-    for claim, better, worse, counts in claims:
-        mine = [row for row in pick(rows, task="abdomen", method=better) if counts(row["labels"])]
-        pairs = gains(mine, rows, base=worse)
-        won = sum(gain > 0 for _, gain in pairs)
-        differences = [gain for _, gain in pairs]
-        lines.append([claim, f"`{better}` - `{worse}`", f"{won} of {len(pairs)}", spread(differences, "+")])
-    return markdown(["claim", "difference", "pairs in which it holds", "mean difference"], lines)
+    for claim, better, worse in claims:
+        mine, others = (pick(rows, task="abdomen", method=name) for name in (better, worse))
+        found = [gains(pick(mine, labels=n), others) for n in counts]
+        every = [d for differences in found for d in differences]
+        won = f"{sum(d > 0 for d in every)} of {len(every)}"
+        lines.append([claim, f"`{better}` - `{worse}`", *(difference(d) for d in found), won])
+    names = [f"{labels_name(n)} slices" for n in counts]
+    return markdown(["claim", "difference", *names, "pairs above zero"], lines)

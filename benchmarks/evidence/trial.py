@@ -23,9 +23,22 @@ from samda.resources import cache_dir
 from samda.training.optim import build_optimizer, build_schedule
 
 from .methods import Method
-from .protocol import VIEWS, Slices, choose, load, score, views
+from .protocol import TASKS, VIEWS, Slices, choose, fingerprint, load, score, views
 
-__all__ = ["BATCH", "HEAD_STEPS", "STEPS", "Draw", "build_loss", "images", "mean", "order", "run", "scored", "seeded"]
+__all__ = [
+    "BATCH",
+    "HEAD_STEPS",
+    "STEPS",
+    "Draw",
+    "build_loss",
+    "images",
+    "mean",
+    "order",
+    "run",
+    "scored",
+    "seeded",
+    "setup",
+]
 
 Draw = Callable[[int], tuple[torch.Tensor, torch.Tensor, bool]]  # step -> inputs, labels, are they embeddings?
 
@@ -71,6 +84,15 @@ def run(task: str, method: Method, labels: int, seed: int, part: str = "test") -
     }, network
 
 
+def setup(task: str, method: Method) -> str:
+    """Changes with everything that was set for a run, so that rows of another protocol are not taken for this one's."""
+    return fingerprint(_head_setup(task), STEPS, LATER_HEAD_RATE, method)
+
+
+def _head_setup(task: str) -> str:
+    return fingerprint(TASKS[task], VIEWS, BATCH, HEAD_STEPS, HEAD_RATE)
+
+
 def seeded(method: Method, seed: int) -> dict[str, dict[str, Any]]:
     """The adapters' settings with the seed of the run where they draw random numbers."""
     plain = ("head", "decoder", "full")
@@ -79,7 +101,7 @@ def seeded(method: Method, seed: int) -> dict[str, dict[str, Any]]:
 
 def _head(task: str, labels: int, seed: int) -> dict[str, torch.Tensor]:
     """The class head after its own training, kept in the cache folder."""
-    file = cache_dir() / "evidence" / f"head_{task}_{labels}_{seed}_{HEAD_STEPS}x{BATCH}.pt"
+    file = cache_dir() / "evidence" / f"head_{task}_{labels}_{seed}_{_head_setup(task)}.pt"
     if file.is_file():
         return torch.load(file, weights_only=True)
     network = SamSegmenter("vit_t", num_classes=load(task).task.num_classes, adapters={"head": {}})

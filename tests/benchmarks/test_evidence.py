@@ -69,19 +69,19 @@ def test_every_method_can_be_built_and_the_encoder_stays_where_it_says_so(module
     decoder_only = {"head", "decoder", "sam_da"}
     for name, method in every.items():
         kinds = {config.name for config in build_configs(method.adapters).values()}
-        assert method.encoder == bool(kinds - decoder_only), name
+        assert method.encoder == (bool(kinds - decoder_only) or name in methods.FRESH), name
 
 
 def test_a_run_is_stored_when_it_ends_and_never_done_again(module, tmp_path: Path, monkeypatch) -> None:
-    main = module("__main__")
+    main, parts = module("__main__"), module("parts")
     runs = [{"task": "abdomen", "seed": seed} for seed in range(3)]
     file = tmp_path / "part.json"
     file.write_text(json.dumps([runs[1] | {"dice": 0.5}]))
-    monkeypatch.setattr(main, "planned", lambda part: runs)
-    monkeypatch.setattr(main, "results_file", lambda part: file)
-    main.complete("part", minutes=0, processes=1, measure=root_of_seed)
+    monkeypatch.setattr(parts, "planned", lambda part: runs)
+    monkeypatch.setattr(parts, "results_file", lambda part: file)
+    assert main.complete("part", minutes=0, processes=1, measure=root_of_seed) == 0
     assert len(json.loads(file.read_text())) == 1, "no time, no run"
-    main.complete("part", minutes=1, processes=1, measure=root_of_seed)
+    assert main.complete("part", minutes=1, processes=1, measure=root_of_seed) == 1
     rows = json.loads(file.read_text())
     assert [row["seed"] for row in rows] == [1, 2], "one failed, and takes nothing with it"
     assert rows[0]["dice"] == 0.5 and rows[1]["dice"] == pytest.approx(1.0)
@@ -94,10 +94,14 @@ def root_of_seed(run: dict) -> dict:
 
 def test_standard_deviation_and_pairs(module) -> None:
     tables: ModuleType = module("tables")
-    assert tables.spread([0.5, 0.7]) == "0.600 ± 0.141"
+    assert tables.spread([0.5, 0.7]) == "0.600 ± 0.141 (2)" and tables.spread([0.5, 0.6, 0.7]) == "0.600 ± 0.100"
     assert tables.spread([0.5], "+") == "+0.500 (1)" and tables.spread([]) == "-"
     common = {"task": "abdomen", "labels": 2}
     rows = [
         common | {"method": m, "seed": s, "dice": d} for m, s, d in (("head", 0, 0.3), ("lora", 0, 0.5), ("lora", 1, 1))
     ]
-    assert [gain for _, gain in tables.gains(tables.pick(rows, method="lora"), rows)] == pytest.approx([0.2])
+    head, lora = (tables.pick(rows, method=name) for name in ("head", "lora"))
+    assert tables.gains(lora, head) == pytest.approx([0.2])
+    # n = 3: t = 4.303, so the interval is the mean ± 2.484 s
+    assert [tables.told_apart(d) for d in ([0.2, 0.2], [0.1, 0.11, 0.3], [-0.1, -0.11, -0.12])] == [False, False, True]
+    assert tables.difference([-0.1, -0.11, -0.12]) == "**-0.110 ± 0.010**"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -112,6 +113,18 @@ def test_heads_are_weighted_by_their_level() -> None:
     label = torch.randint(0, 4, (2, 1, 8, 8), generator=generator)
     one, two, three = (float(loss.loss(logits[:, level], label)) for level in range(3))
     assert float(loss(logits, label)) == pytest.approx((4 * one + 2 * two + three) / 7, rel=1e-6)
+
+
+def test_the_u_net_sees_every_class(slices: tuple[torch.Tensor, torch.Tensor]) -> None:
+    from benchmarks.evidence.apart import Exam
+    from benchmarks.evidence.dynunet import batches
+
+    images, labels = slices
+    labels = torch.zeros_like(labels)
+    labels[1, 0, :4], labels[2, 0, 4:] = 1, 2
+    drawn = list(itertools.islice(batches(Exam(images, labels, [0, 1, 2, 3], [4], 3), batch_size=2, seed=0), 400))
+    assert {first for first, _ in drawn} == {0, 1, 2, 3}
+    assert {second for _, second in drawn} == {1, 2} and abs(sum(second == 1 for _, second in drawn) - 200) < 50
 
 
 def test_the_u_net_trains_for_its_budget(slices: tuple[torch.Tensor, torch.Tensor]) -> None:
