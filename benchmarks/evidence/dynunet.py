@@ -3,8 +3,8 @@
 
 From nnU-Net: the plan of the levels, instance norm, deep supervision, Dice + cross-entropy, SGD with Nesterov momentum
 0.99 and decay 3e-5, a rate of 0.01 that falls polynomially, gradients clipped at 12, and a third of each batch, at
-least a slice, that must show a class, each class as often as the others. From samda: the augmentation and the slices. The
-budget is CPU time, so the rate follows the share of it that is spent: at the end it is 0, however many steps this
+least a slice, that must show a class, each class as often as the others. From samda: the augmentation and the slices.
+The budget is CPU time, so the rate follows the share of it that is spent: at the end it is 0, however many steps this
 machine made.
 """
 

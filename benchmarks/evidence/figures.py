@@ -27,7 +27,7 @@ def checksum(rows: Any) -> str:
 
 
 def draw_labels(rows: list[Row], path: Path) -> None:
-    """Dice over labelled slices: a line per method; the band of one standard deviation where few lines share a panel."""
+    """Dice over labelled slices: a line per method, with the band of one standard deviation where lines are few."""
     figure = _figure(14, 4.4)
     panels = figure.subplots(1, 3, sharey=True)
     _panel(panels[0], rows, "abdomen", FROZEN, COUNTS, SEEDS, "patient A, encoder left alone")

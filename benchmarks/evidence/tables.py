@@ -107,7 +107,7 @@ def gains(mine: list[Row], others: list[Row]) -> list[float]:
 
 
 def cost(rows: list[Row], task: str, compared: list[Row]) -> str:
-    """Parameters, seconds and megabytes of each method; what the head adds is known from the rivals that were trained."""
+    """Parameters, seconds and megabytes of each method; the head is known from the rivals."""
     lines, head = [], NOTHING
     for rival in (row for row in compared if "parameters" in row and row["rival"] in METHODS):
         for twin in pick(rows, task=task, method=rival["rival"])[:1]:
