@@ -168,9 +168,8 @@ def adapters() -> Iterator[str]:
     yield "## Adapters"
     yield (
         "Names for `samda.attach` and, with settings, for `adapters` in a config; `samda train --adapter` takes these "
-        "names, the overlays below, and files like them. Every adapter also has `seed`: "
-        + comment(AdapterConfig, "seed")
-        + "."
+        "names, the overlays below (YAML files whose keys replace those of `train.json`), and files like them. "
+        "Every adapter also has `seed`: " + comment(AdapterConfig, "seed") + "."
     )
     overlays = {path.stem: description(path) for path in sorted(packaged("configs", "adapters").glob("*.yaml"))}
     rows = [

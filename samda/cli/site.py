@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """List, activate and roll back the versions of a model that `samda adapt --site NAME` made.
 
-A site version is a candidate until a person activates it; from then on predict, evaluate and adapt use it. The version
-as it was trained is called "source" and never changes.
+A site version is a candidate until a person activates it; from then on predict, adapt, erf and export use it. The
+version as it was trained is called "source" and never changes.
 
   samda site list -m model
   samda site activate clinic-a -m model

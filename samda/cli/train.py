@@ -62,7 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="FILE", help="base weights; default: the published ones, fetched once")
     parser.add_argument("--epochs", type=positive, metavar="N", help="passes over the training slices")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="slices a step")
-    parser.add_argument("--learning-rate", type=float, metavar="X", help="of adapters, and of the class head")
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        metavar="X",
+        help="of adapters, or of what a baseline trains; that of the class head: --set head_learning_rate=X",
+    )
     parser.add_argument("--fold", type=int, metavar="K", help="the cases of fold K validate")
     parser.add_argument("--seed", type=int, metavar="N", help="of everything random")
     parser.add_argument(

@@ -62,7 +62,7 @@ def list_versions(model: str | Path) -> list[str]:
 
 
 def active_version(model: str | Path) -> str:
-    """The version that `predict`, `evaluate` and `adapt` use unless told otherwise.
+    """The version that `predict`, `adapt`, `erf` and `export` use unless told otherwise.
 
     Raises:
         InputError: the pointer is damaged or names a version that is gone.

@@ -203,10 +203,10 @@ def test_docstrings_become_markdown(generate: ModuleType) -> None:
     assert generate.markdown(DOCSTRING) == MARKDOWN
 
 
-def test_the_picture_shows_every_floor() -> None:
+def test_the_picture_shows_every_layer() -> None:
     picture = ElementTree.parse(ROOT / "docs" / "architecture.svg")
-    (floors,) = picture.findall(".//*[@id='floors']")
-    shown = {name for text in floors if text.get("class") == "name left" for name in text.text.split(", ")}
+    (layers,) = picture.findall(".//*[@id='layers']")
+    shown = {name for text in layers if text.get("class") == "name left" for name in text.text.split(", ")}
     inside = {path.stem for path in (ROOT / "samda").iterdir() if path.suffix == ".py" or any(path.glob("*.py"))}
     assert shown - {"bundles", "configs"} == inside - {"__init__", "__main__"}
     assert "prefers-color-scheme: dark" in picture.find("{*}style").text
