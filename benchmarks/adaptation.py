@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import statistics
 import sys
 import time
@@ -275,8 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = read_runs(args.output)
     text = table(rows)
     print(text)
-    means = {k: v for k, v in _summary(rows).items() if not math.isnan(v)}
-    about = {"time": now(), "versions": versions(), "settings": {"literature": LITERATURE}, "gains": means}
+    about = {"time": now(), "versions": versions(), "settings": {"literature": LITERATURE}}
     write_json(args.results or args.output / "summary.json", about | {"runs": [_short(r) for r in rows]})
 
 
@@ -285,14 +283,6 @@ def _short(row: dict[str, Any]) -> dict[str, Any]:
     kept = {key: row[key] for key in ("case", "family", "mild", "seed", "method", "seconds")}
     means = {what: round(value, 4) for what, value in row["mean"].items()}
     return kept | {"mean_dice": means, "reason": row["decision"]["reason"]}
-
-
-def _summary(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """ "method/case" -> mean gain over the seeds, guarded."""
-    gains: dict[str, list[float]] = {}
-    for r in rows:
-        gains.setdefault(f"{r['method']}/{r['case']}", []).append(r["mean"]["final"] - r["mean"]["source"])
-    return {key: statistics.fmean(values) for key, values in sorted(gains.items())}
 
 
 if __name__ == "__main__":

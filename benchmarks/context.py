@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Do the slices above and below help? And does the largest piece? The same training with and without, three seeds.
 
-    python benchmarks/context.py [--seeds 0,1,2] [--epochs 300]
+    python benchmarks/context.py [--seeds 0,1,2] [--epochs 100]
 
 `vit_t` with `sam_da` trains on patient A as in `samda demo` (same blocks of slices, same recipe, embeddings computed
 once), with `context` 0 and 1. Scored are A's held-out slices, B (another scanner, contrast medium) and M (MR), as the
@@ -26,6 +26,7 @@ from typing import Any
 from samda.files import write_json
 
 RESULTS = Path(__file__).parent / "results" / "context.json"
+EPOCHS = 100  # fewer than those of the demo
 PATIENTS = {"A": "A, held-out slices", "B": "B, other scanner", "M": "M, MR"}
 
 
@@ -92,12 +93,14 @@ def main() -> None:
     """Measure what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2", help="default %(default)s")
-    parser.add_argument("--epochs", type=int, default=300, help="default %(default)s")
+    parser.add_argument("--contexts", default="0,1", help="default %(default)s")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="default %(default)s")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default %(default)s")
     parser.add_argument("--table", action="store_true", help="print what was measured, measure nothing")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = json.loads(arguments.results.read_text()) if arguments.results.exists() else []
-    wanted = [(context, int(seed)) for seed in arguments.seeds.split(",") for context in (0, 1)]
+    contexts, seeds = ([int(word) for word in text.split(",")] for text in (arguments.contexts, arguments.seeds))
+    wanted = [(context, seed) for seed in seeds for context in contexts]
     for context, seed in [] if arguments.table else wanted:
         if any((r["context"], r["seed"], r["epochs"]) == (context, seed, arguments.epochs) for r in rows):
             continue

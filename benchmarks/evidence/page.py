@@ -7,14 +7,12 @@ The text around them is by hand and holds no number that was measured.
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
 from samda.files import write_text
 from samda.training.optim import build_schedule
 
-from ..context import RESULTS as CONTEXT
 from ..context import table as context_table
 from ..filling import fill
 from . import figures, tables
@@ -27,7 +25,6 @@ __all__ = ["PAGE", "blocks", "filled", "read", "write_page"]
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "evidence.md"
-ADAPTATION = ROOT / "benchmarks" / "results" / "adaptation.json"
 LABELS_FIGURE = ROOT / "docs" / "evidence_labels.svg"
 FIELDS_FIGURE = ROOT / "docs" / "evidence_fields.svg"
 
@@ -64,8 +61,8 @@ def blocks() -> dict[str, str]:
         "chest_methods": tables.encoder(chest, "chest", FROZEN + CHEST),
         "rivals": tables.rivals(read("rivals")),
         "peft": tables.peft(read("rivals")),
-        "context": context_table(json.loads(CONTEXT.read_text(encoding="utf-8"))),
-        "adaptation": tables.adaptation(json.loads(ADAPTATION.read_text(encoding="utf-8"))),
+        "context": context_table(read("context")),
+        "adaptation": tables.adaptation(read("adaptation")),
         "fields_block": tables.fields(fields, "block"),
         "fields_neck": tables.fields(fields, "neck"),
         "ablations": "\n\n".join(

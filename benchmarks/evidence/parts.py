@@ -13,6 +13,8 @@ from filelock import FileLock
 from samda.files import write_json
 from samda.resources import cache_dir
 
+from ..context import EPOCHS
+from .elsewhere import measure_by_script
 from .methods import ABLATIONS, ENCODER, FRESH, FROZEN, METHODS, Method
 
 __all__ = ["PARTS", "RESULTS", "measure", "missing", "planned", "read", "results_file", "store"]
@@ -105,6 +107,23 @@ def _rivals() -> list[Run]:
     return [{"rival": "peft", "labels": 8, "seed": 0, "budget": 0}, *runs]
 
 
+def _adaptation() -> list[Run]:
+    """Every objective on B and M, from five source models."""
+    from samda.adaptation.objectives import OBJECTIVES
+
+    return [
+        {"case": case, "family": "real", "method": method, "seed": seed}
+        for method in OBJECTIVES
+        for case in ("B", "M")
+        for seed in range(SEEDS)  # innermost, so that processes side by side train different source models
+    ]
+
+
+def _context() -> list[Run]:
+    """With and without the neighboring slices."""
+    return [{"context": n, "seed": seed, "epochs": EPOCHS} for n in (0, 1) for seed in range(ENCODER_SEEDS)]
+
+
 PARTS = {
     "rates": _rates,
     "frozen": lambda: _frozen("abdomen"),
@@ -113,18 +132,21 @@ PARTS = {
     "rivals": _rivals,
     "fields": _fields,
     "chest": lambda: _frozen("chest") + _encoder("chest", CHEST),
+    "adaptation": _adaptation,
+    "context": _context,
 }
 
 
 def results_file(part: str) -> Path:
-    """Where the rows of a part are kept."""
-    return RESULTS / f"{part}.json"
+    """Where the rows of a part are kept; those of a script of its own lie where the script keeps them."""
+    return (RESULTS.parent if part in ("adaptation", "context") else RESULTS) / f"{part}.json"
 
 
 def stored(part: str) -> list[Run]:
     """All rows that are kept, those of other settings included."""
     file = results_file(part)
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    return content["runs"] if isinstance(content, dict) else content
 
 
 def read(part: str) -> list[Run]:
@@ -145,7 +167,11 @@ def store(part: str, row: Run) -> None:
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
         settled = [other for other in stored(part) if other.get("status") != "not run" or not same(other, row)]
-        write_json(results_file(part), [*settled, row])
+        rows, file = [*settled, row], results_file(part)
+        if part == "adaptation" and file.exists():  # says with which versions and settings it was begun, too
+            write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"runs": rows})
+        else:
+            write_json(file, rows)
 
 
 def same(one: Run, other: Run) -> bool:
@@ -160,6 +186,8 @@ def measure(run: Run) -> Run:
     torch.set_num_threads(1)
     from . import fields, trial
 
+    if "case" in run or "context" in run:
+        return measure_by_script(run)
     if "rival" in run:
         from .rivals import compete
 

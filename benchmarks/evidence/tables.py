@@ -199,10 +199,9 @@ def peft(rows: list[Row]) -> str:
     return markdown([f"{row['layers']} linear layers, {row['parameters']:,} parameters", "largest difference"], lines)
 
 
-def adaptation(results: dict[str, Any]) -> str:
+def adaptation(runs: list[Row]) -> str:
     """Mean Dice on B and M over the source models: plain, the last iterate, and what the guard lets pass."""
     cases = ("B", "M")
-    runs = [run for run in results.get("runs", []) if run["case"] in cases]
     head = ["objective", "seeds"]
     for case in cases:
         head += [f"{case} plain", f"{case} alone", f"{case} guarded", "smallest gain"]

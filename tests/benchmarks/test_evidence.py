@@ -87,6 +87,45 @@ def test_a_run_is_stored_when_it_ends_and_never_done_again(module, tmp_path: Pat
     assert rows[0]["dice"] == 0.5 and rows[1]["dice"] == pytest.approx(1.0)
 
 
+SCRIPT = """
+import json, sys
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if words["--seeds"] == "7":
+    sys.exit("no such seed")
+common = {"seed": int(words["--seeds"]), "epochs": int(words["--epochs"])}
+open(words["--results"], "w").write(json.dumps([common | {"context": c, "dice": c} for c in (0, 1)]))
+"""
+
+
+def test_scripts_of_their_own_give_the_row_that_was_asked_for(module, tmp_path: Path, monkeypatch) -> None:
+    elsewhere = module("elsewhere")
+    (tmp_path / "context.py").write_text(SCRIPT)
+    monkeypatch.setattr(elsewhere, "SCRIPTS", tmp_path)
+    monkeypatch.setenv("SAMDA_CACHE", str(tmp_path / "cache"))
+    run = {"context": 1, "seed": 3, "epochs": 2}
+    assert elsewhere.measure_by_script(run) == run | {"dice": 1}
+    with pytest.raises(RuntimeError, match=r"context.py failed \(1\): no such seed"):
+        elsewhere.measure_by_script(run | {"seed": 7})
+
+
+def test_another_protocol_and_a_rival_that_could_not_run_are_measured_again(
+    module, tmp_path: Path, monkeypatch
+) -> None:
+    parts, trial = module("parts"), module("trial")
+    monkeypatch.setattr(parts, "results_file", lambda part: tmp_path / f"{part}.json")
+    monkeypatch.setenv("SAMDA_CACHE", str(tmp_path))
+    first = parts.planned("rates")[0]
+    parts.store("rates", first | {"dice": 0.5})
+    assert first not in parts.missing("rates") and parts.read("rates") == [first | {"dice": 0.5}]
+    monkeypatch.setattr(trial, "STEPS", trial.STEPS + 1)
+    assert parts.read("rates") == [] and len(parts.missing("rates")) == len(parts.planned("rates"))
+    run = parts.planned("rivals")[1]
+    parts.store("rivals", run | {"status": "not run", "reason": "no network"})
+    assert run in parts.missing("rivals")
+    parts.store("rivals", run | {"dice": 0.1})
+    assert run not in parts.missing("rivals") and parts.stored("rivals") == [run | {"dice": 0.1}]
+
+
 def root_of_seed(run: dict) -> dict:
     """A run that fails for seed 0; at the top of the module, as another process has to find it."""
     return run | {"dice": 1 / math.sqrt(run["seed"] - 1) if run["seed"] else math.sqrt(-1)}

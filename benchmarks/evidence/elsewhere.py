@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts that are measured by a script of their own: test-time adaptation, and neighboring slices.
+
+The scripts go on from what they kept in the cache folder, so a run that was stopped costs little.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from samda.resources import cache_dir
+
+__all__ = ["SCRIPTS", "measure_by_script"]
+
+SCRIPTS = Path(__file__).parents[1]
+
+Row = dict[str, Any]
+
+
+def measure_by_script(run: Row) -> Row:
+    """The row of a run: {"case", "family", "method", "seed"} of one script, {"context", "seed", "epochs"} of the other.
+
+    Raises:
+        RuntimeError: the script failed; the message ends with its last line.
+    """
+    folder = cache_dir() / "evidence" / "adaptation"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as place:
+        results = Path(place) / "results.json"
+        words = ["--seeds", str(run["seed"]), "--results", str(results)]
+        if "case" in run:
+            words = ["adaptation.py", "-o", str(folder), "--cases", run["case"], "--methods", run["method"], *words]
+        else:
+            words = ["context.py", "--contexts", str(run["context"]), "--epochs", str(run["epochs"]), *words]
+        with FileLock(folder / f"seed{run['seed']}.lock"):  # one training of a source model at a time
+            _call(words)
+        rows = json.loads(results.read_text(encoding="utf-8"))
+    rows = rows["runs"] if "case" in run else rows
+    return next(row for row in rows if run.items() <= row.items())
+
+
+def _call(words: list[str]) -> None:
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(SCRIPTS.parent), os.environ.get("PYTHONPATH")]))
+    }
+    command = [sys.executable, "-W", "ignore", str(SCRIPTS / words[0]), *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise RuntimeError(f"{words[0]} failed ({done.returncode}): {lines[-1] if lines else 'without a word'}")
