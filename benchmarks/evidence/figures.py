@@ -61,6 +61,7 @@ def _panel(
             axes.fill_between(places, low, high, color=style["color"], alpha=0.12, linewidth=0)
     axes.set(title=title, xlabel="labelled slices", xticks=range(len(COUNTS)))
     axes.set_xticklabels([labels_name(n) for n in COUNTS])
+    axes.set_xlim(-0.3, len(COUNTS) - 0.7)
     if axes.lines:
         axes.legend(fontsize=7, frameon=False, ncols=1 if len(methods) <= 4 else 2)
     axes.grid(alpha=0.3)

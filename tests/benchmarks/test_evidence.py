@@ -51,6 +51,20 @@ def test_fewer_labels_are_part_of_more_and_all_hold_a_class(module) -> None:
     assert protocol.choose(slices, protocol.ALL, 0) == list(slices.training)
 
 
+def test_every_slice_trains_as_often_as_another_and_one_in_ten_is_empty(module) -> None:
+    protocol, trial = module("protocol"), module("trial")
+    slices = protocol.load("abdomen")
+    filled = [i for i in slices.training if slices.labels[i].any()]
+    decks = 8 * (len(filled) + len(filled) // 9)
+    drawn = [i for batch in itertools.islice(trial.order(slices, 0, 0, 1), decks // trial.BATCH) for i in batch]
+    counts = [drawn.count(i) for i in filled]
+    assert max(counts) - min(counts) <= 1
+    assert 0.05 < 1 - sum(counts) / len(drawn) <= 0.1
+    assert set(drawn) <= set(slices.training)
+    again = itertools.islice(trial.order(slices, 0, 0, 1), decks // trial.BATCH)
+    assert [i for batch in again for i in batch] == drawn, "every method of a seed gets these"
+
+
 def test_dice_is_pooled_over_the_slices(module) -> None:
     protocol = module("protocol")
     task = protocol.load("chest").task
