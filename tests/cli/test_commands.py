@@ -269,7 +269,7 @@ def test_weights(capsys: pytest.CaptureFixture) -> None:
         (["predict", "-m", "MODEL", "-i", "SCANS", "-o", "SCANS"], 2, ["choose another output folder"]),
         (["predict", "-m", "MODEL", "-i", "SCANS", "-o", "OUT", "--version", "sit"], 2, ["no version 'sit'"]),
         (["adapt", "-m", "MODEL", "-i", "SCANS", "-o", "OUT", "--labels", "NOWHERE"], 1, ["labels", "does not exist"]),
-        (["adapt", "-m", "MODEL", "-i", "SCANS", "-o", "OUT", "--report", "SCANS"], 2, ["is a folder"]),
+        (["adapt", "-m", "MODEL", "-i", "SCANS", "-o", "OUT", "--records", "SCANS"], 2, ["is a folder"]),
         (["adapt", "-m", "MODEL", "-i", "SCANS", "-o", "OUT", "--scope", "decodr"], 2, ["no scope 'decodr'"]),
         (["adapt", "-m", "MODEL", "-i", "SCANS", "-o", "OUT", "--scope", "norm"], 1, ["no parameters in scope 'norm'"]),
         (["adapt", "-m", "MODEL", "-i", "SCANS", "-o", "OUT", "--set", "guard=5"], 2, ["guard: settings must be a"]),
@@ -331,6 +331,15 @@ def test_refusals(
     assert "Traceback" not in err
     for word in words:
         assert word in last
+
+
+def test_adapt_names_the_methods_and_scopes_that_there_are() -> None:
+    from samda.adaptation import OBJECTIVES
+    from samda.adapters import SCOPES
+    from samda.cli import adapt
+
+    assert tuple(OBJECTIVES) == adapt.METHODS and adapt.SCOPES == SCOPES
+    assert adapt.METHODS[-1] == "default"  # as the help says
 
 
 def test_export_names_the_formats_that_there_are() -> None:
