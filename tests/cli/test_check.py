@@ -97,6 +97,8 @@ def test_scans_alone(place: Path, capsys: pytest.CaptureFixture) -> None:
         (["DATA", "-o", "OWN"], 2, ["exists and may have been changed by hand", "--overwrite"]),
         (["DATA", "-o", "new.yaml", "--task", "OWN"], 2, ["leave out one"]),
         (["DATA", "--task", "OWN"], 2, ["unknown key 'clases'; did you mean 'classes'?"]),
+        (["DATA", "--task", "abdomen"], 2, ["task 'abdomen' is neither", "did you mean 'abdomen_"]),
+        (["DATA", "--task", "no.yaml"], 1, ["task file 'no.yaml' does not exist"]),
         (["DATA", "--backbone", "vit_x"], 2, ["unknown backbone 'vit_x'"]),
     ],
 )
