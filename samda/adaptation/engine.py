@@ -35,11 +35,12 @@ from samda.adaptation.case import (
     slice_areas,
     slice_axis,
 )
-from samda.adaptation.guard import GuardSettings, mean_plausibility
+from samda.adaptation.guard import mean_plausibility
 from samda.adaptation.measures import mean_agreement
-from samda.adaptation.objectives import Objective, build_objective, log_probabilities, most_likely
+from samda.adaptation.objectives import log_probabilities, most_likely
 from samda.adaptation.outcome import AdaptedCase, finish
 from samda.adaptation.plausibility import Judge
+from samda.adaptation.settings import check_settings
 from samda.adaptation.trajectory import Trajectory, descend, held, keep_last, load
 from samda.adaptation.views import FAMILIES, make_views, mirrored_classes, restore_view, seed_of
 from samda.adapters.base import unmerge
@@ -49,7 +50,7 @@ from samda.data.objects import name_of, scan_path
 from samda.data.slices import SliceGrid, center_channels
 from samda.data.task import Task
 from samda.data.transforms import build_preprocessing
-from samda.errors import AdapterError, UsageError, from_mapping
+from samda.errors import AdapterError
 from samda.features import FeatureTap
 from samda.inference.components import override
 from samda.inference.volume import VolumeInferer
@@ -129,24 +130,25 @@ class Adaptation:
         device: torch.device | str = "cpu",
         version: str = "source",
     ) -> None:
+        self.view_settings: dict[str, Any] = {"families": tuple(families), "strength": strength, "flips": flips}
+        self.objective, self.guard = check_settings(
+            {"method": method, "objective": objective, "scope": scope, "guard": guard, "steps": steps, "lr": lr}
+            | {"views": views, "slices": slices, "keep": keep, "batch_size": batch_size, "time_limit_s": time_limit_s}
+            | self.view_settings
+        )
         if modality is not None:
             task = dataclasses.replace(task, modality=modality)
         task = override(task, keep_largest)
         unmerge(network)  # a merged adapter has no parameters of its own to move
         self.network, self.task, self.device = network.to(device).eval(), task, torch.device(device)
         self.version, self.memory_mb, self.time_limit_s = version, memory_mb, time_limit_s
-        self.objective: Objective = build_objective(method, objective)
         self.scope, self.parameters = scope, scope_parameters(network, scope)
         _check_trained(network, self.parameters)
         self.judge = Judge(task, record)
-        self.guard: GuardSettings = from_mapping(GuardSettings, guard or {}, "guard")
         self.steps = self.objective.steps if steps is None else steps
         self.lr = self.objective.lr if lr is None else lr
         self.views, self.slices, self.seed, self.keep = views, slices, seed, keep
-        self.view_settings: dict[str, Any] = {"families": tuple(families), "strength": strength, "flips": flips}
         self.batch_size = batch_size
-        _check_ranges(self)
-        make_views(views, 0, **self.view_settings)  # refuses unknown families now and not in the first case
         encoder = [name for name in self.parameters if name.startswith("image_encoder.")]
         self.embedded = not encoder  # the encoder stays as it is, so views are encoded once
         self.mirror = mirrored_classes(task.classes)
@@ -369,15 +371,3 @@ def _check_trained(network: SamSegmenter, parameters: Mapping[str, torch.Tensor]
         raise AdapterError(
             "the SAM-DA adapter was never trained (its gates are zero); train the model before adapting it"
         )
-
-
-def _check_ranges(engine: Adaptation) -> None:
-    for name, least in (("steps", 0), ("views", 1), ("slices", 1), ("batch_size", 1)):
-        if getattr(engine, name) < least:
-            raise UsageError(f"{name} must be at least {least}, got {getattr(engine, name)}")
-    if engine.keep not in ("best", "last"):
-        raise UsageError(f"keep must be best or last, got {engine.keep!r}")
-    if not (engine.lr > 0 and math.isfinite(engine.lr)):
-        raise UsageError(f"lr must be positive, got {engine.lr}")
-    if engine.time_limit_s is not None and engine.time_limit_s <= 0:
-        raise UsageError(f"time_limit_s must be positive, got {engine.time_limit_s}")

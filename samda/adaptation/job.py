@@ -14,6 +14,7 @@ import torch
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.page import write_page
 from samda.adaptation.run import AdaptRun, adapt_folder, collect, details_folder
+from samda.adaptation.settings import check_settings
 from samda.adaptation.site import check_site, distil
 from samda.data.labels import MapLabelsd
 from samda.data.task import Task
@@ -73,6 +74,7 @@ def run_adaptation(
     Raises:
         SamdaError: as the parts do; what is finished stays.
     """
+    check_settings(settings or {})  # reading the weights of a large model takes a while
     if site is not None:
         if dry_run:
             raise UsageError("a site version needs adapted cases; do without the dry run")

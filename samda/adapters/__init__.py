@@ -29,7 +29,7 @@ from samda.adapters.norm import NormConfig
 from samda.adapters.registry import ADAPTERS, build_configs
 from samda.adapters.salt import SaltConfig
 from samda.adapters.sam_da import SamDaConfig
-from samda.adapters.scopes import SCOPES, available_scopes, scope_parameters
+from samda.adapters.scopes import SCOPES, available_scopes, check_scope, scope_parameters
 from samda.adapters.settings import AdapterConfig
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "available_scopes",
     "base_parameters",
     "build_configs",
+    "check_scope",
     "count_parameters",
     "detach",
     "disabled",

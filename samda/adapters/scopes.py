@@ -19,11 +19,24 @@ from __future__ import annotations
 import torch.nn as nn
 
 from samda.adapters.base import modules
-from samda.errors import AdapterError, UsageError
+from samda.errors import AdapterError, UsageError, nearest
 
-__all__ = ["SCOPES", "available_scopes", "scope_parameters"]
+__all__ = ["SCOPES", "available_scopes", "check_scope", "scope_parameters"]
 
 SCOPES = ("gate", "decoder", "norm", "encoder")
+
+
+def check_scope(scope: str) -> list[str]:
+    """The names that `scope` joins by "+"; no model is needed to know them.
+
+    Raises:
+        UsageError: there is no such scope.
+    """
+    parts = str(scope).split("+")
+    for part in parts:
+        if part not in SCOPES:
+            raise UsageError(f"there is no scope {part!r}; {nearest(part, SCOPES)}")
+    return parts
 
 
 def scope_parameters(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
@@ -39,11 +52,9 @@ def scope_parameters(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
     """
     found = _parameters_by_scope(model)
     chosen: dict[str, nn.Parameter] = {}
-    for part in scope.split("+"):
+    for part in check_scope(scope):
         if part not in found:
             have = ", ".join(available_scopes(model)) or "none (it has no adapter that could be adapted)"
-            if part not in SCOPES:
-                raise UsageError(f"there is no scope {part!r}; this model has: {have}")
             raise AdapterError(f"this model has no parameters in scope {part!r}; it has: {have}")
         chosen |= found[part]
     order = [name for name, _ in model.named_parameters()]

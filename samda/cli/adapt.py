@@ -39,6 +39,19 @@ from samda.processes import is_main, join_for_cases, leave, read_part
 
 # arguments of Adaptation: those with an option of their own, and the others
 OPTIONS = ("method", "scope", "steps", "lr", "views", "slices", "seed", "modality", "keep_largest")
+METHODS = (  # of samda.adaptation.objectives, which imports PyTorch: --help must not
+    "none",
+    "tent",
+    "memo",
+    "tpt",
+    "sam_da",
+    "class_entropy",
+    "consistency",
+    "pseudo_label",
+    "anchored",
+    "default",
+)
+SCOPES = ("gate", "decoder", "norm", "encoder")  # of samda.adapters.scopes
 SETTINGS = ("families", "flips", "strength", "guard", "objective", "keep", "time_limit_s", "batch_size", "memory_mb")
 
 
@@ -47,17 +60,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="a model folder")
     parser.add_argument("-i", "--input", type=Path, required=True, metavar="SCANS", help="a scan, a folder, a data set")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder of the results")
-    parser.add_argument("--method", default="default", metavar="NAME", help="objective; default: default")
-    parser.add_argument("--scope", default="decoder", metavar="NAME", help="what moves; default: decoder")
+    parser.add_argument(
+        "--method",
+        default="default",
+        metavar="NAME",
+        help=f"what is minimized: {', '.join(METHODS)}; the last is the default",
+    )
+    parser.add_argument(
+        "--scope",
+        default="decoder",
+        metavar="NAME[+NAME]",
+        help=f"what moves: {', '.join(SCOPES)}; several join by +; default: decoder, for models with sam_da",
+    )
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps; default: the objective's")
-    parser.add_argument("--lr", type=float, metavar="RATE", help="learning rate; default: the objective's")
+    parser.add_argument(
+        "--learning-rate", dest="lr", type=float, metavar="X", help="of a step; default: the objective's"
+    )
     parser.add_argument("--views", type=positive, default=8, metavar="N", help="views of each slice; default 8")
     parser.add_argument("--slices", type=positive, default=12, metavar="N", help="slices adapted on; default 12")
     add_modality(parser)
     add_keep_largest(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the views; default 0")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"any of {', '.join(SETTINGS)}")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="file of the records; default OUT/run.jsonl")
+    parser.add_argument("--records", type=Path, metavar="FILE", help="file of the records; default OUT/run.jsonl")
     parser.add_argument("--labels", type=Path, metavar="FOLDER", help="label maps, used for nothing but the report")
     parser.add_argument("--site", metavar="NAME", help="distil accepted cases into a candidate version of this name")
     parser.add_argument("--dry-run", action="store_true", help="decide and record; write no map but the source's")
@@ -84,8 +109,8 @@ def run(args: argparse.Namespace) -> None:
     existing(args.input, "input")
     if args.labels is not None:
         existing(args.labels, "labels")
-    if args.report is not None:
-        check_file(args.report, "--report")
+    if args.records is not None:
+        check_file(args.records, "--records")
     settings = read_settings(args)
     if args.site and args.dry_run:
         raise UsageError("--site needs adapted cases; leave out --dry-run")
@@ -99,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
         args.input,
         args.output,
         settings=settings,
-        report=args.report,
+        report=args.records,
         labels=args.labels,
         site=args.site,
         dry_run=args.dry_run,

@@ -144,7 +144,7 @@ def show(report: DataReport) -> None:
     problems = report.sorted_problems()
     print(f"\n{count(len(problems), 'problem')}{f', {len(report.stops)} of which stop a training' if problems else ''}")
     for problem in problems:
-        print(f"{'stops ' if problem.stops else 'look  '}{problem.line()}")
+        print(f"{'error' if problem.stops else 'warning':<8}{problem.line()}")
 
 
 def facts(cases: Sequence[CaseFacts]) -> list[tuple[str, str]]:

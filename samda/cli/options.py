@@ -121,13 +121,14 @@ def task_file(name: str) -> Path:
     """The file of a task: a path, or the name of one that samda ships.
 
     Raises:
-        InputError: there is neither.
+        UsageError: no such name.
+        InputError: no such file.
     """
     ours = {path.stem: path for path in packaged("configs", "tasks").glob("*.yaml")}
     if name in ours:
         return ours[name]
     if Path(name).suffix not in (".yaml", ".yml", ".json"):
-        raise InputError(f"task {name!r} is neither a YAML or JSON file nor one of samda's; {nearest(name, ours)}")
+        raise UsageError(f"task {name!r} is neither a YAML or JSON file nor one of samda's; {nearest(name, ours)}")
     return existing(Path(name), "task file")
 
 

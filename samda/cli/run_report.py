@@ -88,12 +88,13 @@ class RunReport:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; one that fails is timed up to there."""
-        begin = time.perf_counter()
+        """Time a stage; one that fails is timed up to there, and one within another counts for itself alone."""
+        begin, before = time.perf_counter(), sum(self.seconds.values())
         try:
             yield
         finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - begin, 3)
+            own = time.perf_counter() - begin - (sum(self.seconds.values()) - before)
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + own, 3)
 
     def add_input(self, case: str, **files: Image | None) -> None:
         """Hash the files of a case: `add_input("a", image=..., label=...)`; what is not there has no hash."""

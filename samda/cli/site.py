@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     """Do it."""
     if (args.name is None) == (args.action == "activate"):
         want = "needs the name of a version" if args.name is None else "takes no name"
-        raise UsageError(f"samda site {args.action} {want}")
+        raise UsageError(f"{args.action} {want}")
     from samda.adapters.files import read_adapters
     from samda.networks.versions import activate, active_version, rollback
 

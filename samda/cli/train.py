@@ -102,14 +102,14 @@ def run(args: argparse.Namespace) -> None:
         with report.stage("import"):
             from samda.training import train
         report.add(device=device)
-        if report.wanted:
-            with report.stage("hash"):
-                add_inputs(report, args.data)
         rank, world = launched()
 
-        def begin() -> None:
+        def begin() -> None:  # not before: a wrong setting of a large data set should not take an hour to be refused
             if rank == 0:
                 say(f"training on {device}" + (f", {world} processes" if world > 1 else ""))
+            if report.wanted:
+                with report.stage("hash"):
+                    add_inputs(report, args.data)
 
         with report.stage("train"):
             result = train(

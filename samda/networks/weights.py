@@ -28,6 +28,7 @@ __all__ = [
     "KNOWN_FILES",
     "BaseReport",
     "KnownFile",
+    "existing_weights",
     "fetch_weights",
     "identify",
     "load_base",
@@ -96,7 +97,7 @@ def fetch_weights(name: str) -> Path:
         WeightsError: they are not in the cache and cannot be fetched; the message says how to put them there by hand.
     """
     if name not in KNOWN_FILES:
-        raise UsageError(f"no published weights for backbone {name!r}; {nearest(name, KNOWN_FILES)}, or give a file")
+        raise UsageError(f"no published weights for backbone {name!r}; {nearest(name, KNOWN_FILES)}")
     known = KNOWN_FILES[name]
     converted = known.path.with_name(CONVERTED)
     if known.path.exists():
@@ -132,6 +133,17 @@ def _fetch_converted(path: Path) -> Path:
     return path
 
 
+def existing_weights(path: str | Path) -> Path:
+    """`path`, if there is such a file.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    if not Path(path).is_file():
+        raise WeightsError(f"there is no weights file {path}; give a file, or weights='pretrained'")
+    return Path(path)
+
+
 def read_state(path: str | Path, sha256: str | None = None) -> State:
     """The tensors of a checkpoint by their official names, on the CPU.
 
@@ -146,9 +158,7 @@ def read_state(path: str | Path, sha256: str | None = None) -> State:
     Raises:
         WeightsError: the file is missing, damaged, holds more than tensors, or is not the published file of that name.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"there is no weights file {path}; give a file, or weights='pretrained'")
+    path = existing_weights(path)
     for known in KNOWN_FILES.values():
         if path.name == known.name:
             check_sha256(path, known.sha256, sha256)
@@ -212,7 +222,7 @@ def load_base(network: SamSegmenter, path: str | Path) -> BaseReport:
     complete = {name: tensor.to(own[name].dtype) for name, tensor in (state | head).items()}
     network.load_state_dict(complete, strict=False, assign=any(tensor.is_meta for tensor in own.values()))
     unused = [key for key, name in names.items() if name is None]
-    logger.info("%s: %d tensors loaded, %d unused", path.name, len(state), len(unused))
+    logger.debug("%s: %d tensors loaded, %d unused", path.name, len(state), len(unused))
     return BaseReport(path, sha256, tuple(state), tuple(head), tuple(unused))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuse what MONAI would pass in silence: unknown config keys, and values of the wrong type.
+"""Refuse what MONAI would pass in silence: unknown config keys, and values that cannot be right.
 
 MONAI adds any override to the config, so `--epoch 5` trains with the default number of epochs. The first entry of
 `initialize` in our configs calls :func:`check_overrides`, which compares what runs with the config file it came from.
@@ -17,7 +17,12 @@ from typing import Any
 
 from monai.bundle import ConfigParser, ConfigWorkflow
 
+from samda.adapters.registry import build_configs
+from samda.data.task import Task
 from samda.errors import UsageError, nearest
+from samda.networks.backbones import backbone_config
+from samda.networks.weights import existing_weights
+from samda.training.cases import build_task
 
 __all__ = ["check_config", "check_overrides"]
 
@@ -36,7 +41,11 @@ LEAST = {  # keys whose wrong values PyTorch and ignite refuse in words of their
     "memory_mb": 0,
     "weight_decay": 0,
     "seed": 0,
+    "fold": 0,
+    "head_learning_rate": 0,  # 0 is that of the adapters
 }
+ABOVE_0 = {"learning_rate": math.inf, "validation_fraction": 0.5}  # and at most this
+UNSET = {"fold": 0, "image_size": 256, "spacing": 1.0}  # keys that are null where not given; other values are like this
 TYPES = {
     bool: "true or false",
     int: "a whole number",
@@ -57,7 +66,7 @@ def check_overrides(config_file: str | Sequence[str]) -> None:
         config_file: name of the reference in the folder of the first config file, for instance "train.json"; or names.
 
     Raises:
-        UsageError: naming the key and the nearest valid one, or the expected type.
+        UsageError, WeightsError: as :func:`check_config`.
     """
     workflow = _running_workflow()
     if workflow is None:  # a bare ConfigParser: nothing was overridden through MONAI
@@ -68,7 +77,8 @@ def check_overrides(config_file: str | Sequence[str]) -> None:
 
 
 def check_config(config: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
-    """Check every key of `config`, nested ones too, the type of its plain values, and that counts are none below 0.
+    """Check every key of `config`, nested ones too, the type of its plain values, and what can be known of these
+    before data are read: ranges, names, the task, settings of adapters, and that a weights file exists.
 
     Args:
         config: the config after overlays and overrides, before it is resolved.
@@ -77,14 +87,38 @@ def check_config(config: Mapping[str, Any], reference: Mapping[str, Any]) -> Non
     Raises:
         UsageError: naming the key path and the nearest valid key, or the type or the least value expected and the value
             received.
+        WeightsError: there is no such weights file.
     """
     _check_mapping(config, reference, "", TRACKING)
+    for key, like in UNSET.items():
+        if key in reference and config.get(key) is not None:
+            _check_type(key, config[key], like)
     for key, least in LEAST.items():
         value = config.get(key, least)
         if key in reference and isinstance(value, int | float) and not least <= value < math.inf:  # nor NaN
             raise UsageError(f"config key {key!r} must be at least {least}, got {value!r}")
     if isinstance(config.get("seed"), int) and config["seed"] > LARGEST_SEED:
         raise UsageError(f"config key 'seed' must be at most {LARGEST_SEED}, got {config['seed']}")
+    for key, most in ABOVE_0.items():
+        value = config.get(key)
+        if key in reference and isinstance(value, int | float) and not (0 < value <= most and value < math.inf):
+            limit = f" and at most {most}" if most < math.inf else ""
+            raise UsageError(f"config key {key!r} must be above 0{limit}, got {value!r}")
+    _build({key: config[key] for key in config if key in reference and _is_plain(config[key])})
+
+
+def _build(config: Mapping[str, Any]) -> None:
+    """Let those who will build the values refuse them now; keys of another config than train.json may be missing."""
+    if "adapters" in config:
+        build_configs(config["adapters"])
+    if "backbone" in config:
+        backbone_config(config["backbone"])
+    weights = config.get("weights")
+    if isinstance(weights, str | Path) and weights != "pretrained":
+        existing_weights(weights)
+    if "task" in config:
+        task = Task() if config["task"] is None else config["task"]  # None is known when the scans are; its size is not
+        build_task(task, image_size=config.get("image_size"), spacing=config.get("spacing"))
 
 
 def _check_mapping(config: Mapping[str, Any], reference: Mapping[str, Any], path: str, extra: tuple[str, ...]) -> None:
@@ -118,6 +152,15 @@ def _is_dynamic(value: Any) -> bool:
     if isinstance(value, Mapping):
         return "_target_" in value
     return isinstance(value, str) and value.startswith(("$", "@", "%"))
+
+
+def _is_plain(value: Any) -> bool:
+    """Is nothing in it left for MONAI to resolve?"""
+    if isinstance(value, Mapping):
+        return not _is_dynamic(value) and all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return not _is_dynamic(value)
 
 
 def _parameters(config: Mapping[str, Any]) -> list[str]:

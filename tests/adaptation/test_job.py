@@ -158,7 +158,7 @@ def test_bad_version_names_are_refused_before_any_work(job: Callable, tmp_path: 
 
 def test_command_line(model: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     args = ["adapt", "-m", str(model), "-i", str(scans / "images"), "-o", str(tmp_path / "out"), *QUICK]
-    assert main([*args, "--report", str(tmp_path / "run.jsonl"), "--json"]) == 0
+    assert main([*args, "--records", str(tmp_path / "run.jsonl"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert sum(result["counts"].values()) == 4 and len((tmp_path / "run.jsonl").read_text().splitlines()) == 4
     assert main(args) == 0

@@ -78,13 +78,13 @@ def test_problems_come_with_exit_code_1(place: Path, tmp_path: Path, capsys: pyt
     assert Path(result["task_file"]) == tmp_path / "task.yaml" and result["cases"][0]["shape"] == [20, 18, 4]
     code, out, _ = samda(capsys, "check", place)
     assert "2 problems, 2 of which stop a training" in out
-    assert f"stops case b: there is no file {place / 'label' / 'b.nii.gz'}; did you mean" in out
+    assert f"error   case b: there is no file {place / 'label' / 'b.nii.gz'}; did you mean" in out
 
 
 def test_scans_alone(place: Path, capsys: pytest.CaptureFixture) -> None:
     code, out, err = samda(capsys, "check", place / "image")
     assert code == 1 and "scans without labels" in out and "suggested task" not in out
-    assert "stops no case can be trained with (3 without label)" in out
+    assert "error   no case can be trained with (3 without label)" in out
     assert err == "samda check: 1 problem that training would stumble on; mend it and check again\n"
 
 
@@ -97,6 +97,8 @@ def test_scans_alone(place: Path, capsys: pytest.CaptureFixture) -> None:
         (["DATA", "-o", "OWN"], 2, ["exists and may have been changed by hand", "--overwrite"]),
         (["DATA", "-o", "new.yaml", "--task", "OWN"], 2, ["leave out one"]),
         (["DATA", "--task", "OWN"], 2, ["unknown key 'clases'; did you mean 'classes'?"]),
+        (["DATA", "--task", "abdomen"], 2, ["task 'abdomen' is neither", "did you mean 'abdomen_"]),
+        (["DATA", "--task", "no.yaml"], 1, ["task file 'no.yaml' does not exist"]),
         (["DATA", "--backbone", "vit_x"], 2, ["unknown backbone 'vit_x'"]),
     ],
 )

@@ -55,7 +55,7 @@ def test_task_by_name_or_file(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("classes: [background, x]")
     assert options.task_file(str(own)) == own
-    with pytest.raises(InputError, match=r"did you mean 'abdomen_ct'\?"):
+    with pytest.raises(UsageError, match=r"did you mean 'abdomen_ct'\?"):
         options.task_file("abdomen_tc")
     with pytest.raises(InputError, match="does not exist"):
         options.task_file(str(tmp_path / "other.yaml"))

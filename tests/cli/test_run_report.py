@@ -131,6 +131,7 @@ def test_a_job_that_fails_says_so(
     assert cli.main([str(part) for part in command]) == code
     found = read(tmp_path / "run.json")
     assert (found["exit_code"], found["exit_reason"]) == (code, reason)
+    assert found["inputs"] == [] and "hash" not in found["seconds"]  # no scan was read for that
     assert words in found["error"] and "\n" not in found["error"] and found["seconds"]["total"] >= 0
 
 

@@ -123,6 +123,22 @@ def test_unknown_overrides_are_refused_at_the_start(job: str, tmp_path: Path) ->
     assert str(known) == "config key 'dataset_dirr' is unknown; did you mean 'dataset_dir'?"
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"backbone": "vit_x"}, "unknown backbone 'vit_x'"),
+        ({"fold": -1}, "'fold' must be at least 0, got -1"),
+        ({"learning_rate": 0.0}, "'learning_rate' must be above 0, got 0.0"),
+        ({"weights": "no.pth"}, "there is no weights file no.pth"),
+        ({"task": "nosuch"}, "there is no task file 'nosuch'"),
+    ],
+)
+def test_wrong_settings_are_refused_at_the_start(setting: dict[str, Any], words: str) -> None:
+    with pytest.raises(Exception) as error:  # the data set, which does not exist, is not asked for
+        workflow("train", BUNDLE, dataset_dir="nowhere", **setting).initialize()
+    assert words in str(cause_of(error.value))
+
+
 def test_a_key_that_a_user_adds_to_an_own_copy_is_known(model: Path, tmp_path: Path) -> None:
     config = json.loads((model / "configs" / "train.json").read_text())
     (tmp_path / "configs").mkdir()

@@ -6,12 +6,20 @@ from typing import Any
 
 import pytest
 
-from samda.errors import UsageError
+from samda.errors import UsageError, WeightsError
 from samda.training import check_config
 
 REFERENCE: dict[str, Any] = {
     "epochs": 10,
     "rate": 0.1,
+    "learning_rate": 0.01,
+    "head_learning_rate": 0.01,
+    "validation_fraction": 0.2,
+    "fold": None,
+    "image_size": None,
+    "spacing": None,
+    "backbone": "vit_t",
+    "weights": "pretrained",
     "patience": 5,
     "seed": 0,
     "weight_decay": 0.1,
@@ -31,8 +39,13 @@ REFERENCE: dict[str, Any] = {
         {"rate": 1},
         {"epochs": 1, "patience": 0, "weight_decay": 0},
         {"epochs": "$2 * 5"},
-        {"task": {"classes": ["a", "b"]}},
-        {"adapters": {"salt": {"d": 4}}},
+        {"task": {"classes": ["background", "b"]}, "image_size": 64, "spacing": 2},
+        {"task": {"classes": "$@names"}, "backbone": "@chosen", "weights": "$@bundle_root + '/base.pth'"},
+        {"adapters": {"salt": {"rank": 4}, "wide": {"type": "lka"}}},
+        {"adapters": {"salt": {"rank": "$2 + 2"}}},
+        {"backbone": {"type": "vit", "name": "own", "embed_dim": 8, "depth": 1, "num_heads": 1, "global_blocks": [0]}},
+        {"learning_rate": 1, "head_learning_rate": 0, "validation_fraction": 0.5, "fold": 0, "weights": __file__},
+        {"learning_rate": "$1e-3", "fold": "@rank"},
         {"device": "cpu"},
         {"_meta_": {}, "tracking_uri": "sqlite:///x"},
         {"train": {"sampler": {"_target_": "samda.training.SliceSampler", "seed": 3}}},
@@ -62,9 +75,34 @@ def test_valid_configs_pass(change: dict[str, Any]) -> None:
         ({"patience": -1}, "config key 'patience' must be at least 0, got -1"),
         ({"weight_decay": math.nan}, "config key 'weight_decay' must be at least 0, got nan"),
         ({"weight_decay": math.inf}, "config key 'weight_decay' must be at least 0, got inf"),
+        ({"learning_rate": 0}, "config key 'learning_rate' must be above 0, got 0"),
+        ({"learning_rate": math.nan}, "config key 'learning_rate' must be above 0, got nan"),
+        ({"learning_rate": math.inf}, "config key 'learning_rate' must be above 0, got inf"),
+        ({"head_learning_rate": -1}, "config key 'head_learning_rate' must be at least 0, got -1"),
+        ({"validation_fraction": 0.6}, "config key 'validation_fraction' must be above 0 and at most 0.5, got 0.6"),
+        ({"fold": -1}, "config key 'fold' must be at least 0, got -1"),
+        ({"fold": "a"}, "config key 'fold' must be a whole number, got 'a'"),
+        ({"spacing": "wide"}, "config key 'spacing' must be a number, got 'wide'"),
+        (
+            {"image_size": 17},
+            "task 'segmentation': image_size must be a multiple of 16 from 16 to 4096, got 17",
+        ),
+        ({"task": "no.yaml"}, "there is no task file 'no.yaml'; give a YAML or JSON file with the classes"),
+        ({"task": {"clases": []}}, "task: unknown key 'clases'; did you mean 'classes'?"),
+        ({"backbone": "vit_x"}, "unknown backbone 'vit_x'; did you mean 'vit_t'?"),
+        ({"backbone": {"type": "resnet"}}, "backbone type 'resnet' is unknown; choose from tiny_vit, vit"),
+        ({"adapters": {"slat": {}}}, "there is no adapter 'slat'; did you mean 'salt'?"),
+        ({"adapters": {"salt": {"rnk": 2}}}, "adapter 'salt': unknown key 'rnk'; did you mean 'rank'?"),
     ],
 )
 def test_wrong_keys_and_types_are_refused_by_their_path(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as error:
         check_config(REFERENCE | change, REFERENCE)
     assert str(error.value) == message
+
+
+def test_weights_must_exist_when_a_path_names_them() -> None:
+    with pytest.raises(WeightsError, match=r"there is no weights file no\.pth; give a file"):
+        check_config(REFERENCE | {"weights": "no.pth"}, REFERENCE)
+    with pytest.raises(WeightsError, match=r"there is no weights file no\.pth"):  # as adapt.json has it
+        check_config({"weights": "no.pth"}, {"weights": None})

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be known as wrong without a scan or a model is refused before either is read, and before a word is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from samda.cli import main as cli
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "code", "words"),
+    [
+        ("train", ["--task", "abdomen"], 2, "did you mean 'abdomen_"),
+        ("train", ["--task", ""], 2, "task '' is neither a YAML or JSON file"),
+        ("train", ["--task", "TASK", "--adapter", "salr"], 2, "no adapter overlay 'salr'; did you mean 'salt'?"),
+        ("train", ["--task", "TASK", "--backbone", "vit_x"], 2, "unknown backbone 'vit_x'; did you mean 'vit_t'?"),
+        ("train", ["--task", "TASK", "--fold", "-1"], 2, "'fold' must be at least 0, got -1"),
+        ("train", ["--task", "TASK", "--learning-rate", "-1"], 2, "'learning_rate' must be above 0, got -1.0"),
+        ("train", ["--task", "TASK", "--weights", "no.pth"], 1, "there is no weights file no.pth"),
+        ("train", ["--task", "TASK", "--set", "epoch=3"], 2, "did you mean 'epochs'?"),
+        ("train", ["--task", "TASK", "--set", "batch_size=0"], 2, "at least 1, got 0"),
+        ("train", ["--set", "image_size=17"], 2, "image_size must be a multiple of 16 from 16 to 4096, got 17"),
+        ("adapt", ["--method", "tnet"], 2, "unknown method 'tnet'; did you mean 'tent'?"),
+        ("adapt", ["--scope", "decodr"], 2, "there is no scope 'decodr'; did you mean 'decoder'?"),
+        ("adapt", ["--scope", "gate+encoder+x"], 2, "there is no scope 'x'; choose from decoder, encoder, gate, norm"),
+        ("adapt", ["--steps", "-1"], 2, "steps must be at least 0 and whole, got -1"),
+        ("adapt", ["--learning-rate", "0"], 2, "the learning rate (lr) must be positive, got 0.0"),
+        ("adapt", ["--set", "guard={tolerence: 1}"], 2, "guard: unknown key 'tolerence'; did you mean 'tolerance'?"),
+        ("adapt", ["--set", "guard=5"], 2, "guard: settings must be a mapping"),
+        ("adapt", ["--set", "objective=x"], 2, "must be a mapping, got 'x'"),
+        ("adapt", ["--set", "families=[gama]"], 2, "unknown view family 'gama'; did you mean 'gamma'?"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_read(
+    command: str,
+    options: list[str],
+    code: int,
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "TASK.yaml").write_text(yaml.safe_dump({"classes": ["background", "ball"]}))
+    (tmp_path / "empty").mkdir()  # neither a data set nor a model: whoever reads it says so
+    args = {"train": ["-d", "empty", "-o", "out"], "adapt": ["-m", "empty", "-i", "empty", "-o", "out"]}[command]
+    found = cli.main([command, *args, *(option.replace("TASK", "TASK.yaml") for option in options)])
+    out, err = capsys.readouterr()
+    assert (found, out, len(err.splitlines())) == (code, "", 1)
+    assert err.startswith(f"samda {command}: ") and words in err
+    assert not (tmp_path / "out").exists()
