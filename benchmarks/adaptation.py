@@ -14,7 +14,7 @@ alone; B, M and the family "report" are reported. For each case and objective th
 source's, the last iterate's (what the objective does when left alone) and the final one (best iterate, after the
 guard).
 
-One patient each, labelled by another model: a demonstration of domain shift, not a clinical benchmark.
+One patient each, labeled by another model: a demonstration of domain shift, not a clinical benchmark.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Simulated shifts of a labelled scan, in two families that share nothing.
+"""Simulated shifts of a labeled scan, in two families that share nothing.
 
 The families `tuning` (gamma, noise, window) and `patients` (another anatomy with other tissue contrasts) are what
 settings may be chosen on; the family `report` (bias field, blur, contrast medium, resolution) is only ever reported.

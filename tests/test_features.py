@@ -22,7 +22,7 @@ def images(count: int) -> torch.Tensor:
     return torch.rand(count, 1, 64, 64, generator=torch.Generator().manual_seed(count))
 
 
-def labelled(count: int) -> list[dict[str, torch.Tensor]]:
+def labeled(count: int) -> list[dict[str, torch.Tensor]]:
     """Slices with labels of classes 0 and 1; class 2 occurs nowhere."""
     generator = torch.Generator().manual_seed(count)
     return [{"image": i, "label": torch.randint(0, 2, (1, 64, 64), generator=generator)} for i in images(count)]
@@ -70,7 +70,7 @@ def test_a_closed_tap_sees_nothing(network: SamSegmenter) -> None:
 
 
 def test_statistics_are_the_weighted_moments_over_all_slices_whatever_the_batch(network: SamSegmenter) -> None:
-    items = labelled(5)
+    items = labeled(5)
     found = feature_statistics(network, items, [0, 2, 4], batch_size=2)
     chosen = [items[i] for i in (0, 2, 4)]
     # 64 px on a 4 x 4 grid: a place is 16 x 16 pixels
@@ -88,7 +88,7 @@ def test_statistics_are_the_weighted_moments_over_all_slices_whatever_the_batch(
 
 
 def test_embeddings_give_the_same_as_images(network: SamSegmenter) -> None:
-    items = labelled(3)
+    items = labeled(3)
     with torch.no_grad():
         embeddings = network.encode(images(3))
     embedded = [{"embedding": e, "label": item["label"]} for e, item in zip(embeddings, items, strict=True)]
@@ -99,5 +99,5 @@ def test_embeddings_give_the_same_as_images(network: SamSegmenter) -> None:
 
 def test_many_slices_are_thinned_evenly(network: SamSegmenter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("samda.features.MOST", 2)
-    items = labelled(5)
+    items = labeled(5)
     assert feature_statistics(network, items, range(5)) == feature_statistics(network, items, [0, 3])

@@ -27,7 +27,7 @@ def checksum(rows: Any) -> str:
 
 
 def draw_labels(rows: list[Row], path: Path) -> None:
-    """Dice over labelled slices: a line per method, with the band of one standard deviation where lines are few."""
+    """Dice over labeled slices: a line per method, with the band of one standard deviation where lines are few."""
     figure = _figure(14, 4.4)
     panels = figure.subplots(1, 3, sharey=True)
     _panel(panels[0], rows, "abdomen", FROZEN, COUNTS, SEEDS, "patient A, encoder left alone")
@@ -59,7 +59,7 @@ def _panel(
             errors = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in points.values()]
             low, high = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
             axes.fill_between(places, low, high, color=style["color"], alpha=0.12, linewidth=0)
-    axes.set(title=title, xlabel="labelled slices", xticks=range(len(COUNTS)))
+    axes.set(title=title, xlabel="labeled slices", xticks=range(len(COUNTS)))
     axes.set_xticklabels([labels_name(n) for n in COUNTS])
     axes.set_xlim(-0.3, len(COUNTS) - 0.7)
     if axes.lines:

@@ -20,7 +20,7 @@ from .methods import ABLATIONS, ENCODER, FRESH, FROZEN, METHODS, Method
 __all__ = ["PARTS", "RESULTS", "measure", "missing", "planned", "read", "results_file", "store"]
 
 RESULTS = Path(__file__).parents[1] / "results" / "evidence"
-COUNTS = (1, 2, 4, 8, 16, 0)  # labelled slices; 0: all
+COUNTS = (1, 2, 4, 8, 16, 0)  # labeled slices; 0: all
 ENCODER_COUNTS = (8, 2, 0)
 SEEDS, ENCODER_SEEDS = 5, 3  # from 0; the second where the encoder trains
 CHEST = ("lora", "salt", "dka", "full")  # of the methods that train the encoder

@@ -2,7 +2,7 @@
 """Which slices train, which are scored, and what an encoder that nobody trains makes of them.
 
 One scan a task; its axial slices are cut into contiguous blocks. Between a block that is scored and the slices that may
-train lie slices that do neither, so that no neighbor of a training slice is scored. `n` labelled slices are the first n
+train lie slices that do neither, so that no neighbor of a training slice is scored. `n` labeled slices are the first n
 of one permutation per seed: two slices hold the one, four the two, and every method sees the same ones. They are drawn
 from the slices that hold a class; "all" takes the empty ones as well.
 
@@ -31,7 +31,7 @@ from samda.training.metric import CaseDice
 
 __all__ = ["ALL", "TASKS", "Blocks", "Slices", "choose", "fingerprint", "load", "score", "views"]
 
-ALL = 0  # labelled slices: as many as there are
+ALL = 0  # labeled slices: as many as there are
 VIEWS = 8  # of each training slice, where slices are encoded once
 
 
@@ -97,12 +97,12 @@ def load(name: str) -> Slices:
 
 
 def choose(slices: Slices, labels: int, seed: int) -> list[int]:
-    """The labelled slices: the first `labels` of a permutation of those that hold a class; all of them for ALL."""
+    """The labeled slices: the first `labels` of a permutation of those that hold a class; all of them for ALL."""
     if labels == ALL:
         return list(slices.training)
     filled = [i for i in slices.training if slices.labels[i].any()]
     if not 1 <= labels <= len(filled):
-        raise ValueError(f"{labels} labelled slices of {len(filled)}")
+        raise ValueError(f"{labels} labeled slices of {len(filled)}")
     return random.Random(seed).sample(filled, len(filled))[:labels]
 
 

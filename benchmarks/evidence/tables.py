@@ -62,7 +62,7 @@ def told_apart(values: Sequence[float]) -> bool:
 
 
 def labels_name(count: int) -> str:
-    """Words for a number of labelled slices."""
+    """Words for a number of labeled slices."""
     return "all" if count == 0 else str(count)
 
 
@@ -72,7 +72,7 @@ def pick(rows: Iterable[Row], **wanted: Any) -> list[Row]:
 
 
 def few_labels(rows: list[Row], task: str) -> str:
-    """Dice of the methods that leave the encoder alone, over labelled slices."""
+    """Dice of the methods that leave the encoder alone, over labeled slices."""
     lines = []
     for method in FROZEN:
         cells = [spread([r["dice"] for r in pick(rows, task=task, method=method, labels=n)]) for n in COUNTS]

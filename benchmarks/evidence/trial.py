@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run: the class head on labelled slices, then a method on top of it, then Dice on the slices that are scored.
+"""One run: the class head on labeled slices, then a method on top of it, then Dice on the slices that are scored.
 
 Both stages take AdamW, Dice + cross-entropy, half a cosine, the last weights; nothing is chosen by looking at scores.
 The head comes first for everybody, on embeddings that are computed once: a method that adds nothing to it goes on from
@@ -53,7 +53,7 @@ def run(task: str, method: Method, labels: int, seed: int, part: str = "test") -
     Args:
         task: of :data:`protocol.TASKS`.
         method: what is trained in the second stage.
-        labels: labelled slices; 0 for all.
+        labels: labeled slices; 0 for all.
         seed: of slices, order and views, and of the adapters' initialization.
         part: "test", or "choice" for the slices that choose rates.
 

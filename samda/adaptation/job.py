@@ -15,7 +15,7 @@ from samda.adaptation.engine import Adaptation
 from samda.adaptation.page import write_page
 from samda.adaptation.run import AdaptRun, adapt_folder, collect, details_folder
 from samda.adaptation.settings import check_settings
-from samda.adaptation.site import check_site, distil
+from samda.adaptation.site import check_site, distill
 from samda.data.labels import MapLabelsd
 from samda.data.task import Task
 from samda.errors import SamdaError, UsageError
@@ -59,7 +59,7 @@ def run_adaptation(
         settings: arguments of :class:`samda.adaptation.engine.Adaptation`.
         report: file of the records.
         labels: label files or a data set with labels: read when everything is decided, for the page alone.
-        site: name of a candidate version to distil from the accepted cases.
+        site: name of a candidate version to distill from the accepted cases.
         weights: base weights; None takes those of the training.
         version: of the model; None takes the active one.
         part: the cases that this process does; None does all. Page, scores and site version come from the process that
@@ -103,7 +103,7 @@ def run_adaptation(
         run = whole
     scores = score_run(run, labels, task) if labels is not None and not dry_run else None
     page = write_page(adaptation, run, inputs, section=section, scores=scores, keep_names=keep_names)
-    distilled = None if site is None else _distil_once(adaptation, model, run, site, part)
+    distilled = None if site is None else _distill_once(adaptation, model, run, site, part)
     if place()[1] == 1:  # a job of an array answers for its own cases
         run = own
     return run.to_dict() | {
@@ -116,12 +116,12 @@ def run_adaptation(
     }
 
 
-def _distil_once(
+def _distill_once(
     adaptation: Adaptation, model: str | Path, run: AdaptRun, site: str, part: Part | None
 ) -> dict[str, Any] | None:
     """The site version; None if another part, which finished at the same moment, has written it."""
     try:
-        return distil(adaptation, model, run, site)
+        return distill(adaptation, model, run, site)
     except (UsageError, OSError):
         if part is None or site not in list_versions(model):
             raise

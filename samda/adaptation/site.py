@@ -27,7 +27,7 @@ from samda.adapters.files import read_adapters, save_adapters
 from samda.errors import InputError, UsageError
 from samda.networks.versions import SOURCE, check_name, list_versions, version_folder
 
-__all__ = ["check_site", "describe_versions", "distil"]
+__all__ = ["check_site", "describe_versions", "distill"]
 
 
 def check_site(model: str | Path, name: str) -> None:
@@ -41,7 +41,7 @@ def check_site(model: str | Path, name: str) -> None:
         raise UsageError(f"{model} has a version {name!r} already; choose another name")
 
 
-def distil(adaptation: Adaptation, model: str | Path, run: AdaptRun, name: str, min_cases: int = 3) -> dict[str, Any]:
+def distill(adaptation: Adaptation, model: str | Path, run: AdaptRun, name: str, min_cases: int = 3) -> dict[str, Any]:
     """Write the mean of the accepted cases' parameters as a candidate version; nothing becomes active.
 
     Args:

@@ -8,7 +8,7 @@ run that was interrupted goes on when the same command is given again.
   samda adapt -m model -i scans -o adapted
   samda adapt -m model -i scans -o adapted --dry-run            decide and record only
   samda adapt -m model -i scans -o adapted --labels truth       report Dice before and after
-  samda adapt -m model -i scans -o adapted --site clinic-a      and distil a candidate version
+  samda adapt -m model -i scans -o adapted --site clinic-a      and distill a candidate version
   samda adapt -m model -i scans -o adapted --part 2/8           the second of eight jobs; the last writes the report
 """
 
@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"any of {', '.join(SETTINGS)}")
     parser.add_argument("--records", type=Path, metavar="FILE", help="file of the records; default OUT/run.jsonl")
     parser.add_argument("--labels", type=Path, metavar="FOLDER", help="label maps, used for nothing but the report")
-    parser.add_argument("--site", metavar="NAME", help="distil accepted cases into a candidate version of this name")
+    parser.add_argument("--site", metavar="NAME", help="distill accepted cases into a candidate version of this name")
     parser.add_argument("--dry-run", action="store_true", help="decide and record; write no map but the source's")
     parser.add_argument("--keep-names", action="store_true", help="file names instead of pseudonyms in the records")
     parser.add_argument("--overwrite", action="store_true", help="do finished cases again")

@@ -127,8 +127,8 @@ def show(report: DataReport) -> None:
 
     data = report.data
     sections = ", ".join(f"{name} {len(cases)}" for name, cases in data.cases.items())
-    labelled = sum("label" in case for cases in data.cases.values() for case in cases)
-    lines = [("data set", f"{report.path} ({LAYOUTS[data.layout]})"), ("cases", f"{sections}; {labelled} with label")]
+    labeled = sum("label" in case for cases in data.cases.values() for case in cases)
+    lines = [("data set", f"{report.path} ({LAYOUTS[data.layout]})"), ("cases", f"{sections}; {labeled} with label")]
     lines += facts(report.cases)
     if data.channels:
         lines.append(("named channels", ", ".join(data.channels)))

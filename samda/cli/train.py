@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train adapters and a class head on labelled scans.
+"""Train adapters and a class head on labeled scans.
 
 The result is a model folder. The data set is an nnU-Net or Medical Segmentation Decathlon folder, a MONAI datalist
 (JSON), a CSV of pairs, images with masks, or DICOM series with label volumes. `samda check` looks at it first and
@@ -46,7 +46,7 @@ OVERRIDES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `samda train`."""
-    parser.add_argument("-d", "--data", type=Path, required=True, metavar="DATASET", help="the labelled scans")
+    parser.add_argument("-d", "--data", type=Path, required=True, metavar="DATASET", help="the labeled scans")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL", help="the model folder to write")
     parser.add_argument(
         "--task",
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def add_inputs(report: RunReport, dataset: Path) -> None:
-    """The files of the labelled cases."""
+    """The files of the labeled cases."""
     from samda.data.datalists import read_datalist
 
     for cases in read_datalist(dataset).cases.values():

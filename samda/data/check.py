@@ -50,7 +50,7 @@ class DataReport:
         return sorted(self.problems, key=lambda p: (not p.stops, order.get(p.case, -1)))
 
     @property
-    def labelled(self) -> list[CaseFacts]:
+    def labeled(self) -> list[CaseFacts]:
         """Cases that can be trained or validated with: image and label were read."""
         return [case for case in self.cases if case.section != "test" and case.shape and case.label_ids]
 
@@ -260,10 +260,10 @@ def _of_whole(report: DataReport, task: Task | None) -> list[Problem]:
     if not training:
         number = len(report.data.cases["test"])
         return [
-            Problem("no label", f"no case can be trained with ({number} without label); list labelled ones as training")
+            Problem("no label", f"no case can be trained with ({number} without label); list labeled ones as training")
         ]
-    read = {case.id for case in report.labelled}
-    foreground = {case.id for case in report.labelled if _has_foreground(case, report.data.labels, task)}
+    read = {case.id for case in report.labeled}
+    foreground = {case.id for case in report.labeled if _has_foreground(case, report.data.labels, task)}
     if read and not foreground:
         return [Problem("no foreground", "no label holds any class; check labels, ids and names")]
     if not validation:

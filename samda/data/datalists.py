@@ -28,7 +28,7 @@ from samda.data.listings import (
 from samda.data.problems import Problem, Report, refuse
 from samda.errors import InputError, nearest
 
-__all__ = ["LAYOUTS", "Case", "DataList", "is_labelled", "read_datalist", "read_labels"]
+__all__ = ["LAYOUTS", "Case", "DataList", "is_labeled", "read_datalist", "read_labels"]
 
 LAYOUTS = {
     "datalist": "MONAI or MSD datalist (JSON)",
@@ -100,7 +100,7 @@ def read_datalist(path: str | Path, report: Report = refuse) -> DataList:
     return _finish(DataList(scan_cases(path), None, "scans"), root, report)
 
 
-def is_labelled(path: str | Path) -> bool:
+def is_labeled(path: str | Path) -> bool:
     """Is this a data set of images with labels, by its layout, rather than a folder of scans or of label files?"""
     path = Path(path)
     if path.is_file():

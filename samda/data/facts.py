@@ -233,12 +233,12 @@ def _count_ids(array: np.ndarray, name: str, tell: Tell) -> dict[int, int]:
     if len(ids) > MANY_IDS:
         raise InputError(f"{name} holds {len(ids)} different values from {low} to {high}; give a label map, no image")
     if set(ids) == {0}:
-        tell("empty label", f"{name} holds background alone; leave the case out if it was not labelled", stops=False)
+        tell("empty label", f"{name} holds background alone; leave the case out if it was not labeled", stops=False)
     return ids
 
 
 def _foreground(image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(n, C) intensities and (n,) ids of labelled voxels, evenly spread."""
+    """(n, C) intensities and (n,) ids of labeled voxels, evenly spread."""
     places = np.flatnonzero(label.reshape(-1))
     places = places[:: max(1, len(places) // SAMPLES)][:SAMPLES]
     index = np.unravel_index(places, label.shape)

@@ -40,7 +40,7 @@ def split(
     fold: int | None = None,
     seed: int = 0,
 ) -> Split:
-    """Part labelled cases into training and validation.
+    """Part labeled cases into training and validation.
 
     * `fold` and cases that state a fold: those of this fold validate (MONAI's convention).
     * `fold` and cases that state none: patients, shuffled by `seed`, are dealt into round(1 / fraction) folds.
@@ -62,7 +62,7 @@ def split(
         UsageError: an impossible fraction or fold, or no cases.
     """
     if not cases:
-        raise UsageError("there are no labelled cases to split; list some under training")
+        raise UsageError("there are no labeled cases to split; list some under training")
     if not 0 < fraction <= 0.5:
         raise UsageError(f"the validation fraction must lie above 0 and be at most 0.5, got {fraction}")
     patients = list(dict.fromkeys(_patient(case) for case in cases))

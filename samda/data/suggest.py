@@ -106,7 +106,7 @@ def suggest_task(report: DataReport) -> Suggestion:
     Raises:
         InputError: no case has an image and a label that can be read, or no label holds foreground.
     """
-    cases = report.labelled
+    cases = report.labeled
     if not cases:
         raise InputError(f"{report.path}: no case with a readable image and label, so no task can be suggested")
     values: dict[str, Any] = {"name": report.path.resolve().stem.replace(" ", "_") or "segmentation"}

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from samda.data.datalists import is_labelled, read_datalist
+from samda.data.datalists import is_labeled, read_datalist
 from samda.data.formats import SCAN_SUFFIXES, stem
 from samda.errors import InputError
 
@@ -39,7 +39,7 @@ def find_pairs(
     groups, dataset_labels = _labels(path, section)
     if not root.exists():
         raise InputError(f"there are no predictions {root}; check the path")
-    if root.is_file() and path.is_file() and not is_labelled(path):
+    if root.is_file() and path.is_file() and not is_labeled(path):
         return {stem(path): (root, path)}, dataset_labels
     found = {stem(root): root} if root.is_file() else _files(root)
     if not found:
@@ -61,12 +61,12 @@ def find_pairs(
 
 def _labels(path: Path, section: str | None) -> tuple[list[dict[str, Path]], Mapping[str, tuple[int, ...]] | None]:
     """Case -> label file, for each section of a data set; and the data set's ids."""
-    if path.is_dir() and not is_labelled(path):
+    if path.is_dir() and not is_labeled(path):
         found = _files(path)
         if not found:
             raise InputError(f"{path} holds no label files; give a folder of label files, or a data set")
         return [found], None
-    if path.is_file() and not is_labelled(path):
+    if path.is_file() and not is_labeled(path):
         return [{stem(path): path}], None
     data = read_datalist(path)
     groups = {name: {c["id"]: Path(c["label"]) for c in cases if c.get("label")} for name, cases in data.cases.items()}

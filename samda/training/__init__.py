@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from samda.training.cases import build_task, dataset_labels, labelled_cases, training_cases
+from samda.training.cases import build_task, dataset_labels, labeled_cases, training_cases
 from samda.training.check import check_config, check_overrides
 from samda.training.checkpoint import Checkpoint, Resume, SaveCheckpoint
 from samda.training.datasets import SliceDataset, build_dataset, prepare_batch
@@ -43,7 +43,7 @@ __all__ = [
     "check_overrides",
     "dataset_labels",
     "distribute",
-    "labelled_cases",
+    "labeled_cases",
     "parameter_groups",
     "prepare_batch",
     "save_training",

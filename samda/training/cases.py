@@ -15,7 +15,7 @@ from samda.data.suggest import check_and_suggest
 from samda.data.task import Task
 from samda.errors import InputError, UsageError, nearest
 
-__all__ = ["build_task", "dataset_labels", "labelled_cases", "training_cases"]
+__all__ = ["build_task", "dataset_labels", "labeled_cases", "training_cases"]
 
 logger = logging.getLogger(__name__)
 
@@ -89,14 +89,14 @@ def training_cases(
     cases are split, see :func:`samda.data.splits.split`.
 
     Raises:
-        InputError: no labelled case.
+        InputError: no labeled case.
         UsageError: an impossible fold or fraction.
     """
     training, validation = datalist.cases["training"], datalist.cases["validation"]
     if not training:
         number = len(datalist.cases["test"])
         raise InputError(
-            f"the data set has no labelled training case ({number} without a label); list some under training"
+            f"the data set has no labeled training case ({number} without a label); list some under training"
         )
     if validation and fold is None:
         result = Split(training, validation, f"by the data set: {len(validation)} cases validate")
@@ -106,7 +106,7 @@ def training_cases(
     return result
 
 
-def labelled_cases(datalist: DataList, section: str) -> list[Case]:
+def labeled_cases(datalist: DataList, section: str) -> list[Case]:
     """The cases of a section that have labels to compare with.
 
     Raises:

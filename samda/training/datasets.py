@@ -129,7 +129,7 @@ class SliceDataset(Dataset):
         self.neighbors: list[list[tuple[int, int, int]]] = []  # per case, of each position: below, itself, above
         self.items: list[tuple[int, int]] = []  # case, position in it
         if not data:
-            raise InputError(f"the data set has no {part} case; add labelled scans")
+            raise InputError(f"the data set has no {part} case; add labeled scans")
         self.names = [_name(case) for case in data]
         self.statistics = SliceStatistics(task)
         left, checksum = memory_mb, 0

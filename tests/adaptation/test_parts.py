@@ -99,7 +99,7 @@ def test_a_part_may_be_empty(adapt: Callable) -> None:
     assert result["cases"] == {} and result["page"] is None
 
 
-def test_the_last_part_distils_the_site_version(adapt: Callable, model: Path) -> None:
+def test_the_last_part_distills_the_site_version(adapt: Callable, model: Path) -> None:
     assert adapt("parts", Part(1, 2), site="clinic-a")["site"] is None
     assert list_versions(model) == ["source"]
     about = adapt("parts", Part(2, 2), site="clinic-a")["site"]

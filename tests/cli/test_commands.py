@@ -49,7 +49,7 @@ def samda(capsys: pytest.CaptureFixture, *args: str | Path) -> tuple[int, str, s
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a data set, a task file, unlabelled scans and a model trained for one epoch."""
+    """A folder with a data set, a task file, unlabeled scans and a model trained for one epoch."""
     place = tmp_path_factory.mktemp("balls")
     (place / "data").mkdir()
     (place / "scans").mkdir()

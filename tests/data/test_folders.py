@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from samda.data.datalists import is_labelled, read_datalist
+from samda.data.datalists import is_labeled, read_datalist
 from samda.data.problems import Problem
 from samda.errors import InputError
 
@@ -54,7 +54,7 @@ def test_pictures_and_masks(tmp_path, masks):
         "c": ("images/c.tif", f"{masks}/c_segmentation.png"),
     }
     data = read_datalist(tmp_path)
-    assert data.layout == "masks" and data.labels is None and is_labelled(tmp_path)
+    assert data.layout == "masks" and data.labels is None and is_labeled(tmp_path)
     assert data.cases["test"] == data.cases["validation"] == []
 
 
@@ -99,7 +99,7 @@ def test_series_with_labels_in_three_places(tmp_path):
         "p3": ("p3", "labels/p3.mha"),
         "p4": ("p4/CT/1", "p4/ct_seg.nii.gz"),
     }
-    assert read_datalist(tmp_path).layout == "dicom" and is_labelled(tmp_path)
+    assert read_datalist(tmp_path).layout == "dicom" and is_labeled(tmp_path)
     (case,) = read_datalist(tmp_path / "p1").cases["training"]
     assert case == {"id": "p1", "image": str(tmp_path / "p1"), "label": str(tmp_path / "p1/anything.nii.gz")}
 
@@ -125,7 +125,7 @@ def test_series_without_any_label_are_scans(tmp_path):
         series(tmp_path / name)
     touch(tmp_path, "other.nii.gz")
     assert [case["id"] for case in read_datalist(tmp_path).cases["test"]] == ["other", "p1", "p2"]
-    assert not is_labelled(tmp_path)
+    assert not is_labeled(tmp_path)
 
 
 def test_a_folder_of_nothing_known_says_what_could_be_done(tmp_path):

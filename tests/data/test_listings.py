@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from samda.data.datalists import is_labelled, read_datalist
+from samda.data.datalists import is_labeled, read_datalist
 from samda.errors import InputError
 
 
@@ -34,7 +34,7 @@ def test_all_columns(place):
     )
     for path in (place, place / "pairs.csv"):  # the only list of pairs in its folder
         data = read_datalist(path)
-        assert data.layout == "csv" and data.labels is None and is_labelled(path)
+        assert data.layout == "csv" and data.labels is None and is_labeled(path)
         root = str(place)
         assert data.cases["training"] == [
             {"id": "one", "image": f"{root}/ct/0.nii.gz", "label": f"{root}/seg/0.nii.gz", "patient": "p1", "fold": 0},
@@ -92,7 +92,7 @@ def test_a_report_names_every_wrong_line_also_where_no_sound_one_is_left(place):
 def test_other_tables_do_not_make_a_data_set(place):
     (place / "scores.csv").write_text("case,dice\n0,0.9\n")
     touch(place, "a.nii.gz")
-    assert read_datalist(place).layout == "scans" and not is_labelled(place)
+    assert read_datalist(place).layout == "scans" and not is_labeled(place)
     for name in ("a.csv", "b.csv"):
         (place / name).write_text("image,label\nct/0.nii.gz,seg/0.nii.gz\n")
     with pytest.raises(InputError, match=r"several lists of pairs \(a.csv, b.csv\); give one of them"):

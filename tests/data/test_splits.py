@@ -123,7 +123,7 @@ def test_impossible_splits(arguments, message):
 
 
 def test_nothing_to_split():
-    with pytest.raises(UsageError, match="no labelled cases"):
+    with pytest.raises(UsageError, match="no labeled cases"):
         split([], TASK)
 
 

@@ -95,7 +95,7 @@ def test_names_all_and_none() -> None:
 def test_predict_and_bundle_keep_the_same(
     phantom: SimpleNamespace, band_network: Callable, band_task: Task, tmp_path: Path
 ) -> None:
-    """Against scipy's labelling; the scan is stored in another axis order than the slices have."""
+    """Against scipy's labeling; the scan is stored in another axis order than the slices have."""
     affine = np.array([[0, -1.0, 0, 30], [1.0, 0, 0, -20], [0, 0, -3.0, 9], [0, 0, 0, 1]])
     true = specks(phantom.truth((36, 44, 9)))
     path = phantom.write(tmp_path / "scan.nii.gz", true, affine)

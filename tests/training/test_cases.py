@@ -11,7 +11,7 @@ from tiny_scans import TASK
 from samda.data.datalists import DataList, read_datalist
 from samda.data.task import Task
 from samda.errors import InputError, UsageError
-from samda.training import build_task, labelled_cases, training_cases
+from samda.training import build_task, labeled_cases, training_cases
 
 
 def test_a_task_comes_as_object_values_or_file(tmp_path: Path) -> None:
@@ -46,15 +46,15 @@ def test_the_data_sets_own_validation_cases_are_taken_unless_a_fold_is_asked_for
 
 def test_a_data_set_without_labels_is_one_line() -> None:
     data = DataList({"training": [], "validation": [], "test": [{"id": "x", "image": "x.nii"}]}, None, "scans")
-    with pytest.raises(InputError, match=r"no labelled training case \(1 without a label\)"):
+    with pytest.raises(InputError, match=r"no labeled training case \(1 without a label\)"):
         training_cases(data, Task())
     with pytest.raises(InputError, match=r"no label in section 'test'; labels per section: training \(0\)"):
-        labelled_cases(data, "test")
+        labeled_cases(data, "test")
     with pytest.raises(UsageError, match="section 'tests' is unknown; did you mean 'test'"):
-        labelled_cases(data, "tests")
+        labeled_cases(data, "tests")
 
 
-def test_labelled_cases_leave_out_those_without_a_label() -> None:
+def test_labeled_cases_leave_out_those_without_a_label() -> None:
     cases: list[dict[str, Any]] = [{"id": "a", "image": "a", "label": "l"}, {"id": "b", "image": "b"}]
     data = DataList({"training": [], "validation": cases, "test": []}, None, "datalist")
-    assert [case["id"] for case in labelled_cases(data, "validation")] == ["a"]
+    assert [case["id"] for case in labeled_cases(data, "validation")] == ["a"]
