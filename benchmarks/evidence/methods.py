@@ -57,9 +57,9 @@ ENCODER = tuple(name for name, method in METHODS.items() if method.encoder and n
 # ablation -> row -> method; a row that the main table has stands there under its own name
 ABLATIONS: dict[str, dict[str, Method]] = {
     "LKA, kernel and placement": {
+        "kernel 7, parallel": METHODS["lka"],
         "kernel 3": Method({"lka": {"kernel_size": 3}}),
         "kernel 5": Method({"lka": {"kernel_size": 5}}),
-        "kernel 7, parallel": METHODS["lka"],
         "kernel 11": Method({"lka": {"kernel_size": 11}}),
         "kernel 31": Method({"lka": {"kernel_size": 31}}),
         "kernel 7, after the sum": Method({"lka": {"placement": "after"}}),
