@@ -103,6 +103,7 @@ CLAIMS: dict[str, Callable[[Rows], bool]] = {
         all(rows.fields[m] < rows.fields["head"] for m in (*ENCODER, "full"))
         and min(rows.fields, key=lambda m: rows.fields[m] if not m.startswith("vit_b") else 1) == "full"
         and rows.fields["vit_b, dka"] > rows.fields["vit_b, dka_5"] > 2 * rows.fields["vit_b"]
+        and rows.fields["vit_b, bottleneck_16"] < rows.fields["vit_b"]
     ),
 }
 
