@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from .tables import labels_name, pick
 __all__ = ["checksum", "draw_fields", "draw_labels"]
 
 Row = dict[str, Any]
+COLUMNS = 9  # pictures side by side
 
 
 def checksum(rows: Any) -> str:
@@ -68,21 +70,27 @@ def _panel(
 
 
 def draw_fields(rows: list[Row], path: Path) -> None:
-    """A column per network, a row per tap: influence of each pixel on the middle, three decades from white to dark."""
+    """Influence of each pixel on the middle, three decades from white to dark: a row of pictures per tap, in bands."""
     import numpy as np
 
     taps = ("block", "neck")
-    figure = _figure(1.35 * max(1, len(rows)), 3.2)
-    grid = figure.subplots(len(taps), max(1, len(rows)), squeeze=False)
-    for column, row in enumerate(rows):
+    bands = max(1, math.ceil(len(rows) / COLUMNS))
+    figure = _figure(1.35 * COLUMNS, 3.0 * bands)
+    grid = figure.subplots(len(taps) * bands, COLUMNS, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for number, row in enumerate(rows):
+        band, column = divmod(number, COLUMNS)
         for line, tap in enumerate(taps):
-            axes = grid[line, column]
+            axes = grid[len(taps) * band + line, column]
             picture = np.array([list(bytes.fromhex(text)) for text in row[tap]["picture"]])
             axes.imshow(picture, cmap="magma_r", vmin=0, vmax=255, interpolation="nearest")
+            axes.set_axis_on()
             axes.set(xticks=[], yticks=[])
             if column == 0:
                 axes.set_ylabel(tap)
-        grid[0, column].set_title("frozen SAM" if row["network"] == "head" else row["network"], fontsize=7)
+        name = "frozen SAM" if row["network"] == "head" else row["network"]
+        grid[len(taps) * band, column].set_title(name, fontsize=7)
     _save(figure, path, rows)
 
 
