@@ -23,7 +23,8 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from .page import write_page
-from .parts import PARTS, measure, missing, store
+from .parts import PARTS, measure
+from .results import missing, store
 
 
 def main() -> None:

@@ -17,8 +17,9 @@ from ..context import table as context_table
 from ..filling import fill
 from . import figures, tables
 from .methods import ABLATIONS, FROZEN
-from .parts import CHEST, PARTS, missing, planned, read
+from .parts import CHEST, PARTS, planned
 from .protocol import TASKS, VIEWS
+from .results import missing, read
 from .trial import BATCH, HEAD_RATE, HEAD_STEPS, LATER_HEAD_RATE, STEPS
 
 __all__ = ["PAGE", "blocks", "filled", "read", "write_page"]

@@ -4,22 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
-
-from samda.files import write_json
-from samda.resources import cache_dir
 
 from ..context import EPOCHS
 from .elsewhere import measure_by_script
 from .methods import ABLATIONS, ENCODER, FRESH, FROZEN, METHODS, Method
 
-__all__ = ["PARTS", "RESULTS", "measure", "missing", "planned", "read", "results_file", "store"]
+__all__ = ["PARTS", "measure", "planned"]
 
-RESULTS = Path(__file__).parents[1] / "results" / "evidence"
 COUNTS = (1, 2, 4, 8, 16, 0)  # labeled slices; 0: all
 ENCODER_COUNTS = (8, 2, 0)
 SEEDS, ENCODER_SEEDS = 5, 3  # from 0; the second where the encoder trains
@@ -135,48 +127,6 @@ PARTS = {
     "adaptation": _adaptation,
     "context": _context,
 }
-
-
-def results_file(part: str) -> Path:
-    """Where the rows of a part are kept; those of a script of its own lie where the script keeps them."""
-    return (RESULTS.parent if part in ("adaptation", "context") else RESULTS) / f"{part}.json"
-
-
-def stored(part: str) -> list[Run]:
-    """All rows that are kept, those of other settings included."""
-    file = results_file(part)
-    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    return content["runs"] if isinstance(content, dict) else content
-
-
-def read(part: str) -> list[Run]:
-    """The rows of the planned runs that are there, in the order of the plan."""
-    rows = stored(part)
-    return [row for run in planned(part) for row in rows if run.items() <= row.items()]
-
-
-def missing(part: str) -> list[Run]:
-    """The planned runs without a row; a rival that could not run is tried again."""
-    rows = [row for row in stored(part) if row.get("status") != "not run"]
-    return [run for run in planned(part) if not any(run.items() <= row.items() for row in rows)]
-
-
-def store(part: str, row: Run) -> None:
-    """Add a row to what is kept now, perhaps by another command, in place of one that could not run."""
-    lock = cache_dir() / "evidence" / f"{part}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):
-        settled = [other for other in stored(part) if other.get("status") != "not run" or not same(other, row)]
-        rows, file = [*settled, row], results_file(part)
-        if part == "adaptation" and file.exists():  # says with which versions and settings it was begun, too
-            write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"runs": rows})
-        else:
-            write_json(file, rows)
-
-
-def same(one: Run, other: Run) -> bool:
-    """Do two rows answer for the same run?"""
-    return all(one.get(key) == other.get(key) for key in ("rival", "labels", "seed", "budget"))
 
 
 def measure(run: Run) -> Run:

@@ -87,12 +87,12 @@ def test_every_method_can_be_built_and_the_encoder_stays_where_it_says_so(module
 
 
 def test_a_run_is_stored_when_it_ends_and_never_done_again(module, tmp_path: Path, monkeypatch) -> None:
-    main, parts = module("__main__"), module("parts")
+    main, parts, results = module("__main__"), module("parts"), module("results")
     runs = [{"task": "abdomen", "seed": seed} for seed in range(3)]
     file = tmp_path / "part.json"
     file.write_text(json.dumps([runs[1] | {"dice": 0.5}]))
     monkeypatch.setattr(parts, "planned", lambda part: runs)
-    monkeypatch.setattr(parts, "results_file", lambda part: file)
+    monkeypatch.setattr(results, "results_file", lambda part: file)
     assert main.complete("part", minutes=0, processes=1, measure=root_of_seed) == 0
     assert len(json.loads(file.read_text())) == 1, "no time, no run"
     assert main.complete("part", minutes=1, processes=1, measure=root_of_seed) == 1
@@ -125,19 +125,19 @@ def test_scripts_of_their_own_give_the_row_that_was_asked_for(module, tmp_path: 
 def test_another_protocol_and_a_rival_that_could_not_run_are_measured_again(
     module, tmp_path: Path, monkeypatch
 ) -> None:
-    parts, trial = module("parts"), module("trial")
-    monkeypatch.setattr(parts, "results_file", lambda part: tmp_path / f"{part}.json")
+    parts, results, trial = module("parts"), module("results"), module("trial")
+    monkeypatch.setattr(results, "results_file", lambda part: tmp_path / f"{part}.json")
     monkeypatch.setenv("SAMDA_CACHE", str(tmp_path))
     first = parts.planned("rates")[0]
-    parts.store("rates", first | {"dice": 0.5})
-    assert first not in parts.missing("rates") and parts.read("rates") == [first | {"dice": 0.5}]
+    results.store("rates", first | {"dice": 0.5})
+    assert first not in results.missing("rates") and results.read("rates") == [first | {"dice": 0.5}]
     monkeypatch.setattr(trial, "STEPS", trial.STEPS + 1)
-    assert parts.read("rates") == [] and len(parts.missing("rates")) == len(parts.planned("rates"))
+    assert results.read("rates") == [] and len(results.missing("rates")) == len(parts.planned("rates"))
     run = parts.planned("rivals")[1]
-    parts.store("rivals", run | {"status": "not run", "reason": "no network"})
-    assert run in parts.missing("rivals")
-    parts.store("rivals", run | {"dice": 0.1})
-    assert run not in parts.missing("rivals") and parts.stored("rivals") == [run | {"dice": 0.1}]
+    results.store("rivals", run | {"status": "not run", "reason": "no network"})
+    assert run in results.missing("rivals")
+    results.store("rivals", run | {"dice": 0.1})
+    assert run not in results.missing("rivals") and results.stored("rivals") == [run | {"dice": 0.1}]
 
 
 def root_of_seed(run: dict) -> dict:
