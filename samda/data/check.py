@@ -15,12 +15,12 @@ from samda.data.formats import files_of
 from samda.data.labels import LabelMap, label_map
 from samda.data.problems import Problem
 from samda.data.slices import refuse_other_scale
-from samda.data.splits import split
+from samda.data.splits import patient_of, split
 from samda.data.task import Task
 from samda.errors import InputError, SamdaError
 from samda.progress import Cases
 
-__all__ = ["DataReport", "check_data", "intensity_problems"]
+__all__ = ["DataReport", "check_data", "intensity_problems", "range_problems"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +100,12 @@ def check_data(path: str | Path, task: Task | None = None) -> DataReport:
     problems += _of_ids(report, task)
     problems += _of_channels(facts, task)
     problems += _of_slices(facts)
-    problems += _of_ranges(data, facts, task)
     problems += _of_patients(data)
     problems += _of_whole(report, task)
     if task is not None:
         problems += intensity_problems(report, task)
         problems += _of_scale(facts, task)
+        problems += range_problems(report, task)
     return report
 
 
@@ -208,14 +208,15 @@ def _of_slices(facts: Sequence[CaseFacts]) -> list[Problem]:
     return found
 
 
-def _of_ranges(data: DataList, facts: Sequence[CaseFacts], task: Task | None) -> list[Problem]:
-    """Ranges of "slices" that leave the scan: along the task's axis or, where no task says which, along any."""
+def range_problems(report: DataReport, task: Task) -> list[Problem]:
+    """Ranges of "slices" that leave the scan along the task's axis."""
     found = []
-    for case, entry in zip(facts, (case for cases in data.cases.values() for case in cases), strict=True):
+    entries = [case for cases in report.data.cases.values() for case in cases]
+    for case, entry in zip(report.cases, entries, strict=True):
         if not case.shape:
             continue
-        along = {"sagittal": "LR", "coronal": "PA", "axial": "IS"}.get(task.axis if task else "", "LRPAIS")
-        size = max(n for n, end in zip(case.shape, case.orientation, strict=True) if end in along)
+        along = {"sagittal": "LR", "coronal": "PA", "axial": "IS"}[task.axis]
+        size = next(n for n, end in zip(case.shape, case.orientation, strict=True) if end in along)
         for first, end in entry.get("slices", []):
             if not 0 <= first < end <= size:
                 text = f"slices {first} to {end} do not lie within its {size} slices; count from 0, end exclusive"
@@ -230,7 +231,7 @@ def _of_patients(data: DataList) -> list[Problem]:
     files: dict[Path, list[str]] = {}
     for section, cases in data.cases.items():
         for case in cases:
-            patient = str(case.get("patient") or case["id"])
+            patient = patient_of(case)
             sections.setdefault(patient, {}).setdefault(section, case["id"])
             if section == "training" and "fold" in case:
                 folds.setdefault(patient, {}).setdefault(case["fold"], case["id"])

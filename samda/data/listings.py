@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -83,7 +84,8 @@ def _entry(entry: Any, section: str, where: str, folder: Path) -> Case:
     case = dict(entry)
     for key in ("image", "label") if section != "test" else ("image",):
         if not case.get(key):
-            raise InputError(f"{where} has no {key!r}; {nearest(key, map(str, case))}")
+            remedy = "it is empty, give a path" if key in case else nearest(key, map(str, case))
+            raise InputError(f"{where} has no {key!r}; {remedy}")
     image, label = case["image"], case.pop("label", None)
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
@@ -97,16 +99,28 @@ def _entry(entry: Any, section: str, where: str, folder: Path) -> Case:
     if "fold" in case and (isinstance(case["fold"], bool) or not isinstance(case["fold"], int)):
         raise InputError(f"{where}: fold must be a whole number, got {case['fold']!r}")
     for key in ("id", "patient"):
-        if isinstance(case.get(key), list | Mapping):
-            raise InputError(f"{where}: {key} must be a text or a number, got {case[key]!r}")
-    if "slices" in case and not _are_ranges(case["slices"]):
-        raise InputError(f"{where}: slices must be pairs [[first, end], ...] of whole numbers, got {case['slices']!r}")
+        name = case.pop(key, None)
+        if isinstance(name, bool | list | Mapping):
+            raise InputError(f"{where}: {key} must be a text or a number, got {name!r}")
+        if name is not None and name != "":
+            case[key] = str(name)
+    if "slices" in case:
+        _check_ranges(case["slices"], where)
     return case
 
 
-def _are_ranges(value: Any) -> bool:
-    pairs = value if isinstance(value, list) else [None]
-    return all(isinstance(pair, list) and len(pair) == 2 and all(type(i) is int for i in pair) for pair in pairs)
+def _check_ranges(value: Any, where: str) -> None:
+    pairs = value if isinstance(value, list) else []
+    if not pairs or not all(_is_pair(pair) for pair in pairs):
+        raise InputError(f"{where}: slices must be pairs [[first, end], ...] of whole numbers, got {value!r}")
+    ordered = sorted(pairs)
+    for before, after in itertools.pairwise(ordered):
+        if after[0] < before[1]:  # a slice that is there twice could train and validate
+            raise InputError(f"{where}: slices {before} and {after} overlap; join them")
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(i) is int for i in value) and value[0] < value[1]
 
 
 # -------------------------------------------------------------------------------------------------------- nnU-Net v2

@@ -65,7 +65,7 @@ def split(
         raise UsageError("there are no labeled cases to split; list some under training")
     if not 0 < fraction <= 0.5:
         raise UsageError(f"the validation fraction must lie above 0 and be at most 0.5, got {fraction}")
-    patients = list(dict.fromkeys(_patient(case) for case in cases))
+    patients = list(dict.fromkeys(patient_of(case) for case in cases))
     stated = {case["fold"] for case in cases if "fold" in case}
     if fold is not None and stated:
         return _by_stated_fold(cases, fold, stated)
@@ -86,20 +86,22 @@ def split(
     return _by_patient(cases, set(chosen), note)
 
 
-def _patient(case: Case) -> str:
-    return str(case.get("patient") or case["id"])
+def patient_of(case: Case) -> str:
+    """The patient that a case states, else its id."""
+    patient = case.get("patient")
+    return str(case["id"] if patient is None or patient == "" else patient)
 
 
 def _by_patient(cases: Sequence[Case], chosen: set[str], note: str) -> Split:
-    validation = [case for case in cases if _patient(case) in chosen]
-    return Split([case for case in cases if _patient(case) not in chosen], validation, note)
+    validation = [case for case in cases if patient_of(case) in chosen]
+    return Split([case for case in cases if patient_of(case) not in chosen], validation, note)
 
 
 def _by_stated_fold(cases: Sequence[Case], fold: int, stated: set[int]) -> Split:
     if fold not in stated:
         raise UsageError(f"no case states fold {fold}; choose from {', '.join(map(str, sorted(stated)))}")
-    chosen = {_patient(case) for case in cases if case.get("fold") == fold}
-    torn = [case["id"] for case in cases if _patient(case) in chosen and case.get("fold") != fold]
+    chosen = {patient_of(case) for case in cases if case.get("fold") == fold}
+    torn = [case["id"] for case in cases if patient_of(case) in chosen and case.get("fold") != fold]
     if torn:
         raise UsageError(f"case {torn[0]!r} is in another fold than the same patient's other scans; correct the folds")
     result = _by_patient(cases, chosen, f"by the datalist's fold {fold}: {len(chosen)} patients validate")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from samda.data.check import DataReport, check_data, intensity_problems
+from samda.data.check import DataReport, check_data, intensity_problems, range_problems
 from samda.data.facts import AIR, CaseFacts
 from samda.data.problems import Problem
 from samda.data.task import Task
@@ -91,6 +91,7 @@ def check_and_suggest(path: str | Path) -> tuple[DataReport, Suggestion | None]:
             report.problems.append(Problem("no task", str(error)))
         return report, None
     report.problems.extend(intensity_problems(report, suggestion.task))
+    report.problems.extend(range_problems(report, suggestion.task))
     return report, suggestion
 
 

@@ -164,7 +164,8 @@ class SliceDataset(Dataset):
         for first, end in case.get("slices") or [(0, grid.num_slices)]:
             if not 0 <= first < end <= grid.num_slices:
                 raise InputError(
-                    f"case {name!r}: slices {first} to {end} do not lie within its {grid.num_slices} slices"
+                    f"case {name!r}: slices {first} to {end} do not lie within its {grid.num_slices} slices; "
+                    "count from 0, end exclusive"
                 )
             start = len(chosen)
             chosen += range(first, end)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import SimpleITK as sitk
 
 from samda.data.check import check_data
 from samda.data.problems import Problem
+from samda.data.suggest import check_and_suggest
 from samda.data.task import Task
 
 SHAPE = (12, 14, 6)
@@ -225,13 +227,24 @@ def test_patients_and_files_on_two_sides(place: Path) -> None:
 
 
 def test_ranges_that_leave_the_scan(place: Path) -> None:
-    ends = {"a": SHAPE[2], "b": max(SHAPE) + 1, "d": SHAPE[2] + 1}
+    ends = {"a": SHAPE[2], "b": max(SHAPE), "d": SHAPE[2] + 1}
     path = listed(place, training=[{"of": name, "slices": [[0, end]]} for name, end in ends.items()])
-    assert [(p.kind, p.case, p.stops) for p in problems(path)] == [("slices", "b_0000", True)]
-    task = Task(classes=("background", "liver", "spleen"), labels={"liver": 1, "spleen": 2}, axis="axial")
+    task = Task(classes=("background", "liver", "spleen"), labels={"liver": 1, "spleen": 2}, axis="coronal")
     found = [problem for problem in problems(path, task) if problem.kind == "slices"]
-    assert [p.case for p in found] == ["b_0000", "d_0000"]
+    assert found == [], "14 slices along this axis"
+    task = dataclasses.replace(task, axis="axial")
+    found = [problem for problem in problems(path, task) if problem.kind == "slices"]
+    assert [(p.case, p.stops) for p in found] == [("b_0000", True), ("d_0000", True)]
     assert f"slices 0 to {SHAPE[2] + 1} do not lie within its {SHAPE[2]} slices" in found[1].text
+    report, suggestion = check_and_suggest(path)
+    assert suggestion is not None and suggestion.task.axis == "axial"
+    assert [p.case for p in report.problems if p.kind == "slices"] == ["b_0000", "d_0000"]
+
+
+def test_a_patient_may_be_called_0(place: Path) -> None:
+    training = [{"of": "a", "patient": 0}, {"of": "b", "patient": 0}, {"of": "c", "patient": 1}, {"of": "d", "id": 0}]
+    path = listed(place, training=training, validation=[{"of": "d", "patient": 0, "id": "y"}])
+    assert "patient '0' is in 2 sections (a_0000 in training, y in validation)" in problems(path)[0].text
 
 
 def test_validation_needs_foreground(place: Path) -> None:

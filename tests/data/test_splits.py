@@ -45,6 +45,13 @@ def test_folds_by_seed_part_the_patients():
     assert len(set().union(*parts)) == 11
 
 
+def test_patient_0_is_a_patient():
+    numbered = [{"id": f"s{i}", "patient": i // 2, "image": "x"} for i in range(4)]
+    for seed in range(4):
+        result = split(numbered, TASK, 0.5, seed=seed)
+        assert not patients(result.training) & patients(result.validation) and "1 of 2 patients" in result.note
+
+
 def test_stated_folds():
     listed = [case | {"fold": i % 3} for i, case in enumerate(cases(6))]
     result = split(listed, TASK, fold=1)
