@@ -21,6 +21,7 @@ class Rows:
     def __init__(self, page) -> None:
         self.page = page
         self.dice = {(r["method"], r["labels"], r["seed"]): r["dice"] for r in page.main_rows()}
+        self.chest = {(r["method"], r["labels"], r["seed"]): r["dice"] for r in page.read("chest")}
         self.fields = {r["network"]: r["block"]["areas"]["mass"]["0.5"] for r in page.read("fields")}
         self.dials = {(r["ablation"], r["row"], r["seed"]): r["dice"] for r in page.read("ablations")}
         self.rivals = [r for r in page.read("rivals") if "dice" in r]
@@ -51,12 +52,17 @@ def apart(found: list[float]) -> bool:
 
 
 CLAIMS: dict[str, Callable[[Rows], bool]] = {
-    "Adapters of the encoder gain over the head alone": lambda rows: all(
+    "Adapters of the encoder gain over the head alone on patient A": lambda rows: all(
         gain > 0 for m in ENCODER for n in COUNTS for gain in rows.gains(m, "head_fresh", n)
     ),
-    "Full fine-tuning is the one that can lose": lambda rows: (
+    "With two slices of the chest CT they may lose": lambda rows: (
+        any(all(rows.chest[m, 2, s] < rows.chest["head", 2, s] for m in ("lora", "salt", "dka")) for s in range(3))
+        and all(rows.chest[m, 8, s] > rows.chest["head", 8, s] for m in ("lora", "salt", "dka") for s in range(3))
+    ),
+    "Full fine-tuning is a gamble when labels are few": lambda rows: (
         any(g < 0 for n in (2, 8) for g in rows.gains("full", "head_fresh", n))
         and all(rows.mean("full", 0) > rows.mean(m, 0) for m in ENCODER)
+        and all(rows.chest["full", 8, s] > rows.chest[m, 8, s] for m in ("lora", "salt", "dka") for s in range(3))
     ),
     "SALT beats S-SAM": lambda rows: all(rows.told_apart("salt", "s_sam", n) for n in COUNTS),
     "not LoRA": lambda rows: not any(rows.told_apart("salt", "lora", n) for n in COUNTS),
