@@ -45,7 +45,7 @@ from samda.adaptation.trajectory import Trajectory, descend, held, keep_last, lo
 from samda.adaptation.views import FAMILIES, make_views, mirrored_classes, restore_view, seed_of
 from samda.adapters.base import unmerge
 from samda.adapters.files import state_tensors
-from samda.adapters.scopes import scope_parameters
+from samda.adapters.scopes import check_scope, scope_parameters
 from samda.data.objects import name_of, scan_path
 from samda.data.slices import SliceGrid, center_channels
 from samda.data.task import Task
@@ -142,7 +142,8 @@ class Adaptation:
         unmerge(network)  # a merged adapter has no parameters of its own to move
         self.network, self.task, self.device = network.to(device).eval(), task, torch.device(device)
         self.version, self.memory_mb, self.time_limit_s = version, memory_mb, time_limit_s
-        self.scope, self.parameters = scope, scope_parameters(network, scope)
+        self.scope = "+".join(check_scope(scope))  # one spelling, so that equal settings have equal hashes
+        self.parameters = scope_parameters(network, self.scope)
         _check_trained(network, self.parameters)
         self.judge = Judge(task, record)
         self.steps = self.objective.steps if steps is None else steps

@@ -82,3 +82,12 @@ def test_every_required_field_is_described() -> None:
 def test_times_and_names() -> None:
     assert records.pseudonym("0123456789abcdef") == "case-0123456789ab"
     jsonschema.validate(records.now(), {"pattern": records.schema()["$defs"]["time"]["pattern"]})
+
+
+@pytest.mark.parametrize(
+    ("scope", "right"),
+    [("gate", True), ("gate+norm", True), ("decoder+encoder", True), ("", False), ("+norm", False), ("gate+", False)]
+    + [("gatenorm", False), ("all", False), ("gate,norm", False), ("gate+encodr", False)],
+)
+def test_scopes_of_a_record_are_names_joined_by_plus(scope: str, right: bool) -> None:
+    assert jsonschema.Draft202012Validator(records.schema()["properties"]["scope"]).is_valid(scope) is right
