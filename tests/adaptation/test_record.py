@@ -84,10 +84,7 @@ def test_times_and_names() -> None:
     jsonschema.validate(records.now(), {"pattern": records.schema()["$defs"]["time"]["pattern"]})
 
 
-@pytest.mark.parametrize(
-    ("scope", "right"),
-    [("gate", True), ("gate+norm", True), ("decoder+encoder", True), ("", False), ("+norm", False), ("gate+", False)]
-    + [("gatenorm", False), ("all", False), ("gate,norm", False), ("gate+encodr", False)],
-)
-def test_scopes_of_a_record_are_names_joined_by_plus(scope: str, right: bool) -> None:
-    assert jsonschema.Draft202012Validator(records.schema()["properties"]["scope"]).is_valid(scope) is right
+def test_scopes_of_a_record_are_names_joined_by_plus() -> None:
+    scope = jsonschema.Draft202012Validator(records.schema()["properties"]["scope"])
+    assert all(map(scope.is_valid, ("gate", "gate+norm", "decoder+encoder", "gate+decoder+norm+encoder")))
+    assert not any(map(scope.is_valid, ("", "+norm", "gate+", "gatenorm", "gate,norm", "gate+encodr", "all", None)))
