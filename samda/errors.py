@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
+import math
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Real
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -73,6 +75,34 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         return cls(**values)
     except TypeError as error:  # a required field is missing
         raise UsageError(f"{where}: {error}") from error
+
+
+def is_finite(value: Any) -> bool:
+    """Is it a finite real number? True and False are none: who writes `strength: true` means something else."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
+
+def check_numbers(settings: Any, where: str) -> None:
+    """Refuse anything but a finite number in the fields of a dataclass whose defaults are numbers.
+
+    Args:
+        settings: the dataclass.
+        where: what it belongs to, for the message ("guard").
+
+    Raises:
+        UsageError: naming the field, the value and the default.
+    """
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if is_finite(field.default) and not is_finite(value):
+            raise UsageError(
+                f"{where}: {field.name} must be a finite number, got {value!r}; the default is {field.default}"
+            )
 
 
 def cause_of(error: BaseException) -> SamdaError | None:

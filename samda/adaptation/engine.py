@@ -64,7 +64,7 @@ GRADIENT_PIXELS = 1 << 15  # embedding pixels decoded at once with gradients: ab
 
 
 class Adaptation:
-    """Adapts a trained model to scans, one at a time.
+    """Adapts a trained model to scans, one at a time. None takes a setting's default, whichever it is.
 
     Args:
         network: a trained segmenter; its base and class head never move.
@@ -75,8 +75,8 @@ class Adaptation:
         steps: optimizer steps; None takes the objective's own.
         lr: learning rate; None takes the objective's own.
         views: number of views, the slice itself included.
-        families: kinds of views, see :mod:`samda.adaptation.views`.
-        strength: multiplies how far views depart from the slice.
+        families: kinds of views, or one of them, see :mod:`samda.adaptation.views`.
+        strength: multiplies how far views depart from the slice, 0 to 10.
         flips: mirror every second view; organs have sides, so not by default.
         slices: number of slices that are adapted on; all are predicted.
         seed: of the views, together with the input.
@@ -94,7 +94,7 @@ class Adaptation:
         version: name of the model's version, for the record.
 
     Raises:
-        UsageError: an unknown name, or a value out of range.
+        UsageError: an unknown name, or a value of the wrong type or out of range.
         AdapterError: the model lacks the scope, or was never trained.
         InputError: the model carries no source statistics.
 
@@ -130,30 +130,31 @@ class Adaptation:
         device: torch.device | str = "cpu",
         version: str = "source",
     ) -> None:
-        self.view_settings: dict[str, Any] = {"families": tuple(families), "strength": strength, "flips": flips}
-        self.objective, self.guard = check_settings(
+        self.objective, self.guard, values = check_settings(
             {"method": method, "objective": objective, "scope": scope, "guard": guard, "steps": steps, "lr": lr}
-            | {"views": views, "slices": slices, "keep": keep, "batch_size": batch_size, "time_limit_s": time_limit_s}
-            | self.view_settings
+            | {"views": views, "families": families, "strength": strength, "flips": flips, "slices": slices}
+            | {"seed": seed, "keep": keep, "time_limit_s": time_limit_s, "batch_size": batch_size}
+            | {"memory_mb": memory_mb}
         )
+        self.view_settings = {key: values[key] for key in ("families", "strength", "flips")}
         if modality is not None:
             task = dataclasses.replace(task, modality=modality)
         task = override(task, keep_largest)
         unmerge(network)  # a merged adapter has no parameters of its own to move
         self.network, self.task, self.device = network.to(device).eval(), task, torch.device(device)
-        self.version, self.memory_mb, self.time_limit_s = version, memory_mb, time_limit_s
-        self.scope, self.parameters = scope, scope_parameters(network, scope)
+        self.version, self.memory_mb, self.time_limit_s = version, values["memory_mb"], time_limit_s
+        self.scope: str = values["scope"]
+        self.parameters = scope_parameters(network, self.scope)
         _check_trained(network, self.parameters)
         self.judge = Judge(task, record)
-        self.steps = self.objective.steps if steps is None else steps
-        self.lr = self.objective.lr if lr is None else lr
-        self.views, self.slices, self.seed, self.keep = views, slices, seed, keep
-        self.batch_size = batch_size
+        self.steps, self.lr, self.seed = values["steps"], values["lr"], values["seed"]
+        self.views, self.slices, self.keep = values["views"], values["slices"], values["keep"]
+        self.batch_size = values["batch_size"]
         encoder = [name for name in self.parameters if name.startswith("image_encoder.")]
         self.embedded = not encoder  # the encoder stays as it is, so views are encoded once
         self.mirror = mirrored_classes(task.classes)
         self.preprocessing = build_preprocessing(task, labels=False)
-        self.inferer = VolumeInferer(task, batch_size, device=device)
+        self.inferer = VolumeInferer(task, self.batch_size, device=device)
         self.hashes = {
             "model_sha256": records.tensors_sha256(full_state(network)),
             "adapter_sha256": records.tensors_sha256(state_tensors(network)),

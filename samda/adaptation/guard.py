@@ -35,7 +35,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from samda.errors import UsageError
+from samda.errors import UsageError, check_numbers
 
 __all__ = ["REASONS", "Decision", "Evidence", "GuardSettings", "after", "before", "mean_plausibility"]
 
@@ -130,6 +130,7 @@ class GuardSettings:
         return dataclasses.asdict(self)
 
     def __post_init__(self) -> None:
+        check_numbers(self, "guard")
         if self.volume_factor < 1:
             raise UsageError(f"guard: volume_factor must be at least 1, got {self.volume_factor}")
         if self.tolerance < 0:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from samda.errors import UsageError, from_mapping, nearest
+from samda.errors import UsageError, check_numbers, from_mapping, nearest
 from samda.inference.volume import largest
 
 __all__ = [
@@ -34,6 +35,9 @@ __all__ = [
 ]
 
 CLASS_DIM = -3  # of (..., K, h, w)
+# settings of objectives; all are numbers from 0
+POSITIVE = ("keep", "slack")
+SHARES = ("keep", "quota")
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
@@ -94,6 +98,17 @@ class Objective:
     lr: float = 1e-3
     anchor: float = 0.0
     align: float = 0.0
+
+    def __post_init__(self) -> None:
+        where = f"method {self.name!r}"
+        check_numbers(self, where)
+        for key, value in self.settings().items():
+            if isinstance(value, Real) and value < 0:
+                raise UsageError(f"{where}: {key} must not be negative, got {value!r}")
+            if key in POSITIVE and value == 0:
+                raise UsageError(f"{where}: {key} must be above 0, got {value!r}")
+            if key in SHARES and value > 1:
+                raise UsageError(f"{where}: {key} must be at most 1, got {value!r}")
 
     def prepare(self, logits: torch.Tensor) -> Any:
         """What to keep of the source model's logits (V, N, K, h, w); called once, without gradients."""
@@ -181,6 +196,7 @@ class SamDa(Objective):
     reduce: str = "mean_entropy"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.reduce not in ("mean_entropy", "entropy_of_mean"):
             raise UsageError(f"objective 'sam_da': reduce must be mean_entropy or entropy_of_mean, got {self.reduce!r}")
 
@@ -374,8 +390,8 @@ def build_objective(name: str, settings: Mapping[str, Any] | None = None) -> Obj
     """The objective of that name, its settings checked.
 
     Raises:
-        UsageError: unknown name or setting, with the nearest valid one.
+        UsageError: unknown name or setting, with the nearest valid one, or a value of a setting that cannot be.
     """
-    if name not in OBJECTIVES:
-        raise UsageError(f"unknown method {name!r}; {nearest(name, OBJECTIVES)}")
-    return from_mapping(OBJECTIVES[name], settings or {}, f"method {name!r}")
+    if not isinstance(name, str) or name not in OBJECTIVES:
+        raise UsageError(f"unknown method {name!r}; {nearest(str(name), OBJECTIVES)}")
+    return from_mapping(OBJECTIVES[name], {} if settings is None else settings, f"method {name!r}")

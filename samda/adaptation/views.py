@@ -145,7 +145,7 @@ def _blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
     radius = max(1, round(3 * sigma))
     radius = min(radius, min(images.shape[-2:]) - 1)
     x = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
-    kernel = torch.exp(-0.5 * (x / sigma) ** 2)
+    kernel = torch.exp(-0.5 * (x / max(sigma, 1e-6)) ** 2)  # strength 0 leaves the slice
     kernel = kernel / kernel.sum()
     channels = images.shape[1]
     for shape, pad in (((1, 1, -1, 1), (0, 0, radius, radius)), ((1, 1, 1, -1), (radius, radius, 0, 0))):

@@ -27,7 +27,7 @@ SCOPES = ("gate", "decoder", "norm", "encoder")
 
 
 def check_scope(scope: str) -> list[str]:
-    """The names that `scope` joins by "+"; no model is needed to know them.
+    """The names that `scope` joins by "+", each once and in the order of :data:`SCOPES`; no model is needed.
 
     Raises:
         UsageError: there is no such scope.
@@ -36,7 +36,7 @@ def check_scope(scope: str) -> list[str]:
     for part in parts:
         if part not in SCOPES:
             raise UsageError(f"there is no scope {part!r}; {nearest(part, SCOPES)}")
-    return parts
+    return [name for name in SCOPES if name in parts]
 
 
 def scope_parameters(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:

@@ -11,6 +11,9 @@ from samda.errors import UsageError, nearest
 
 __all__ = ["Parser"]
 
+# what other tools and our own other commands call an option: spelling alone would suggest a wrong one
+ALIASES = {"--lr": "--learning-rate", "--report": "--records"}
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises :class:`samda.errors.UsageError` instead of ending the process."""
@@ -36,7 +39,8 @@ class Parser(argparse.ArgumentParser):
                 return
             name = token.partition("=")[0]
             if name.startswith("-") and len(name) > 1 and name not in valid and not _is_number(token):
-                raise UsageError(f"unknown option {name!r}; {nearest(name, valid)}")
+                meant = ALIASES.get(name)
+                raise UsageError(f"unknown option {name!r}; {nearest(meant if meant in valid else name, valid)}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         choices = action.choices

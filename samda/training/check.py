@@ -105,6 +105,19 @@ def check_config(config: Mapping[str, Any], reference: Mapping[str, Any]) -> Non
             limit = f" and at most {most}" if most < math.inf else ""
             raise UsageError(f"config key {key!r} must be above 0{limit}, got {value!r}")
     _build({key: config[key] for key in config if key in reference and _is_plain(config[key])})
+    if {"method", "scope"} <= set(reference):  # adapt.json
+        _check_adaptation(config)
+
+
+def _check_adaptation(config: Mapping[str, Any]) -> None:
+    """Let the adaptation refuse its settings now; those that MONAI has yet to resolve must wait."""
+    from samda.adaptation.settings import check_settings  # training needs none of it
+
+    given = config.get("settings")
+    if not isinstance(given, Mapping):
+        return
+    values = {key: config.get(v[1:]) if isinstance(v, str) and v.startswith("@") else v for key, v in given.items()}
+    check_settings({key: value for key, value in values.items() if _is_plain(value)})
 
 
 def _build(config: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import pytest
 import torch
 
 from samda.adaptation.engine import Adaptation
-from samda.adaptation.record import validate_record
+from samda.adaptation.record import sha256_of, validate_record
 from samda.adaptation.trajectory import NotFinite, OutOfTime
 from samda.adaptation.views import apply_view
 from samda.adapters.base import base_parameters
+from samda.adapters.scopes import SCOPES, scope_parameters
 from samda.errors import AdapterError, InputError, UsageError
 from samda.inference.predict import Predictor
 from samda.networks.segmenter import SamSegmenter
@@ -185,6 +187,24 @@ def test_norm_scope(tiny_tinyvit_weights: Path, trained: tuple, case: Path) -> N
     result = adaptation.adapt(case)
     assert result.record["param_displacement"][1] > 0 and result.record["error"] is None
     assert all(".adapters.norm." in name for name in adaptation.parameters)
+
+
+COMBINATIONS = ["+".join(names) for n in range(1, 5) for names in itertools.combinations(SCOPES, n)]
+
+
+@pytest.mark.parametrize("scope", COMBINATIONS)
+def test_every_scope_and_combination_is_adapted_and_recorded(
+    tiny_tinyvit_weights: Path, trained: tuple, case: Path, scope: str
+) -> None:
+    network = build(tiny_tinyvit_weights, salt={"rank": 2}, norm={})
+    network.load_state_dict(network.state_dict() | trained[0])
+    small = {"method": "tent", "steps": 1, "views": 1, "slices": 1, "guard": NEVER_SKIP}
+    backwards = Adaptation(network, TASK, trained[1], scope="+".join([*scope.split("+")[::-1], scope]), **small)
+    record = backwards.adapt(case).record
+    validate_record(record)
+    assert record["error"] is None and record["steps_run"] == 1 and record["scope"] == scope
+    assert record["parameters_moved"] == sum(p.numel() for p in scope_parameters(network, scope).values())
+    assert record["config_sha256"] == sha256_of(Adaptation(network, TASK, trained[1], scope=scope, **small).config)
 
 
 def test_flips_are_mapped_back(make_adaptation: Callable, network: SamSegmenter, case: Path) -> None:

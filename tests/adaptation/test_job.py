@@ -12,19 +12,23 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser, ConfigWorkflow
 from safetensors.torch import load_file
 
 from samda.adaptation.job import mean_dice, run_adaptation
 from samda.adaptation.page import look_first
+from samda.adaptation.settings import DEFAULTS, OPTIONAL
 from samda.adaptation.site import describe_versions
 from samda.cli.main import main
 from samda.errors import InputError, UsageError, cause_of
 from samda.networks.model_folder import save_model
 from samda.networks.segmenter import SamSegmenter
 from samda.networks.versions import active_version, list_versions, load_version
+from samda.resources import packaged
 from tests.adaptation.conftest import ALWAYS, TASK
 
 SETTINGS = {"method": "class_entropy", "lr": 0.02, "steps": 1, "views": 2, "slices": 2, "keep": "last", "guard": ALWAYS}
+ADAPT = str(packaged("bundles", "sam_segmentation", "configs", "adapt.json"))
 QUICK = ["--views", "2", "--slices", "2", "--steps", "1"]
 
 
@@ -190,12 +194,8 @@ def test_failed_cases_give_exit_code_one(model: Path, tmp_path: Path, capsys: py
 
 
 def test_bundle_config(model: Path, scans: Path, tmp_path: Path) -> None:
-    from monai.bundle import ConfigWorkflow
-
-    from samda.resources import packaged
-
     workflow = ConfigWorkflow(
-        str(packaged("bundles", "sam_segmentation", "configs", "adapt.json")),
+        ADAPT,
         workflow_type=None,
         logging_file=False,
         model_dir=str(model),
@@ -212,12 +212,35 @@ def test_bundle_config(model: Path, scans: Path, tmp_path: Path) -> None:
 
 
 def test_bundle_config_refuses_unknown_keys(model: Path) -> None:
-    from monai.bundle import ConfigWorkflow
-
-    from samda.resources import packaged
-
-    path = str(packaged("bundles", "sam_segmentation", "configs", "adapt.json"))
-    workflow = ConfigWorkflow(path, workflow_type=None, logging_file=False, stepz=3)
+    workflow = ConfigWorkflow(ADAPT, workflow_type=None, logging_file=False, stepz=3)
     with pytest.raises(Exception) as error:
         workflow.initialize()
     assert "'stepz' is unknown; did you mean 'steps'" in str(cause_of(error.value))
+
+
+def test_bundle_config_has_every_setting() -> None:
+    config = ConfigParser.load_config_file(ADAPT)
+    assert config["settings"] == {key: f"@{key}" for key in config["settings"]}
+    assert set(config["settings"]) == {*DEFAULTS, *OPTIONAL}
+    values = {key: config[key] for key in config["settings"] if config[key] is not None}
+    assert values == {key: value for key, value in DEFAULTS.items() if key != "families"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "tnet"}, "unknown method 'tnet'; did you mean 'tent'?"),
+        ({"scope": "decoder+x"}, "there is no scope 'x'; choose from decoder, encoder, gate, norm"),
+        ({"steps": -1}, "steps must be at least 0 and whole, got -1"),
+        ({"steps": "$2 * 3", "lr": "x"}, "the learning rate (lr) must be positive, got 'x'"),
+        ({"families": ["gama"]}, "unknown view family 'gama'; did you mean 'gamma'?"),
+        ({"guard": {"tolerance": "x"}}, "guard: tolerance must be a finite number, got 'x'; the default is 0.1"),
+        ({"settings::keep": "first"}, "keep must be best or last, got 'first'"),
+        ({"seed": -1}, "config key 'seed' must be at least 0, got -1"),
+    ],
+)
+def test_bundle_config_refuses_wrong_settings_before_the_run(change: dict, message: str) -> None:
+    workflow = ConfigWorkflow(ADAPT, workflow_type=None, logging_file=False, **change)
+    with pytest.raises(Exception) as error:
+        workflow.initialize()
+    assert str(cause_of(error.value)) == message

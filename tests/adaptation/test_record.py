@@ -82,3 +82,9 @@ def test_every_required_field_is_described() -> None:
 def test_times_and_names() -> None:
     assert records.pseudonym("0123456789abcdef") == "case-0123456789ab"
     jsonschema.validate(records.now(), {"pattern": records.schema()["$defs"]["time"]["pattern"]})
+
+
+def test_scopes_of_a_record_are_names_joined_by_plus() -> None:
+    scope = jsonschema.Draft202012Validator(records.schema()["properties"]["scope"])
+    assert all(map(scope.is_valid, ("gate", "gate+norm", "decoder+encoder", "gate+decoder+norm+encoder")))
+    assert not any(map(scope.is_valid, ("", "+norm", "gate+", "gatenorm", "gate,norm", "gate+encodr", "all", None)))

@@ -74,6 +74,16 @@ def test_families_reach_both_ends() -> None:
     assert sum(g > 1 for g in gammas) == 2
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_largest_strength_is_finite_and_none_leaves_the_slice(family: str) -> None:
+    images = slices()
+    for strength in (0.0, 10.0):
+        for view in make_views(5, seed=0, families=[family], strength=strength):
+            found = apply_view(view, images, range(3))
+            assert found.isfinite().all()
+            assert strength or torch.allclose(found, images, atol=1e-6)
+
+
 def test_strength_scales_the_departure() -> None:
     mild = make_views(2, seed=0, families=["gamma"], strength=0.5)[1].strengths[0]
     full = make_views(2, seed=0, families=["gamma"])[1].strengths[0]

@@ -65,6 +65,9 @@ def test_no_command_is_wrong_usage(capsys: pytest.CaptureFixture) -> None:
         (["--jsn"], ["unknown option '--jsn'"]),
         (["predict", "-m", "m", "-i", "i", "--otput", "o"], ["unknown option '--otput'", "did you mean '--output'?"]),
         (["predict", "-device", "cpu"], ["unknown option '-device'", "did you mean '--device'?"]),
+        (["train", "--lr", "1e-3"], ["unknown option '--lr'", "did you mean '--learning-rate'?"]),
+        (["adapt", "--lr=1e-3"], ["unknown option '--lr'", "did you mean '--learning-rate'?"]),
+        (["adapt", "--report", "x"], ["unknown option '--report'", "did you mean '--records'?"]),
         (["predict", "--dev", "cpu"], ["unknown option '--dev'", "did you mean"]),  # no abbreviations
         (["predict", "-m", "m"], ["required", "-i/--input", "-o/--output"]),
         (["train", "-d", "d", "-o", "o", "--epochs", "many"], ["--epochs", "'many'"]),
