@@ -23,7 +23,7 @@ from .protocol import VIEWS, choose, load
 
 __all__ = ["BUDGETS", "RIVALS", "SEEDS", "compete"]
 
-BUDGETS = (900, 120)  # CPU seconds of one training; the one in which networks from scratch learn anything first
+BUDGETS = (600, 120)  # CPU seconds of one training; the one in which networks from scratch learn anything first
 SEEDS = (0, 1, 2)
 # the most telling ones first
 RIVALS = ("sam_da", "nnunet", "dynunet", "full", "nnunet_unmirrored", "salt+dka+sam_da", "decoder", "lora")
