@@ -66,6 +66,6 @@ def _build(name: str, settings: Mapping[str, Any] | AdapterConfig) -> AdapterCon
         raise UsageError(f"adapter {name!r}: settings must be a mapping, got {settings!r}; write {{}} for the defaults")
     values = dict(settings)
     kind = values.pop("type", name)
-    if kind not in ADAPTERS:
+    if not isinstance(kind, str) or kind not in ADAPTERS:
         raise UsageError(f"there is no adapter {kind!r}; {nearest(str(kind), ADAPTERS)}")
     return from_mapping(ADAPTERS[kind], values, f"adapter {name!r}")
