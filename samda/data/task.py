@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from samda.errors import UsageError, from_mapping, nearest
+from samda.yaml_text import load_yaml
 
 __all__ = ["Task"]
 
@@ -150,7 +151,7 @@ class Task:
             UsageError: there is no such file, it is no YAML, or it states no valid task.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            values = load_yaml(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise UsageError(f"there is no task file {path} ({error.strerror}); give a YAML or JSON file") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -20,6 +20,7 @@ from samda.resources import packaged
 from samda.training.check import check_config
 from samda.training.checkpoint import check_model_folder
 from samda.training.tracking import mlflow_settings, trackers
+from samda.yaml_text import load_yaml
 
 __all__ = ["find_overlay", "literal", "train"]
 
@@ -183,7 +184,10 @@ def _overlay(file: Path) -> dict[str, Any]:
         UsageError: the file is no YAML or JSON, or holds no mapping.
     """
     try:
-        values = ConfigParser.load_config_file(file)
+        if file.suffix == ".json":  # with its tabs, which YAML refuses
+            values = ConfigParser.load_config_file(file)
+        else:
+            values = load_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{file} is no YAML or JSON ({' '.join(str(error).split())}); repair it") from error
     if not isinstance(values, Mapping) or not isinstance(values.get("adapters", {}), Mapping):

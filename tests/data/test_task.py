@@ -65,7 +65,7 @@ def test_wrong_values_are_refused_in_one_line(values, message):
 
 
 def test_file_with_and_without_the_key_task(tmp_path):
-    (tmp_path / "a.yaml").write_text("name: x\nspacing: 2\n")
+    (tmp_path / "a.yaml").write_text("name: x\nspacing: 2e0\n")
     (tmp_path / "b.json").write_text('{"task": {"name": "x", "spacing": 2.0}}')
     assert Task.from_file(tmp_path / "a.yaml") == Task.from_file(tmp_path / "b.json") == Task(name="x", spacing=2.0)
 
