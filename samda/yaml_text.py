@@ -43,4 +43,4 @@ def load_yaml(text: str) -> Any:
         >>> load_yaml("{rate: 1e-3, name: 'e1'}")
         {'rate': 0.001, 'name': 'e1'}
     """
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    return yaml.load(text, Loader=_Loader)

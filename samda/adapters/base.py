@@ -29,6 +29,7 @@ __all__ = [
     "attach",
     "attached",
     "base_parameters",
+    "check_together",
     "count_parameters",
     "detach",
     "disabled",
@@ -134,8 +135,7 @@ def attach(model: nn.Module, adapters: Adapters) -> None:
     adapters = build_configs(adapters)
     present = attached(model)
     places = sites(model)
-    _check_names(adapters, present)
-    _check_alone(present | adapters)
+    check_together(adapters, present)
     built = []
     for name, config in adapters.items():
         targets = [site for site in places.values() if config.targets(site.info)]
@@ -149,15 +149,23 @@ def attach(model: nn.Module, adapters: Adapters) -> None:
     freeze(model)
 
 
-def _check_names(adapters: Iterable[str], present: Mapping[str, AdapterConfig]) -> None:
+def check_together(adapters: Mapping[str, AdapterConfig], present: Mapping[str, AdapterConfig] | None = None) -> None:
+    """Refuse adapters that no network takes.
+
+    Args:
+        adapters: those to attach.
+        present: those that are attached already.
+
+    Raises:
+        AdapterError: a name is taken or no identifier, or two configs exclude each other.
+    """
+    present = present or {}
     for name in adapters:
         if name in present:
             raise AdapterError(f"adapter {name!r} is already attached; detach it first or choose another name")
         if not name.isidentifier() or hasattr(nn.ModuleDict, name) or name in RESERVED:
             raise AdapterError(f"adapter name {name!r} cannot be used; choose letters, digits and underscores")
-
-
-def _check_alone(together: Mapping[str, AdapterConfig]) -> None:
+    together = {**present, **adapters}
     served = [name for name, config in together.items() if config.roles]
     for name, config in together.items():
         if config.alone and served:

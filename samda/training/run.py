@@ -73,6 +73,7 @@ def train(
 
     Raises:
         UsageError: an unknown key or name, a value of the wrong type, or a folder that holds a training already.
+        AdapterError: adapters that exclude each other, or that the backbone has no place for.
         WeightsError: base weights that are missing, damaged or of another backbone.
         InputError: the data cannot be used.
 
