@@ -11,7 +11,7 @@ from typing import Any
 
 from samda.errors import InputError, UsageError, nearest
 from samda.processes import launched, local_device
-from samda.resources import packaged
+from samda.resources import shipped_tasks
 
 __all__ = [
     "add_device",
@@ -124,7 +124,7 @@ def task_file(name: str) -> Path:
         UsageError: no such name.
         InputError: no such file.
     """
-    ours = {path.stem: path for path in packaged("configs", "tasks").glob("*.yaml")}
+    ours = shipped_tasks()
     if name in ours:
         return ours[name]
     if Path(name).suffix not in (".yaml", ".yml", ".json"):

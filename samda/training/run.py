@@ -56,7 +56,8 @@ def train(
     Args:
         dataset: a folder or datalist, see :func:`samda.data.datalists.read_datalist`.
         output: the model folder to write.
-        task: a Task, its values, or a YAML or JSON file; None takes what suits the data set.
+        task: a Task, its values, a YAML or JSON file, or the name of a task of samda's; None takes what suits the data
+            set.
         adapters: adapter name -> settings; or names of overlays ("salt", "flagship") and paths of YAML files, whose
             adapters are taken together.
         backbone: "vit_t", "vit_b", "vit_l" or "vit_h".

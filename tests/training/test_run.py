@@ -252,6 +252,14 @@ def test_arguments_of_another_type_are_refused(tmp_path: Path, arguments: Keys, 
     assert str(error.value) == message
 
 
+def test_null_and_arguments_that_a_component_passes_on(datalist: Path, tmp_path: Path, keys: Keys) -> None:
+    keys |= {"epochs": 1, "head_learning_rate": None, "weights": None, "train::dataloader::drop_last": True}
+    keys |= {"train::loss": {"_target_": "DiceFocalLoss", "softmax": True, "to_onehot_y": True}}
+    train(datalist, tmp_path / "model", TASK, overrides=keys)
+    rates = curve(tmp_path / "model")[0]["learning_rate"]
+    assert rates["head"] == rates["adapters"]
+
+
 def test_numbers_of_numpy_and_paths_are_taken(datalist: Path, tmp_path: Path, keys: Keys) -> None:
     shutil.copyfile(keys["weights"], tmp_path / "base#1.pth")
     keys |= {"epochs": np.int64(1), "amp": np.True_, "weights": tmp_path / "base#1.pth", "learning_rate": np.float32(1)}
