@@ -133,14 +133,14 @@ def task_file(name: str) -> Path:
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
-    """Read `KEY=VALUE` texts (`--set`): values are YAML, see :mod:`samda.yaml_text`.
+    """Read `KEY=VALUE` texts (`--set`): values are YAML, see :func:`samda.files.load_yaml`.
 
     Raises:
         UsageError: a text without `=` or key, a value that is no YAML, or a key given twice.
     """
     import yaml
 
-    from samda.yaml_text import load_yaml
+    from samda.files import load_yaml
 
     settings: dict[str, Any] = {}
     for text in texts:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from samda.errors import UsageError, from_mapping, nearest
-from samda.yaml_text import load_yaml
+from samda.files import load_yaml
 
 __all__ = ["Task"]
 
@@ -61,7 +61,7 @@ class Task:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{key} must be a number, got {value!r}")
-            if kind is int and not (math.isfinite(value) and value == int(value)):
+            if kind is int and not float(value).is_integer():  # nor infinite
                 raise TypeError(f"{key} must be a whole number, got {value!r}")
             object.__setattr__(self, key, kind(value))
         if not isinstance(self.keep_largest, bool):

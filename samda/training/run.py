@@ -15,12 +15,12 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 from samda.data.task import Task
 from samda.errors import UsageError, cause_of, nearest
+from samda.files import load_yaml
 from samda.processes import launched
 from samda.resources import packaged
 from samda.training.check import check_config
 from samda.training.checkpoint import check_model_folder
 from samda.training.tracking import mlflow_settings, trackers
-from samda.yaml_text import load_yaml
 
 __all__ = ["find_overlay", "literal", "train"]
 
