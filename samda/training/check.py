@@ -115,6 +115,9 @@ def check_config(config: Mapping[str, Any], reference: Mapping[str, Any]) -> Non
         value = config.get(key)
         if key in reference and isinstance(value, int | float) and not 0 <= value < 1:
             raise UsageError(f"config key {key!r} must be at least 0 and below 1, got {value!r}")
+    network = config.get("network_def")
+    if isinstance(network, Mapping) and network.get("weights") != "@weights":  # so those at the top are not used
+        config = {key: value for key, value in config.items() if key != "weights"}
     _build({key: config[key] for key in config if key in reference and _is_plain(config[key])})
 
 

@@ -161,6 +161,17 @@ def test_adapters_that_no_network_takes(adapters: dict[str, Any], message: str) 
     assert str(error.value) == message
 
 
+def test_weights_that_the_network_does_not_take_are_not_looked_for() -> None:
+    """MONAI's `load(net_override={"weights": ...})` sets those of the network itself."""
+    reference = REFERENCE | {
+        "network_def": {"_target_": "samda.networks.segmenter.SamSegmenter", "weights": "@weights"}
+    }
+    with pytest.raises(UsageError, match="no published weights for backbone 'own'"):
+        check_config(reference | {"backbone": OWN}, reference)
+    own = {"backbone": OWN, "network_def": reference["network_def"] | {"weights": "base.pth"}}
+    check_config(reference | own, reference)
+
+
 def test_weights_must_exist_when_a_path_names_them() -> None:
     with pytest.raises(WeightsError, match=r"there is no weights file no\.pth; give a file"):
         check_config(REFERENCE | {"weights": "no.pth"}, REFERENCE)
