@@ -29,7 +29,6 @@ __all__ = [
     "attach",
     "attached",
     "base_parameters",
-    "check_together",
     "count_parameters",
     "detach",
     "disabled",
@@ -43,9 +42,6 @@ __all__ = [
     "trainable_parameters",
     "unmerge",
 ]
-
-
-RESERVED = ("training", "trainable", "base")  # a module's own attribute, and entries of `count_parameters`
 
 
 class Adapter(nn.Module):
@@ -128,7 +124,10 @@ def attach(model: nn.Module, adapters: Adapters) -> None:
         AdapterError: a name is taken or no identifier, a config finds no site, a site cannot be served, or two configs
             exclude each other. The model is unchanged.
     """
-    from samda.adapters.registry import build_configs  # it knows every adapter, and each is built on this module
+    from samda.adapters.registry import (  # it knows every adapter, and each is built on this module
+        build_configs,
+        check_together,
+    )
 
     if is_merged(model):
         raise AdapterError("adapters are merged; call unmerge before attaching more")
@@ -147,31 +146,6 @@ def attach(model: nn.Module, adapters: Adapters) -> None:
         site.adapters[name] = adapter
     model._samda_adapters = present | adapters  # type: ignore[assignment]
     freeze(model)
-
-
-def check_together(adapters: Mapping[str, AdapterConfig], present: Mapping[str, AdapterConfig] | None = None) -> None:
-    """Refuse adapters that no network takes.
-
-    Args:
-        adapters: those to attach.
-        present: those that are attached already.
-
-    Raises:
-        AdapterError: a name is taken or no identifier, or two configs exclude each other.
-    """
-    present = present or {}
-    for name in adapters:
-        if name in present:
-            raise AdapterError(f"adapter {name!r} is already attached; detach it first or choose another name")
-        if not name.isidentifier() or hasattr(nn.ModuleDict, name) or name in RESERVED:
-            raise AdapterError(f"adapter name {name!r} cannot be used; choose letters, digits and underscores")
-    together = {**present, **adapters}
-    served = [name for name, config in together.items() if config.roles]
-    for name, config in together.items():
-        if config.alone and served:
-            raise AdapterError(
-                f"{name!r} trains the base weights that {served[0]!r} builds on; attach only one of them"
-            )
 
 
 def _build(config: AdapterConfig, name: str, site: Site, model: nn.Module) -> Adapter:

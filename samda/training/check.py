@@ -18,8 +18,7 @@ from typing import Any
 
 from monai.bundle import ComponentLocator, ConfigParser, ConfigWorkflow
 
-from samda.adapters.base import check_together
-from samda.adapters.registry import build_configs
+from samda.adapters.registry import build_configs, check_together
 from samda.data.task import Task
 from samda.errors import UsageError, nearest
 from samda.networks.backbones import backbone_config
