@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["cache_dir", "packaged"]
+__all__ = ["cache_dir", "packaged", "shipped_tasks"]
 
 
 def packaged(*parts: str) -> Path:
@@ -21,6 +21,11 @@ def packaged(*parts: str) -> Path:
         if path.exists():
             return path
     raise FileNotFoundError(f"{'/'.join(parts)} is not part of this installation of samda; reinstall it")
+
+
+def shipped_tasks() -> dict[str, Path]:
+    """The task files that come with samda, by their names."""
+    return {path.stem: path for path in packaged("configs", "tasks").glob("*.yaml")}
 
 
 def cache_dir() -> Path:

@@ -44,9 +44,6 @@ __all__ = [
 ]
 
 
-RESERVED = ("training", "trainable", "base")  # a module's own attribute, and entries of `count_parameters`
-
-
 class Adapter(nn.Module):
     """One adapter module at one site.
 
@@ -127,15 +124,17 @@ def attach(model: nn.Module, adapters: Adapters) -> None:
         AdapterError: a name is taken or no identifier, a config finds no site, a site cannot be served, or two configs
             exclude each other. The model is unchanged.
     """
-    from samda.adapters.registry import build_configs  # it knows every adapter, and each is built on this module
+    from samda.adapters.registry import (  # it knows every adapter, and each is built on this module
+        build_configs,
+        check_together,
+    )
 
     if is_merged(model):
         raise AdapterError("adapters are merged; call unmerge before attaching more")
     adapters = build_configs(adapters)
     present = attached(model)
     places = sites(model)
-    _check_names(adapters, present)
-    _check_alone(present | adapters)
+    check_together(adapters, present)
     built = []
     for name, config in adapters.items():
         targets = [site for site in places.values() if config.targets(site.info)]
@@ -147,23 +146,6 @@ def attach(model: nn.Module, adapters: Adapters) -> None:
         site.adapters[name] = adapter
     model._samda_adapters = present | adapters  # type: ignore[assignment]
     freeze(model)
-
-
-def _check_names(adapters: Iterable[str], present: Mapping[str, AdapterConfig]) -> None:
-    for name in adapters:
-        if name in present:
-            raise AdapterError(f"adapter {name!r} is already attached; detach it first or choose another name")
-        if not name.isidentifier() or hasattr(nn.ModuleDict, name) or name in RESERVED:
-            raise AdapterError(f"adapter name {name!r} cannot be used; choose letters, digits and underscores")
-
-
-def _check_alone(together: Mapping[str, AdapterConfig]) -> None:
-    served = [name for name, config in together.items() if config.roles]
-    for name, config in together.items():
-        if config.alone and served:
-            raise AdapterError(
-                f"{name!r} trains the base weights that {served[0]!r} builds on; attach only one of them"
-            )
 
 
 def _build(config: AdapterConfig, name: str, site: Site, model: nn.Module) -> Adapter:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch.nn as nn
+
 from samda.adapters.baselines import BottleneckConfig, DecoderConfig, FullConfig, HeadConfig
 from samda.adapters.kernel import DkaConfig, LkaConfig
 from samda.adapters.lora import LoraConfig
@@ -13,9 +15,9 @@ from samda.adapters.norm import NormConfig
 from samda.adapters.salt import SaltConfig
 from samda.adapters.sam_da import SamDaConfig
 from samda.adapters.settings import AdapterConfig
-from samda.errors import UsageError, from_mapping, nearest
+from samda.errors import AdapterError, UsageError, from_mapping, nearest
 
-__all__ = ["ADAPTERS", "Adapters", "build_configs"]
+__all__ = ["ADAPTERS", "Adapters", "build_configs", "check_together"]
 
 Adapters = Mapping[str, Mapping[str, Any] | AdapterConfig] | Iterable[str] | str
 
@@ -34,6 +36,8 @@ ADAPTERS: dict[str, type[AdapterConfig]] = {
         FullConfig,
     )
 }
+
+RESERVED = ("training", "trainable", "base")  # a module's own attribute, and entries of `count_parameters`
 
 
 def build_configs(adapters: Adapters) -> dict[str, AdapterConfig]:
@@ -59,6 +63,31 @@ def build_configs(adapters: Adapters) -> dict[str, AdapterConfig]:
     return {str(name): _build(str(name), settings) for name, settings in adapters.items()}
 
 
+def check_together(adapters: Mapping[str, AdapterConfig], present: Mapping[str, AdapterConfig] | None = None) -> None:
+    """Refuse adapters that no network takes.
+
+    Args:
+        adapters: those to attach.
+        present: those that are attached already.
+
+    Raises:
+        AdapterError: a name is taken or no identifier, or two configs exclude each other.
+    """
+    present = present or {}
+    for name in adapters:
+        if name in present:
+            raise AdapterError(f"adapter {name!r} is already attached; detach it first or choose another name")
+        if not name.isidentifier() or hasattr(nn.ModuleDict, name) or name in RESERVED:
+            raise AdapterError(f"adapter name {name!r} cannot be used; choose letters, digits and underscores")
+    together = {**present, **adapters}
+    served = [name for name, config in together.items() if config.roles]
+    for name, config in together.items():
+        if config.alone and served:
+            raise AdapterError(
+                f"{name!r} trains the base weights that {served[0]!r} builds on; attach only one of them"
+            )
+
+
 def _build(name: str, settings: Mapping[str, Any] | AdapterConfig) -> AdapterConfig:
     if isinstance(settings, AdapterConfig):
         return settings
@@ -66,6 +95,6 @@ def _build(name: str, settings: Mapping[str, Any] | AdapterConfig) -> AdapterCon
         raise UsageError(f"adapter {name!r}: settings must be a mapping, got {settings!r}; write {{}} for the defaults")
     values = dict(settings)
     kind = values.pop("type", name)
-    if kind not in ADAPTERS:
+    if not isinstance(kind, str) or kind not in ADAPTERS:
         raise UsageError(f"there is no adapter {kind!r}; {nearest(str(kind), ADAPTERS)}")
     return from_mapping(ADAPTERS[kind], values, f"adapter {name!r}")

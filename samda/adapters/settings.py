@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn as nn
 
@@ -32,6 +33,10 @@ class AdapterConfig:
     seed: int = 0  # of the adapter's own random initialization; the global generators stay untouched
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # numpy's numbers as Python's, which is what a file of adapters holds
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, field.name, value.item())
         self.require("seed", is_int(self.seed), "an integer")
 
     def serves(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from samda.errors import InputError, UsageError, nearest
 from samda.processes import launched, local_device
-from samda.resources import packaged
+from samda.resources import shipped_tasks
 
 __all__ = [
     "add_device",
@@ -124,7 +124,7 @@ def task_file(name: str) -> Path:
         UsageError: no such name.
         InputError: no such file.
     """
-    ours = {path.stem: path for path in packaged("configs", "tasks").glob("*.yaml")}
+    ours = shipped_tasks()
     if name in ours:
         return ours[name]
     if Path(name).suffix not in (".yaml", ".yml", ".json"):
@@ -133,12 +133,14 @@ def task_file(name: str) -> Path:
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
-    """Read `KEY=VALUE` texts (`--set`): values are YAML, so `1e-3`, `true` and `[1, 2]` mean what they look like.
+    """Read `KEY=VALUE` texts (`--set`): values are YAML, see :func:`samda.files.load_yaml`.
 
     Raises:
         UsageError: a text without `=` or key, a value that is no YAML, or a key given twice.
     """
     import yaml
+
+    from samda.files import load_yaml
 
     settings: dict[str, Any] = {}
     for text in texts:
@@ -148,20 +150,11 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
         if key in settings:
             raise UsageError(f"--set {key}: given twice; keep one")
         try:
-            settings[key] = _number(value, yaml.safe_load(value))
-        except yaml.YAMLError:
-            raise UsageError(f"--set {text!r}: the value is not YAML; quote it") from None
+            settings[key] = load_yaml(value)
+        except yaml.YAMLError as error:
+            why = getattr(error, "problem", None) or "see yaml.org"
+            raise UsageError(f"--set {text!r}: the value is not YAML ({why}); quote or repair it") from None
     return settings
-
-
-def _number(text: str, value: Any) -> Any:
-    """YAML 1.1 reads `1e-3` as a word; a person means the number."""
-    if isinstance(value, str) and any(character.isdigit() for character in text):
-        try:
-            return float(text)
-        except ValueError:
-            return value
-    return value
 
 
 def add_modality(parser: argparse.ArgumentParser) -> None:

@@ -93,7 +93,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train."""
-    with RunReport(args, "train") as report:
+    run_report, out = RunReport(args, "train"), args.output.resolve()
+    if args.report is not None and args.report.resolve() in (out, *out.parents):  # else this, too, would be reported
+        raise UsageError(f"--report {args.report} is where the model goes; give another file")
+    with run_report as report:
         existing(args.data, "data set")
         overrides = read_overrides(args)
         adapters = None if args.adapter is None else args.adapter.split(",")

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from samda.errors import UsageError, from_mapping, nearest
+from samda.files import load_yaml
 
 __all__ = ["Task"]
 
@@ -49,7 +50,7 @@ class Task:
         if self.labels is not None:
             if not isinstance(self.labels, Mapping):
                 raise TypeError(f"labels must be class names with their ids, got {self.labels!r}")
-            object.__setattr__(self, "labels", {name: _ids(name, value) for name, value in self.labels.items()})
+            object.__setattr__(self, "labels", {str(name): _ids(name, value) for name, value in self.labels.items()})
         for key in ("window", "percentiles"):
             try:
                 object.__setattr__(self, key, tuple(float(v) for v in getattr(self, key)))
@@ -58,9 +59,9 @@ class Task:
         numbers = {"spacing": float, "nsd_tolerance": float, "image_size": int, "in_channels": int, "context": int}
         for key, kind in numbers.items():
             value = getattr(self, key)
-            if isinstance(value, str | bool | None):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{key} must be a number, got {value!r}")
-            if kind is int and not (math.isfinite(value) and value == int(value)):
+            if kind is int and not float(value).is_integer():  # nor infinite
                 raise TypeError(f"{key} must be a whole number, got {value!r}")
             object.__setattr__(self, key, kind(value))
         if not isinstance(self.keep_largest, bool):
@@ -91,7 +92,7 @@ class Task:
                     if i == other:
                         refuse(f"labels gives id {i} to both {owner!r} and {name!r}; an id belongs to one class")
         if self.axis not in AXES:
-            refuse(f"axis {self.axis!r} is unknown; {nearest(self.axis, AXES)}")
+            refuse(f"axis {self.axis!r} is unknown; {nearest(str(self.axis), AXES)}")
         if self.modality not in ("CT", "MR", "image"):
             refuse(f"modality {self.modality!r} is unknown; choose from CT, MR, image")
         if not 16 <= self.image_size <= LARGEST_IMAGE or self.image_size % 16:
@@ -150,7 +151,7 @@ class Task:
             UsageError: there is no such file, it is no YAML, or it states no valid task.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            values = load_yaml(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise UsageError(f"there is no task file {path} ({error.strerror}); give a YAML or JSON file") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -25,7 +25,7 @@ from samda.networks.decoder import ClassDecoder, grid_positions
 from samda.networks.fingerprint import compute_fingerprint
 from samda.networks.saving import save_only_trained
 from samda.networks.upsampling import enlarge
-from samda.networks.weights import KNOWN_FILES, BaseReport, fetch_weights, load_base
+from samda.networks.weights import BaseReport, check_published, fetch_weights, load_base
 
 __all__ = ["STRIDE", "SamSegmenter"]
 
@@ -85,8 +85,8 @@ class SamSegmenter(nn.Module):
         if in_channels not in (1, 2, 3):
             raise UsageError(f"in_channels must be 1, 2 or 3, got {in_channels!r}")
         self.config = backbone_config(backbone)
-        if weights == "pretrained" and self.config.name not in KNOWN_FILES:
-            raise UsageError(f"no published weights for backbone {self.config.name!r}; give a file, or weights=None")
+        if weights == "pretrained":
+            check_published(self.config)
         self.num_classes = num_classes
         self.in_channels = in_channels
         self.full_state_dict = False  # True: `state_dict` holds the base, too

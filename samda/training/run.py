@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from samda.data.task import Task
 from samda.errors import UsageError, cause_of, nearest
+from samda.files import load_yaml
 from samda.processes import launched
 from samda.resources import packaged
 from samda.training.check import check_config
@@ -22,6 +24,12 @@ from samda.training.tracking import mlflow_settings, trackers
 
 __all__ = ["find_overlay", "literal", "train"]
 
+OWN = {  # keys that follow from an argument of another name -> what to give instead
+    "dataset_dir": "give dataset (--data)",
+    "output_dir": "give output (--output)",
+    "tensorboard": "give tracking='none' (--tracking none) for false",
+    "bundle_root": "leave it out",
+}
 WRAPPERS = ("Failed to evaluate", "Failed to instantiate")  # how MONAI's errors begin that only say where
 
 Adapters = Mapping[str, Mapping[str, Any]] | Sequence[str | Path] | str | Path
@@ -48,7 +56,8 @@ def train(
     Args:
         dataset: a folder or datalist, see :func:`samda.data.datalists.read_datalist`.
         output: the model folder to write.
-        task: a Task, its values, or a YAML or JSON file; None takes what suits the data set.
+        task: a Task, its values, a YAML or JSON file, or the name of a task of samda's; None takes what suits the data
+            set.
         adapters: adapter name -> settings; or names of overlays ("salt", "flagship") and paths of YAML files, whose
             adapters are taken together.
         backbone: "vit_t", "vit_b", "vit_l" or "vit_h".
@@ -65,6 +74,7 @@ def train(
 
     Raises:
         UsageError: an unknown key or name, a value of the wrong type, or a folder that holds a training already.
+        AdapterError: adapters that exclude each other, or that the backbone has no place for.
         WeightsError: base weights that are missing, damaged or of another backbone.
         InputError: the data cannot be used.
 
@@ -97,7 +107,9 @@ def _workflow(
 ) -> ConfigWorkflow:
     """The workflow of train.json with `keys` and `overrides`, not yet initialized; for torchrun with its overlay."""
     for key in overrides:
-        if key in keys or key == "bundle_root":
+        if key in OWN:
+            raise UsageError(f"override {key!r} is not taken; {OWN[key]}")
+        if key in keys:
             raise UsageError(f"override {key!r} is an argument of its own; give it there")
     configs = packaged("bundles", "sam_segmentation", "configs")
     keys["bundle_root"] = literal(str(configs.parent))
@@ -105,12 +117,19 @@ def _workflow(
         keys["adapters"] = dict(adapters)
     elif adapters is not None:
         names = [adapters] if isinstance(adapters, str | Path) else adapters
+        if not isinstance(names, Sequence) or not all(isinstance(name, str | Path) for name in names):
+            raise UsageError(f"adapters must be names, files or a mapping of name to settings, got {adapters!r}")
         keys |= _merged((find_overlay(name) for name in names), overrides)
     files = ["train.json", "multi_gpu_train.json"] if launched()[1] > 1 else ["train.json"]
     paths = [str(configs / file) for file in files]
     workflow = ConfigWorkflow(paths, workflow_type="train", logging_file=False)
     for key, value in (keys | overrides).items():
-        workflow.parser.set(value, key)  # new nested keys are taken, too, and refused by name below
+        try:
+            workflow.parser.set(_plain(value), key)  # new nested keys are taken, too, and refused by name below
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"config key {key!r} has no place in the config; set the key above it as a whole"
+            ) from error
     check_config(workflow.parser.get(), ConfigParser.load_config_files(paths))
     if mlflow:
         ConfigWorkflow.patch_bundle_tracking(workflow.parser, mlflow_settings())
@@ -149,6 +168,17 @@ def literal(value: Any) -> Any:
     return value
 
 
+def _plain(value: Any) -> Any:
+    """numpy's numbers and arrays as Python's, paths as the texts that mean them, also within mappings and lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return literal(value) if isinstance(value, Path) else value
+
+
 def _overlay(file: Path) -> dict[str, Any]:
     """The keys of one overlay.
 
@@ -156,7 +186,10 @@ def _overlay(file: Path) -> dict[str, Any]:
         UsageError: the file is no YAML or JSON, or holds no mapping.
     """
     try:
-        values = ConfigParser.load_config_file(file)
+        if file.suffix == ".json":  # with its tabs, which YAML refuses
+            values = ConfigParser.load_config_file(file)
+        else:
+            values = load_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{file} is no YAML or JSON ({' '.join(str(error).split())}); repair it") from error
     if not isinstance(values, Mapping) or not isinstance(values.get("adapters", {}), Mapping):

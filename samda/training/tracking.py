@@ -42,10 +42,14 @@ def trackers(names: str | Sequence[str]) -> list[str]:
     Raises:
         UsageError: an unknown name, or a package that is missing or too old.
     """
-    chosen = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+    if not isinstance(names, str | Sequence):
+        raise UsageError(f"tracking must be names of trackers or 'none', got {names!r}")
+    chosen = [name.strip() for name in names.split(",")] if isinstance(names, str) else [str(name) for name in names]
     if chosen in ([], ["none"]):
         return []
     for name in chosen:
+        if name == "none":
+            raise UsageError(f"tracking 'none' stands alone, got {','.join(chosen)!r}; leave out one or the other")
         if name not in TRACKERS:
             raise UsageError(f"tracking {name!r} is unknown; {nearest(name, (*TRACKERS, 'none'))}")
     if "mlflow" in chosen:

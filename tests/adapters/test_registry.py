@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import yaml
 
@@ -40,6 +41,12 @@ def test_names_and_types() -> None:
     assert list(configs) == ["first", "wide", "salt"]
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    config = build_configs({"salt": {"rank": np.int64(3), "r": np.float32(0.5), "seed": np.uint8(7)}})["salt"]
+    assert config == SaltConfig(rank=3, r=0.5, seed=7)
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict() | {"layers": list(config.layers)}
+
+
 def test_names_alone_take_the_defaults() -> None:
     assert build_configs("salt") == build_configs(["salt"]) == {"salt": SaltConfig()}
     assert list(build_configs(["sam_da", "lka"])) == ["sam_da", "lka"]
@@ -56,6 +63,7 @@ def test_the_shipped_overlay_of_that_name_has_the_same_settings(name: str) -> No
     [
         ({"slat": {}}, "there is no adapter 'slat'; did you mean 'salt'?"),
         ({"mine": {"type": "samda"}}, "there is no adapter 'samda'; did you mean 'sam_da'?"),
+        ({"mine": {"type": ["lka"]}}, "there is no adapter ['lka']; did you mean 'lka'?"),
         ({"mine": {}}, "there is no adapter 'mine'; choose from bottleneck, decoder, dka"),
         ({"dka": {"widht": 4}}, "adapter 'dka': unknown key 'widht'; did you mean 'width'?"),
         ({"dka": None}, "settings must be a mapping, got None; write {} for the defaults"),

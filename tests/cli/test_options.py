@@ -16,6 +16,7 @@ from samda.errors import InputError, UsageError
 
 def test_settings_mean_what_they_look_like() -> None:
     texts = ["a=1", "b=1e-3", "c=true", "d=[1, 2]", "e=word", "train::loss::batch=False", "f=null", "g=x=y", "h='1e3'"]
+    texts += ["guard={tolerance: 1e-3, low: -.5}", "i=[1.5e3, 2E2]", "j=089", "k=1e", "l=e3"]
     assert options.parse_settings(texts) == {
         "a": 1,
         "b": 0.001,
@@ -26,6 +27,11 @@ def test_settings_mean_what_they_look_like() -> None:
         "f": None,
         "g": "x=y",
         "h": "1e3",
+        "guard": {"tolerance": 0.001, "low": -0.5},
+        "i": [1500.0, 200.0],
+        "j": "089",
+        "k": "1e",
+        "l": "e3",
     }
 
 
@@ -36,6 +42,7 @@ def test_settings_mean_what_they_look_like() -> None:
         (["=3"], "KEY=VALUE"),
         (["a=1", "a=2"], "given twice"),
         (["a=[1, 2"], "not YAML"),
+        (["a={b: 1, b: 2}"], "the key 'b' stands twice"),
     ],
 )
 def test_settings_refused(texts: list[str], word: str) -> None:

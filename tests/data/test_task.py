@@ -40,6 +40,10 @@ def test_values_survive_json():
         ({"axis": "axail"}, "did you mean 'axial'"),
         ({"modality": "PET"}, "CT, MR, image"),
         ({"image_size": 250}, "multiple of 16 from 16 to 4096, got 250"),
+        ({"axis": 3}, "axis 3 is unknown; choose from axial, coronal, sagittal"),
+        ({"labels": {3: 1}}, "labels names the unknown class '3'; choose from background, foreground"),
+        ({"image_size": [64]}, "image_size must be a number, got [64]"),
+        ({"spacing": {"a": 1}}, "spacing must be a number, got {'a': 1}"),
         ({"image_size": "256"}, "image_size must be a number, got '256'"),
         ({"spacing": 0}, "spacing must be positive"),
         ({"spacing": math.nan}, "spacing must be positive (mm), got nan"),
@@ -64,8 +68,13 @@ def test_wrong_values_are_refused_in_one_line(values, message):
     assert "\n" not in str(caught.value)
 
 
+def test_names_of_classes_may_be_numbers():
+    task = Task.from_dict({"classes": ["background", 3], "labels": {3: 1}, "keep_largest": [3]})
+    assert task == Task(classes=("background", "3"), labels={"3": (1,)}, keep_largest=("3",))
+
+
 def test_file_with_and_without_the_key_task(tmp_path):
-    (tmp_path / "a.yaml").write_text("name: x\nspacing: 2\n")
+    (tmp_path / "a.yaml").write_text("name: x\nspacing: 2e0\n")
     (tmp_path / "b.json").write_text('{"task": {"name": "x", "spacing": 2.0}}')
     assert Task.from_file(tmp_path / "a.yaml") == Task.from_file(tmp_path / "b.json") == Task(name="x", spacing=2.0)
 

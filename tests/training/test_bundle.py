@@ -143,9 +143,8 @@ def test_a_key_that_a_user_adds_to_an_own_copy_is_known(model: Path, tmp_path: P
     config = json.loads((model / "configs" / "train.json").read_text())
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "train.json").write_text(json.dumps(config | {"mine": 3}))
-    own = ConfigWorkflow(
-        str(tmp_path / "configs" / "train.json"), str(BUNDLE / "configs" / "metadata.json"), logging_file=False, mine=4
-    )
+    files = str(tmp_path / "configs" / "train.json"), str(BUNDLE / "configs" / "metadata.json")
+    own = ConfigWorkflow(*files, logging_file=False, mine=4, weights=None)  # nobody published those of the test's own
     own.initialize()
 
 

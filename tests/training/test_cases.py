@@ -11,12 +11,16 @@ from tiny_scans import TASK
 from samda.data.datalists import DataList, read_datalist
 from samda.data.task import Task
 from samda.errors import InputError, UsageError
+from samda.resources import packaged
 from samda.training import build_task, labeled_cases, training_cases
 
 
 def test_a_task_comes_as_object_values_or_file(tmp_path: Path) -> None:
     task = Task.from_dict(TASK)
     (tmp_path / "task.yaml").write_text(json.dumps({"task": TASK}))
+    assert build_task("abdomen_ct") == Task.from_file(packaged("configs", "tasks", "abdomen_ct.yaml"))
+    with pytest.raises(UsageError, match=r"^there is no task file 'abdomen_tc'; did you mean 'abdomen_ct'\?$"):
+        build_task("abdomen_tc")
     assert build_task(task) == build_task(TASK) == build_task(tmp_path / "task.yaml") == task
 
 

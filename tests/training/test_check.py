@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from samda.errors import UsageError, WeightsError
+from samda.errors import AdapterError, UsageError, WeightsError
 from samda.training import check_config
 
+OWN = {"type": "vit", "name": "own", "embed_dim": 8, "depth": 1, "num_heads": 1, "global_blocks": [0]}
 REFERENCE: dict[str, Any] = {
     "epochs": 10,
     "rate": 0.1,
@@ -28,7 +29,16 @@ REFERENCE: dict[str, Any] = {
     "name": "x",
     "device": "$torch.device('cpu')",
     "adapters": {"sam_da": {}},
-    "train": {"sampler": {"_target_": "samda.training.SliceSampler", "foreground": "@f"}, "handlers": []},
+    "warmup": 0.05,
+    "empty_share": 0.1,
+    "augmentation": 1.0,
+    "train": {
+        "sampler": {"_target_": "samda.training.SliceSampler", "foreground": "@f"},
+        "augmentation": {"_target_": "samda.data.transforms.build_augmentation", "task": "@task_def"},
+        "dataloader": {"_target_": "monai.data.DataLoader", "dataset": "@train::dataset", "num_workers": 2},
+        "loss": {"_target_": "samda.training.DiceCELoss", "softmax": True, "batch": True},
+        "handlers": [],
+    },
 }
 
 
@@ -43,7 +53,15 @@ REFERENCE: dict[str, Any] = {
         {"task": {"classes": "$@names"}, "backbone": "@chosen", "weights": "$@bundle_root + '/base.pth'"},
         {"adapters": {"salt": {"rank": 4}, "wide": {"type": "lka"}}},
         {"adapters": {"salt": {"rank": "$2 + 2"}}},
-        {"backbone": {"type": "vit", "name": "own", "embed_dim": 8, "depth": 1, "num_heads": 1, "global_blocks": [0]}},
+        {"backbone": OWN, "weights": None},
+        {"backbone": OWN, "weights": "@chosen"},
+        {"head_learning_rate": None, "warmup": 0, "empty_share": 0.99, "augmentation": 0},
+        {"adapters": {"full": {}}},
+        {"train": {"augmentation": None, "loss": "@own_loss"}},
+        {"train": {"dataloader": {"_target_": "monai.data.DataLoader", "pin_memory": True, "drop_last": True}}},
+        {"train": {"loss": {"_target_": "DiceFocalLoss", "softmax": True, "lambda_focal": 0.5}}},
+        {"train": {"loss": {"_target_": "torch.nn.CrossEntropyLoss", "label_smoothing": 0.1}}},
+        {"train": {"loss": {"_target_": "$@chosen", "softmax": True, "anything": 1}}},
         {"learning_rate": 1, "head_learning_rate": 0, "validation_fraction": 0.5, "fold": 0, "weights": __file__},
         {"learning_rate": "$1e-3", "fold": "@rank"},
         {"device": "cpu"},
@@ -64,6 +82,35 @@ def test_valid_configs_pass(change: dict[str, Any]) -> None:
             {"train": {"sampler": {"_target_": "samda.training.SliceSampler", "empty_shar": 0.3}}},
             "config key 'train::sampler::empty_shar' is unknown; did you mean 'empty_share'?",
         ),
+        (
+            {"train": {"dataloader": {"_target_": "monai.data.DataLoader", "num_workrs": 1}}},
+            "config key 'train::dataloader::num_workrs' is unknown; did you mean 'num_workers'?",
+        ),
+        (
+            {"train": {"loss": {"_target_": "DiceFocalLoss", "sotfmax": True}}},
+            "config key 'train::loss::sotfmax' is unknown; did you mean 'softmax'?",
+        ),
+        (
+            {"train": {"loss": {"_target_": "DiceFocalLos"}}},
+            "config key 'train::loss::_target_': there is no component 'DiceFocalLos'; "
+            "give a class or function of MONAI, or its full path",
+        ),
+        ({"train": {"loss": {"_target_": 5}}}, "config key 'train::loss::_target_' must be text, got 5"),
+        *[
+            (
+                {"train": {"loss": value}},
+                f"config key 'train::loss' must be a mapping with _target_, got {value!r}; "
+                "or set its keys, train::loss::KEY",
+            )
+            for value in (5, None, "dice", {"softmax": True})
+        ],
+        ({"warmup": 1}, "config key 'warmup' must be at least 0 and below 1, got 1"),
+        ({"warmup": math.nan}, "config key 'warmup' must be at least 0 and below 1, got nan"),
+        ({"empty_share": -0.1}, "config key 'empty_share' must be at least 0 and below 1, got -0.1"),
+        ({"augmentation": -1}, "config key 'augmentation' must be at least 0, got -1"),
+        ({"augmentation": math.nan}, "config key 'augmentation' must be at least 0, got nan"),
+        ({"augmentation": math.inf}, "config key 'augmentation' must be at least 0, got inf"),
+        ({"backbone": OWN}, "no published weights for backbone 'own'; give a file, or weights=None"),
         ({"epochs": True}, "config key 'epochs' must be a whole number, got True"),
         ({"epochs": 1.5}, "config key 'epochs' must be a whole number, got 1.5"),
         ({"rate": "fast"}, "config key 'rate' must be a number, got 'fast'"),
@@ -99,6 +146,30 @@ def test_wrong_keys_and_types_are_refused_by_their_path(change: dict[str, Any], 
     with pytest.raises(UsageError) as error:
         check_config(REFERENCE | change, REFERENCE)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("adapters", "message"),
+    [
+        ({"full": {}, "salt": {}}, "'full' trains the base weights that 'salt' builds on; attach only one of them"),
+        ({"a.b": {"type": "salt"}}, "adapter name 'a.b' cannot be used; choose letters, digits and underscores"),
+    ],
+)
+def test_adapters_that_no_network_takes(adapters: dict[str, Any], message: str) -> None:
+    with pytest.raises(AdapterError) as error:
+        check_config(REFERENCE | {"adapters": adapters}, REFERENCE)
+    assert str(error.value) == message
+
+
+def test_weights_that_the_network_does_not_take_are_not_looked_for() -> None:
+    """MONAI's `load(net_override={"weights": ...})` sets those of the network itself."""
+    reference = REFERENCE | {
+        "network_def": {"_target_": "samda.networks.segmenter.SamSegmenter", "weights": "@weights"}
+    }
+    with pytest.raises(UsageError, match="no published weights for backbone 'own'"):
+        check_config(reference | {"backbone": OWN}, reference)
+    own = {"backbone": OWN, "network_def": reference["network_def"] | {"weights": "base.pth"}}
+    check_config(reference | own, reference)
 
 
 def test_weights_must_exist_when_a_path_names_them() -> None:

@@ -80,6 +80,16 @@ def test_a_folder_that_holds_a_training_is_not_overwritten(tmp_path: Path) -> No
         Checkpoint(tmp_path, {}, {}, resume=True, overwrite=True)
 
 
+@pytest.mark.parametrize(("resume", "why"), [(False, "it would be lost"), (True, "there is no last.pt to resume from")])
+def test_a_finished_model_without_its_checkpoint_is_not_overwritten(tmp_path: Path, resume: bool, why: str) -> None:
+    (tmp_path / "adapter.json").write_text("{}")
+    with pytest.raises(UsageError) as error:
+        check_model_folder(tmp_path, resume=resume)
+    remedy = "overwrite it or choose another folder"
+    assert str(error.value) == f"{tmp_path} already holds a model, and {why}; {remedy}"
+    check_model_folder(tmp_path, overwrite=True)
+
+
 def test_changed_settings_are_refused(tmp_path: Path) -> None:
     Toy(tmp_path, epochs=1, rate=0.1)
     with pytest.raises(UsageError, match=r"resume: rate was 0\.1 and is now 0\.2"):

@@ -99,6 +99,14 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
         run(tmp_path, [0.1], loss=float("nan"))
 
 
+def test_an_error_before_the_bar_is_open_is_the_one_that_is_raised() -> None:
+    engine = Engine(lambda engine, batch: None)
+    engine.add_event_handler(Events.STARTED, lambda: 1 / 0)
+    Progress(TrainingRecord()).attach(engine)
+    with pytest.raises(ZeroDivisionError):
+        engine.run([0], max_epochs=1)
+
+
 def test_nothing_is_printed_into_a_pipe(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run(tmp_path, [0.1, 0.2])
     assert capfd.readouterr() == ("", "")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine
@@ -184,13 +185,19 @@ def test_overlays_that_disagree_need_a_word(datalist: Path, tmp_path: Path, keys
         ("", "must hold a mapping with the key `adapters`"),
         ("- salt\n", "must hold a mapping with the key `adapters`"),
         ("adapters: salt\n", "must hold a mapping with the key `adapters`"),
+        (
+            "adapters: {}\nvalidation_fraction: 9e-1\n",
+            "config key 'validation_fraction' must be above 0 and at most 0.5, got 0.9",
+        ),
+        ("adapters: {salt: {}, salt: {}}\n", "the key 'salt' stands twice"),
     ],
 )
 def test_overlays_that_are_none(datalist: Path, tmp_path: Path, keys: Keys, text: str, words: str) -> None:
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(UsageError) as error:
         train(datalist, tmp_path / "model", TASK, adapters=tmp_path / "own.yaml", overrides=keys)
-    assert words in str(error.value) and "own.yaml" in str(error.value) and "\n" not in str(error.value)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert "own.yaml" in str(error.value) or "config key" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +208,16 @@ def test_overlays_that_are_none(datalist: Path, tmp_path: Path, keys: Keys, text
         ({"train::loss::batches": True}, "config key 'train::loss::batches' is unknown; did you mean 'batch'?"),
         ({"train::lss::batch": True}, "config key 'train::lss' is unknown; did you mean 'loss'?"),
         ({"resume": True}, "override 'resume' is an argument of its own; give it there"),
+        (
+            {"tensorboard": False},
+            "override 'tensorboard' is not taken; give tracking='none' (--tracking none) for false",
+        ),
+        ({"dataset_dir": "x"}, "override 'dataset_dir' is not taken; give dataset (--data)"),
+        ({"epochs::x": 3}, "config key 'epochs::x' has no place in the config; set the key above it as a whole"),
+        (
+            {"train::handlers::9::x": 1},
+            "config key 'train::handlers::9::x' has no place in the config; set the key above it as a whole",
+        ),
     ],
 )
 def test_wrong_keys_are_refused_before_any_work(
@@ -219,6 +236,39 @@ def test_wrong_names_are_refused_with_the_nearest(datalist: Path, tmp_path: Path
         train(datalist, tmp_path / "model", TASK, adapters={"slat": {}}, overrides=keys)
     with pytest.raises(UsageError, match=r"there is no task file 'nowhere.yaml'"):
         train(datalist, tmp_path / "model", "nowhere.yaml", overrides=keys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"adapters": 5}, "adapters must be names, files or a mapping of name to settings, got 5"),
+        ({"adapters": [5]}, "adapters must be names, files or a mapping of name to settings, got [5]"),
+        ({"tracking": None}, "tracking must be names of trackers or 'none', got None"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(tmp_path: Path, arguments: Keys, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        train(tmp_path / "none", tmp_path / "model", TASK, **arguments)
+    assert str(error.value) == message
+
+
+def test_null_and_arguments_that_a_component_passes_on(datalist: Path, tmp_path: Path, keys: Keys) -> None:
+    keys |= {"epochs": 1, "head_learning_rate": None, "weights": None, "train::dataloader::drop_last": True}
+    keys |= {"train::loss": {"_target_": "DiceFocalLoss", "softmax": True, "to_onehot_y": True}}
+    train(datalist, tmp_path / "model", TASK, overrides=keys)
+    rates = curve(tmp_path / "model")[0]["learning_rate"]
+    assert rates["head"] == rates["adapters"]
+
+
+def test_numbers_of_numpy_and_paths_are_taken(datalist: Path, tmp_path: Path, keys: Keys) -> None:
+    shutil.copyfile(keys["weights"], tmp_path / "base#1.pth")
+    keys |= {"epochs": np.int64(1), "amp": np.True_, "weights": tmp_path / "base#1.pth", "learning_rate": np.float32(1)}
+    sizes = {key: np.int64(v) if type(v) is int else v for key, v in dict(keys["backbone"]).items()}
+    keys |= {"fold": np.int64(0), "image_size": np.int64(48), "spacing": np.float32(5), "backbone": sizes}
+    result = train(datalist, tmp_path / "model", TASK, {"lora": {"rank": np.int64(3)}}, overrides=keys)
+    config = json.loads((tmp_path / "model" / "adapter.json").read_text())
+    assert (result["epochs"], config["task"]["image_size"], config["task"]["spacing"]) == (1, 48, 5.0)
+    assert config["adapters"]["lora"]["rank"] == 3
 
 
 def test_labels_without_foreground_end_in_one_line(tmp_path: Path, keys: Keys) -> None:

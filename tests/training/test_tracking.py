@@ -79,6 +79,11 @@ def test_what_is_refused_writes_no_events(datalist: Path, tmp_path: Path, keys: 
     assert not (tmp_path / "model" / "tensorboard").exists()
 
 
+def test_none_stands_alone() -> None:
+    with pytest.raises(UsageError, match=r"^tracking 'none' stands alone, got 'none,tensorboard'; leave out one"):
+        trackers("none,tensorboard")
+
+
 def test_names_of_trackers() -> None:
     assert trackers("none") == [] and trackers("tensorboard") == ["tensorboard"] and trackers(()) == []
     with pytest.raises(UsageError, match="tracking 'tensorbord' is unknown; did you mean 'tensorboard'"):
