@@ -26,7 +26,9 @@ Keys = dict[str, Any]
 
 
 def events(folder: Path) -> EventAccumulator:
-    return EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "scalars": 0}).Reload()
+    """Two files that one process begins within a second may be read in either order, so nothing is purged for it."""
+    guidance = {"images": 0, "scalars": 0}
+    return EventAccumulator(str(folder / "tensorboard"), guidance, purge_orphaned_data=False).Reload()
 
 
 def test_tensorboard_holds_the_curve_and_the_pictures_of_the_best(datalist: Path, tmp_path: Path, keys: Keys) -> None:
@@ -58,7 +60,7 @@ def test_a_resumed_training_goes_on_and_a_new_one_starts_anew(datalist: Path, tm
     task, model = Task.from_dict(TASK), tmp_path / "model"
     train(datalist, model, task, overrides=keys | {"epochs": 1})
     train(datalist, model, task, overrides=keys | {"epochs": 2}, resume=True)
-    assert [event.step for event in events(model).Scalars("loss")] == [1, 2]
+    assert sorted(event.step for event in events(model).Scalars("loss")) == [1, 2]
     train(datalist, model, task, overrides=keys | {"epochs": 1}, overwrite=True)
     assert [event.step for event in events(model).Scalars("loss")] == [1]
     assert len(list((model / "tensorboard").iterdir())) == 1
