@@ -24,7 +24,9 @@ class Rows:
         self.chest = {(r["method"], r["labels"], r["seed"]): r["dice"] for r in page.read("chest")}
         self.fields = {r["network"]: r["block"]["areas"]["mass"]["0.5"] for r in page.read("fields")}
         self.dials = {(r["ablation"], r["row"], r["seed"]): r["dice"] for r in page.read("ablations")}
-        self.rivals = [r for r in page.read("rivals") if "dice" in r]
+        rivals = page.read("rivals")
+        self.rivals = {(r["rival"], r["budget"], r["labels"]): r for r in rivals if r["seed"] == 0 and "dice" in r}
+        self.peft = next(r for r in rivals if r["rival"] == "peft")
 
     def gains(self, method: str, base: str, labels: int) -> list[float]:
         seeds = [s for s in range(3) if (method, labels, s) in self.dice and (base, labels, s) in self.dice]
@@ -101,6 +103,26 @@ CLAIMS: dict[str, Callable[[Rows], bool]] = {
         and not rows.told_apart("sam_da_fresh", "full", 8)
         and all(g < 0 for g in rows.gains("sam_da_fresh", "full", 0))
         and all(rows.mean("sam_da", n) < rows.mean("decoder", n) for n in COUNTS)
+    ),
+    "In two CPU minutes, training on embeddings wins": lambda rows: (
+        all(
+            rows.rivals["sam_da", 120, n]["dice"] > rows.rivals[m, 120, n]["dice"]
+            and rows.rivals["sam_da", 120, n]["steps"] > 4 * rows.rivals[m, 120, n]["steps"]
+            for n in (8, 0)
+            for m in ("lora", "full")
+        )
+        and all(rows.rivals["decoder", 120, 0]["dice"] > rows.rivals[m, 120, 0]["dice"] + 0.1 for m in ("lora", "full"))
+        and all(rows.rivals["sam_da", 600, n]["dice"] < rows.rivals["sam_da", 120, n]["dice"] for n in (8, 0))
+    ),
+    "Networks from scratch find little in ten CPU minutes": lambda rows: (
+        all(rows.rivals["dynunet", budget, n]["dice"] == 0 for budget in (120, 600) for n in (8, 0))
+        and rows.rivals["nnunet", 600, 0]["dice"] == 0
+        and [k for k, dice in rows.rivals["nnunet", 600, 8]["classes"].items() if dice] == ["liver"]
+        and rows.rivals["nnunet", 600, 8]["classes"]["liver"] > rows.rivals["sam_da", 600, 8]["classes"]["liver"]
+        and rows.rivals["nnunet", 600, 8]["classes"]["liver"] > rows.rivals["sam_da", 120, 8]["classes"]["liver"]
+    ),
+    "peft's LoRA and ours are the same numbers": lambda rows: (
+        max(rows.peft[key] for key in ("outputs", "losses", "weights", "logits")) < 1e-6 < rows.peft["changed"]
     ),
     "Few views of few slices are dangerous": lambda rows: (
         min(rows.gains("sam_da", "head", 2)) < -0.3 and min(rows.gains("sam_da_fresh", "head_fresh", 2)) > -0.05
