@@ -28,7 +28,7 @@ from typing import Any
 
 from filling import fill
 
-from samda.files import write_json, write_text
+from samda.files import load_yaml, write_json, write_text
 from samda.resources import packaged
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,12 +111,10 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def rates(rows: Iterable[Mapping[str, Any]]) -> str:
     """Which of the measured rates are not those that `samda train --adapter` takes."""
-    import yaml
-
     defaults = json.loads(packaged("bundles", "sam_segmentation", "configs", "train.json").read_text(encoding="utf-8"))
     other: dict[str, list[str]] = {}
     for row in rows:
-        overlay = yaml.safe_load(packaged("configs", "adapters", f"{row['adapter']}.yaml").read_text(encoding="utf-8"))
+        overlay = load_yaml(packaged("configs", "adapters", f"{row['adapter']}.yaml").read_text(encoding="utf-8"))
         shipped = {key: overlay.get(key, defaults[key]) for key in RATES}
         if shipped != {key: row[key] for key in RATES}:
             taken = "{learning_rate:g} (head: {head_learning_rate:g})".format(**shipped)

@@ -6,7 +6,7 @@
     python -m benchmarks.evidence --minutes 30           half an hour for each part
     python -m benchmarks.evidence --page                 only the page, from the results that are there
 
-Each run is stored in `benchmarks/results/evidence/` when it ends, and not measured again as long as its settings stay;
+Each run is stored in `benchmarks/results/` when it ends, and not measured again as long as its settings stay;
 stopped at any moment, the same command goes on. What a budget left out is said here and on the page.
 """
 

@@ -59,8 +59,8 @@ class Exam:
         }
 
 
-class NotRun(Exception):
-    """A rival cannot run here; the message says why."""
+class NotRun(RuntimeError):
+    """A program of its own, a rival for instance, cannot run here; the message says why."""
 
 
 def interpreter(name: str) -> Path:
@@ -77,12 +77,12 @@ def interpreter(name: str) -> Path:
         raise NotRun(f"{name} cannot be installed: {_last_line(error.stderr) or error}") from error
 
 
-def run_there(command: Sequence[str | Path], timeout: float, **surroundings: str) -> str:
+def run_there(command: Sequence[str | Path], timeout: float | None, **surroundings: str) -> str:
     """Standard output of a program, run on one thread with this checkout importable.
 
     Args:
         command: the program and its arguments.
-        timeout: s of wall time.
+        timeout: s of wall time; None waits.
         surroundings: further environment variables.
 
     Raises:

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from monai.losses import DiceCELoss
 from monai.networks.nets import DynUNet
 
 from samda.embeddings import draw
 
 from .apart import Exam
+from .trial import build_loss
 
 __all__ = ["SupervisedHeads", "batches", "build_dynunet", "plan", "rate", "train_dynunet"]
 
@@ -68,7 +68,7 @@ class SupervisedHeads(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+        self.loss = build_loss()
 
     def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """(B, L, K, H, W) and (B, 1, H, W) -> a number."""

@@ -7,8 +7,6 @@ The scripts go on from what they kept in the cache folder, so a run that was sto
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +15,8 @@ from typing import Any
 from filelock import FileLock
 
 from samda.resources import cache_dir
+
+from .apart import run_there
 
 __all__ = ["SCRIPTS", "measure_by_script"]
 
@@ -29,7 +29,7 @@ def measure_by_script(run: Row) -> Row:
     """The row of a run: {"case", "family", "method", "seed"} of one script, {"context", "seed", "epochs"} of the other.
 
     Raises:
-        RuntimeError: the script failed; the message ends with its last line.
+        NotRun: the script failed; the message ends with its last line.
     """
     folder = cache_dir() / "evidence" / "adaptation"
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,18 +41,7 @@ def measure_by_script(run: Row) -> Row:
         else:
             words = ["context.py", "--contexts", str(run["context"]), "--epochs", str(run["epochs"]), *words]
         with FileLock(folder / f"seed{run['seed']}.lock"):  # one training of a source model at a time
-            _call(words)
+            run_there([sys.executable, SCRIPTS / words[0], *words[1:]], timeout=None)
         rows = json.loads(results.read_text(encoding="utf-8"))
     rows = rows["runs"] if "case" in run else rows
     return next(row for row in rows if run.items() <= row.items())
-
-
-def _call(words: list[str]) -> None:
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(SCRIPTS.parent), os.environ.get("PYTHONPATH")]))
-    }
-    command = [sys.executable, "-W", "ignore", str(SCRIPTS / words[0]), *words[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise RuntimeError(f"{words[0]} failed ({done.returncode}): {lines[-1] if lines else 'without a word'}")

@@ -7,7 +7,6 @@ import dataclasses
 from typing import Any
 
 from ..context import EPOCHS
-from .elsewhere import measure_by_script
 from .methods import ABLATIONS, ENCODER, FRESH, FROZEN, METHODS, Method
 
 __all__ = ["PARTS", "measure", "planned"]
@@ -137,6 +136,8 @@ def measure(run: Run) -> Run:
     from . import fields, trial
 
     if "case" in run or "context" in run:
+        from .elsewhere import measure_by_script
+
         return measure_by_script(run)
     if "rival" in run:
         from .rivals import compete

@@ -30,6 +30,7 @@ __all__ = [
 
 Row = dict[str, Any]
 NOTHING = "-"
+ORDERED = sorted(ENCODER_COUNTS, key=lambda n: n or math.inf)  # all of them last
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -82,14 +83,13 @@ def few_labels(rows: list[Row], task: str) -> str:
 
 def encoder(rows: list[Row], task: str, methods: Sequence[str] = tuple(METHODS)) -> str:
     """Dice of all methods, and the gain over the head alone, seed by seed, where both are there."""
-    counts = sorted(ENCODER_COUNTS, key=lambda n: n or 10**6)
     head = ["method"]
-    for n in counts:
+    for n in ORDERED:
         head += [f"Dice, {labels_name(n)} slices", f"over `head`, {labels_name(n)}"]
     lines = []
     for method in methods:
         cells: list[str] = []
-        for n in counts:
+        for n in ORDERED:
             mine = [r for r in pick(rows, task=task, method=method, labels=n) if r["seed"] < ENCODER_SEEDS]
             cells += [spread([r["dice"] for r in mine]), difference(gains(mine, pick(rows, method="head")))]
         if any(cell != NOTHING for cell in cells):
@@ -236,13 +236,12 @@ def findings(rows: list[Row]) -> str:
         ("fresh views, not what the method adds", "head_fresh", "head"),
         ("", "sam_da_fresh", "sam_da"),
     ]
-    counts = sorted(ENCODER_COUNTS, key=lambda n: n or 10**6)
     lines = []
     for claim, better, worse in claims:
         mine, others = (pick(rows, task="abdomen", method=name) for name in (better, worse))
-        found = [gains(pick(mine, labels=n), others) for n in counts]
+        found = [gains(pick(mine, labels=n), others) for n in ORDERED]
         every = [d for differences in found for d in differences]
         won = f"{sum(d > 0 for d in every)} of {len(every)}"
         lines.append([claim, f"`{better}` - `{worse}`", *(difference(d) for d in found), won])
-    names = [f"{labels_name(n)} slices" for n in counts]
+    names = [f"{labels_name(n)} slices" for n in ORDERED]
     return markdown(["claim", "difference", *names, "pairs above zero"], lines)
