@@ -37,13 +37,13 @@ from shifts import Shift, shifts
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.objectives import OBJECTIVES
 from samda.adaptation.outcome import decide
-from samda.adaptation.record import now, sha256_of, versions
-from samda.data.examples import Examples, fetch_examples
-from samda.data.task import Task
 from samda.data.transforms import build_preprocessing
-from samda.files import write_json
-from samda.networks.model_folder import load_model
+from samda.examples import Examples, fetch_examples
+from samda.io import write_json
+from samda.models.folder import load_model
 from samda.networks.segmenter import SamSegmenter
+from samda.provenance import now, sha256_of, versions
+from samda.task import Task
 
 SLABS = ((60, 86), (86, 112))  # slices of A that hold organs, in two halves: slabs miss whole organs
 METHODS = tuple(OBJECTIVES)

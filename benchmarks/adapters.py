@@ -28,8 +28,7 @@ from typing import Any
 
 from filling import fill
 
-from samda.files import load_yaml, write_json, write_text
-from samda.resources import packaged
+from samda.io import load_yaml, packaged, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULTS = ROOT / "docs" / "adapters.md", ROOT / "benchmarks" / "results" / "adapters.json"
@@ -45,10 +44,10 @@ def measure(adapter: str, epochs: int, folder: Path) -> dict[str, Any]:
     import torch
 
     from samda.cli.demo import RECIPE, hold_out
-    from samda.data.examples import fetch_examples
+    from samda.examples import fetch_examples
     from samda.inference.evaluate import evaluate
     from samda.inference.predict import Predictor, predict_folder
-    from samda.networks.model_folder import load_model
+    from samda.models.folder import load_model
     from samda.training import train
 
     examples = fetch_examples()

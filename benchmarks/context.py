@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from samda.files import write_json
+from samda.io import write_json
 
 RESULTS = Path(__file__).parent / "results" / "context.json"
 EPOCHS = 100  # fewer than those of the demo
@@ -35,11 +35,11 @@ def measure(context: int, seed: int, epochs: int, folder: Path) -> dict[str, Any
     import torch
 
     from samda.cli.demo import RECIPE, hold_out
-    from samda.data.examples import fetch_examples
-    from samda.inference.components import override
+    from samda.examples import fetch_examples
     from samda.inference.evaluate import evaluate
+    from samda.inference.postprocessing import override
     from samda.inference.predict import Predictor, predict_folder
-    from samda.networks.model_folder import load_model
+    from samda.models.folder import load_model
     from samda.training import train
 
     start = time.perf_counter()

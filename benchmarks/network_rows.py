@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from harness import Options, Row, interleave, median, relative_error
 
 from samda.adapters import attach, build_configs, merge
-from samda.adapters.depthwise import depthwise
+from samda.adapters.kernel import depthwise
 from samda.networks.backbones import backbone_config
 from samda.networks.segmenter import SamSegmenter
 

@@ -15,7 +15,7 @@ from typing import Any
 from filling import fill
 from harness import Row, table
 
-from samda.files import write_text
+from samda.io import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results"

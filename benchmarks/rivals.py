@@ -10,7 +10,7 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 from timm.models.tiny_vit import MBConv, PatchEmbed, PatchMerging, TinyVitBlock
 
-from samda.networks.original import to_segment_anything
+from samda.models.sam_file import to_segment_anything
 from samda.networks.tiny_vit import TinyViT
 
 __all__ = ["OriginalTinyViT", "RebuiltSalt", "SliceBySlice", "sam_with_original_encoder", "written_out_attention"]

@@ -26,10 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
-from samda.data.task import Task
-from samda.files import write_json
 from samda.inference.volume import VolumeInferer
+from samda.io import write_json
 from samda.networks.segmenter import SamSegmenter
+from samda.task import Task
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = {  # kind of operation -> parts of the names of PyTorch's operations; the first that fits

@@ -22,7 +22,7 @@ from network_rows import dka, encoder, merged
 from training_rows import embeddings, salt, salt_step, training_memory
 from volume_rows import adapt, predict
 
-from samda.files import write_json
+from samda.io import write_json
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -14,11 +14,11 @@ from rivals import SliceBySlice, sam_with_original_encoder
 
 from samda.adaptation.engine import Adaptation
 from samda.cli.demo import hold_out
-from samda.data.examples import fetch_examples
 from samda.data.transforms import build_preprocessing
+from samda.examples import fetch_examples
 from samda.inference.predict import Predictor
 from samda.inference.volume import VolumeInferer
-from samda.networks.model_folder import load_model
+from samda.models.folder import load_model
 from samda.training import train
 
 __all__ = ["adapt", "predict"]

@@ -22,7 +22,7 @@ from typing import Any
 import samda
 from samda import errors
 from samda.cli.main import COMMANDS, EXIT_CODES, build_parser
-from samda.resources import cache_dir, packaged
+from samda.io import cache_dir, packaged
 
 PAGE = Path(__file__).with_name("reference.md")
 SHARED = ("-h", "--json", "--debug", "--device")  # options that mean the same everywhere
@@ -49,8 +49,8 @@ def reference() -> str:
     """The whole page."""
     parts = [HEAD, *commands(), *exits(), *task(), *config(), *adapters()]
     for title, module in (
-        ("Files of a model", "samda.networks.model_folder"),
-        ("Export", "samda.networks.export"),
+        ("Files of a model", "samda.models.folder"),
+        ("Export", "samda.models.export"),
         ("Scores", "samda.metrics"),
     ):
         parts += [f"## {title}", markdown(importlib.import_module(module).__doc__)]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock  # PyTorch brings it along
 
-from samda.resources import cache_dir
+from samda.io import cache_dir
 
 __all__ = ["HERE", "environment", "surroundings"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from environments import environment, surroundings
 
-from samda.resources import packaged
+from samda.io import packaged
 from samda.training.tracking import scalars
 
 READ = """

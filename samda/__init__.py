@@ -20,35 +20,35 @@ if TYPE_CHECKING:  # the aliases mark what is exported
     from samda.adapters import detach as detach
     from samda.adapters import merge as merge
     from samda.adapters import unmerge as unmerge
-    from samda.data.examples import fetch_examples as fetch_examples
-    from samda.data.task import Task as Task
     from samda.errors import AdapterError as AdapterError
     from samda.errors import InputError as InputError
     from samda.errors import SamdaError as SamdaError
     from samda.errors import UsageError as UsageError
     from samda.errors import WeightsError as WeightsError
+    from samda.examples import fetch_examples as fetch_examples
     from samda.inference.evaluate import evaluate as evaluate
     from samda.inference.predict import Predictor as Predictor
     from samda.inference.predict import predict_folder as predict_folder
     from samda.inference.volume import VolumeInferer as VolumeInferer
-    from samda.networks.export import export_model as export_model
-    from samda.networks.model_folder import load_model as load_model
-    from samda.networks.model_folder import save_model as save_model
+    from samda.models.export import export_model as export_model
+    from samda.models.folder import load_model as load_model
+    from samda.models.folder import save_model as save_model
     from samda.networks.segmenter import SamSegmenter as SamSegmenter
     from samda.networks.weights import fetch_weights as fetch_weights
+    from samda.task import Task as Task
     from samda.training import train as train
 
 _PLACES = {
     "samda.adaptation": ("Adaptation",),
     "samda.adapters": ("ADAPTERS", "attach", "build_configs", "count_parameters", "detach", "merge", "unmerge"),
-    "samda.data.examples": ("fetch_examples",),
-    "samda.data.task": ("Task",),
+    "samda.examples": ("fetch_examples",),
+    "samda.task": ("Task",),
     "samda.errors": ("AdapterError", "InputError", "SamdaError", "UsageError", "WeightsError"),
     "samda.inference.evaluate": ("evaluate",),
     "samda.inference.predict": ("Predictor", "predict_folder"),
     "samda.inference.volume": ("VolumeInferer",),
-    "samda.networks.export": ("export_model",),
-    "samda.networks.model_folder": ("load_model", "save_model"),
+    "samda.models.export": ("export_model",),
+    "samda.models.folder": ("load_model", "save_model"),
     "samda.networks.segmenter": ("SamSegmenter",),
     "samda.networks.weights": ("fetch_weights",),
     "samda.training": ("train",),

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from samda.errors import InputError
-from samda.files import write_text
+from samda.io import write_text
 from samda.version import __version__
 
 __all__ = [

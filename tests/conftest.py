@@ -12,8 +12,8 @@ import torch
 import torch.nn as nn
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
+from samda.models.sam_file import to_segment_anything
 from samda.networks.backbones import BackboneConfig, TinyViTConfig, ViTConfig
-from samda.networks.original import to_segment_anything
 from samda.networks.segmenter import SamSegmenter
 from samda.networks.weights import fetch_weights
 

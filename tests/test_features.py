@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from samda.features import FeatureTap, class_shares, feature_statistics
 from samda.networks.segmenter import SamSegmenter
+from samda.source_statistics import FeatureTap, class_shares, feature_statistics
 
 
 @pytest.fixture
@@ -98,6 +98,6 @@ def test_embeddings_give_the_same_as_images(network: SamSegmenter) -> None:
 
 
 def test_many_slices_are_thinned_evenly(network: SamSegmenter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("samda.features.MOST", 2)
+    monkeypatch.setattr("samda.source_statistics.MOST", 2)
     items = labeled(5)
     assert feature_statistics(network, items, range(5)) == feature_statistics(network, items, [0, 3])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from samda.errors import InputError
-from samda.files import check_room, new_folder, plain, replacing, write_json
+from samda.io import check_room, new_folder, plain, replacing, write_json
 
 
 def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from samda.data.task import Task
 from samda.errors import InputError
-from samda.statistics import FEATURES, QUANTILES, SliceStatistics, ellipse_moments, slice_statistics
+from samda.source_statistics import FEATURES, QUANTILES, SliceStatistics, ellipse_moments, slice_statistics
+from samda.task import Task
 
 MEDIAN = QUANTILES.index(0.5)
 TASK = Task(classes=("background", "organ", "vessel", "never"), spacing=2.0, image_size=64)

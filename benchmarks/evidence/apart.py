@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from samda.training.metric import CaseDice
+from samda.training.handlers import CaseDice
 
 __all__ = ["Exam", "NotRun", "interpreter", "run_there"]
 

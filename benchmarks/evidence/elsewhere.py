@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from samda.resources import cache_dir
+from samda.io import cache_dir
 
 from .apart import run_there
 

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from samda.files import replacing
-from samda.inference.receptive_field import TAPS, area_ratios, measure_erf, rescale
+from samda.io import cache_dir, replacing
 from samda.networks.segmenter import SamSegmenter
-from samda.resources import cache_dir
+from samda.receptive_field import TAPS, area_ratios, measure_erf, rescale
 
 from . import trial
 from .methods import METHODS

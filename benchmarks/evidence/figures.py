@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from samda.files import replacing
+from samda.io import replacing
 
 from .methods import ENCODER, FROZEN
 from .parts import CHEST, COUNTS, ENCODER_COUNTS, ENCODER_SEEDS, SEEDS

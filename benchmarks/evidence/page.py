@@ -10,7 +10,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from samda.files import write_text
+from samda.io import write_text
 from samda.training.optim import build_schedule
 
 from ..context import table as context_table

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from monai.transforms import Compose
 
-from samda.data.examples import fetch_examples
-from samda.data.task import Task
 from samda.data.transforms import build_augmentation, build_preprocessing
-from samda.resources import cache_dir
+from samda.examples import fetch_examples
+from samda.io import cache_dir
+from samda.task import Task
 from samda.training.datasets import SliceDataset
-from samda.training.metric import CaseDice
+from samda.training.handlers import CaseDice
 
 __all__ = ["ALL", "TASKS", "Blocks", "Slices", "choose", "fingerprint", "load", "score", "views"]
 
@@ -134,7 +134,7 @@ def views(name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _keep(content: dict[str, Any], file: Path) -> None:
-    from samda.files import replacing
+    from samda.io import replacing
 
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as temporary:

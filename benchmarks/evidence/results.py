@@ -9,8 +9,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from samda.files import write_json
-from samda.resources import cache_dir
+from samda.io import cache_dir, write_json
 
 from . import parts
 

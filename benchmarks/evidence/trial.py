@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from monai.losses import DiceCELoss
 
-from samda.files import replacing
+from samda.io import cache_dir, replacing
 from samda.networks.segmenter import SamSegmenter
-from samda.resources import cache_dir
 from samda.training.optim import build_optimizer, build_schedule
 
 from .methods import Method

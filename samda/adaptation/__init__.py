@@ -2,10 +2,10 @@
 """Adapt a trained model to the scans of another site, case by case, without labels."""
 
 from samda.adaptation.engine import Adaptation
+from samda.adaptation.folder import AdaptRun, adapt_folder
 from samda.adaptation.guard import REASONS, Decision, Evidence, GuardSettings
 from samda.adaptation.objectives import OBJECTIVES, Objective, build_objective
 from samda.adaptation.outcome import AdaptedCase
-from samda.adaptation.run import AdaptRun, adapt_folder
 
 __all__ = [
     "OBJECTIVES",

@@ -16,7 +16,7 @@ import torch
 
 from samda.adaptation.objectives import most_likely
 from samda.errors import InputError
-from samda.features import FeatureTap, class_shares, class_sums
+from samda.source_statistics import FeatureTap, class_shares, class_sums
 
 __all__ = ["CaseAlignment", "FeatureAlignment"]
 
@@ -35,7 +35,7 @@ class FeatureAlignment:
     moments of the mixture: its mean is sum_k pi_k mu0_k, its second moment sum_k pi_k (sigma0_k^2 + mu0_k^2).
 
     Args:
-        source: per layer {"mean", "std"} with a row per class, see :func:`samda.features.feature_statistics`.
+        source: per layer {"mean", "std"} with a row per class, see :func:`samda.source_statistics.feature_statistics`.
         num_classes: K.
 
     Raises:

@@ -13,9 +13,9 @@ import torch.nn as nn
 
 from samda.adaptation.views import View, apply_view
 from samda.data.slices import SliceGrid
-from samda.data.task import Task
-from samda.inference.components import keep_largest
+from samda.inference.postprocessing import keep_largest
 from samda.inference.volume import VolumeInferer, largest
+from samda.task import Task
 
 __all__ = ["EmbeddingReplay", "PreparedCase", "Segmentation", "choose_slices", "cut_windows", "encode_views", "segment"]
 

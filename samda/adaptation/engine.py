@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from nibabel.spatialimages import SpatialImage
 from torch.utils.checkpoint import checkpoint
 
-from samda.adaptation import record as records
+from samda import provenance as records
+from samda.adaptation.agreement import mean_agreement
 from samda.adaptation.alignment import CaseAlignment
 from samda.adaptation.case import (
     EmbeddingReplay,
@@ -36,27 +37,26 @@ from samda.adaptation.case import (
     slice_axis,
 )
 from samda.adaptation.guard import mean_plausibility
-from samda.adaptation.measures import mean_agreement
+from samda.adaptation.loop import Trajectory, descend, held, keep_last, load
 from samda.adaptation.objectives import log_probabilities, most_likely
 from samda.adaptation.outcome import AdaptedCase, finish
 from samda.adaptation.plausibility import Judge
 from samda.adaptation.settings import check_settings
-from samda.adaptation.trajectory import Trajectory, descend, held, keep_last, load
 from samda.adaptation.views import FAMILIES, make_views, mirrored_classes, restore_view, seed_of
+from samda.adapters.adapter_file import state_tensors
+from samda.adapters.attach import scope_parameters
 from samda.adapters.base import unmerge
-from samda.adapters.files import state_tensors
-from samda.adapters.scopes import scope_parameters
-from samda.data.objects import name_of, scan_path
+from samda.data.formats import name_of, scan_path
 from samda.data.slices import SliceGrid, center_channels
-from samda.data.task import Task
 from samda.data.transforms import build_preprocessing
 from samda.errors import AdapterError
-from samda.features import FeatureTap
-from samda.inference.components import override
+from samda.inference.postprocessing import override
 from samda.inference.volume import VolumeInferer
 from samda.networks.saving import full_state
 from samda.networks.segmenter import SamSegmenter
 from samda.progress import share
+from samda.source_statistics import FeatureTap
+from samda.task import Task
 
 __all__ = ["Adaptation"]
 
@@ -71,7 +71,7 @@ class Adaptation:
         task: what it segments.
         record: the model folder's record; its "statistics" are what the guard judges by.
         method: name of an objective, see :data:`samda.adaptation.objectives.OBJECTIVES`.
-        scope: what moves, see :mod:`samda.adapters.scopes`.
+        scope: what moves, see :mod:`samda.adapters.attach`.
         steps: optimizer steps; None takes the objective's own.
         lr: learning rate; None takes the objective's own.
         views: number of views, the slice itself included.
@@ -89,7 +89,7 @@ class Adaptation:
         modality: "CT" or "MR" where the scans are of another kind than those of the training; it decides how
             intensities are mapped to [0, 1].
         keep_largest: classes of which every prediction keeps only the largest piece, instead of the task's; see
-            :func:`samda.inference.components.override`.
+            :func:`samda.inference.postprocessing.override`.
         device: torch device.
         version: name of the model's version, for the record.
 

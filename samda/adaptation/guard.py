@@ -72,7 +72,7 @@ class Evidence:
     Attributes:
         volumes_ml: volume of each class.
         plausibility: of each class, 0 to 1; None where the prediction lacks it.
-        agreement: between the views, see :func:`samda.adaptation.measures.agreement`; NaN with a single view.
+        agreement: between the views, see :func:`samda.adaptation.agreement.agreement`; NaN with a single view.
         entropy: mean normalized entropy on the foreground.
         drift: distance of the features from those of the training slices, see
             :class:`samda.adaptation.alignment.FeatureAlignment`; NaN where it was not measured.

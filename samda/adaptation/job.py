@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,21 +11,22 @@ from typing import Any
 import torch
 
 from samda.adaptation.engine import Adaptation
+from samda.adaptation.folder import AdaptRun, adapt_folder, collect, details_folder
 from samda.adaptation.page import write_page
-from samda.adaptation.run import AdaptRun, adapt_folder, collect, details_folder
 from samda.adaptation.settings import check_settings
 from samda.adaptation.site import check_site, distill
+from samda.data.datalists import find_pairs
 from samda.data.labels import MapLabelsd
-from samda.data.task import Task
 from samda.errors import SamdaError, UsageError
 from samda.inference.evaluate import score_files
-from samda.inference.pairs import find_pairs
-from samda.networks.versions import list_versions, load_version
+from samda.models.versions import list_versions, load_version
 from samda.processes import Part, exchange, is_main, place
+from samda.task import Task
 
 __all__ = ["CaseScores", "run_adaptation", "score_run"]
 
 logger = logging.getLogger(__name__)
+
 
 UNFINISHED = {"page": None, "dice": None, "site": None}  # other parts are at work
 CaseScores = dict[str, dict[str, tuple[float, float]]]  # case -> class -> Dice of the source and of the final map
@@ -54,7 +54,7 @@ def run_adaptation(
 
     Args:
         model: a model folder.
-        inputs: scans, see :func:`samda.adaptation.run.adapt_folder`; as are section, dry_run, keep_names, overwrite.
+        inputs: scans, see :func:`samda.adaptation.folder.adapt_folder`; as are section, dry_run, keep_names, overwrite.
         output: folder of the results.
         settings: arguments of :class:`samda.adaptation.engine.Adaptation`.
         report: file of the records.

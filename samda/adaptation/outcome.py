@@ -16,11 +16,11 @@ import torch
 from monai.data import MetaTensor
 from nibabel.spatialimages import SpatialImage
 
-from samda.adaptation import record as records
+from samda import provenance as records
+from samda.adaptation.agreement import class_agreement, foreground_entropy, mean_agreement
 from samda.adaptation.case import PreparedCase, Segmentation
 from samda.adaptation.guard import Decision, Evidence, after, before
-from samda.adaptation.measures import class_agreement, foreground_entropy, mean_agreement
-from samda.adaptation.trajectory import NotFinite, OutOfTime, Trajectory
+from samda.adaptation.loop import NotFinite, OutOfTime, Trajectory
 from samda.errors import SamdaError
 from samda.inference.postprocessing import own_grid
 from samda.inference.writer import label_image

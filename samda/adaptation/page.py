@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from samda.adaptation.engine import Adaptation
-from samda.adaptation.run import AdaptRun, details_folder
+from samda.adaptation.folder import AdaptRun, details_folder
 from samda.data.formats import Image
 from samda.data.slices import SliceGrid
 from samda.data.transforms import build_preprocessing

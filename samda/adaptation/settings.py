@@ -11,7 +11,7 @@ from typing import Any
 from samda.adaptation.guard import GuardSettings
 from samda.adaptation.objectives import Objective, build_objective
 from samda.adaptation.views import FAMILIES, make_views
-from samda.adapters.scopes import check_scope
+from samda.adapters.attach import check_scope
 from samda.errors import UsageError, check_keys, from_mapping, is_finite
 
 __all__ = ["check_settings"]
@@ -45,7 +45,7 @@ def check_settings(settings: Mapping[str, Any]) -> tuple[Objective, GuardSetting
 
     Returns:
         The objective, the thresholds of the guard, and all settings that are not None, defaults included, in one
-        spelling: scopes in the order of :data:`samda.adapters.scopes.SCOPES`, families as a tuple.
+        spelling: scopes in the order of :data:`samda.adapters.attach.SCOPES`, families as a tuple.
 
     Raises:
         UsageError: an unknown key or name, or a value of the wrong type or out of range.

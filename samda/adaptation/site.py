@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from samda.adaptation import record as records
+from samda import provenance as records
+from samda.adaptation.agreement import displacement
 from samda.adaptation.engine import Adaptation
-from samda.adaptation.measures import displacement
-from samda.adaptation.run import AdaptRun, details_folder
-from samda.adaptation.trajectory import held, load
-from samda.adapters.files import read_adapters, save_adapters
+from samda.adaptation.folder import AdaptRun, details_folder
+from samda.adaptation.loop import held, load
+from samda.adapters.adapter_file import read_adapters, save_adapters
 from samda.errors import InputError, UsageError
-from samda.networks.versions import SOURCE, check_name, list_versions, version_folder
+from samda.models.versions import SOURCE, check_name, list_versions, version_folder
 
 __all__ = ["check_site", "describe_versions", "distill"]
 

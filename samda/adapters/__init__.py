@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from samda.adapters.adapter_file import AdapterFile, load_adapters, read_adapters, save_adapters
+from samda.adapters.attach import ADAPTERS, SCOPES, available_scopes, build_configs, check_scope, scope_parameters
 from samda.adapters.base import (
     Adapter,
     adapter_parameters,
@@ -22,14 +24,11 @@ from samda.adapters.base import (
     unmerge,
 )
 from samda.adapters.baselines import BottleneckConfig, DecoderConfig, FullConfig, HeadConfig
-from samda.adapters.files import AdapterFile, load_adapters, read_adapters, save_adapters
 from samda.adapters.kernel import DkaConfig, LkaConfig
 from samda.adapters.lora import LoraConfig
 from samda.adapters.norm import NormConfig
-from samda.adapters.registry import ADAPTERS, build_configs
 from samda.adapters.salt import SaltConfig
 from samda.adapters.sam_da import SamDaConfig
-from samda.adapters.scopes import SCOPES, available_scopes, check_scope, scope_parameters
 from samda.adapters.settings import AdapterConfig
 
 __all__ = [

@@ -20,7 +20,7 @@ from samda.adapters.sites import LinearSite, NormSite, Site
 from samda.errors import AdapterError
 
 if TYPE_CHECKING:
-    from samda.adapters.registry import Adapters
+    from samda.adapters.attach import Adapters
 
 __all__ = [
     "Adapter",
@@ -61,7 +61,7 @@ class Adapter(nn.Module):
         return [name for name, _ in self.named_parameters()]
 
     def scope_params(self) -> dict[str, list[str]]:
-        """Own parameters by scope of adaptation (see :mod:`samda.adapters.scopes`), beyond "encoder"."""
+        """Own parameters by scope of adaptation (see :mod:`samda.adapters.attach`), beyond "encoder"."""
         return {}
 
     def delta(self) -> Any:
@@ -124,7 +124,7 @@ def attach(model: nn.Module, adapters: Adapters) -> None:
         AdapterError: a name is taken or no identifier, a config finds no site, a site cannot be served, or two configs
             exclude each other. The model is unchanged.
     """
-    from samda.adapters.registry import (  # it knows every adapter, and each is built on this module
+    from samda.adapters.attach import (  # it knows every adapter, and each is built on this module
         build_configs,
         check_together,
     )

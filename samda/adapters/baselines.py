@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from samda.adapters.base import base_parameters
-from samda.adapters.bottleneck import Bottleneck
+from samda.adapters.kernel import Bottleneck
 from samda.adapters.settings import AdapterConfig, is_int
 from samda.adapters.sites import Site
 from samda.errors import AdapterError

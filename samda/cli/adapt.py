@@ -51,7 +51,7 @@ METHODS = (  # of samda.adaptation.objectives, which imports PyTorch: --help mus
     "anchored",
     "default",
 )
-SCOPES = ("gate", "decoder", "norm", "encoder")  # of samda.adapters.scopes
+SCOPES = ("gate", "decoder", "norm", "encoder")  # of samda.adapters.attach
 SETTINGS = ("families", "flips", "strength", "guard", "objective", "keep", "time_limit_s", "batch_size", "memory_mb")
 
 

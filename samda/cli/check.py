@@ -32,8 +32,7 @@ from samda.cli.options import (
 from samda.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from samda.data.check import DataReport
-    from samda.data.facts import CaseFacts
+    from samda.data.inspect import CaseFacts, DataReport
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,11 +56,11 @@ def run(args: argparse.Namespace) -> None:
     if args.output:
         check_output(args.output, args.overwrite)
     device = pick_device(args.device)
-    from samda.data.check import check_data
+    from samda.data.inspect import check_data
     from samda.data.suggest import check_and_suggest
-    from samda.data.task import Task
-    from samda.files import write_text
-    from samda.training.memory import available_mb, fitting_batch_size
+    from samda.io import write_text
+    from samda.task import Task
+    from samda.training.datasets import available_mb, fitting_batch_size
 
     suggestion, batch_size = None, None
     memory = available_mb(device)

@@ -27,9 +27,9 @@ from samda.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from samda.data.examples import Example
-    from samda.data.task import Task
+    from samda.examples import Example
     from samda.inference.evaluate import Evaluation
+    from samda.task import Task
 
 BLOCK = 5  # slices: the part of patient A that holds organs is cut into blocks of this length
 TEST_BLOCKS, VALIDATION_BLOCKS = (2, 7), (4,)  # kept for the end; choose the best epoch. All others train
@@ -65,10 +65,10 @@ def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     say("[1/6] weights and scans")
     from samda.adaptation.job import run_adaptation
-    from samda.data.examples import fetch_examples
+    from samda.examples import fetch_examples
     from samda.inference.evaluate import evaluate, format_table
     from samda.inference.predict import Predictor, predict_folder
-    from samda.networks.model_folder import load_model
+    from samda.models.folder import load_model
     from samda.networks.weights import fetch_weights
     from samda.training import train
 
@@ -149,7 +149,7 @@ def hold_out(scan: Example, folder: Path) -> Path:
     import nibabel as nib
     import numpy as np
 
-    from samda.files import write_json
+    from samda.io import write_json
 
     image, label = (nib.Nifti1Image.from_filename(path) for path in (scan.image, scan.label))
     ids = [i for values in (scan.task.labels or {}).values() for i in values]
@@ -186,7 +186,7 @@ def ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:
 
 def write_metrics(path: Path, parts: Iterable[Part], trained: Mapping[str, Any], seconds: float) -> None:
     """All scores in one JSON file."""
-    from samda.files import write_json
+    from samda.io import write_json
 
     content = {
         "purpose": "research use only",

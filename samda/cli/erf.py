@@ -38,8 +38,8 @@ from samda.version import __version__
 if TYPE_CHECKING:
     import torch
 
-    from samda.inference.erf_files import ModelField
     from samda.networks.segmenter import SamSegmenter
+    from samda.receptive_field import ModelField
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,13 +66,12 @@ def run(args: argparse.Namespace) -> None:
     """Measure, print, write."""
     existing(args.input, "input")
     device = pick_device(args.device)
-    from samda.adapters.files import read_adapters
-    from samda.data.task import Task
-    from samda.inference.body_slices import body_slices, check_same_slices
-    from samda.inference.erf_files import write_fields
+    from samda.adapters.adapter_file import read_adapters
     from samda.inference.predict import find_cases
-    from samda.networks.export import check_folder
-    from samda.networks.versions import load_version, version_folder
+    from samda.models.export import check_folder
+    from samda.models.versions import load_version, version_folder
+    from samda.receptive_field import body_slices, check_same_slices, write_fields
+    from samda.task import Task
 
     folder = check_folder(args.output.expanduser()) if args.output else None
     tasks = {
@@ -118,9 +117,8 @@ def unadapted(network: SamSegmenter) -> SamSegmenter:
 
 def measure(network: SamSegmenter, images: Sequence[torch.Tensor], name: str, version: str | None) -> ModelField:
     """Both taps of a network."""
-    from samda.inference.erf_files import ModelField
-    from samda.inference.receptive_field import TAPS, measure_erf
     from samda.progress import bar
+    from samda.receptive_field import TAPS, ModelField, measure_erf
 
     fields = {}
     for tap in TAPS:

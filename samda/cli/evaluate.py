@@ -44,10 +44,10 @@ def run(args: argparse.Namespace) -> None:
         existing(args.input, "input")
         existing(args.labels, "labels")
         with report.stage("import"):
-            from samda.adapters.files import read_adapters
-            from samda.data.task import Task
+            from samda.adapters.adapter_file import read_adapters
+            from samda.data.datalists import find_pairs
             from samda.inference.evaluate import evaluate, format_table
-            from samda.inference.pairs import find_pairs
+            from samda.task import Task
 
         task = Task.from_dict(read_adapters(args.model).task) if args.model else Task.from_file(task_file(args.task))
         report.add(task=task.to_dict())

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from samda.cli.options import add_json, add_quiet, print_json, say
 
-FORMATS = ("sam", "onnx", "torch")  # those of samda.networks.export, known without torch
+FORMATS = ("sam", "onnx", "torch")  # those of samda.models.export, known without torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Export."""
-    from samda.networks.export import check_folder, export_model
-    from samda.networks.versions import load_version
+    from samda.models.export import check_folder, export_model
+    from samda.models.versions import load_version
 
     check_folder(args.output)
     network, task, _, version = load_version(args.model, args.version, args.weights)

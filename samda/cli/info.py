@@ -45,9 +45,9 @@ def describe_package() -> dict[str, Any]:
     import yaml
 
     from samda.adapters import attach, build_configs, count_parameters, detach
+    from samda.io import packaged
     from samda.networks.backbones import BACKBONES
     from samda.networks.segmenter import SamSegmenter
-    from samda.resources import packaged
 
     overlays = {
         path.stem: yaml.safe_load(path.read_text()) for path in sorted(packaged("configs", "adapters").glob("*"))

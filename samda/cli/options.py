@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from samda.errors import InputError, UsageError, nearest
+from samda.io import shipped_tasks
 from samda.processes import launched, local_device
-from samda.resources import shipped_tasks
 
 __all__ = [
     "add_device",
@@ -101,7 +101,7 @@ def check_file(path: Path, option: str) -> None:
     if path.is_dir() or not folder.is_dir():
         what = "is a folder" if path.is_dir() else "lies in a folder that does not exist"
         raise UsageError(f"{option} {path} {what}; give a file in a folder that exists")
-    from samda.files import try_writing
+    from samda.io import try_writing
 
     try:
         try_writing(folder)
@@ -133,14 +133,14 @@ def task_file(name: str) -> Path:
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
-    """Read `KEY=VALUE` texts (`--set`): values are YAML, see :func:`samda.files.load_yaml`.
+    """Read `KEY=VALUE` texts (`--set`): values are YAML, see :func:`samda.io.load_yaml`.
 
     Raises:
         UsageError: a text without `=` or key, a value that is no YAML, or a key given twice.
     """
     import yaml
 
-    from samda.files import load_yaml
+    from samda.io import load_yaml
 
     settings: dict[str, Any] = {}
     for text in texts:
@@ -165,7 +165,7 @@ def add_modality(parser: argparse.ArgumentParser) -> None:
 
 
 def add_keep_largest(parser: argparse.ArgumentParser) -> None:
-    """Add `--keep-largest`, read by :func:`samda.inference.components.override`."""
+    """Add `--keep-largest`, read by :func:`samda.inference.postprocessing.override`."""
     parser.add_argument(
         "--keep-largest",
         metavar="CLASSES",
@@ -180,7 +180,7 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
 
 def print_json(value: Any) -> None:
     """Print plain JSON; NaN and infinity, which JSON does not have, become null."""
-    from samda.files import plain
+    from samda.io import plain
 
     print(json.dumps(plain(value), indent=2, allow_nan=False))
 

@@ -73,9 +73,9 @@ def run(args: argparse.Namespace) -> None:
         device = pick_device(args.device)
         with report.stage("import"):
             from samda.adapters.base import merge
-            from samda.inference.components import override
+            from samda.inference.postprocessing import override
             from samda.inference.predict import Predictor, find_cases, predict_folder
-            from samda.networks.versions import load_version
+            from samda.models.versions import load_version
         report.add(device=device)
         join_for_cases()
         cases = find_cases(args.input, args.section)

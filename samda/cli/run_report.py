@@ -67,7 +67,7 @@ class RunReport:
         self.inputs: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> RunReport:
-        from samda.adaptation.record import now
+        from samda.provenance import now
 
         self._begin = time.perf_counter()
         self.content["time_start"] = now() if self.wanted else None
@@ -100,7 +100,7 @@ class RunReport:
         """Hash the files of a case: `add_input("a", image=..., label=...)`; what is not there has no hash."""
         if not self.wanted:
             return
-        from samda.adaptation.record import path_sha256, pseudonym, sha256_of
+        from samda.provenance import path_sha256, pseudonym, sha256_of
 
         hashes: dict[str, str | None] = {}
         for kind, path in files.items():
@@ -140,24 +140,24 @@ class RunReport:
         """The hash of a model folder's adapters and class head, and the base it stands on, from its files alone."""
         if not self.wanted:
             return
-        from samda.adaptation.record import tensors_sha256
-        from samda.adapters.files import read_adapters
+        from samda.adapters.adapter_file import read_adapters
+        from samda.provenance import tensors_sha256
 
         file = read_adapters(folder)
         self.add(adapter_sha256=tensors_sha256(file.tensors), base_file_sha256=file.base.get("sha256"))
 
     def add_network(self, network: Any) -> None:
         """The hashes that `samda adapt` records: base and class head together, and adapters with class head."""
-        from samda.adaptation.record import tensors_sha256
-        from samda.adapters.files import state_tensors
+        from samda.adapters.adapter_file import state_tensors
         from samda.networks.saving import full_state
+        from samda.provenance import tensors_sha256
 
         base, adapters = full_state(network), state_tensors(network)
         self.add(model_sha256=tensors_sha256(base), adapter_sha256=tensors_sha256(adapters))
 
     def _write(self, error: BaseException | None) -> None:
-        from samda.adaptation.record import now, sha256_of, versions
-        from samda.files import write_json
+        from samda.io import write_json
+        from samda.provenance import now, sha256_of, versions
 
         code, reason, text = outcome_of(error)
         inputs = [{"outcome": None} | entry for entry in self.inputs.values()]
@@ -192,7 +192,7 @@ def _described(value: Any) -> Any:
     """An option as it is; files in it, such as a task or adapters, by name and sha256 instead of their place."""
     if not isinstance(value, str) or not any(Path(part).is_file() for part in value.split(",")):
         return value
-    from samda.adaptation.record import path_sha256
+    from samda.provenance import path_sha256
 
     parts = [Path(part) for part in value.split(",")]
     return [{"file": p.name, "sha256": path_sha256(p)} if p.is_file() else str(p) for p in parts]

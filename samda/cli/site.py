@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> None:
     if (args.name is None) == (args.action == "activate"):
         want = "needs the name of a version" if args.name is None else "takes no name"
         raise UsageError(f"{args.action} {want}")
-    from samda.adapters.files import read_adapters
-    from samda.networks.versions import activate, active_version, rollback
+    from samda.adapters.adapter_file import read_adapters
+    from samda.models.versions import activate, active_version, rollback
 
     read_adapters(args.model)  # refuses what is no model folder
     if args.action == "list":
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
 def show(args: argparse.Namespace) -> None:
     """The versions, one row each."""
     from samda.adaptation.site import describe_versions
-    from samda.networks.versions import active_version
+    from samda.models.versions import active_version
 
     rows = describe_versions(args.model, active_version(args.model))
     if args.json:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from samda.data.task import Task
+from samda.task import Task
 
 __all__ = ["body_box", "body_mask", "body_threshold", "coarse"]
 

@@ -13,8 +13,8 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-from samda.data.task import Task
 from samda.errors import InputError, UsageError, nearest
+from samda.task import Task
 
 __all__ = ["LabelMap", "MapLabelsd", "label_map"]
 

@@ -22,8 +22,17 @@ from monai.data import ImageReader
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from samda.data.formats import NIFTI_SUFFIXES, PICTURE_SUFFIXES, SCAN_SUFFIXES, Image, files_of, not_a_scan
-from samda.data.itk import itk_geometry, read_dicom, read_itk
+from samda.data.formats import (
+    NIFTI_SUFFIXES,
+    PICTURE_SUFFIXES,
+    SCAN_SUFFIXES,
+    Image,
+    files_of,
+    itk_geometry,
+    not_a_scan,
+    read_dicom,
+    read_itk,
+)
 from samda.errors import InputError
 
 __all__ = ["SAME_PLACE", "Scan", "SimpleITKReader", "corner_distance_mm", "read_geometry", "read_scan"]

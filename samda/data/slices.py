@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from samda.data.body import body_box
-from samda.data.task import Task
 from samda.errors import InputError
+from samda.task import Task
 
 __all__ = ["SliceGrid", "center_channels", "interpolation_matrix", "refuse_other_scale", "with_neighbors"]
 

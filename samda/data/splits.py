@@ -13,8 +13,8 @@ import numpy as np
 
 from samda.data.datalists import Case
 from samda.data.readers import read_geometry
-from samda.data.task import Task
 from samda.errors import UsageError
+from samda.task import Task
 
 __all__ = ["Split", "split"]
 

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from samda.data.check import DataReport, check_data, intensity_problems, range_problems
-from samda.data.facts import AIR, CaseFacts
-from samda.data.problems import Problem
-from samda.data.task import Task
+from samda.data.inspect import AIR, CaseFacts, DataReport, check_data, intensity_problems, range_problems
+from samda.data.layouts import Problem
 from samda.errors import InputError
+from samda.task import Task
 
 __all__ = ["Suggestion", "check_and_suggest", "suggest_task"]
 

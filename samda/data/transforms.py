@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MONAI transforms: from paths to preprocessed volumes, and random changes of slices for training."""
+"""Random tissue contrast: what another scanner, sequence or contrast medium does to gray values, for training.
+
+Intensities of a scan to [0, 1].
+
+MONAI transforms: from paths to preprocessed volumes, and random changes of slices for training.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
+from monai.data import MetaTensor
 from monai.transforms import (
     Compose,
     EnsureChannelFirstd,
@@ -22,25 +29,160 @@ from monai.transforms import (
     RandBiasFieldd,
     RandGaussianNoised,
     RandGaussianSmoothd,
+    RandomizableTransform,
     ScaleIntensityRanged,
 )
+from scipy import ndimage
 
-from samda.data.contrast import RandTissueContrastd
-from samda.data.intensity import ScaleBodyIntensityd
+from samda.data.body import body_mask, body_threshold, coarse
 from samda.data.labels import MapLabelsd
 from samda.data.readers import SAME_PLACE, SimpleITKReader, corner_distance_mm
-from samda.data.task import Task
 from samda.errors import InputError, UsageError, cause_of, nearest
+from samda.task import Task
 
 __all__ = [
     "CheckSameGridd",
     "LoadScand",
     "Preprocessing",
+    "RandTissueContrastd",
+    "ScaleBodyIntensityd",
     "build_augmentation",
     "build_preprocessing",
+    "intensity_range",
     "refuse_lossy_label",
     "refuse_other_grid",
 ]
+
+AIR = 0.05  # below this value a pixel fades into air, which is dark on every scanner
+POINTS = 6  # of the gray value curve
+EDGE = 1.0  # pixels: sigma by which an organ's offset fades out at its border
+
+
+class RandTissueContrastd(RandomizableTransform):
+    """Give a slice other gray values: one curve for all tissue, and an offset of its own for each organ.
+
+    x -> t curve(x) + (1 - t) x + G * sum_k offset_k [label = k], clipped to [0, 1], with t = min(1, x / AIR), so that
+    air stays dark, and a small Gaussian G, so that organs keep soft borders. The curve runs through random points mixed
+    with the identity; it need not rise, since MR orders tissues differently from CT. Offsets stand for contrast media,
+    which brighten organs independently of each other. The idea of location-wise gray value maps: SLAug,
+    arXiv 2211.11514.
+
+    Args:
+        prob: probability that a slice changes at all.
+        curve: largest weight of the random curve, 0 (identity) to 1; the weight is uniform from 0.
+        offset: largest offset of an organ, in either direction.
+        image_key: {image_key: (C, H, W) in [0, 1]}; all channels change alike.
+        label_key: {label_key: (1, H, W) class indices, background 0}; or (C, H, W), where the channels are neighboring
+            slices: an organ then shifts in all of them by the same offset, in each where it lies there.
+    """
+
+    def __init__(
+        self, prob: float, curve: float, offset: float, image_key: str = "image", label_key: str = "label"
+    ) -> None:
+        super().__init__(prob)
+        self.curve, self.offset, self.image_key, self.label_key = curve, offset, image_key, label_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        self.randomize(None)
+        if not self._do_transform:
+            return d
+        image, label = np.asarray(d[self.image_key], np.float32), np.asarray(d[self.label_key])
+        identity = np.linspace(0, 1, POINTS)
+        weight = self.R.uniform(0, self.curve)
+        curve = (1 - weight) * identity + weight * self.R.uniform(0, 1, POINTS)
+        tissue = np.clip(image / AIR, 0, 1)
+        changed = tissue * np.interp(image, identity, curve) + (1 - tissue) * image
+        offsets = np.zeros(label.shape)
+        for k in np.unique(label[label > 0]):
+            offsets[label == k] = self.R.uniform(-self.offset, self.offset)
+        changed = changed + ndimage.gaussian_filter(offsets, (0, EDGE, EDGE))
+        d[self.image_key] = torch.from_numpy(np.clip(changed, 0, 1).astype(np.float32))
+        return d
+
+
+def intensity_range(image: np.ndarray, spacing_mm: np.ndarray, task: Task) -> tuple[float, float]:
+    """The two intensities that become 0 and 1.
+
+    CT: the task's window, in HU. MR: percentiles inside the body, so that the amount of air around it does not decide.
+    Pictures: percentiles of all pixels and channels together, so that colors stay.
+
+    Args:
+        image: (C, X, Y, Z), RAS; of an MR one channel, as every sequence has a scale of its own.
+        spacing_mm: (3,) along X, Y, Z.
+        task: modality, window and percentiles.
+    """
+    if task.modality == "CT":
+        return task.window
+    samples = image
+    if task.modality == "MR":
+        values, strides = coarse(image[0], spacing_mm)
+        samples = values[body_mask(values, spacing_mm * strides, body_threshold(values, task, scaled=False))]
+    low, high = np.percentile(samples, task.percentiles)
+    return float(low), float(high)
+
+
+class ScaleBodyIntensityd(MapTransform):
+    """Map the intensities of a scan (C, X, Y, Z) to [0, 1], float32, clipped; see :func:`intensity_range`.
+
+    The result lies in memory slice by slice along the last axis, which makes reading axial slabs fast.
+
+    Args:
+        keys: keys of the images.
+        task: modality, window and percentiles.
+
+    Raises:
+        InputError: the scan holds NaN or infinity, is constant, or lies outside the window altogether.
+    """
+
+    def __init__(self, keys: KeysCollection, task: Task) -> None:
+        super().__init__(keys)
+        self.task = task
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            image = d[key]
+            scaled = self._scale(image.as_tensor(), image.pixdim.numpy(), str(image.meta.get("filename_or_obj", key)))
+            d[key] = MetaTensor(scaled, meta=image.meta, applied_operations=image.applied_operations)
+        return d
+
+    def _scale(self, image: torch.Tensor, spacing_mm: np.ndarray, name: str) -> torch.Tensor:
+        channels, x, y, z = image.shape
+        scaled = torch.empty((channels, z, y, x), dtype=torch.float32).permute(0, 3, 2, 1)
+        scaled.copy_(image)
+        parts = range(channels) if self.task.modality == "MR" else [slice(None)]  # MR sequences differ in scale
+        for part in parts:
+            what = f"channel {part} of {name}" if channels > 1 and isinstance(part, int) else name
+            values = image[part : part + 1] if isinstance(part, int) else image
+            low, high = self._limits(values, spacing_mm, what)
+            scaled[part].sub_(low).div_(high - low).clamp_(0, 1)  # in place: scans are large
+        return scaled
+
+    def _limits(self, image: torch.Tensor, spacing_mm: np.ndarray, name: str) -> tuple[float, float]:
+        """The intensities that become 0 and 1, refusing an image that they do not tell apart."""
+        smallest, largest = (float(v) for v in image.aminmax())  # NaN, if any voxel is NaN
+        if not (np.isfinite(smallest) and np.isfinite(largest)):
+            raise InputError(f"{name} holds NaN or infinite values; replace them before use")
+        if smallest == largest:
+            raise InputError(
+                f"{name} is constant ({smallest:g} everywhere), so there is nothing to segment; check the file"
+            )
+        low, high = intensity_range(image.numpy(), spacing_mm, self.task)
+        if largest <= low or smallest >= high or low >= high:
+            raise InputError(
+                f"{name} holds {smallest:g} to {largest:g}, which {self._range(low, high)} does not tell apart; "
+                "check the units of the file and the task's modality, window and percentiles"
+            )
+        if self.task.modality == "CT" and smallest >= 0:
+            warnings.warn(f"{name} has no value below 0; a CT in Hounsfield units has air near -1000", stacklevel=2)
+        return low, high
+
+    def _range(self, low: float, high: float) -> str:
+        if self.task.modality == "CT":
+            return f"the window {low:g} to {high:g} HU"
+        return f"the range {low:g} to {high:g} of percentiles {self.task.percentiles}"
+
 
 RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
 
@@ -180,7 +322,7 @@ def build_augmentation(task: Task, strength: float = 1.0, tissue: float = 1.0) -
 
     Geometry: small rotations, scalings and shifts; no flips, as left and right organs differ. Intensity: strong, so
     that the model meets the tissue contrasts of other scanners and contrast media: a gray value curve and an offset
-    per organ (:class:`samda.data.contrast.RandTissueContrastd`), gamma, a bias field, noise and blur. Seed it with
+    per organ (:class:`samda.data.transforms.RandTissueContrastd`), gamma, a bias field, noise and blur. Seed it with
     `set_random_state`.
 
     Args:

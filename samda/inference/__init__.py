@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from samda.inference.body_slices import body_slices
 from samda.inference.evaluate import evaluate
 from samda.inference.postprocessing import SaveLabelMapd, build_postprocessing
 from samda.inference.predict import Prediction, Predictor, find_cases, predict_folder
-from samda.inference.receptive_field import ErfMap, area_ratios, measure_erf
 from samda.inference.volume import VolumeInferer
+from samda.receptive_field import ErfMap, area_ratios, body_slices, measure_erf
 
 __all__ = [
     "ErfMap",

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
+from samda.data.datalists import find_pairs
 from samda.data.formats import PICTURE_SUFFIXES
 from samda.data.labels import MapLabelsd
 from samda.data.readers import SAME_PLACE, Scan, corner_distance_mm, read_scan
-from samda.data.task import Task
 from samda.errors import InputError, UsageError, reason_of
-from samda.files import write_json, write_text
-from samda.inference.pairs import find_pairs
 from samda.inference.writer import check_output_folder
+from samda.io import write_json, write_text
 from samda.metrics import COUNTED, DEFINITIONS, SCORES, ClassScores, score_case, summarize
 from samda.progress import bar
+from samda.task import Task
 
 __all__ = ["Evaluation", "evaluate", "format_table", "score_files"]
 

@@ -15,13 +15,10 @@ from monai.data import MetaTensor
 from nibabel.spatialimages import SpatialImage
 
 from samda.data.datalists import Case, read_datalist
-from samda.data.formats import files_of
-from samda.data.objects import name_of, scan_path, source_of
-from samda.data.task import Task
+from samda.data.formats import files_of, name_of, scan_path, source_of
 from samda.data.transforms import build_preprocessing
 from samda.errors import UsageError, reason_of
-from samda.inference.components import keep_largest
-from samda.inference.postprocessing import own_grid, warn_empty
+from samda.inference.postprocessing import keep_largest, own_grid, warn_empty
 from samda.inference.volume import VolumeInferer
 from samda.inference.writer import (
     check_output_folder,
@@ -33,6 +30,7 @@ from samda.inference.writer import (
 )
 from samda.processes import Part
 from samda.progress import Cases
+from samda.task import Task
 
 __all__ = ["FolderResult", "Prediction", "Predictor", "find_cases", "predict_folder"]
 

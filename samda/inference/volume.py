@@ -14,9 +14,9 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer, sliding_window_inference
 
 from samda.data.slices import SliceGrid
-from samda.data.task import Task
 from samda.errors import InputError, SamdaError, UsageError, nearest
 from samda.progress import bar, share
+from samda.task import Task
 
 __all__ = ["VolumeInferer", "largest"]
 

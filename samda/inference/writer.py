@@ -12,10 +12,9 @@ import numpy as np
 import SimpleITK as sitk
 from nibabel.spatialimages import SpatialImage
 
-from samda.data.formats import NIFTI_SUFFIXES, PICTURE_SUFFIXES, Image, files_of
-from samda.data.objects import copy_of
+from samda.data.formats import NIFTI_SUFFIXES, PICTURE_SUFFIXES, Image, copy_of, files_of
 from samda.errors import InputError, UsageError
-from samda.files import replacing, try_writing, write_json
+from samda.io import replacing, try_writing, write_json
 from samda.version import __version__
 
 __all__ = [

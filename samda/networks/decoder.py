@@ -17,7 +17,7 @@ from segment_anything.modeling.mask_decoder import MLP
 from segment_anything.modeling.transformer import Attention, TwoWayTransformer
 
 from samda.adapters.sites import DecoderSite, NormSite, SiteInfo
-from samda.networks.activations import gelu
+from samda.networks.ops import gelu
 
 __all__ = ["ClassDecoder", "SiteTransformer", "grid_positions"]
 

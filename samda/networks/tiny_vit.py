@@ -12,11 +12,9 @@ import torch.nn as nn
 from timm.models.tiny_vit import ConvNorm, MBConv, PatchEmbed, PatchMerging
 
 from samda.adapters.sites import LinearSite, NormSite, ResidualSites, SiteInfo
-from samda.networks.activations import gelu
 from samda.networks.attention import DerivedTensors
-from samda.networks.convolutions import FoldedConvNorm, quicken
+from samda.networks.ops import FoldedConvNorm, bias_index, gelu, quicken, window_attention, window_bias
 from samda.networks.vit import build_neck, run_block
-from samda.networks.windows import bias_index, window_attention, window_bias
 
 __all__ = ["TinyViT", "rename_mobile_sam"]
 

@@ -17,8 +17,8 @@ from segment_anything.modeling.image_encoder import PatchEmbed, window_partition
 from torch.utils.checkpoint import checkpoint
 
 from samda.adapters.sites import LinearSite, NormSite, ResidualSites, SiteInfo
-from samda.networks.activations import gelu
 from samda.networks.attention import DerivedTensors, relative_attention, relative_table
+from samda.networks.ops import gelu
 
 __all__ = ["ImageEncoderViT", "build_neck", "run_block"]
 

@@ -14,12 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from samda.errors import UsageError, WeightsError, nearest
-from samda.files import replacing
+from samda.io import cache_dir, replacing
 from samda.networks.backbones import BACKBONES, BackboneConfig, TinyViTConfig, ViTConfig
-from samda.networks.files import check_sha256, download, sha256_of
+from samda.networks.download import check_sha256, download, sha256_of
 from samda.networks.saving import full_state
 from samda.networks.tiny_vit import rename_mobile_sam
-from samda.resources import cache_dir
 
 if TYPE_CHECKING:
     from samda.networks.segmenter import SamSegmenter

@@ -4,18 +4,15 @@
 from __future__ import annotations
 
 from samda.training.cases import build_task, dataset_labels, labeled_cases, training_cases
-from samda.training.check import check_config, check_overrides
 from samda.training.checkpoint import Checkpoint, Resume, SaveCheckpoint
-from samda.training.datasets import SliceDataset, build_dataset, prepare_batch
-from samda.training.distributed import PaddedDataset, RankSampler, WholeBatchLoss, batch_share, distribute
+from samda.training.config_check import check_config, check_overrides
+from samda.training.datasets import SliceDataset, SliceSampler, build_dataset, prepare_batch
+from samda.training.ddp import PaddedDataset, RankSampler, WholeBatchLoss, batch_share, distribute
 from samda.training.finish import save_training
-from samda.training.handlers import Progress, RecordEpoch
+from samda.training.handlers import CaseDice, Progress, RecordEpoch, TrainingRecord
 from samda.training.loss import DiceCELoss
-from samda.training.metric import CaseDice
 from samda.training.optim import build_optimizer, build_schedule, parameter_groups
-from samda.training.record import TrainingRecord
 from samda.training.run import train
-from samda.training.sampler import SliceSampler
 from samda.training.tracking import MLflow, TensorBoard
 
 __all__ = [

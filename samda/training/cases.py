@@ -12,9 +12,9 @@ from typing import Any
 from samda.data.datalists import Case, DataList, read_datalist
 from samda.data.splits import Split, split
 from samda.data.suggest import check_and_suggest
-from samda.data.task import Task
 from samda.errors import InputError, UsageError, nearest
-from samda.resources import shipped_tasks
+from samda.io import shipped_tasks
+from samda.task import Task
 
 __all__ = ["build_task", "dataset_labels", "labeled_cases", "training_cases"]
 

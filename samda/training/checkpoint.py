@@ -15,7 +15,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from samda.errors import InputError, UsageError
-from samda.files import try_writing
+from samda.io import try_writing
 from samda.processes import broadcast, is_main, place
 
 __all__ = ["Checkpoint", "Resume", "SaveCheckpoint", "check_model_folder"]

@@ -1,27 +1,138 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From cases to training items: slices with labels, kept in memory, seen as augmented images or as embeddings."""
+"""Which slices an epoch sees: all with foreground, a few without.
+
+How many slices fit into the memory of a device at once.
+
+From cases to training items: slices with labels, kept in memory, seen as augmented images or as embeddings.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
+import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 from monai.transforms import Compose
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, DistributedSampler
 
 from samda.data.formats import files_of
 from samda.data.slices import SliceGrid, center_channels, with_neighbors
-from samda.data.task import Task
 from samda.embeddings import EmbeddingDataset, allocate, draw, split_key
-from samda.errors import InputError
+from samda.errors import InputError, UsageError, nearest
 from samda.progress import bar
-from samda.statistics import SliceStatistics
+from samda.source_statistics import SliceStatistics
+from samda.task import Task
 
-__all__ = ["SliceDataset", "build_dataset", "prepare_batch", "tile_starts"]
+__all__ = [
+    "SliceDataset",
+    "SliceSampler",
+    "available_mb",
+    "build_dataset",
+    "fitting_batch_size",
+    "prepare_batch",
+    "tile_starts",
+]
+
+
+class SliceSampler(DistributedSampler):
+    """Every slice with foreground once, and so many of the empty ones that they make up `empty_share` of the epoch.
+
+    Empty slices teach the network to stay silent, but there are many and one is much like the next; at least one is
+    drawn where there is any, at most all. It yields (epoch, index), so a data set can derive the augmentation of a
+    slice from the epoch. Order and choice follow from (seed, epoch) alone; MONAI's engines call `set_epoch`.
+
+    Several processes deal out what one would draw: process r takes the items r, r + R, ... Where these are not equally
+    many, the last is (epoch, None), see :class:`samda.training.ddp.PaddedDataset`.
+
+    Args:
+        foreground: (N,) bool, does the slice hold foreground?
+        empty_share: share of slices without foreground, in [0, 1).
+        seed: of order and choice.
+        num_replicas: number of processes; None asks torch.distributed, 1 without it.
+        rank: of this process.
+    """
+
+    def __init__(
+        self,
+        foreground: torch.Tensor,
+        empty_share: float = 0.1,
+        seed: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        if not 0 <= empty_share < 1:
+            raise UsageError(f"empty_share must lie in [0, 1), got {empty_share}")
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        replicas = num_replicas or (torch.distributed.get_world_size() if distributed else 1)
+        rank = rank if rank is not None else (torch.distributed.get_rank() if distributed else 0)
+        super().__init__(foreground, num_replicas=replicas, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
+        self.full = torch.nonzero(foreground).flatten()
+        self.empty = torch.nonzero(~foreground).flatten()
+        wanted = round(len(self.full) * empty_share / (1 - empty_share))
+        self.num_empty = min(len(self.empty), max(1, wanted)) if empty_share else 0
+        self.num_samples = math.ceil((len(self.full) + self.num_empty) / replicas)
+
+    def __iter__(self) -> Iterator[tuple[int, int | None]]:  # type: ignore[override]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        chosen = self.empty[torch.randperm(len(self.empty), generator=generator)[: self.num_empty]]
+        indices = torch.cat([self.full, chosen])
+        own = indices[torch.randperm(len(indices), generator=generator)][self.rank :: self.num_replicas].tolist()
+        own += [None] * (self.num_samples - len(own))
+        return iter([(self.epoch, index) for index in own])
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+
+DEFAULT = 8  # slices, for which the learning rates of train.json were chosen
+PIXELS = 256 * 256  # of the slices that were measured
+SHARE = 0.7  # of the memory that is free: the rest is for scans, and for others
+# MB (10^6 bytes) of the process with base weights and adapters, and of every slice of 256 x 256 pixels in a training
+# step: with adapters in the encoder (flagship), and with adapters in the decoder alone (sam_da, embeddings computed
+# before). vit_t and vit_b were measured on a CPU in single precision; vit_l and vit_h are scaled from vit_b, the slices
+# by depth x width of the encoder.
+MEASURED = {
+    "vit_t": (1000.0, 140.0, 20.0),
+    "vit_b": (2000.0, 570.0, 20.0),
+    "vit_l": (4500.0, 1520.0, 20.0),
+    "vit_h": (8500.0, 2540.0, 20.0),
+}
+
+
+def fitting_batch_size(backbone: str, image_size: int, memory_mb: float, encoder: bool = True) -> int:
+    """The largest power of two up to 8 that should fit, at least 1.
+
+    Args:
+        backbone: "vit_t", "vit_b", "vit_l" or "vit_h".
+        image_size: pixels of a slice, both directions.
+        memory_mb: free memory (MB).
+        encoder: do adapters change the encoder?
+    """
+    if backbone not in MEASURED:
+        raise UsageError(f"unknown backbone {backbone!r}; {nearest(backbone, MEASURED)}")
+    fixed, adapted, embedded = MEASURED[backbone]
+    per_slice = (adapted if encoder else embedded) * image_size**2 / PIXELS
+    fits = (SHARE * memory_mb - fixed) / per_slice
+    return next((size for size in (DEFAULT, 4, 2) if size <= fits), 1)
+
+
+def available_mb(device: str) -> float:
+    """Free memory of a device (MB); of the CPU, main memory."""
+    kind = torch.device(device)
+    if kind.type == "cuda":
+        return torch.cuda.mem_get_info(kind)[0] / 1e6
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024 / 1e6
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6
+
 
 logger = logging.getLogger(__name__)
 

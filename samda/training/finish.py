@@ -15,16 +15,15 @@ import torch
 
 from samda.adapters.base import count_parameters
 from samda.data.splits import Split
-from samda.data.task import Task
 from samda.embeddings import EmbeddingDataset
-from samda.features import feature_statistics
-from samda.files import replacing, write_json
-from samda.networks.model_folder import save_model
+from samda.io import packaged, replacing, write_json
+from samda.models.folder import save_model
 from samda.networks.segmenter import SamSegmenter
 from samda.processes import is_main
-from samda.resources import packaged
+from samda.source_statistics import feature_statistics
+from samda.task import Task
 from samda.training.datasets import SliceDataset
-from samda.training.record import TrainingRecord
+from samda.training.handlers import TrainingRecord
 from samda.training.run import literal
 from samda.version import __version__
 

@@ -13,13 +13,12 @@ import numpy as np
 import yaml
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from samda.data.task import Task
 from samda.errors import UsageError, cause_of, nearest
-from samda.files import load_yaml
+from samda.io import load_yaml, packaged
 from samda.processes import launched
-from samda.resources import packaged
-from samda.training.check import check_config
+from samda.task import Task
 from samda.training.checkpoint import check_model_folder
+from samda.training.config_check import check_config
 from samda.training.tracking import mlflow_settings, trackers
 
 __all__ = ["find_overlay", "literal", "train"]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Curves of a training for TensorBoard and MLflow: loss, learning rates, validation Dice per class; and pictures.
 
-Both take the rows of :class:`samda.training.record.TrainingRecord`, so they show what history.json holds. TensorBoard
+Both take the rows of :class:`samda.training.handlers.TrainingRecord`, so they show what history.json holds. TensorBoard
 is on by default and writes to `MODEL/tensorboard`; MLflow is MONAI's own handler, added as MONAI's `--tracking mlflow`
 adds it.
 """
@@ -27,7 +27,7 @@ from monai.utils import version_geq
 from samda.errors import UsageError, nearest
 from samda.processes import is_main
 from samda.report import paint
-from samda.training.record import TrainingRecord
+from samda.training.handlers import TrainingRecord
 
 __all__ = ["MLflow", "TensorBoard", "mlflow_settings", "scalars", "trackers"]
 

@@ -15,11 +15,10 @@ import torch.nn.functional as F
 
 from samda.adaptation.engine import Adaptation
 from samda.data.slices import SliceGrid
-from samda.data.task import Task
 from samda.data.transforms import build_preprocessing
-from samda.features import feature_statistics
 from samda.networks.segmenter import SamSegmenter
-from samda.statistics import SliceStatistics
+from samda.source_statistics import SliceStatistics, feature_statistics
+from samda.task import Task
 from tests.conftest import TINY_TINYVIT
 
 TASK = Task(name="blobs", classes=("background", "liver", "spleen"), window=(0.0, 1000.0), spacing=2.0, image_size=64)

@@ -12,10 +12,10 @@ import torch
 
 from samda.adaptation.alignment import CaseAlignment, FeatureAlignment
 from samda.adaptation.engine import Adaptation
-from samda.adaptation.trajectory import held
+from samda.adaptation.loop import held
 from samda.errors import InputError
-from samda.features import FeatureTap
 from samda.networks.segmenter import SamSegmenter
+from samda.source_statistics import FeatureTap
 from tests.adaptation.conftest import TASK
 
 # one layer, two channels; class 0 at (1, -2), class 1 at (5, 0), class 2 never seen

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from samda.adaptation.agreement import class_agreement
 from samda.adaptation.engine import Adaptation
-from samda.adaptation.measures import class_agreement
 from samda.errors import UsageError
-from samda.inference.components import keep_largest, override
+from samda.inference.postprocessing import keep_largest, override
 from samda.inference.predict import Predictor
 from samda.networks.segmenter import SamSegmenter
 from tests.adaptation.conftest import ALWAYS, TASK

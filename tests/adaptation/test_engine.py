@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from samda.adaptation.engine import Adaptation
-from samda.adaptation.record import sha256_of, validate_record
-from samda.adaptation.trajectory import NotFinite, OutOfTime
+from samda.adaptation.loop import NotFinite, OutOfTime
 from samda.adaptation.views import apply_view
+from samda.adapters.attach import SCOPES, scope_parameters
 from samda.adapters.base import base_parameters
-from samda.adapters.scopes import SCOPES, scope_parameters
 from samda.errors import AdapterError, InputError, UsageError
 from samda.inference.predict import Predictor
 from samda.networks.segmenter import SamSegmenter
+from samda.provenance import sha256_of, validate_record
 from tests.adaptation.conftest import ALWAYS, TASK, build, save, scan
 
 NEVER_SKIP = {"skip_agreement": 2.0}

@@ -21,10 +21,10 @@ from samda.adaptation.settings import DEFAULTS, OPTIONAL
 from samda.adaptation.site import describe_versions
 from samda.cli.main import main
 from samda.errors import InputError, UsageError, cause_of
-from samda.networks.model_folder import save_model
+from samda.io import packaged
+from samda.models.folder import save_model
+from samda.models.versions import active_version, list_versions, load_version
 from samda.networks.segmenter import SamSegmenter
-from samda.networks.versions import active_version, list_versions, load_version
-from samda.resources import packaged
 from tests.adaptation.conftest import ALWAYS, TASK
 
 SETTINGS = {"method": "class_entropy", "lr": 0.02, "steps": 1, "views": 2, "slices": 2, "keep": "last", "guard": ALWAYS}

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from samda.adaptation.measures import class_agreement, displacement, foreground_entropy, mean_agreement
+from samda.adaptation.agreement import class_agreement, displacement, foreground_entropy, mean_agreement
 
 
 def certain(labels: list[list[int]], classes: int = 3) -> torch.Tensor:

@@ -17,9 +17,9 @@ import pytest
 
 from samda.adaptation.job import run_adaptation
 from samda.errors import UsageError
-from samda.networks.model_folder import save_model
+from samda.models.folder import save_model
+from samda.models.versions import list_versions
 from samda.networks.segmenter import SamSegmenter
-from samda.networks.versions import list_versions
 from samda.processes import Part
 from tests.adaptation.conftest import ALWAYS, TASK
 

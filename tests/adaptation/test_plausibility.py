@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from samda.adaptation.plausibility import Judge, class_plausibility, feature_score
-from samda.statistics import QUANTILES
+from samda.source_statistics import QUANTILES
 from tests.adaptation.conftest import TASK, slices_of
 
 KNOWN = {0.05: 0.3, 0.5: 0.5, 0.95: 0.8}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from samda.adaptation import record as records
+from samda import provenance as records
 from samda.errors import InputError
 
 

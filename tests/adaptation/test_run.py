@@ -12,10 +12,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from samda.adaptation import run as run_module
-from samda.adaptation.record import validate_record
-from samda.adaptation.run import adapt_folder, details_folder
+from samda.adaptation import folder as run_module
+from samda.adaptation.folder import adapt_folder, details_folder
 from samda.errors import SamdaError, UsageError
+from samda.provenance import validate_record
 from tests.adaptation.conftest import ALWAYS, save, scan
 
 CHANGED = {"method": "class_entropy", "lr": 0.02, "steps": 1, "views": 2, "slices": 2, "keep": "last", "guard": ALWAYS}

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn as nn
 
+from samda.adaptation.loop import NotFinite, OutOfTime, descend, held
 from samda.adaptation.objectives import Objective, build_objective
-from samda.adaptation.trajectory import NotFinite, OutOfTime, descend, held
 
 
 class Scaler(nn.Module):

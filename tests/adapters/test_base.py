@@ -11,7 +11,7 @@ import torch.nn as nn
 from adapter_tools import OneLayer, move, noise
 
 from samda.adapters import base
-from samda.adapters.registry import build_configs
+from samda.adapters.attach import build_configs
 from samda.errors import AdapterError
 
 Make = Callable[..., nn.Module]

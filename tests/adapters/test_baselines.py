@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from adapter_tools import OneLayer, move, noise
 
 from samda.adapters import base
+from samda.adapters.adapter_file import load_adapters, save_adapters
+from samda.adapters.attach import build_configs
 from samda.adapters.baselines import BottleneckConfig
-from samda.adapters.files import load_adapters, save_adapters
-from samda.adapters.registry import build_configs
 from samda.adapters.sites import SiteInfo, TokenSite
 from samda.errors import AdapterError, UsageError
 

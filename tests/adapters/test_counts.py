@@ -10,8 +10,7 @@ import torch
 from adapter_tools import OneLayer
 
 from samda.adapters import base
-from samda.adapters.registry import build_configs
-from samda.adapters.scopes import scope_parameters
+from samda.adapters.attach import build_configs, scope_parameters
 from samda.networks.segmenter import SamSegmenter
 
 PAPER = {"type": "salt", "rank": 256}

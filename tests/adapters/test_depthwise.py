@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from adapter_tools import noise
 
-from samda.adapters.depthwise import BACKENDS, crop_kernel, depthwise, live_taps
+from samda.adapters.kernel import BACKENDS, crop_kernel, depthwise, live_taps
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

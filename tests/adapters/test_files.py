@@ -17,7 +17,8 @@ from adapter_tools import OneLayer, move, noise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from samda.adapters import attached, files, is_merged, load_adapters, merge, read_adapters, save_adapters
+from samda.adapters import adapter_file as files
+from samda.adapters import attached, is_merged, load_adapters, merge, read_adapters, save_adapters
 from samda.errors import AdapterError
 
 Make = Callable[..., nn.Module]

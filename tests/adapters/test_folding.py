@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from samda.adapters.attach import fold
 from samda.adapters.base import attached, modules, trainable_parameters
-from samda.adapters.folding import fold
 from samda.networks.segmenter import SamSegmenter
 
 

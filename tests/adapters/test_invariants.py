@@ -15,8 +15,8 @@ import torch.nn as nn
 from adapter_tools import move, noise
 
 from samda.adapters import base
-from samda.adapters.files import load_adapters, save_adapters
-from samda.adapters.registry import build_configs
+from samda.adapters.adapter_file import load_adapters, save_adapters
+from samda.adapters.attach import build_configs
 from samda.errors import AdapterError
 
 # The tiny ViT: 2 blocks of width 32 (MLP 128), a decoder of 2 layers of width 256; head of 3 classes. By hand:

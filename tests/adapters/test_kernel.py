@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from adapter_tools import move, noise
 
 from samda.adapters import base
+from samda.adapters.attach import build_configs
 from samda.adapters.kernel import DkaConfig, KernelAdapter, LkaConfig
-from samda.adapters.registry import build_configs
 from samda.adapters.settings import AdapterConfig
 from samda.adapters.sites import BranchSite, SiteInfo, TokenSite
 from samda.errors import UsageError

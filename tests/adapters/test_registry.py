@@ -11,7 +11,7 @@ import yaml
 
 from samda.adapters import ADAPTERS, LkaConfig, SaltConfig, build_configs
 from samda.errors import UsageError
-from samda.resources import packaged
+from samda.io import packaged
 
 NAMES = ["salt", "lora", "lka", "dka", "sam_da", "norm", "bottleneck", "head", "decoder", "full"]
 

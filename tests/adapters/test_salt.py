@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from adapter_tools import OneLayer, move, noise
 
 from samda.adapters import base
-from samda.adapters.registry import build_configs
+from samda.adapters.attach import build_configs
 from samda.adapters.salt import SaltConfig
 from samda.errors import AdapterError, UsageError
 

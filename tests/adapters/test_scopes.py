@@ -9,7 +9,7 @@ import pytest
 import torch.nn as nn
 
 from samda.adapters import base
-from samda.adapters.scopes import available_scopes, scope_parameters
+from samda.adapters.attach import available_scopes, scope_parameters
 from samda.errors import AdapterError, UsageError
 
 EVERYTHING = {"salt": {"rank": 2}, "sam_da": {"side": "both"}, "norm": {}, "decoder": {}}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from samda.cli import main as cli
-from samda.data.task import Task
+from samda.task import Task
 
 AFFINE = np.diag([-9.0, 8.0, 5.0, 1.0])
 

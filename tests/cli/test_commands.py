@@ -329,7 +329,7 @@ def test_adapt_names_the_methods_and_scopes_that_there_are() -> None:
 
 def test_export_names_the_formats_that_there_are() -> None:
     from samda.cli.export import FORMATS
-    from samda.networks import export
+    from samda.models import export
 
     assert FORMATS == export.FORMATS == tuple(export.PACKAGES)
 

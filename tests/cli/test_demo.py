@@ -13,8 +13,8 @@ import pytest
 
 from samda.cli import main as cli
 from samda.cli.demo import hold_out, new_folder, ranges
-from samda.data.examples import fetch_examples
 from samda.errors import UsageError
+from samda.examples import fetch_examples
 
 
 def test_ranges() -> None:

@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from samda.cli import main as cli
-from samda.data.task import Task
+from samda.task import Task
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = ("start.md", "how-to.md")

@@ -13,9 +13,8 @@ import torch
 from samda.adapters import attach
 from samda.cli.erf import print_fields, unadapted
 from samda.errors import UsageError
-from samda.inference.erf_files import ModelField, draw_fields, write_fields
-from samda.inference.receptive_field import ErfMap
 from samda.networks.segmenter import SamSegmenter
+from samda.receptive_field import ErfMap, ModelField, draw_fields, write_fields
 
 
 @pytest.fixture

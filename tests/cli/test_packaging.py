@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import samda
-from samda.resources import packaged
+from samda.io import packaged
 from samda.training.tracking import OLDEST_MLFLOW
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +83,7 @@ def test_what_the_environments_of_integration_add_is_pinned_once_and_agrees() ->
 def test_public_names_exist_and_import_lazily() -> None:
     code = "import sys, samda; print('torch' in sys.modules, samda.Task.__module__, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout == "False samda.data.task False\n"
+    assert done.stdout == "False samda.task False\n"
     for name in samda.__all__:
         assert getattr(samda, name) is not None
     for module, names in samda._PLACES.items():

@@ -19,7 +19,7 @@ from samda.adaptation.engine import Adaptation
 from samda.cli import main as cli
 from samda.cli.run_report import RunReport, outcome_of
 from samda.errors import InputError, UsageError
-from samda.networks.model_folder import load_model
+from samda.models.folder import load_model
 
 TASK = {"name": "cube", "classes": ["background", "cube"], "spacing": 2.0, "image_size": 64}
 

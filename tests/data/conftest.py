@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from samda.data.examples import Examples, fetch_examples
+from samda.examples import Examples, fetch_examples
 
 sys.path.insert(0, str(Path(__file__).parent))  # for volumes.py, which these tests share
 

@@ -8,7 +8,7 @@ import pytest
 
 from samda.data.body import body_box, body_mask, body_threshold, coarse
 from samda.data.readers import read_scan
-from samda.data.task import Task
+from samda.task import Task
 
 CT = Task()
 SPACING = np.array([2.0, 2.0, 5.0])

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from samda.data.check import check_data
-from samda.data.problems import Problem
+from samda.data.inspect import check_data
+from samda.data.layouts import Problem
 from samda.data.suggest import check_and_suggest
-from samda.data.task import Task
+from samda.task import Task
 
 SHAPE = (12, 14, 6)
 AFFINE = np.diag([-20.0, 18.0, 5.0, 1.0])

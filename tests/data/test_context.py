@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from samda.data.contrast import RandTissueContrastd
 from samda.data.slices import SliceGrid, center_channels, with_neighbors
-from samda.data.task import Task
-from samda.data.transforms import build_augmentation
+from samda.data.transforms import RandTissueContrastd, build_augmentation
 from samda.errors import UsageError
+from samda.task import Task
 
 TASK = Task(classes=("background", "a", "b"), spacing=1.5, image_size=64, context=1)
 SHAPE, SPACING = (50, 38, 7), (1.1, 2.3, 5.0)

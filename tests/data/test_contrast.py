@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from samda.data.contrast import AIR, RandTissueContrastd
+from samda.data.transforms import AIR, RandTissueContrastd
 
 
 def slice_of(*organs: float) -> dict[str, torch.Tensor]:

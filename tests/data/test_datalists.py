@@ -9,7 +9,7 @@ import pytest
 import SimpleITK as sitk
 
 from samda.data.datalists import read_datalist, read_labels
-from samda.data.problems import Problem
+from samda.data.layouts import Problem
 from samda.errors import InputError
 
 

@@ -11,9 +11,9 @@ import pytest
 import SimpleITK as sitk
 
 from samda.data.datalists import read_datalist
-from samda.data.examples import ARCHIVE, DATALISTS, datalist_text, fetch_examples
 from samda.data.transforms import build_preprocessing
 from samda.errors import InputError
+from samda.examples import ARCHIVE, DATALISTS, datalist_text, fetch_examples
 
 ROOT = Path(__file__).parents[2]
 

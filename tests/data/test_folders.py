@@ -10,7 +10,7 @@ import pytest
 import SimpleITK as sitk
 
 from samda.data.datalists import is_labeled, read_datalist
-from samda.data.problems import Problem
+from samda.data.layouts import Problem
 from samda.errors import InputError
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from samda.data.intensity import ScaleBodyIntensityd, intensity_range
-from samda.data.task import Task
+from samda.data.transforms import ScaleBodyIntensityd, intensity_range
 from samda.errors import InputError
+from samda.task import Task
 
 CT = Task(window=(-160.0, 240.0))
 MR = dataclasses.replace(CT, modality="MR", percentiles=(1.0, 99.0))

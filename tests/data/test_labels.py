@@ -7,8 +7,8 @@ import torch
 from monai.data import MetaTensor
 
 from samda.data.labels import MapLabelsd, label_map
-from samda.data.task import Task
 from samda.errors import InputError, UsageError
+from samda.task import Task
 
 CLASSES = ("background", "liver", "kidney")
 PLAIN = Task(classes=CLASSES)

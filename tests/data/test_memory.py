@@ -13,7 +13,7 @@ import numpy as np
 MEASURE = """
 import pathlib, resource, sys
 from samda.data.slices import SliceGrid
-from samda.data.task import Task
+from samda.task import Task
 from samda.data.transforms import build_preprocessing
 task = Task()
 volume = build_preprocessing(task, labels=False)({"image": sys.argv[1]})["image"]

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from samda.data.objects import name_of, scan_path
+from samda.data.formats import name_of, scan_path
 from samda.data.readers import read_scan
 from samda.errors import InputError
 

@@ -11,8 +11,8 @@ from scipy.ndimage import map_coordinates
 from volumes import AFFINES
 
 from samda.data.slices import SliceGrid, interpolation_matrix
-from samda.data.task import Task
 from samda.errors import InputError
+from samda.task import Task
 
 TASK = Task(classes=("background", "a", "b"), spacing=1.5, image_size=64)
 AXES = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}  # across, along rows, along columns

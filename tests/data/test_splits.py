@@ -6,8 +6,8 @@ import pytest
 from volumes import AFFINES, save
 
 from samda.data.splits import split
-from samda.data.task import Task
 from samda.errors import UsageError
+from samda.task import Task
 
 TASK = Task()
 

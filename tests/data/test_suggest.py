@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import yaml
 
-from samda.data.check import DataReport
 from samda.data.datalists import DataList
-from samda.data.facts import CaseFacts
+from samda.data.inspect import CaseFacts, DataReport
 from samda.data.suggest import suggest_task
-from samda.data.task import Task
 from samda.errors import InputError
+from samda.task import Task
 
 
 def case(name: str = "a", **changes: Any) -> CaseFacts:

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from samda.data.task import Task
 from samda.errors import UsageError
-from samda.resources import packaged
+from samda.io import packaged
+from samda.task import Task
 
 
 def test_values_survive_json():

@@ -12,9 +12,9 @@ from monai.transforms import Invertd, apply_transform
 from volumes import AFFINES, SHAPE, numbered, save, world
 
 from samda.data.slices import SliceGrid
-from samda.data.task import Task
 from samda.data.transforms import build_augmentation, build_preprocessing
 from samda.errors import InputError, UsageError, cause_of
+from samda.task import Task
 
 TASK = Task(classes=("background", "liver", "spleen"), window=(-100.0, 739.0), spacing=1.0, image_size=64)
 MARKED = (8, 11, 4)  # a voxel near a corner of SHAPE, nowhere near its mirror images

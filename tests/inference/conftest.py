@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from samda.data.task import Task
+from samda.task import Task
 
 # HU -> [0, 1] by the window -200 to 200: class 0 at 0.5, class 1 at 0.9, class 2 at 0.2. No value between 0.5 and one
 # of the others belongs to the third, so interpolation never invents a class; 0 (beyond the volume) is background, too.

@@ -15,12 +15,11 @@ import torch
 from monai.data import MetaTensor
 from scipy import ndimage
 
-from samda.data.task import Task
 from samda.data.transforms import build_preprocessing
 from samda.errors import UsageError
-from samda.inference.components import keep_largest, override
-from samda.inference.postprocessing import build_postprocessing
+from samda.inference.postprocessing import build_postprocessing, keep_largest, override
 from samda.inference.predict import Predictor
+from samda.task import Task
 
 
 def specks(labels: np.ndarray) -> np.ndarray:

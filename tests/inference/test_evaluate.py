@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from samda.data.task import Task
+from samda.data.datalists import find_pairs
 from samda.errors import InputError, UsageError
 from samda.inference.evaluate import evaluate, format_table, score_files
-from samda.inference.pairs import find_pairs
 from samda.metrics import ClassScores
+from samda.task import Task
 
 AFFINE = np.diag([-2.0, 1.0, 5.0, 1.0])
 

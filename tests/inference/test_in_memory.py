@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from samda.data.task import Task
 from samda.errors import InputError
 from samda.inference.predict import Prediction, Predictor
+from samda.task import Task
 
 SHAPE = (40, 32, 6)
 SHEARED = np.array([[1.2, 0.1, 0, -30], [0, 0.9, 0.3, 4], [0.05, 0, 4, 17], [0, 0, 0, 1]])

@@ -20,13 +20,13 @@ from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
 from scipy import ndimage
 
-from samda.data.task import Task
 from samda.data.transforms import build_preprocessing
 from samda.errors import InputError, UsageError
 from samda.inference.postprocessing import build_postprocessing
 from samda.inference.predict import Predictor, find_cases, predict_folder
 from samda.inference.volume import VolumeInferer
 from samda.processes import Part
+from samda.task import Task
 
 
 @pytest.fixture

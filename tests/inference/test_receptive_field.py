@@ -13,12 +13,20 @@ import torch
 import torch.nn as nn
 
 from samda.adapters import adapter_parameters, attach
-from samda.data.task import Task
 from samda.errors import InputError, UsageError
-from samda.inference.body_slices import body_slices, check_same_slices
 from samda.inference.predict import find_cases
-from samda.inference.receptive_field import SCALES, TAPS, area_ratios, measure_erf, pixel_influence, rescale
 from samda.networks.segmenter import SamSegmenter
+from samda.receptive_field import (
+    SCALES,
+    TAPS,
+    area_ratios,
+    body_slices,
+    check_same_slices,
+    measure_erf,
+    pixel_influence,
+    rescale,
+)
+from samda.task import Task
 
 # ---------------------------------------------------------------------------------------------------------------- areas
 

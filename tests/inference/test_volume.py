@@ -13,9 +13,9 @@ import torch
 from monai.data import MetaTensor
 
 from samda.data.slices import SliceGrid
-from samda.data.task import Task
 from samda.errors import InputError, SamdaError, UsageError
 from samda.inference.volume import VolumeInferer, largest
+from samda.task import Task
 
 SHAPE = (40, 48, 10)  # even in-plane, so that pixels of 1 mm fall on the voxels of 1 mm
 

@@ -10,8 +10,8 @@ import torch
 from segment_anything import sam_model_registry
 
 from samda.errors import UsageError
+from samda.models.sam_file import to_segment_anything
 from samda.networks.backbones import BACKBONES, BackboneConfig, TinyViTConfig, ViTConfig, backbone_config
-from samda.networks.original import to_segment_anything
 
 # exact counts of the published models: whole SAM, image encoder
 COUNTS = {

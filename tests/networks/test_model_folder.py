@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from samda.data.task import Task
 from samda.errors import AdapterError, InputError, SamdaError, UsageError, WeightsError
-from samda.networks.model_folder import load_model, save_model
+from samda.models.folder import load_model, save_model
 from samda.networks.segmenter import SamSegmenter
+from samda.task import Task
 
 Make = Callable[..., SamSegmenter]
 TASK = Task(name="organs", classes=("background", "liver", "spleen"), spacing=2.0, image_size=64)

@@ -14,8 +14,8 @@ import torch
 from segment_anything import SamPredictor
 
 from samda.errors import WeightsError
+from samda.models.sam_file import to_segment_anything
 from samda.networks.backbones import ViTConfig
-from samda.networks.original import to_segment_anything
 
 RIGHT_LUNG, LEFT_LUNG = 5, 6  # label ids of the scan's segmentation
 WINDOW = (-1000.0, 400.0)  # HU

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from segment_anything.modeling import Sam
 
 from samda.adapters import trainable_parameters
-from samda.data.task import Task
 from samda.errors import AdapterError, WeightsError
+from samda.models.export import export_model
+from samda.models.sam_file import to_segment_anything
 from samda.networks.backbones import ViTConfig
-from samda.networks.export import export_model
-from samda.networks.original import to_segment_anything
 from samda.networks.segmenter import SamSegmenter
 from samda.networks.weights import read_state
+from samda.task import Task
 
 TASK = Task("t", classes=("background", "a", "b"), image_size=64)
 ADAPTERS: dict[str, dict[str, Any]] = {

@@ -16,8 +16,8 @@ from segment_anything.modeling import Sam
 
 from samda.adapters import count_parameters
 from samda.errors import UsageError
+from samda.models.sam_file import to_segment_anything
 from samda.networks.backbones import ViTConfig
-from samda.networks.original import to_segment_anything
 from samda.networks.segmenter import SamSegmenter
 
 KINDS = ["vit", "tiny_vit"]

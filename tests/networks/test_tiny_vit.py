@@ -12,11 +12,11 @@ import torch
 from timm.models.tiny_vit import TinyVitBlock
 
 from samda.adapters.base import sites
+from samda.io import cache_dir
+from samda.models.sam_file import to_segment_anything
 from samda.networks import minisam
 from samda.networks.backbones import BACKBONES, TinyViTConfig
-from samda.networks.original import to_segment_anything
 from samda.networks.tiny_vit import Block, rename_mobile_sam
-from samda.resources import cache_dir
 
 
 @pytest.mark.parametrize(("height", "width"), [(7, 7), (8, 8), (5, 16), (14, 7)])

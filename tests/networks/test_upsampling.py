@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from samda.networks.upsampling import LARGEST_PRODUCT, enlarge
+from samda.networks.ops import LARGEST_PRODUCT, enlarge
 
 
 @pytest.mark.parametrize("size", [(3, 5), (1, 4), (2, LARGEST_PRODUCT + 1)])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from samda.errors import InputError, UsageError
-from samda.networks import versions
+from samda.models import versions
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import save_file
 
 from samda.errors import UsageError, WeightsError
+from samda.io import cache_dir
 from samda.networks import weights
 from samda.networks.backbones import ViTConfig
-from samda.networks.files import download
+from samda.networks.download import download
 from samda.networks.segmenter import SamSegmenter
 from samda.networks.weights import KNOWN_FILES, fetch_weights, identify, load_base, read_state
-from samda.resources import cache_dir
 
 State = dict[str, torch.Tensor]
 

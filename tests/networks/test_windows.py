@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from samda.networks.windows import bias_index, spans, window_attention, window_bias
+from samda.networks.ops import bias_index, spans, window_attention, window_bias
 
 HEADS, DIM = 2, 3
 

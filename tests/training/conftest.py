@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from samda.data.task import Task
+from samda.io import packaged
 from samda.networks.backbones import ViTConfig
-from samda.resources import packaged
+from samda.task import Task
 
 sys.path.insert(0, str(Path(__file__).parent))
 

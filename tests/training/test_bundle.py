@@ -18,8 +18,8 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from tiny_scans import AFFINE, TASK
 
 from samda.errors import UsageError, cause_of
-from samda.inference.components import keep_largest
-from samda.resources import packaged
+from samda.inference.postprocessing import keep_largest
+from samda.io import packaged
 from samda.training import train
 from samda.version import __version__
 

@@ -9,9 +9,9 @@ import pytest
 from tiny_scans import TASK
 
 from samda.data.datalists import DataList, read_datalist
-from samda.data.task import Task
 from samda.errors import InputError, UsageError
-from samda.resources import packaged
+from samda.io import packaged
+from samda.task import Task
 from samda.training import build_task, labeled_cases, training_cases
 
 

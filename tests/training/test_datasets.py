@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from samda.data.task import Task
 from samda.data.transforms import build_augmentation, build_preprocessing
 from samda.embeddings import EmbeddingDataset
 from samda.errors import InputError
 from samda.networks.segmenter import SamSegmenter
+from samda.task import Task
 from samda.training import SliceDataset, build_dataset, prepare_batch
 from samda.training.datasets import tile_starts
 

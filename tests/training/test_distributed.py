@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_scans import TASK
 
 from samda.errors import UsageError
-from samda.resources import packaged
+from samda.io import packaged
 from samda.training import PaddedDataset, RankSampler, SliceSampler, WholeBatchLoss, train
 
 BUNDLE = packaged("bundles", "sam_segmentation")

@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 
 from samda.errors import UsageError
-from samda.training.memory import available_mb, fitting_batch_size
+from samda.training.datasets import available_mb, fitting_batch_size
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ from own_data import WRITERS
 
 from samda.data.datalists import read_datalist
 from samda.data.suggest import check_and_suggest
-from samda.data.task import Task
 from samda.errors import InputError, UsageError
 from samda.inference.evaluate import evaluate
 from samda.inference.predict import Predictor, predict_folder
-from samda.networks.model_folder import load_model
+from samda.models.folder import load_model
+from samda.task import Task
 from samda.training import build_task, train
 
 EXPECTED = {  # layout -> modality, channels, classes

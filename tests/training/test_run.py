@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from tiny_scans import TASK, write_case
 
 from samda.data.slices import SliceGrid
-from samda.data.task import Task
 from samda.data.transforms import build_preprocessing
 from samda.errors import AdapterError, InputError, UsageError
 from samda.inference.volume import VolumeInferer
-from samda.networks.model_folder import load_model
-from samda.resources import packaged
+from samda.io import packaged
+from samda.models.folder import load_model
+from samda.task import Task
 from samda.training import Progress, train
 from samda.training.run import find_overlay, literal
 

@@ -14,11 +14,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_scans import CLASSES, TASK
 
-from samda.data.task import Task
 from samda.data.transforms import build_preprocessing
 from samda.errors import UsageError
-from samda.networks.model_folder import load_model
+from samda.models.folder import load_model
 from samda.report import paint
+from samda.task import Task
 from samda.training import SliceDataset, train
 from samda.training.tracking import OLDEST_MLFLOW, mlflow_settings, scalars, trackers
 

@@ -19,9 +19,9 @@ from monai.bundle import ConfigWorkflow, verify_metadata, verify_net_in_out
 from safetensors.torch import load_file
 from tiny_scans import TASK
 
-from samda.networks.model_folder import load_model
+from samda.io import packaged
+from samda.models.folder import load_model
 from samda.processes import leave
-from samda.resources import packaged
 from samda.training import train
 
 BUNDLE = packaged("bundles", "sam_segmentation")

@@ -34,11 +34,11 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
+from samda.adapters.attach import build_configs
 from samda.adapters.base import attached, modules, trainable_parameters, unmerge
-from samda.adapters.registry import build_configs
 from samda.adapters.settings import AdapterConfig, is_int
 from samda.errors import AdapterError, UsageError, check_keys
-from samda.files import replacing, write_text
+from samda.io import replacing, write_text
 
 __all__ = ["FORMAT_VERSION", "AdapterFile", "load_adapters", "read_adapters", "save_adapters", "state_tensors"]
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from samda.data.formats import Image, files_of
 from samda.errors import InputError
-from samda.files import plain, write_text
+from samda.io import plain, write_text
 from samda.version import __version__
 
 __all__ = [

@@ -18,11 +18,11 @@ from typing import Any
 
 from monai.bundle import ComponentLocator, ConfigParser, ConfigWorkflow
 
-from samda.adapters.registry import build_configs, check_together
-from samda.data.task import Task
+from samda.adapters.attach import build_configs, check_together
 from samda.errors import UsageError, nearest
 from samda.networks.backbones import backbone_config
 from samda.networks.weights import check_published, existing_weights
+from samda.task import Task
 from samda.training.cases import build_task
 
 __all__ = ["check_config", "check_overrides"]

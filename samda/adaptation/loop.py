@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from samda.adaptation.measures import class_agreement, displacement, foreground_entropy, mean_agreement
+from samda.adaptation.agreement import class_agreement, displacement, foreground_entropy, mean_agreement
 from samda.adaptation.objectives import Objective
 from samda.progress import share
 

@@ -27,14 +27,14 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from samda.adaptation import record as records
+from samda import provenance as records
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.outcome import AdaptedCase, failed_record
 from samda.data.formats import files_of
 from samda.errors import InputError, SamdaError, UsageError
-from samda.files import replacing, write_json, write_text
 from samda.inference.predict import find_cases
 from samda.inference.writer import check_output_folder, label_path, write_labels, write_probabilities
+from samda.io import replacing, write_json, write_text
 from samda.processes import Part
 from samda.progress import Cases
 

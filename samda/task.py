@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from samda.errors import UsageError, from_mapping, nearest
-from samda.files import load_yaml
+from samda.io import load_yaml
 
 __all__ = ["Task"]
 

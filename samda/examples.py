@@ -21,10 +21,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from samda.data.task import Task
 from samda.errors import InputError, nearest
-from samda.files import replacing
-from samda.resources import cache_dir, packaged
+from samda.io import cache_dir, packaged, replacing
+from samda.task import Task
 
 __all__ = ["Example", "Examples", "fetch_examples"]
 

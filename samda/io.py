@@ -2,6 +2,8 @@
 """Files and folders complete or not at all: written under a hidden name beside the place, then renamed.
 
 And what is written by hand is read as people mean it (:func:`load_yaml`).
+
+Where files lie: packaged configs and bundles (in the wheel or the checkout), and the cache of what is fetched.
 """
 
 from __future__ import annotations
@@ -23,7 +25,19 @@ import yaml
 
 from samda.errors import InputError
 
-__all__ = ["check_room", "load_yaml", "new_folder", "plain", "replacing", "try_writing", "write_json", "write_text"]
+__all__ = [
+    "cache_dir",
+    "check_room",
+    "load_yaml",
+    "new_folder",
+    "packaged",
+    "plain",
+    "replacing",
+    "shipped_tasks",
+    "try_writing",
+    "write_json",
+    "write_text",
+]
 
 # PyYAML follows YAML 1.1, which reads `1e-3`, `1.5e3` and `-.5` as words; YAML 1.2 and JSON read numbers
 FLOAT = re.compile(r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$")
@@ -150,3 +164,30 @@ def load_yaml(text: str) -> Any:
         {'rate': 0.001, 'name': 'e1'}
     """
     return yaml.load(text, Loader=_Loader)
+
+
+def packaged(*parts: str) -> Path:
+    """Path of a packaged file or folder, for instance `packaged("bundles", "sam_segmentation")`.
+
+    Raises:
+        FileNotFoundError: neither the wheel nor the checkout holds it.
+    """
+    package = Path(__file__).resolve().parent
+    for root in (package, package.parent):
+        path = root.joinpath(*parts)
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"{'/'.join(parts)} is not part of this installation of samda; reinstall it")
+
+
+def shipped_tasks() -> dict[str, Path]:
+    """The task files that come with samda, by their names."""
+    return {path.stem: path for path in packaged("configs", "tasks").glob("*.yaml")}
+
+
+def cache_dir() -> Path:
+    """Folder of everything samda fetches: `SAMDA_CACHE`, else `XDG_CACHE_HOME/samda`, else `~/.cache/samda`."""
+    chosen = os.environ.get("SAMDA_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "samda"

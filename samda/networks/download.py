@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 
 from samda.errors import WeightsError
-from samda.files import replacing
+from samda.io import replacing
 
 __all__ = ["check_sha256", "download", "sha256_of"]
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samda.errors import InputError, UsageError, nearest
-from samda.files import write_json
+from samda.io import write_json
 
 if TYPE_CHECKING:
     import torch
 
-    from samda.data.task import Task
     from samda.networks.segmenter import SamSegmenter
+    from samda.task import Task
 
 __all__ = [
     "SOURCE",
@@ -129,7 +129,7 @@ def load_version(
         weights: file with the base weights; None takes those of the training.
         device: where the network goes.
     """
-    from samda.networks.model_folder import BASE, load_model
+    from samda.models.folder import BASE, load_model
 
     version = active_version(model) if version is None else version
     base = Path(model) / BASE

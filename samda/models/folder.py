@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model is a folder.
+
+====================== ================================================================== =============================
+file                   holds                                                              read by
+====================== ================================================================== =============================
+`adapter.json`         format version, backbone, base weights and their fingerprint,      samda
+                       adapters and settings, classes, geometry, record
+`adapter.safetensors`  adapters and class head of the best validation                     samda
+`base.safetensors`     base weights, where asked for or where they came from no file      samda
+`versions/`            versions that `samda adapt --site` made, each with the first two   samda
+                       files, and which of them is active
+`history.json`         the curve of the training                                          reports
+`last.pt`              everything a resume needs                                          `samda train --resume`
+`configs/` and more    the MONAI bundle around the model: `configs/`, `docs/`, `LICENSE`, MONAI
+                       `models/model.pt`
+====================== ================================================================== =============================
+
+Of a folder that came from a stranger, samda reads JSON and safetensors only, which cannot run code; the others can,
+in MONAI's or PyTorch's hands. The base is fetched, given as a file, or lies in the folder; its fingerprint must be the
+one of the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from samda.adapters.adapter_file import AdapterFile, load_adapters, read_adapters, save_adapters
+from samda.adapters.base import attach
+from samda.errors import InputError, UsageError, WeightsError, check_keys
+from samda.io import replacing
+from samda.networks.backbones import BACKBONES
+from samda.networks.fingerprint import check_fingerprint
+from samda.networks.saving import full_state
+from samda.networks.segmenter import SamSegmenter
+from samda.networks.weights import CONVERTED, KNOWN_FILES, read_state
+from samda.task import Task
+
+__all__ = ["BASE", "load_model", "save_model"]
+
+BASE = "base.safetensors"
+NETWORK_KEYS = ("backbone", "num_classes", "in_channels")
+BASE_KEYS = ("file", "sha256", "fingerprint")
+
+
+def save_model(
+    network: SamSegmenter,
+    folder: str | Path,
+    task: Task,
+    record: Mapping[str, Any] | None = None,
+    with_base: bool = False,
+) -> None:
+    """Write a trained model; existing files of it are replaced, each at once.
+
+    Args:
+        network: with its adapters; merged or not.
+        folder: made if missing.
+        task: what the network segments.
+        record: plain values: what it was trained on and how, source statistics, versions, metrics. Without the
+            statistics (`samda.train` takes them) the model cannot be adapted.
+        with_base: put the base weights into the folder, too. A network whose base came from no file always does that.
+
+    Raises:
+        InputError: task and network differ in their classes or channels.
+        AdapterError: the record is not plain, or a trained tensor is not finite.
+        WeightsError: the base weights cannot be read again.
+    """
+    _check_task(network.num_classes, network.in_channels, task, str(folder))
+    report = network.base_report
+    settings = (network.config.to_json(), network.num_classes, network.in_channels)
+    base = (report.path.name if report else None, report.sha256 if report else None, network.fingerprint())
+    folder = Path(folder)
+    if with_base or report is None:
+        _save_base(network, folder / BASE)
+    save_adapters(
+        network,
+        folder,
+        network=dict(zip(NETWORK_KEYS, settings, strict=True)),
+        base=dict(zip(BASE_KEYS, base, strict=True)),
+        task=task.to_dict(),
+        record=record,
+    )
+
+
+def load_model(
+    folder: str | Path, weights: str | Path | None = None, device: str | torch.device = "cpu"
+) -> tuple[SamSegmenter, Task, dict[str, Any]]:
+    """Read a trained model.
+
+    Args:
+        folder: as :func:`save_model` wrote it.
+        weights: file with the base weights; None takes `base.safetensors` of the folder, else the published file that
+            the model was trained on.
+        device: where the network goes.
+
+    Returns:
+        The network in evaluation with its adapters loaded, the task, and the record.
+
+    Raises:
+        AdapterError, InputError, UsageError: a file of the folder is missing, damaged or contradicts itself.
+        WeightsError: the base weights are missing or not those of the training.
+    """
+    folder = Path(folder)
+    file = read_adapters(folder)
+    for section, keys in (("network", NETWORK_KEYS), ("base", BASE_KEYS)):
+        values = getattr(file, section)
+        check_keys(values, keys, f"{folder}/adapter.json: {section}")
+        missing = [key for key in keys if key not in values]
+        if missing:
+            raise InputError(f"{folder}/adapter.json: {section} lacks {missing[0]!r}; copy the model folder again")
+    task = _task(file.task, folder)
+    try:
+        _check_task(file.network["num_classes"], file.network["in_channels"], task, str(folder))  # before it is built
+        network = SamSegmenter(**file.network, weights=_base_weights(file, folder, weights))
+        check_fingerprint(network, file.base["fingerprint"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # values of other types than save_model writes
+        raise InputError(
+            f"{folder}/adapter.json describes no network ({error}); copy the model folder again"
+        ) from error
+    attach(network, file.adapters)
+    load_adapters(network, file)
+    return network.to(device).eval(), task, file.record
+
+
+def _base_weights(file: AdapterFile, folder: Path, given: str | Path | None) -> str | Path:
+    if given is not None:
+        return given
+    if (folder / BASE).exists():
+        return folder / BASE
+    trained_on, backbone = file.base["file"], file.network["backbone"]
+    published = [known.name for known in KNOWN_FILES.values()] + [CONVERTED]
+    if isinstance(backbone, str) and backbone in BACKBONES and trained_on in published:
+        return "pretrained"
+    raise WeightsError(f"{folder} was trained on the base weights {trained_on}; give that file as weights")
+
+
+def _save_base(network: SamSegmenter, path: Path) -> None:
+    """The base as it was before training: from its file, or as it stands where it came from none."""
+    report = network.base_report
+    state = full_state(network) if report is None else read_state(report.path)
+    with replacing(path) as temporary:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary)
+
+
+def _task(values: Mapping[str, Any], folder: Path) -> Task:
+    """The task of a model folder; what is wrong with it is the folder's fault, no wrong usage."""
+    try:
+        return Task.from_dict(values)
+    except UsageError as error:
+        raise InputError(f"{folder}/adapter.json: {error}; copy the model folder again") from error
+
+
+def _check_task(num_classes: int, in_channels: int, task: Task, where: str) -> None:
+    for what, own, wanted in (
+        ("classes", num_classes, task.num_classes),
+        ("input channels", in_channels, task.network_channels),
+    ):
+        if isinstance(own, int) and own != wanted:  # other types are refused where the network is built
+            raise InputError(f"{where}: the network has {own} {what}, task {task.name!r} has {wanted}; they must agree")

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GELU without a second large tensor, which costs more to allocate than to fill.
+
+Attention within the windows of a grid, where the last windows of a row and column are partly padding.
+
+Padding tokens are all alike: one key k0 and one value v0. For a query q, whose bias to padding token j is b_j, they
+give the softmax
+
+    sum_j exp(q . k0 + b_j)  =  exp(q . k0 + log sum_j exp(b_j))
+
+so one token stands for all of them, with the logarithm as its bias. That is exact. A window then holds its real tokens
+and at most one more: on a 16 x 16 grid with windows of 14, which pad to 28 x 28, a quarter of the products remains.
+
+Class logits at the size of the image: bilinear interpolation, in the form whose gradient is the faster one.
+
+TinyViT's convolutions, run faster; the numbers are timm's.
+
+A batch norm that never trains is a scale and a shift per channel, so it belongs into the convolution before it. A 1 x 1
+convolution of channels-last maps is a linear layer, for which CPUs have the better kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.models.tiny_vit import ConvNorm
+
+from samda.networks.attention import DerivedTensors
+
+__all__ = [
+    "FoldedConvNorm",
+    "Gelu",
+    "bias_index",
+    "enlarge",
+    "gelu",
+    "quicken",
+    "spans",
+    "window_attention",
+    "window_bias",
+]
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU of a tensor that the caller gives away: without gradients the result takes its memory."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.gelu(x)
+    return torch.ops.aten.gelu_(x)
+
+
+class Gelu(nn.Module):
+    """:func:`gelu` as a module."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return gelu(x)
+
+
+def bias_index(window: int) -> torch.Tensor:
+    """Which attention bias belongs to a pair of tokens of a window.
+
+    Biases are shared by equal distances (|dy|, |dx|), numbered in the order in which the first token meets them.
+
+    Args:
+        window: side of the window in tokens.
+
+    Returns:
+        (window^2, window^2) indices into the window^2 stored biases.
+    """
+    # the first token lies in a corner, so it meets every distance once, row by row: number = |dy| * window + |dx|
+    points = torch.tensor(list(itertools.product(range(window), repeat=2)), device="cpu")
+    distance = (points[:, None] - points[None, :]).abs()
+    return distance[..., 0] * window + distance[..., 1]
+
+
+def spans(size: int, window: int) -> list[tuple[int, int, int]]:
+    """The whole windows along an axis of `size` tokens, and the last one if padding completes it.
+
+    Returns:
+        One or two (start, stop, tokens per window).
+    """
+    whole = size - size % window
+    return [span for span in ((0, whole, window), (whole, size, size - whole)) if span[0] < span[1]]
+
+
+def window_bias(bias: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Bias of a window whose first `rows` x `columns` tokens are real.
+
+    Args:
+        bias: (heads, window^2, window^2), first the query, then the key.
+        rows: of real tokens.
+        columns: of real tokens.
+
+    Returns:
+        (heads, rows columns, rows columns), with one more key, the padding, unless all tokens are real.
+    """
+    window = round(bias.shape[-1] ** 0.5)
+    place = torch.arange(window * window, device=bias.device)
+    real = (place // window < rows) & (place % window < columns)
+    own = bias[:, real]
+    if rows == columns == window:
+        return own
+    return torch.cat([own[..., real], own[..., ~real].logsumexp(-1, keepdim=True)], -1)
+
+
+def window_attention(
+    qkv: torch.Tensor,
+    padding: torch.Tensor | None,
+    num_heads: int,
+    window: int,
+    bias: Callable[[int, int], torch.Tensor],
+) -> torch.Tensor:
+    """Attention of the real tokens within each window.
+
+    Args:
+        qkv: (B, H, W, 3 C); each head's channels hold its own query, key and value.
+        padding: (3 C,) the same of a padding token; None where the windows need none.
+        num_heads: attention heads.
+        window: side of the windows in tokens.
+        bias: rows, columns -> the result of :func:`window_bias`.
+
+    Returns:
+        (B, H, W, C).
+    """
+    strips = []
+    for top, bottom, rows in spans(qkv.shape[1], window):
+        parts = []
+        for left, right, columns in spans(qkv.shape[2], window):
+            region = qkv[:, top:bottom, left:right].unflatten(1, (-1, rows)).unflatten(3, (-1, columns))
+            tokens = region.permute(0, 1, 3, 2, 4, 5)  # (B, down, across, rows, columns, 3 C)
+            grid = tokens.shape[:-1]
+            tokens = tokens.reshape(-1, rows * columns, qkv.shape[-1])
+            if rows * columns < window**2:
+                assert padding is not None
+                tokens = torch.cat([tokens, padding.expand(len(tokens), 1, -1)], 1)
+            q, k, v = tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2).chunk(3, -1)
+            mask = bias(rows, columns).to(q.dtype)
+            out = F.scaled_dot_product_attention(q[:, :, : rows * columns], k, v, attn_mask=mask[None])
+            out = out.transpose(1, 2).reshape(*grid, -1).transpose(2, 3)
+            parts.append(out.flatten(3, 4).flatten(1, 2))
+        strips.append(parts[0] if len(parts) == 1 else torch.cat(parts, 2))
+    return strips[0] if len(strips) == 1 else torch.cat(strips, 1)
+
+
+# Measured on a CPU for a factor of 4: two matrix products take a third of the time of forward and backward pass at 64
+# pixels and two thirds at 128; without gradients they are slower from 128 on, and with them from 256 on.
+LARGEST_PRODUCT = 128
+
+
+def enlarge(maps: torch.Tensor, factor: int) -> torch.Tensor:
+    """Bilinear interpolation of maps (B, K, h, w) to (B, K, factor h, factor w); pixels are areas, as in SAM."""
+    height, width = maps.shape[2:]
+    if maps.is_cpu and maps.requires_grad and torch.is_grad_enabled() and max(height, width) <= LARGEST_PRODUCT:
+        with torch.autocast("cpu", enabled=False):
+            rows, columns = (_matrix(side, factor).to(maps.dtype) for side in (height, width))
+            return rows @ maps @ columns.T
+    return F.interpolate(maps, (factor * height, factor * width), mode="bilinear", align_corners=False)
+
+
+@functools.lru_cache(maxsize=8)
+def _matrix(size: int, factor: int) -> torch.Tensor:
+    """(factor size, size): what interpolation makes of the unit vectors."""
+    with torch.inference_mode(False), torch.no_grad():
+        unit = torch.eye(size, dtype=torch.float64, device="cpu")[None, None]
+        return F.interpolate(unit, (factor * size, size), mode="bilinear", align_corners=False)[0, 0]
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class FoldedConvNorm(ConvNorm):
+    """A convolution with the batch norm after it as one convolution; parameters and their names are timm's.
+
+    Args:
+        original: whose parts it takes over.
+    """
+
+    def __init__(self, original: ConvNorm) -> None:
+        nn.Module.__init__(self)
+        self.conv: nn.Conv2d = original.conv
+        self.bn: nn.BatchNorm2d = original.bn
+        self._folded = DerivedTensors()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        conv, bn = self.conv, self.bn
+        if bn.training:
+            return super().forward(x)
+        sources = (conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+        weight, bias = self._folded(sources, "folded", self._fold)  # type: ignore[arg-type]
+        if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1:
+            return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+
+    def _fold(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias; computed in fp32 or wider."""
+        weight, bn = self.conv.weight, self.bn
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scale = bn.weight.to(wide) * (bn.running_var.to(wide) + bn.eps).rsqrt()  # type: ignore[union-attr]
+        shift = bn.bias.to(wide) - bn.running_mean.to(wide) * scale  # type: ignore[union-attr]
+        return (weight.to(wide) * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
+
+
+def quicken(module: M) -> M:
+    """Exchange timm's ConvNorm and GELU within `module`, in place, for ours; returns `module`."""
+    for name, child in module.named_children():
+        if isinstance(child, ConvNorm):
+            setattr(module, name, FoldedConvNorm(child))
+        elif isinstance(child, nn.GELU):
+            setattr(module, name, Gelu())
+        else:
+            quicken(child)
+    return module
