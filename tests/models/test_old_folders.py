@@ -42,7 +42,7 @@ def load(folder: Path, weights: Path | None, version: str | None = None) -> torc
     """The network of a version, None for the active one. Only this function names what loads a model."""
     if version == "source":
         return samda.load_model(folder, weights)[0]
-    from samda.networks.versions import load_version
+    from samda.models.versions import load_version
 
     return load_version(folder, version, weights)[0]
 
