@@ -4,8 +4,8 @@
 The model folder carries, for every class, the quantiles over training slices of area, number of pieces, compactness,
 elongation and position in the body (:mod:`samda.source_statistics`). They hold for a slab as for a whole body, since
 nothing is compared but slices in which the class appears. A feature scores 1 inside the source's 5 % to 95 % range and
-falls off outside like a Gaussian whose width is the distance from the median to that end. A class scores the mean over its
-slices, weighted by area, of the geometric mean of its features: one organ of the usual size at the usual place is near
+falls off outside like a Gaussian whose width is the distance from the median to that end. A class scores the mean over
+its slices, weighted by area, of the geometric mean of its features: one organ of the usual size at the usual place is near
 1, specks and leaks into the neighborhood are near 0.
 """
 
