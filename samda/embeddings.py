@@ -25,8 +25,6 @@ from samda.errors import InputError, UsageError
 from samda.processes import exchange, place
 from samda.progress import bar
 
-__all__ = ["EmbeddingDataset", "Views", "allocate", "draw", "split_key"]
-
 logger = logging.getLogger(__name__)
 
 

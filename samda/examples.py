@@ -25,8 +25,6 @@ from samda.errors import InputError, nearest
 from samda.io import cache_dir, packaged, replacing
 from samda.task import Task
 
-__all__ = ["Example", "Examples", "fetch_examples"]
-
 PACKAGE, VERSION = "totalsegmentator", "2.18.0"
 ARCHIVE = f"{PACKAGE}-{VERSION}.tar.gz"
 ARCHIVE_SHA256 = "5d4223ef93973bc36d710869d11e7742ead2c154c72f7f9edcaaadd5b6c4bd03"

@@ -25,20 +25,6 @@ import yaml
 
 from samda.errors import InputError
 
-__all__ = [
-    "cache_dir",
-    "check_room",
-    "load_yaml",
-    "new_folder",
-    "packaged",
-    "plain",
-    "replacing",
-    "shipped_tasks",
-    "try_writing",
-    "write_json",
-    "write_text",
-]
-
 # PyYAML follows YAML 1.1, which reads `1e-3`, `1.5e3` and `-.5` as words; YAML 1.2 and JSON read numbers
 FLOAT = re.compile(r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$")
 

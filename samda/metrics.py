@@ -26,17 +26,6 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from samda.errors import InputError
 
-__all__ = [
-    "COUNTED",
-    "DEFINITIONS",
-    "SCORES",
-    "ClassScores",
-    "confusion_matrix",
-    "score_case",
-    "summarize",
-    "surface_scores",
-]
-
 CHUNK = 1 << 22  # voxels counted at once: the counting needs some 30 bytes each
 
 SCORES = ("dice", "iou", "hd95_mm", "nsd")

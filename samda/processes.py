@@ -23,19 +23,6 @@ from samda.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "Part",
-    "broadcast",
-    "exchange",
-    "is_main",
-    "join",
-    "join_for_cases",
-    "launched",
-    "leave",
-    "local_device",
-    "place",
-    "read_part",
-]
 
 T = TypeVar("T")
 

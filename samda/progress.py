@@ -13,8 +13,6 @@ from tqdm import tqdm
 
 from samda.processes import is_main
 
-__all__ = ["Cases", "bar", "is_quiet", "line", "quiet", "share"]
-
 _quiet = False
 _outer: list[Cases] = []  # the bar of the whole job, while there is one
 

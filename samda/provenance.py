@@ -21,21 +21,6 @@ from samda.errors import InputError
 from samda.io import plain, write_text
 from samda.version import __version__
 
-__all__ = [
-    "RECORD_VERSION",
-    "canonical_json",
-    "now",
-    "path_sha256",
-    "pseudonym",
-    "read_record",
-    "schema",
-    "sha256_of",
-    "tensors_sha256",
-    "validate_record",
-    "versions",
-    "write_lines",
-]
-
 RECORD_VERSION = 1
 _BLOCK = 1 << 20
 

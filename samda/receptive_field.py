@@ -59,22 +59,6 @@ if TYPE_CHECKING:
 
     from samda.networks.segmenter import SamSegmenter
 
-__all__ = [
-    "SCALES",
-    "SHARES",
-    "TAPS",
-    "Area",
-    "ErfMap",
-    "ModelField",
-    "area_ratios",
-    "body_slices",
-    "check_same_slices",
-    "draw_fields",
-    "measure_erf",
-    "pixel_influence",
-    "rescale",
-    "write_fields",
-]
 
 TAPS = ("block", "neck")  # output of the encoder's last transformer block; output of the neck, the embedding
 SCALES = ("log", "mass", "normalized")

@@ -22,24 +22,6 @@ from samda.errors import InputError
 from samda.io import write_text
 from samda.version import __version__
 
-__all__ = [
-    "case_rows",
-    "changed",
-    "changed_legend",
-    "class_color",
-    "curve",
-    "legend",
-    "page",
-    "paint",
-    "paragraph",
-    "pick_slices",
-    "pictures",
-    "pseudonyms",
-    "section",
-    "table",
-    "write_page",
-]
-
 PURPOSE = "Research use only. Not for diagnosis, treatment or any other clinical decision."
 
 COLORS = (  # told apart also by most color-blind readers (after Okabe and Ito)

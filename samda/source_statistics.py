@@ -28,18 +28,6 @@ from samda.errors import InputError
 from samda.networks.segmenter import SamSegmenter
 from samda.task import Task
 
-__all__ = [
-    "FEATURES",
-    "QUANTILES",
-    "FeatureTap",
-    "SliceStatistics",
-    "class_shares",
-    "class_sums",
-    "ellipse_moments",
-    "feature_statistics",
-    "slice_statistics",
-]
-
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 BINS = 256  # of the intensity histograms over [0, 1]: quantiles are exact to 1 / 256
 COARSE_MM = 3.0  # step of the grid on which the body is searched

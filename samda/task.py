@@ -15,8 +15,6 @@ import yaml
 from samda.errors import UsageError, from_mapping, nearest
 from samda.io import load_yaml
 
-__all__ = ["Task"]
-
 LARGEST_IMAGE = 4096  # pixels; beyond it a single slice would fill a machine
 AXES = ("axial", "coronal", "sagittal")
 

@@ -10,8 +10,6 @@ import torch
 
 from samda.adaptation.objectives import log_probabilities, most_likely, normalized_entropy
 
-__all__ = ["class_agreement", "displacement", "foreground_entropy", "mean_agreement"]
-
 
 def class_agreement(logits: torch.Tensor) -> dict[int, float]:
     """Per foreground class the mean over views of Dice(argmax p_v, argmax mean_{u != v} p_u), slices pooled.

@@ -18,8 +18,6 @@ from samda.adaptation.objectives import most_likely
 from samda.errors import InputError
 from samda.source_statistics import FeatureTap, class_shares, class_sums
 
-__all__ = ["CaseAlignment", "FeatureAlignment"]
-
 LEAST = 1e-8  # variance
 FEW = 8.0  # places of the grid that a class must fill to be aligned by itself
 

@@ -17,8 +17,6 @@ from samda.inference.postprocessing import keep_largest
 from samda.inference.volume import VolumeInferer, largest
 from samda.task import Task
 
-__all__ = ["EmbeddingReplay", "PreparedCase", "Segmentation", "choose_slices", "cut_windows", "encode_views", "segment"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Segmentation:

@@ -58,8 +58,6 @@ from samda.progress import share
 from samda.source_statistics import FeatureTap
 from samda.task import Task
 
-__all__ = ["Adaptation"]
-
 GRADIENT_PIXELS = 1 << 15  # embedding pixels decoded at once with gradients: about 1 GB
 
 

@@ -38,8 +38,6 @@ from samda.io import replacing, write_json, write_text
 from samda.processes import Part
 from samda.progress import Cases
 
-__all__ = ["AdaptRun", "adapt_folder", "collect", "details_folder"]
-
 logger = logging.getLogger(__name__)
 
 CHANGES = ("unchanged", "removed", "added", "renamed")  # values of the difference map

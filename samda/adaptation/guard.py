@@ -37,8 +37,6 @@ from typing import Any
 
 from samda.errors import UsageError, check_numbers
 
-__all__ = ["REASONS", "Decision", "Evidence", "GuardSettings", "after", "before", "mean_plausibility"]
-
 REASONS = (
     "accepted",
     "accepted_unchanged",

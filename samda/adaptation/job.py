@@ -24,8 +24,6 @@ from samda.models.versions import list_versions, load_version
 from samda.processes import Part, exchange, is_main, place
 from samda.task import Task
 
-__all__ = ["CaseScores", "run_adaptation", "score_run"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -17,8 +17,6 @@ from samda.adaptation.agreement import class_agreement, displacement, foreground
 from samda.adaptation.objectives import Objective
 from samda.progress import share
 
-__all__ = ["NotFinite", "OutOfTime", "Trajectory", "descend", "held", "keep_last", "load"]
-
 GRADIENT_NORM = 1.0  # clip
 NEAR = 0.9  # of the highest merit: merit is coarse, and an objective that does good does more of it later
 Merit = Callable[[torch.Tensor, Mapping[int, float]], float]  # logits of all views, agreement by class -> score

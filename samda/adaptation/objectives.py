@@ -23,17 +23,6 @@ import torch.nn.functional as F
 from samda.errors import UsageError, check_numbers, from_mapping, nearest
 from samda.inference.volume import largest
 
-__all__ = [
-    "OBJECTIVES",
-    "Objective",
-    "build_objective",
-    "entropy",
-    "log_probabilities",
-    "most_likely",
-    "normalized_entropy",
-    "soft_dice",
-]
-
 CLASS_DIM = -3  # of (..., K, h, w)
 # settings of objectives; all are numbers from 0
 POSITIVE = ("keep", "slack")

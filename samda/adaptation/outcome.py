@@ -28,7 +28,6 @@ from samda.inference.writer import label_image
 if TYPE_CHECKING:
     from samda.adaptation.engine import Adaptation
 
-__all__ = ["AdaptedCase", "decide", "failed_record", "finish"]
 
 logger = logging.getLogger(__name__)
 

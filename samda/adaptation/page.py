@@ -38,7 +38,6 @@ from samda.report import write_page as write_document
 if TYPE_CHECKING:
     from samda.adaptation.job import CaseScores
 
-__all__ = ["look_first", "write_page"]
 
 SHOWN = 12  # cases with pictures
 WORSE = 0.01  # loss of Dice that counts as worse

@@ -5,8 +5,8 @@ The model folder carries, for every class, the quantiles over training slices of
 elongation and position in the body (:mod:`samda.source_statistics`). They hold for a slab as for a whole body, since
 nothing is compared but slices in which the class appears. A feature scores 1 inside the source's 5 % to 95 % range and
 falls off outside like a Gaussian whose width is the distance from the median to that end. A class scores the mean over
-its slices, weighted by area, of the geometric mean of its features: one organ of the usual size at the usual place is near
-1, specks and leaks into the neighborhood are near 0.
+its slices, weighted by area, of the geometric mean of its features: one organ of the usual size at the usual place is
+near 1, specks and leaks into the neighborhood are near 0.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from samda.adaptation.guard import Evidence
 from samda.errors import InputError
 from samda.source_statistics import FEATURES, SliceStatistics
 from samda.task import Task
-
-__all__ = ["Judge", "class_plausibility", "feature_score"]
 
 # least width of a feature's fall-off: one patient's slices do not show how far patients differ
 LEAST = {"area_mm2": 0.4, "components": 1.0, "compactness": 0.1, "elongation": 0.2, "row": 0.06, "column": 0.06}

@@ -14,8 +14,6 @@ from samda.adaptation.views import FAMILIES, make_views
 from samda.adapters.attach import check_scope
 from samda.errors import UsageError, check_keys, from_mapping, is_finite
 
-__all__ = ["check_settings"]
-
 DEFAULTS: dict[str, Any] = {  # of Adaptation; what else it takes is None where it is not given
     "method": "default",
     "scope": "decoder",

@@ -27,8 +27,6 @@ from samda.adapters.adapter_file import read_adapters, save_adapters
 from samda.errors import InputError, UsageError
 from samda.models.versions import SOURCE, check_name, list_versions, version_folder
 
-__all__ = ["check_site", "describe_versions", "distill"]
-
 
 def check_site(model: str | Path, name: str) -> None:
     """Refuse, before any work is done, a name that is no name or is taken.

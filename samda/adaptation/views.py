@@ -31,8 +31,6 @@ import torch.nn.functional as F
 
 from samda.errors import UsageError, nearest
 
-__all__ = ["FAMILIES", "View", "apply_view", "make_views", "mirrored_classes", "restore_view", "seed_of"]
-
 FAMILIES = ("window", "gamma", "noise", "blur", "bias")
 
 

@@ -40,8 +40,6 @@ from samda.adapters.settings import AdapterConfig, is_int
 from samda.errors import AdapterError, UsageError, check_keys
 from samda.io import replacing, write_text
 
-__all__ = ["FORMAT_VERSION", "AdapterFile", "load_adapters", "read_adapters", "save_adapters", "state_tensors"]
-
 FORMAT_VERSION = 1
 HEADER = "adapter.json"
 TENSORS = "adapter.safetensors"

@@ -37,18 +37,6 @@ from samda.adapters.settings import AdapterConfig
 from samda.adapters.sites import LinearSite, NormSite
 from samda.errors import AdapterError, UsageError, from_mapping, nearest
 
-__all__ = [
-    "ADAPTERS",
-    "SCOPES",
-    "Adapters",
-    "available_scopes",
-    "build_configs",
-    "check_scope",
-    "check_together",
-    "fold",
-    "scope_parameters",
-]
-
 Adapters = Mapping[str, Mapping[str, Any] | AdapterConfig] | Iterable[str] | str
 
 ADAPTERS: dict[str, type[AdapterConfig]] = {

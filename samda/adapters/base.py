@@ -22,27 +22,6 @@ from samda.errors import AdapterError
 if TYPE_CHECKING:
     from samda.adapters.attach import Adapters
 
-__all__ = [
-    "Adapter",
-    "AdapterConfig",
-    "adapter_parameters",
-    "attach",
-    "attached",
-    "base_parameters",
-    "count_parameters",
-    "detach",
-    "disabled",
-    "freeze",
-    "is_merged",
-    "merge",
-    "modules",
-    "regularization",
-    "set_enabled",
-    "sites",
-    "trainable_parameters",
-    "unmerge",
-]
-
 
 class Adapter(nn.Module):
     """One adapter module at one site.

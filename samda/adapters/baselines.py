@@ -15,8 +15,6 @@ from samda.adapters.settings import AdapterConfig, is_int
 from samda.adapters.sites import Site
 from samda.errors import AdapterError
 
-__all__ = ["BottleneckConfig", "DecoderConfig", "FullConfig", "HeadConfig"]
-
 DECODER = "mask_decoder"
 
 

@@ -8,8 +8,6 @@ import math
 import torch
 import torch.nn as nn
 
-__all__ = ["linear", "normal", "uniform", "zeros"]
-
 
 def linear(in_features: int, out_features: int, bias: bool, generator: torch.Generator) -> nn.Linear:
     """A linear layer with PyTorch's default distribution, U(-1/sqrt(in), 1/sqrt(in)) for weight and bias."""

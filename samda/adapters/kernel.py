@@ -34,18 +34,6 @@ from samda.adapters.base import Adapter
 from samda.adapters.settings import AdapterConfig, is_int, is_number
 from samda.adapters.sites import Site
 
-__all__ = [
-    "BACKENDS",
-    "Bottleneck",
-    "DkaConfig",
-    "KernelAdapter",
-    "KernelAdapterConfig",
-    "LkaConfig",
-    "crop_kernel",
-    "depthwise",
-    "live_taps",
-]
-
 
 class Bottleneck(Adapter):
     """The plain bottleneck adapter, GELU between the projections (arXiv 1902.00751 without its LayerNorm).

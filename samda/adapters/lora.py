@@ -16,8 +16,6 @@ from samda.adapters.settings import LinearAdapterConfig, is_int, is_number
 from samda.adapters.sites import LinearSite, Site
 from samda.errors import AdapterError
 
-__all__ = ["LoraAdapter", "LoraConfig"]
-
 
 class LoraAdapter(Adapter):
     """dW = (alpha / rank) B A with A (rank, in) random and B (out, rank) zero: rank (in + out) parameters.

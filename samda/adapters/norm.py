@@ -13,8 +13,6 @@ from samda.adapters.base import Adapter
 from samda.adapters.settings import AdapterConfig
 from samda.adapters.sites import Site, SiteInfo
 
-__all__ = ["NormAdapter", "NormConfig"]
-
 
 class NormAdapter(Adapter):
     """weight + scale, bias + shift, both deltas (C,) and zero at the start: 2 C parameters."""

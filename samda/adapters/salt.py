@@ -33,8 +33,6 @@ from samda.adapters.settings import LinearAdapterConfig, is_int, is_number
 from samda.adapters.sites import LinearSite, Site
 from samda.errors import AdapterError
 
-__all__ = ["SaltAdapter", "SaltConfig", "check_reconstruction", "find_signs", "sign", "singular_basis"]
-
 # entries of a signature are of order 1; the tolerance admits a copy in bfloat16, a rotated vector exceeds it
 TOLERANCE = 1e-2
 

@@ -24,8 +24,6 @@ from samda.adapters.base import Adapter
 from samda.adapters.settings import AdapterConfig, is_int
 from samda.adapters.sites import Site
 
-__all__ = ["PromptAttention", "SamDaAdapter", "SamDaConfig"]
-
 SIDES = {"image": ("image",), "token": ("token",), "both": ("token", "image")}
 
 

@@ -18,8 +18,6 @@ from samda.errors import UsageError
 if TYPE_CHECKING:
     from samda.adapters.base import Adapter
 
-__all__ = ["AdapterConfig", "LinearAdapterConfig", "is_int", "is_number"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:

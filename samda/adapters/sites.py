@@ -42,8 +42,6 @@ from samda.errors import AdapterError
 if TYPE_CHECKING:
     from samda.adapters.base import Adapter
 
-__all__ = ["BranchSite", "DecoderSite", "LinearSite", "NormSite", "ResidualSites", "Site", "SiteInfo", "TokenSite"]
-
 
 @dataclass(frozen=True)
 class SiteInfo:

@@ -20,8 +20,6 @@ from samda.cli.parser import Parser
 from samda.errors import UsageError, cause_of, disk_trouble
 from samda.version import __version__
 
-__all__ = ["COMMANDS", "EXIT_CODES", "build_parser", "main"]
-
 COMMANDS = {  # name -> module, in the order of the help
     name: f"samda.cli.{name}"
     for name in ("check", "train", "predict", "adapt", "evaluate", "erf", "site", "export", "info", "weights", "demo")

@@ -13,24 +13,6 @@ from samda.errors import InputError, UsageError, nearest
 from samda.io import shipped_tasks
 from samda.processes import launched, local_device
 
-__all__ = [
-    "add_device",
-    "add_json",
-    "add_keep_largest",
-    "add_modality",
-    "add_part",
-    "add_quiet",
-    "check_file",
-    "existing",
-    "parse_settings",
-    "pick_device",
-    "positive",
-    "print_json",
-    "print_table",
-    "say",
-    "task_file",
-]
-
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """`--device`, read by :func:`pick_device`."""

@@ -9,8 +9,6 @@ from typing import Any, NoReturn
 
 from samda.errors import UsageError, nearest
 
-__all__ = ["Parser"]
-
 # what other tools and our own other commands call an option: spelling alone would suggest a wrong one
 ALIASES = {"--lr": "--learning-rate", "--report": "--records"}
 

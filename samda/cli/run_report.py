@@ -20,8 +20,6 @@ from samda.data.formats import Image, files_of
 from samda.errors import InputError, SamdaError, UsageError, reason_of
 from samda.processes import launched
 
-__all__ = ["REPORT_VERSION", "RunReport", "add_report"]
-
 REPORT_VERSION = 1
 
 

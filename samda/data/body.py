@@ -11,8 +11,6 @@ from scipy import ndimage
 
 from samda.task import Task
 
-__all__ = ["body_box", "body_mask", "body_threshold", "coarse"]
-
 STEP = 4.0  # mm, of the coarse grid
 BRIDGE = 8.0  # mm, radius of the opening: thinner things (table, tubes) are not body
 SKIN = -200.0  # HU, between air and fat

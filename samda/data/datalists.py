@@ -37,8 +37,6 @@ from samda.data.layouts import (
 )
 from samda.errors import InputError, nearest
 
-__all__ = ["LAYOUTS", "Case", "DataList", "find_pairs", "is_labeled", "read_datalist", "read_labels"]
-
 LAYOUTS = {
     "datalist": "MONAI or MSD datalist (JSON)",
     "nnunet": "nnU-Net v2",

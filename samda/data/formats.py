@@ -20,26 +20,6 @@ from nibabel.spatialimages import SpatialImage
 
 from samda.errors import InputError, SamdaError
 
-__all__ = [
-    "NIFTI_SUFFIXES",
-    "PICTURE_SUFFIXES",
-    "SCAN_SUFFIXES",
-    "VOLUME_SUFFIXES",
-    "Image",
-    "copy_of",
-    "dicom_modality",
-    "files_of",
-    "has_dicom",
-    "itk_geometry",
-    "name_of",
-    "not_a_scan",
-    "read_dicom",
-    "read_itk",
-    "scan_path",
-    "source_of",
-    "stem",
-]
-
 Image = str | Path | Sequence[str | Path]  # one file or DICOM folder, or one file a channel
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")

@@ -30,8 +30,6 @@ from samda.errors import InputError, SamdaError, reason_of
 from samda.progress import Cases
 from samda.task import Task
 
-__all__ = ["QUANTILES", "CaseFacts", "DataReport", "check_data", "intensity_problems", "look_at", "range_problems"]
-
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 AIR = -500.0  # HU: what reaches below it holds air in Hounsfield units
 SAMPLES = 20_000  # foreground voxels kept of a case, evenly spread

@@ -16,8 +16,6 @@ from monai.transforms import MapTransform
 from samda.errors import InputError, UsageError, nearest
 from samda.task import Task
 
-__all__ = ["LabelMap", "MapLabelsd", "label_map"]
-
 UNKNOWN = 255  # class index of an id that nobody names
 CHUNK = 1 << 22  # voxels mapped at once
 LARGEST_RANGE = 1 << 20  # between the smallest and the largest id of a label file

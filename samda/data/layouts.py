@@ -22,26 +22,6 @@ from typing import Any
 from samda.data.formats import PICTURE_SUFFIXES, SCAN_SUFFIXES, VOLUME_SUFFIXES, has_dicom, stem
 from samda.errors import InputError, nearest
 
-__all__ = [
-    "SECTIONS",
-    "Case",
-    "Problem",
-    "Report",
-    "Series",
-    "dicom_cases",
-    "find_series",
-    "is_pair_list",
-    "listed_cases",
-    "mask_folder",
-    "masked_cases",
-    "nnunet_cases",
-    "pair_cases",
-    "read_channels",
-    "read_json",
-    "refuse",
-    "scan_cases",
-]
-
 logger = logging.getLogger(__name__)
 
 

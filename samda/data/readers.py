@@ -35,8 +35,6 @@ from samda.data.formats import (
 )
 from samda.errors import InputError
 
-__all__ = ["SAME_PLACE", "Scan", "SimpleITKReader", "corner_distance_mm", "read_geometry", "read_scan"]
-
 NIFTI_ERRORS = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error)
 SAME_PLACE = 0.1  # of the smallest voxel side: how far apart the corners of one grid may lie in two files
 

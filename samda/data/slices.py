@@ -20,8 +20,6 @@ from samda.data.body import body_box
 from samda.errors import InputError
 from samda.task import Task
 
-__all__ = ["SliceGrid", "center_channels", "interpolation_matrix", "refuse_other_scale", "with_neighbors"]
-
 FARTHEST = 64  # times that pixels may be finer or coarser than voxels; beyond it somebody took another unit
 
 # axis across the slices, axis along the rows' direction, axis along the columns' direction, in RAS order. All in-plane

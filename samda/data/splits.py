@@ -16,8 +16,6 @@ from samda.data.readers import read_geometry
 from samda.errors import UsageError
 from samda.task import Task
 
-__all__ = ["Split", "split"]
-
 AXIS = {"sagittal": 0, "coronal": 1, "axial": 2}  # of a volume in RAS order
 
 

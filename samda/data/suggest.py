@@ -17,8 +17,6 @@ from samda.data.layouts import Problem
 from samda.errors import InputError
 from samda.task import Task
 
-__all__ = ["Suggestion", "check_and_suggest", "suggest_task"]
-
 SIZES = (256, 384, 512)  # pixels of a slice, tried in this order
 SMALLEST_SIZE = 64
 COARSENING = 2.0  # how much coarser than the scans the slices may be before a larger size is taken

@@ -40,19 +40,6 @@ from samda.data.readers import SAME_PLACE, SimpleITKReader, corner_distance_mm
 from samda.errors import InputError, UsageError, cause_of, nearest
 from samda.task import Task
 
-__all__ = [
-    "CheckSameGridd",
-    "LoadScand",
-    "Preprocessing",
-    "RandTissueContrastd",
-    "ScaleBodyIntensityd",
-    "build_augmentation",
-    "build_preprocessing",
-    "intensity_range",
-    "refuse_lossy_label",
-    "refuse_other_grid",
-]
-
 AIR = 0.05  # below this value a pixel fades into air, which is dark on every scanner
 POINTS = 6  # of the gray value curve
 EDGE = 1.0  # pixels: sigma by which an organ's offset fades out at its border

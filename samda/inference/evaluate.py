@@ -28,8 +28,6 @@ from samda.metrics import COUNTED, DEFINITIONS, SCORES, ClassScores, score_case,
 from samda.progress import bar
 from samda.task import Task
 
-__all__ = ["Evaluation", "evaluate", "format_table", "score_files"]
-
 logger = logging.getLogger(__name__)
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(ClassScores))

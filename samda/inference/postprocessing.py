@@ -31,8 +31,6 @@ from samda.errors import UsageError
 from samda.inference.writer import check_output_folder, label_path, write_labels
 from samda.task import Task
 
-__all__ = ["KeepLargestd", "SaveLabelMapd", "build_postprocessing", "keep_largest", "override", "own_grid"]
-
 
 def keep_largest(labels: np.ndarray, classes: Iterable[int]) -> np.ndarray:
     """Turn all but the largest piece of each class into background; pieces are 3-D and touch at faces, edges, corners.

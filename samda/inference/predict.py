@@ -32,8 +32,6 @@ from samda.processes import Part
 from samda.progress import Cases
 from samda.task import Task
 
-__all__ = ["FolderResult", "Prediction", "Predictor", "find_cases", "predict_folder"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -18,8 +18,6 @@ from samda.errors import InputError, SamdaError, UsageError, nearest
 from samda.progress import bar, share
 from samda.task import Task
 
-__all__ = ["VolumeInferer", "largest"]
-
 OUTPUTS = ("labels", "probabilities", "logits")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST = 1e-12  # probability whose logarithm stands for zero

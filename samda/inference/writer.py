@@ -17,15 +17,6 @@ from samda.errors import InputError, UsageError
 from samda.io import replacing, try_writing, write_json
 from samda.version import __version__
 
-__all__ = [
-    "check_output_folder",
-    "label_image",
-    "label_path",
-    "probability_path",
-    "write_labels",
-    "write_probabilities",
-]
-
 PURPOSE = "research use only, not for clinical decisions"
 
 

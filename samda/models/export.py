@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from samda.networks.segmenter import SamSegmenter
     from samda.task import Task
 
-__all__ = ["FORMATS", "GRAPHS", "check_folder", "compare", "export_model", "probe_images", "write_graphs"]
 
 TOLERANCE = 1e-3  # of the largest value: how far a graph may be from the network
 INLINE_BYTES = 2**30  # weights of an ONNX file; beyond it they lie in a file of their own (protobuf ends at 2 GiB)

@@ -41,8 +41,6 @@ from samda.networks.segmenter import SamSegmenter
 from samda.networks.weights import CONVERTED, KNOWN_FILES, read_state
 from samda.task import Task
 
-__all__ = ["BASE", "load_model", "save_model"]
-
 BASE = "base.safetensors"
 NETWORK_KEYS = ("backbone", "num_classes", "in_channels")
 BASE_KEYS = ("file", "sha256", "fingerprint")

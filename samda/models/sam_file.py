@@ -27,8 +27,6 @@ from samda.networks.weights import HEAD_PREFIXES, QUALITY_PREFIXES, State, fetch
 if TYPE_CHECKING:
     from samda.networks.segmenter import SamSegmenter
 
-__all__ = ["class_head", "sam_state", "to_segment_anything"]
-
 
 def to_segment_anything(backbone: str | BackboneConfig, weights: str | Path | None = "pretrained") -> Sam:
     """SAM with prompts, as the package segment_anything has it, with our image encoder in it.

@@ -25,17 +25,6 @@ if TYPE_CHECKING:
     from samda.networks.segmenter import SamSegmenter
     from samda.task import Task
 
-__all__ = [
-    "SOURCE",
-    "activate",
-    "active_version",
-    "check_name",
-    "history",
-    "list_versions",
-    "load_version",
-    "rollback",
-    "version_folder",
-]
 
 SOURCE = "source"
 FOLDER = "versions"

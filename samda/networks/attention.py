@@ -22,8 +22,6 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 
-__all__ = ["DerivedTensors", "choose_formulation", "relative_attention", "relative_table"]
-
 T = TypeVar("T")
 
 # of the masks that exist at a time, one head's at least: near the cache of a CPU, in few kernel calls elsewhere

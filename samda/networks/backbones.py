@@ -12,8 +12,6 @@ import torch.nn as nn
 
 from samda.errors import UsageError, from_mapping, nearest
 
-__all__ = ["BACKBONES", "BackboneConfig", "TinyViTConfig", "ViTConfig", "backbone_config"]
-
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig(ABC):

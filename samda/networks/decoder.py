@@ -19,8 +19,6 @@ from segment_anything.modeling.transformer import Attention, TwoWayTransformer
 from samda.adapters.sites import DecoderSite, NormSite, SiteInfo
 from samda.networks.ops import gelu
 
-__all__ = ["ClassDecoder", "SiteTransformer", "grid_positions"]
-
 DEPTH = 2  # two-way layers
 NUM_HEADS = 8
 MLP_DIM = 2048

@@ -12,8 +12,6 @@ from pathlib import Path
 from samda.errors import WeightsError
 from samda.io import replacing
 
-__all__ = ["check_sha256", "download", "sha256_of"]
-
 TIMEOUT = 10  # seconds without an answer
 
 

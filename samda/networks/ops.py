@@ -33,18 +33,6 @@ from timm.models.tiny_vit import ConvNorm
 
 from samda.networks.attention import DerivedTensors
 
-__all__ = [
-    "FoldedConvNorm",
-    "Gelu",
-    "bias_index",
-    "enlarge",
-    "gelu",
-    "quicken",
-    "spans",
-    "window_attention",
-    "window_bias",
-]
-
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
     """GELU of a tensor that the caller gives away: without gradients the result takes its memory."""

@@ -14,8 +14,6 @@ from samda.adapters.sites import Site
 if TYPE_CHECKING:
     from samda.networks.segmenter import SamSegmenter
 
-__all__ = ["base_keys", "full_state", "save_only_trained"]
-
 
 def base_keys(network: nn.Module) -> set[str]:
     """Keys of the full state dict that belong to the frozen base: all but adapters and what is trained."""

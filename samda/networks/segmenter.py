@@ -27,8 +27,6 @@ from samda.networks.ops import enlarge
 from samda.networks.saving import save_only_trained
 from samda.networks.weights import BaseReport, check_published, fetch_weights, load_base
 
-__all__ = ["STRIDE", "SamSegmenter"]
-
 STRIDE = 16  # pixels of the image per embedding pixel
 MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)  # SAM's, for intensities in [0, 1]
 STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)

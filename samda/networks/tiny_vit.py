@@ -16,8 +16,6 @@ from samda.networks.attention import DerivedTensors
 from samda.networks.ops import FoldedConvNorm, bias_index, gelu, quicken, window_attention, window_bias
 from samda.networks.vit import build_neck, run_block
 
-__all__ = ["TinyViT", "rename_mobile_sam"]
-
 NORM_EPS = 1e-5
 
 

@@ -20,8 +20,6 @@ from samda.adapters.sites import LinearSite, NormSite, ResidualSites, SiteInfo
 from samda.networks.attention import DerivedTensors, relative_attention, relative_table
 from samda.networks.ops import gelu
 
-__all__ = ["ImageEncoderViT", "build_neck", "run_block"]
-
 PATCH = 16  # pixels per token, both directions
 
 

@@ -23,18 +23,6 @@ from samda.networks.tiny_vit import rename_mobile_sam
 if TYPE_CHECKING:
     from samda.networks.segmenter import SamSegmenter
 
-__all__ = [
-    "KNOWN_FILES",
-    "BaseReport",
-    "KnownFile",
-    "check_published",
-    "existing_weights",
-    "fetch_weights",
-    "identify",
-    "load_base",
-    "name_in_network",
-    "read_state",
-]
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,6 @@ from samda.errors import InputError, UsageError, nearest
 from samda.io import shipped_tasks
 from samda.task import Task
 
-__all__ = ["build_task", "dataset_labels", "labeled_cases", "training_cases"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -18,8 +18,6 @@ from samda.errors import InputError, UsageError
 from samda.io import try_writing
 from samda.processes import broadcast, is_main, place
 
-__all__ = ["Checkpoint", "Resume", "SaveCheckpoint", "check_model_folder"]
-
 logger = logging.getLogger(__name__)
 
 LAST = "last.pt"

@@ -25,8 +25,6 @@ from samda.networks.weights import check_published, existing_weights
 from samda.task import Task
 from samda.training.cases import build_task
 
-__all__ = ["check_config", "check_overrides"]
-
 FREE = ("adapters", "backbone", "task", "_meta_")  # these may be mappings whose keys their own builders check
 NAMED = ("backbone", "task")  # and these names of something known
 TRACKING = ("tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "output_dir")

@@ -29,16 +29,6 @@ from samda.progress import bar
 from samda.source_statistics import SliceStatistics
 from samda.task import Task
 
-__all__ = [
-    "SliceDataset",
-    "SliceSampler",
-    "available_mb",
-    "build_dataset",
-    "fitting_batch_size",
-    "prepare_batch",
-    "tile_starts",
-]
-
 
 class SliceSampler(DistributedSampler):
     """Every slice with foreground once, and so many of the empty ones that they make up `empty_share` of the epoch.

@@ -21,8 +21,6 @@ from torch.utils.data import Dataset, Sampler
 from samda.errors import InputError, UsageError
 from samda.processes import exchange, place
 
-__all__ = ["PaddedDataset", "RankSampler", "WholeBatchLoss", "batch_share", "distribute"]
-
 PADDING = -1  # label of an item that is there only so that every process takes part in a step
 
 

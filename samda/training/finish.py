@@ -27,8 +27,6 @@ from samda.training.handlers import TrainingRecord
 from samda.training.run import literal
 from samda.version import __version__
 
-__all__ = ["copy_bundle", "package_versions", "save_training"]
-
 PACKAGES = ("torch", "monai", "timm", "segment-anything", "numpy", "nibabel", "SimpleITK")
 
 

@@ -24,8 +24,6 @@ from samda.io import write_json
 from samda.processes import exchange, is_main
 from samda.progress import bar
 
-__all__ = ["CaseDice", "Progress", "RecordEpoch", "TrainingRecord"]
-
 
 class TrainingRecord:
     """The curve of a training, its best parameters, and how many validations have passed since.

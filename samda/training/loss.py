@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from monai.losses import DiceCELoss as MonaiDiceCELoss
 
-__all__ = ["DiceCELoss"]
-
 
 class DiceCELoss(MonaiDiceCELoss):
     """`monai.losses.DiceCELoss`; with class indices, softmax and sums over the batch it takes a shorter way.

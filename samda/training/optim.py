@@ -13,8 +13,6 @@ import torch.nn as nn
 from samda.adapters.base import adapter_parameters, trainable_parameters
 from samda.errors import UsageError
 
-__all__ = ["build_optimizer", "build_schedule", "parameter_groups"]
-
 
 def parameter_groups(network: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """The trainable parameters, each in exactly one group: "adapters", "head" and "base" (what a baseline trains).

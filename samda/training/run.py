@@ -21,8 +21,6 @@ from samda.training.checkpoint import check_model_folder
 from samda.training.config_check import check_config
 from samda.training.tracking import mlflow_settings, trackers
 
-__all__ = ["find_overlay", "literal", "train"]
-
 OWN = {  # keys that follow from an argument of another name -> what to give instead
     "dataset_dir": "give dataset (--data)",
     "output_dir": "give output (--output)",

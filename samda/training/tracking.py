@@ -29,8 +29,6 @@ from samda.processes import is_main
 from samda.report import paint
 from samda.training.handlers import TrainingRecord
 
-__all__ = ["MLflow", "TensorBoard", "mlflow_settings", "scalars", "trackers"]
-
 TRACKERS = ("tensorboard", "mlflow")
 OLDEST_MLFLOW = "3.15.2"  # what MONAI 1.6 asks for
 SHOWN = 4  # validation slices with pictures
