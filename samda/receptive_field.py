@@ -244,7 +244,7 @@ def body_slices(cases: Sequence[Case], task: Task, count: int) -> list[torch.Ten
     the window in the middle.
 
     Args:
-        cases: see :func:`samda.inference.predict.find_cases`.
+        cases: see :func:`samda.data.datalists.find_cases`.
         task: geometry and intensities.
         count: at most so many slices in all, at least 1.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ import yaml
 from samda.errors import UsageError, from_mapping, nearest
 from samda.io import load_yaml
 
-LARGEST_IMAGE = 4096  # pixels; beyond it a single slice would fill a machine
-AXES = ("axial", "coronal", "sagittal")
+LARGEST_IMAGE = 4096  # pixels; beyond it a single slice would fill the memory
+AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # slice axis -> axis of a volume in RAS order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,84 +42,53 @@ class Task:
     nsd_tolerance: float = 3.0  # mm, of the normalized surface distance
 
     def __post_init__(self) -> None:
-        if not isinstance(self.classes, list | tuple):
-            raise TypeError(f"classes must be a list of names, background first; got {self.classes!r}")
-        object.__setattr__(self, "classes", tuple(str(name) for name in self.classes))
-        if self.labels is not None:
-            if not isinstance(self.labels, Mapping):
-                raise TypeError(f"labels must be class names with their ids, got {self.labels!r}")
-            object.__setattr__(self, "labels", {str(name): _ids(name, value) for name, value in self.labels.items()})
-        for key in ("window", "percentiles"):
-            try:
-                object.__setattr__(self, key, tuple(float(v) for v in getattr(self, key)))
-            except (TypeError, ValueError):
-                raise TypeError(f"{key} must be (low, high), got {getattr(self, key)!r}") from None
-        numbers = {"spacing": float, "nsd_tolerance": float, "image_size": int, "in_channels": int, "context": int}
-        for key, kind in numbers.items():
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise TypeError(f"{key} must be a number, got {value!r}")
-            if kind is int and not float(value).is_integer():  # nor infinite
-                raise TypeError(f"{key} must be a whole number, got {value!r}")
-            object.__setattr__(self, key, kind(value))
-        if not isinstance(self.keep_largest, bool):
-            if not isinstance(self.keep_largest, str | list | tuple | None):
-                raise TypeError(f"keep_largest must be true, false or names of classes, got {self.keep_largest!r}")
-            names = [self.keep_largest] if isinstance(self.keep_largest, str) else self.keep_largest or ()
-            object.__setattr__(self, "keep_largest", tuple(str(name) for name in names) or False)
-        self._check()
+        for key, convert in _CONVERSIONS.items():
+            object.__setattr__(self, key, convert(key, getattr(self, key)))
+        for holds, message in self._rules():
+            if not holds:
+                raise UsageError(f"task {self.name!r}: {message}")
 
-    def _check(self) -> None:
-        def refuse(what: str) -> None:
-            raise UsageError(f"task {self.name!r}: {what}")
-
-        if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
-            refuse(f"classes must be background and at least one more, all different; got {list(self.classes)}")
-        if self.classes[0] != "background":
-            refuse(f"the first class must be 'background', got {self.classes[0]!r}; put it before the others")
-        for name in self.labels or {}:
-            if name not in self.classes:
-                refuse(f"labels names the unknown class {name!r}; {nearest(name, self.classes)}")
-        if self.labels is not None:
-            missing = [name for name in self.classes[1:] if name not in self.labels]
-            if missing:
-                refuse(f"labels gives no ids for {', '.join(missing)}; add them or drop the class")
-            every = [(i, name) for name, ids in self.labels.items() for i in ids]
-            for position, (i, name) in enumerate(every):
-                for other, owner in every[:position]:
-                    if i == other:
-                        refuse(f"labels gives id {i} to both {owner!r} and {name!r}; an id belongs to one class")
-        if self.axis not in AXES:
-            refuse(f"axis {self.axis!r} is unknown; {nearest(str(self.axis), AXES)}")
-        if self.modality not in ("CT", "MR", "image"):
-            refuse(f"modality {self.modality!r} is unknown; choose from CT, MR, image")
-        if not 16 <= self.image_size <= LARGEST_IMAGE or self.image_size % 16:
-            refuse(f"image_size must be a multiple of 16 from 16 to {LARGEST_IMAGE}, got {self.image_size}")
-        for key in ("spacing", "nsd_tolerance"):
-            if not 0 < getattr(self, key) < math.inf:  # nor NaN
-                refuse(f"{key} must be positive (mm), got {getattr(self, key)}")
-        if self.in_channels not in (1, 2, 3):
-            refuse(f"in_channels must be 1, 2 or 3, got {self.in_channels}")
-        if self.context not in (0, 1):
-            refuse(f"context must be 0 or 1 (SAM takes three channels: a slice and two neighbors), got {self.context}")
-        if self.context and self.in_channels != 1:
-            refuse("context 1 needs in_channels 1: the channels already fill SAM's three; set context to 0")
-        if self.context and self.modality == "image":
-            refuse("context 1 needs a volume, and a picture has no neighboring slices; set context to 0")
+    def _rules(self) -> Iterator[tuple[bool, str]]:
+        """What must hold, and the message where it does not; a rule may rely on those before it."""
+        names = list(self.classes)
+        yield 1 < len(names) == len(set(names)), f"classes must be background and others, all different; got {names}"
+        yield names[0] == "background", f"the first class must be 'background', got {names[0]!r}; put it first"
+        owners: dict[int, str] = {}
+        for name, ids in (self.labels or {}).items():
+            yield name in names, f"labels names the unknown class {name!r}; {nearest(name, names)}"
+            for i in ids:
+                yield i not in owners, f"labels gives id {i} to both {owners.get(i)!r} and {name!r}; give each its own"
+                owners[i] = name
+        missing = [name for name in names[1:] if self.labels is not None and name not in self.labels]
+        yield not missing, f"labels gives no ids for {', '.join(missing)}; add them or drop the class"
         for name in self.keep_largest if isinstance(self.keep_largest, tuple) else ():
-            if name not in self.classes[1:]:
-                refuse(f"keep_largest names {name!r}, which is no foreground class; {nearest(name, self.classes[1:])}")
-        for key in ("window", "percentiles"):
+            near = nearest(name, names[1:])
+            yield name in names[1:], f"keep_largest names {name!r}, which is not a foreground class; {near}"
+        for key, choices in _CHOICES.items():
+            value = getattr(self, key)
+            yield value in choices, f"{key} must be one of {', '.join(map(str, choices))}, got {value!r}"
+        fits = 16 <= self.image_size <= LARGEST_IMAGE and self.image_size % 16 == 0
+        yield fits, f"image_size must be a multiple of 16 from 16 to {LARGEST_IMAGE}, got {self.image_size}"
+        for key in ("spacing", "nsd_tolerance"):
+            yield 0 < getattr(self, key) < math.inf, f"{key} must be positive (mm), got {getattr(self, key)}"
+        for key, lowest, highest in (("window", -math.inf, math.inf), ("percentiles", 0, 100)):
             pair = getattr(self, key)
-            if len(pair) != 2 or not -math.inf < pair[0] < pair[1] < math.inf:
-                refuse(f"{key} must be (low, high) with low < high, got {pair}")
-        if self.percentiles[0] < 0 or self.percentiles[1] > 100:
-            refuse(f"percentiles must lie between 0 and 100, got {self.percentiles}")
+            rises = len(pair) == 2 and -math.inf < pair[0] < pair[1] < math.inf
+            yield rises, f"{key} must be (low, high) with low < high, got {pair}"
+            yield lowest <= pair[0] and pair[1] <= highest, f"{key} must lie between {lowest} and {highest}, got {pair}"
+        if self.context:
+            yield self.in_channels == 1, "context 1 needs in_channels 1, as SAM takes three channels; set context to 0"
+            yield self.modality != "image", "context 1 needs a volume, a picture has no neighbors; set context to 0"
 
     @property
     def num_classes(self) -> int:
         """Number of classes, background included."""
         return len(self.classes)
+
+    @property
+    def slice_axis(self) -> int:
+        """The axis across the slices of a volume in RAS order."""
+        return AXES[self.axis]
 
     @property
     def network_channels(self) -> int:
@@ -135,7 +104,7 @@ class Task:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Task:
-        """Build a Task from plain JSON or YAML values, refusing unknown keys and values of a wrong type."""
+        """Build a Task from plain JSON or YAML values; unknown keys and values of a wrong type raise UsageError."""
         try:
             return from_mapping(cls, values, "task")
         except ValueError as error:  # a text where a number belongs
@@ -143,40 +112,90 @@ class Task:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Task:
-        """Read a Task from a YAML or JSON file (JSON is YAML): the mapping itself, or its entry `task`.
-
-        Raises:
-            UsageError: there is no such file, it is no YAML, or it states no valid task.
-        """
+        """Read a Task from a YAML or JSON file: the mapping itself, or its entry `task`."""
         try:
             values = load_yaml(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise UsageError(f"there is no task file {path} ({error.strerror}); give a YAML or JSON file") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} is no YAML or JSON ({' '.join(str(error).split())}); repair it") from error
+            raise UsageError(f"{path} is not YAML or JSON ({' '.join(str(error).split())}); repair it") from error
         if not isinstance(values, Mapping):
             raise UsageError(f"{path}: expected a mapping of task keys, got {type(values).__name__}")
         return cls.from_dict(values.get("task", values))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        values = dataclasses.asdict(self)
-        values["classes"] = list(self.classes)
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
         values["labels"] = None if self.labels is None else {k: list(v) for k, v in self.labels.items()}
-        for key in ("window", "percentiles"):
-            values[key] = list(getattr(self, key))
-        if isinstance(self.keep_largest, tuple):
-            values["keep_largest"] = list(self.keep_largest)
         for key in ("context", "keep_largest"):  # left out where unused: files of models without them stay as they were
             if not values[key]:
                 del values[key]
         return values
 
 
+def _names(key: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{key} must be a list of names, background first; got {value!r}")
+    return tuple(str(name) for name in value)
+
+
+def _labels(key: str, value: Any) -> Mapping[str, tuple[int, ...]] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{key} must be class names with their ids, got {value!r}")
+    return {str(name): _ids(name, ids) for name, ids in value.items()}
+
+
 def _ids(name: str, value: Any) -> tuple[int, ...]:
     """The ids of a class in the label files, stated as one number or a list of them."""
     ids = value if isinstance(value, list | tuple) else [value]
-    for i in ids:
-        if isinstance(i, bool) or not isinstance(i, Real) or not float(i).is_integer():
-            raise TypeError(f"labels of {name!r} must be whole numbers, got {i!r}")
-    return tuple(int(i) for i in ids)
+    return tuple(_whole(f"labels of {name!r}", i) for i in ids)
+
+
+def _pair(key: str, value: Any) -> tuple[float, ...]:
+    try:
+        return tuple(float(v) for v in value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{key} must be (low, high), got {value!r}") from None
+
+
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{key} must be a number, got {value!r}")
+    return float(value)
+
+
+def _whole(key: str, value: Any) -> int:
+    if not _number(key, value).is_integer():  # nor infinite
+        raise TypeError(f"{key} must be a whole number, got {value!r}")
+    return int(value)
+
+
+def _kept(key: str, value: Any) -> bool | tuple[str, ...]:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, str | list | tuple | None):
+        raise TypeError(f"{key} must be true, false or names of classes, got {value!r}")
+    names = [value] if isinstance(value, str) else value or ()
+    return tuple(str(name) for name in names) or False
+
+
+_CONVERSIONS: dict[str, Callable[[str, Any], Any]] = {
+    "classes": _names,
+    "labels": _labels,
+    "window": _pair,
+    "percentiles": _pair,
+    "spacing": _number,
+    "nsd_tolerance": _number,
+    "image_size": _whole,
+    "in_channels": _whole,
+    "context": _whole,
+    "keep_largest": _kept,
+}
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "axis": tuple(sorted(AXES)),
+    "modality": ("CT", "MR", "image"),
+    "in_channels": (1, 2, 3),
+    "context": (0, 1),
+}

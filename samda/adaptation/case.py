@@ -201,4 +201,4 @@ def slice_areas(labels: np.ndarray, num_classes: int, axis: int) -> np.ndarray:
 
 def slice_axis(task: Task) -> int:
     """The axis of an RAS volume across the slices."""
-    return {"sagittal": 0, "coronal": 1, "axial": 2}[task.axis]
+    return task.slice_axis

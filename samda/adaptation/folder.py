@@ -30,9 +30,9 @@ from safetensors.torch import save_file
 from samda import provenance as records
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.outcome import AdaptedCase, failed_record
+from samda.data.datalists import find_cases
 from samda.data.formats import files_of
 from samda.errors import InputError, SamdaError, UsageError
-from samda.inference.predict import find_cases
 from samda.inference.writer import check_output_folder, label_path, write_labels, write_probabilities
 from samda.io import replacing, write_json, write_text
 from samda.processes import Part
@@ -97,7 +97,7 @@ def adapt_folder(
         inputs: a scan, a folder of scans or DICOM series, or a data set (labels in it are not read).
         output: folder of the results.
         report: file of the records; None takes `output`/run.jsonl.
-        section: of a data set, see :func:`samda.inference.predict.find_cases`.
+        section: of a data set, see :func:`samda.data.datalists.find_cases`.
         dry_run: decide and record, but write no label map except the source's.
         keep_names: records carry the names of the files instead of pseudonyms.
         keep_tensors: keep the adapted parameters of accepted cases, from which a site version is distilled.

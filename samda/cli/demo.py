@@ -202,7 +202,7 @@ def write_metrics(path: Path, parts: Iterable[Part], trained: Mapping[str, Any],
 def write_report(output: Path, parts: Iterable[Part], trained: Mapping[str, Any]) -> None:
     """`report.html`: scores, pictures and the curve of the training."""
     from samda import report
-    from samda.inference.predict import find_cases
+    from samda.data.datalists import find_cases
     from samda.inference.writer import label_path
 
     sections = [report.section("What this shows", [report.paragraph(text) for text in introduction(trained)])]

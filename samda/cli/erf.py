@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     existing(args.input, "input")
     device = pick_device(args.device)
     from samda.adapters.adapter_file import read_adapters
-    from samda.inference.predict import find_cases
+    from samda.data.datalists import find_cases
     from samda.models.export import check_folder
     from samda.models.versions import load_version, version_folder
     from samda.receptive_field import body_slices, check_same_slices, write_fields

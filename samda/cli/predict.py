@@ -73,8 +73,9 @@ def run(args: argparse.Namespace) -> None:
         device = pick_device(args.device)
         with report.stage("import"):
             from samda.adapters.base import merge
+            from samda.data.datalists import find_cases
             from samda.inference.postprocessing import override
-            from samda.inference.predict import Predictor, find_cases, predict_folder
+            from samda.inference.predict import Predictor, predict_folder
             from samda.models.versions import load_version
         report.add(device=device)
         join_for_cases()

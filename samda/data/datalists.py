@@ -35,7 +35,7 @@ from samda.data.layouts import (
     refuse,
     scan_cases,
 )
-from samda.errors import InputError, nearest
+from samda.errors import InputError, UsageError, nearest
 
 LAYOUTS = {
     "datalist": "MONAI or MSD datalist (JSON)",
@@ -105,6 +105,27 @@ def read_datalist(path: str | Path, report: Report = refuse) -> DataList:
         if series:
             return _finish(DataList(dicom_cases(path, series, report), None, "dicom"), root, report)
     return _finish(DataList(scan_cases(path), None, "scans"), root, report)
+
+
+def find_cases(inputs: str | Path, section: str | None = None) -> list[Case]:
+    """The cases of one section of a data set, or of a scan, a folder of scans or a DICOM series.
+
+    Args:
+        inputs: file or folder, see :func:`read_datalist`.
+        section: "training", "validation" or "test"; None takes "test".
+
+    Raises:
+        UsageError: the section holds no case, or an id cannot name a file.
+    """
+    data = read_datalist(inputs)
+    chosen = data.cases.get(section or "test", [])
+    if not chosen:
+        counts = ", ".join(f"{name} ({len(cases)})" for name, cases in data.cases.items() if cases)
+        raise UsageError(f"{inputs} holds no cases in section {section or 'test'!r}; choose from {counts or 'none'}")
+    for case in chosen:
+        if Path(case["id"]).name != case["id"] or case["id"].startswith("."):
+            raise UsageError(f"case id {case['id']!r} cannot name a file; give it another id")
+    return chosen
 
 
 def is_labeled(path: str | Path) -> bool:

@@ -22,10 +22,10 @@ from samda.data.datalists import LARGEST_CHANNELS, LAYOUTS, DataList, read_datal
 from samda.data.formats import PICTURE_SUFFIXES, dicom_modality, files_of
 from samda.data.labels import LabelMap, label_map
 from samda.data.layouts import Case, Problem, Report
-from samda.data.readers import Scan, read_scan
+from samda.data.readers import Scan, read_scan, refuse_other_grid
 from samda.data.slices import refuse_other_scale
 from samda.data.splits import patient_of, split
-from samda.data.transforms import refuse_lossy_label, refuse_other_grid
+from samda.data.transforms import refuse_lossy_label
 from samda.errors import InputError, SamdaError, reason_of
 from samda.progress import Cases
 from samda.task import Task
@@ -115,7 +115,8 @@ def look_at(case: Case, section: str, report: Report) -> CaseFacts:
             facts.label_ids = _count_ids(label.array, facts.label, tell)
     if image is not None and label is not None:
         with _refusals("grid", tell):
-            refuse_other_grid(image.array.shape[:3], image.affine, label.array.shape, label.affine, str(facts.label))
+            grid = image.array.shape[:3], image.affine
+            refuse_other_grid(label.array.shape, label.affine, grid, (facts.label, "its image"))
             if facts.label_ids:
                 facts.foreground, facts.foreground_ids = _foreground(image.array, label.array)
     return facts

@@ -130,15 +130,11 @@ def _read_file(path: Path, channels: int | None) -> Scan:
 
 
 def _stack(scans: Sequence[Scan], paths: Sequence[Path]) -> Scan:
-    """Several scans of one grid as the channels of one; a tenth of the smallest voxel side may lie between them."""
+    """Several scans of one grid as the channels of one."""
     first = scans[0]
+    grid = first.array.shape, first.affine
     for scan, path in zip(scans[1:], paths[1:], strict=True):
-        if scan.array.shape != first.array.shape:
-            sizes = [" x ".join(map(str, s.array.shape)) for s in (scan, first)]
-            raise InputError(f"{path} has {sizes[0]} voxels but {paths[0].name} {sizes[1]}; resample them to one grid")
-        apart = corner_distance_mm(first.affine, scan.affine, first.array.shape)
-        if apart > SAME_PLACE * np.linalg.norm(first.affine[:3, :3], axis=0).min():
-            raise InputError(f"{path} lies up to {apart:.2f} mm beside {paths[0].name}; resample them to one grid")
+        refuse_other_grid(scan.array.shape, scan.affine, grid, (path, paths[0].name))
     array = np.stack([scan.array for scan in scans], axis=-1)
     return Scan(array.astype(np.float32, copy=False) if array.dtype.kind == "f" else array, first.affine)
 
@@ -164,9 +160,27 @@ def read_geometry(image: Image) -> tuple[tuple[int, int, int], np.ndarray]:
     return tuple(int(n) for n in shape), np.asarray(affine, float)  # type: ignore[return-value]
 
 
-def corner_distance_mm(first: np.ndarray, second: np.ndarray, shape: Sequence[int]) -> float:
-    """How far apart two affines (4, 4) put the corners of a volume of `shape` (X, Y, Z) at most, in mm."""
-    return float(np.linalg.norm(((first - second) @ _corners(shape))[:3], axis=0).max())
+def refuse_other_grid(
+    shape: Sequence[int], affine: np.ndarray, reference: tuple[Sequence[int], np.ndarray], names: Sequence[Any]
+) -> None:
+    """Refuse a volume that does not lie on the grid of a reference.
+
+    Corners may lie apart by a tenth of the smallest voxel side, which is what formats lose in rounding.
+
+    Args:
+        shape: (X, Y, Z) of the volume.
+        affine: (4, 4) voxel index to RAS mm.
+        reference: shape and affine to compare with.
+        names: of the volume and of the reference, for the message.
+    """
+    first, second = map(str, names)
+    remedy = "give files of one scan, or resample them to one grid"
+    if tuple(shape) != tuple(reference[0]):
+        sizes = [" x ".join(map(str, size)) for size in (shape, reference[0])]
+        raise InputError(f"{first} has {sizes[0]} voxels but {second} {sizes[1]}; {remedy}")
+    apart = float(np.linalg.norm(((affine - reference[1]) @ _corners(shape))[:3], axis=0).max())
+    if apart > SAME_PLACE * np.linalg.norm(reference[1][:3, :3], axis=0).min():
+        raise InputError(f"{first} is offset by up to {apart:.2f} mm from {second}; {remedy}")
 
 
 def _existing(path: str | Path) -> Path:

@@ -22,10 +22,15 @@ from samda.task import Task
 
 FARTHEST = 64  # times that pixels may be finer or coarser than voxels; beyond it somebody took another unit
 
-# axis across the slices, axis along the rows' direction, axis along the columns' direction, in RAS order. All in-plane
-# axes run against RAS: rows from anterior to posterior (axial) or superior to inferior, columns from right to left
-# (axial, coronal) or anterior to posterior (sagittal).
-PLANES = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}
+
+def plane_axes(task: Task) -> tuple[int, int]:
+    """Axes of an RAS volume along the rows' direction and along the columns' direction of a slice.
+
+    All in-plane axes run against RAS: rows from anterior to posterior (axial) or superior to inferior, columns from
+    right to left (axial, coronal) or anterior to posterior (sagittal).
+    """
+    rows, columns = (axis for axis in (2, 1, 0) if axis != task.slice_axis)
+    return rows, columns
 
 
 def interpolation_matrix(positions: np.ndarray, size: int, width: float = 1.0) -> torch.Tensor:
@@ -60,7 +65,7 @@ def refuse_other_scale(spacing_mm: Sequence[float], task: Task) -> None:
     Raises:
         InputError: the spacings differ more than `FARTHEST` times.
     """
-    for axis in PLANES[task.axis][1:]:
+    for axis in plane_axes(task):
         if not 1 / FARTHEST <= task.spacing / spacing_mm[axis] <= FARTHEST:
             raise InputError(
                 f"pixels of {task.spacing:g} mm (the task's spacing) do not suit voxels of {spacing_mm[axis]:g} mm; "
@@ -99,7 +104,7 @@ class _Line:
         needed = 2 * reach * spacing_mm / task.spacing
         pixels = max(task.image_size, int(np.ceil(needed / 16 - 1e-6)) * 16)
         ratio = task.spacing / spacing_mm  # samples of the volume per pixel of the canvas
-        # pixel k of the canvas lies at sample center - (k - middle) * ratio: against the axis, see PLANES
+        # pixel k of the canvas lies at sample center - (k - middle) * ratio: against the axis, see plane_axes
         middle = 0.5 * (pixels - 1)
         samples = center - (np.arange(pixels) - middle) * ratio
         pixel = middle - (np.arange(size) - center) / ratio
@@ -135,7 +140,7 @@ class SliceGrid:
         self.spacing_mm = tuple(float(s) for s in spacing_mm)
         self.task = task
         refuse_other_scale(self.spacing_mm, task)
-        self.axes = PLANES[task.axis]
+        self.axes = (task.slice_axis, *plane_axes(task))
         across, *plane = self.axes
         self.num_slices = self.shape[across]
         self.body = (int(box[across][0]), int(box[across][1]))

@@ -16,8 +16,6 @@ from samda.data.readers import read_geometry
 from samda.errors import UsageError
 from samda.task import Task
 
-AXIS = {"sagittal": 0, "coronal": 1, "axial": 2}  # of a volume in RAS order
-
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -134,7 +132,7 @@ def _slice_count(path: str, task: Task) -> int:
     """Slices along the task's axis after reorientation to RAS, from the header."""
     shape, affine = read_geometry(path)
     axes = nib.io_orientation(affine)[:, 0]
-    return shape[int(np.flatnonzero(axes == AXIS[task.axis])[0])]
+    return shape[int(np.flatnonzero(axes == task.slice_axis)[0])]
 
 
 def _within(ranges: Sequence[tuple[int, int]], first: int, end: int) -> list[tuple[int, int]]:

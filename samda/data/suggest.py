@@ -15,7 +15,7 @@ import yaml
 from samda.data.inspect import AIR, CaseFacts, DataReport, check_data, intensity_problems, range_problems
 from samda.data.layouts import Problem
 from samda.errors import InputError
-from samda.task import Task
+from samda.task import AXES, Task
 
 SIZES = (256, 384, 512)  # pixels of a slice, tried in this order
 SMALLEST_SIZE = 64
@@ -191,7 +191,7 @@ def _axis(cases: Sequence[CaseFacts], modality: str) -> tuple[str, int, str]:
     across = Counter(coarsest).most_common(1)[0][0] if 2 * len(coarsest) > len(cases) else 2
     if modality == "image" or across == 2:
         return "axial", 2, ""
-    name = ("sagittal", "coronal")[across]
+    name = next(name for name, axis in AXES.items() if axis == across)
     apart = np.median([case.sides_mm[across] for case in cases])
     return name, across, f"slices are {apart:.3g} mm apart along it, which is coarser than within"
 

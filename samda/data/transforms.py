@@ -9,7 +9,7 @@ MONAI transforms: from paths to preprocessed volumes, and random changes of slic
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from scipy import ndimage
 
 from samda.data.body import body_mask, body_threshold, coarse
 from samda.data.labels import MapLabelsd
-from samda.data.readers import SAME_PLACE, SimpleITKReader, corner_distance_mm
+from samda.data.readers import SimpleITKReader, refuse_other_grid
 from samda.errors import InputError, UsageError, cause_of, nearest
 from samda.task import Task
 
@@ -213,17 +213,7 @@ class LoadScand(LoadImaged):
 
 
 class CheckSameGridd(MapTransform):
-    """Refuse a label that does not lie on the grid of its image; both in RAS order.
-
-    Corners may be apart by a tenth of the smallest voxel side, which is what formats lose in rounding.
-
-    Args:
-        keys: keys of the labels.
-        image_key: key of the image.
-
-    Raises:
-        InputError: other shape or other place, with both.
-    """
+    """Refuse a label that does not lie on the grid of its image, see :func:`samda.data.readers.refuse_other_grid`."""
 
     def __init__(self, keys: KeysCollection, image_key: str = "image") -> None:
         super().__init__(keys)
@@ -232,37 +222,11 @@ class CheckSameGridd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         image = d[self.image_key]
+        grid = tuple(image.shape[1:]), image.affine.numpy()
         for key in self.key_iterator(d):
-            name = str(d[key].meta.get("filename_or_obj", key))
-            affines = image.affine.numpy(), d[key].affine.numpy()
-            refuse_other_grid(image.shape[1:], affines[0], d[key].shape[1:], affines[1], name)
+            name = d[key].meta.get("filename_or_obj", key)
+            refuse_other_grid(d[key].shape[1:], d[key].affine.numpy(), grid, (name, "its image"))
         return d
-
-
-def refuse_other_grid(
-    image: Sequence[int], image_affine: np.ndarray, label: Sequence[int], label_affine: np.ndarray, name: str
-) -> None:
-    """Refuse a label on another grid than its image's, both in RAS order.
-
-    Args:
-        image: (X, Y, Z) of the image.
-        image_affine: (4, 4) voxel index to RAS mm.
-        label: (X, Y, Z) of the label.
-        label_affine: the same of the label.
-        name: of the label's file.
-
-    Raises:
-        InputError: other shape or other place, with both.
-    """
-    if tuple(image) != tuple(label):
-        sizes = [" x ".join(map(str, shape)) for shape in (label, image)]
-        raise InputError(f"{name} has {sizes[0]} voxels but its image {sizes[1]}; give the label of this very scan")
-    apart = corner_distance_mm(image_affine, label_affine, image)
-    if apart > SAME_PLACE * np.linalg.norm(image_affine[:3, :3], axis=0).min():
-        raise InputError(
-            f"{name} lies up to {apart:.2f} mm beside its image; give the label of this very scan, "
-            "or resample it to the image's grid"
-        )
 
 
 def refuse_lossy_label(path: str | Path) -> None:

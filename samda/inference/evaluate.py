@@ -20,7 +20,7 @@ from monai.data import MetaTensor
 from samda.data.datalists import find_pairs
 from samda.data.formats import PICTURE_SUFFIXES
 from samda.data.labels import MapLabelsd
-from samda.data.readers import SAME_PLACE, Scan, corner_distance_mm, read_scan
+from samda.data.readers import Scan, read_scan, refuse_other_grid
 from samda.errors import InputError, UsageError, reason_of
 from samda.inference.writer import check_output_folder
 from samda.io import write_json, write_text
@@ -165,7 +165,9 @@ def score_files(
     """
     true = read_scan(label)
     predicted = _turned(read_scan(prediction), true)
-    _refuse_other_grid(predicted, true, prediction, label)
+    pictures = any(str(path).lower().endswith(PICTURE_SUFFIXES) for path in (prediction, label))
+    affine = true.affine if pictures else predicted.affine  # a picture states no place
+    refuse_other_grid(predicted.array.shape, affine, (true.array.shape, true.affine), (prediction, label))
     mapping = mapping or MapLabelsd("label", task)
     ids = MetaTensor(torch.from_numpy(np.ascontiguousarray(true.array)), meta={"filename_or_obj": str(label)})
     classes = mapping({"label": ids})["label"].as_tensor().numpy()
@@ -180,17 +182,6 @@ def _turned(scan: Scan, like: Scan) -> Scan:
     )
     array = nib.orientations.apply_orientation(scan.array, turn)
     return Scan(array, scan.affine @ nib.orientations.inv_ornt_aff(turn, scan.array.shape))
-
-
-def _refuse_other_grid(prediction: Scan, label: Scan, path: str | Path, label_path: str | Path) -> None:
-    if prediction.array.shape != label.array.shape:
-        sizes = [" x ".join(map(str, scan.array.shape)) for scan in (prediction, label)]
-        raise InputError(f"{path} has {sizes[0]} voxels but {label_path} {sizes[1]}; compare them on one grid")
-    if str(path).lower().endswith(PICTURE_SUFFIXES) or str(label_path).lower().endswith(PICTURE_SUFFIXES):
-        return  # a picture has no place
-    apart = corner_distance_mm(prediction.affine, label.affine, label.array.shape)
-    if apart > SAME_PLACE * np.linalg.norm(label.affine[:3, :3], axis=0).min():
-        raise InputError(f"{path} lies up to {apart:.2f} mm beside {label_path}; compare them on one grid")
 
 
 def _whole(array: np.ndarray, path: str | Path) -> np.ndarray:

@@ -14,7 +14,7 @@ import torch
 from monai.data import MetaTensor
 from nibabel.spatialimages import SpatialImage
 
-from samda.data.datalists import Case, read_datalist
+from samda.data.datalists import Case, find_cases
 from samda.data.formats import files_of, name_of, scan_path, source_of
 from samda.data.transforms import build_preprocessing
 from samda.errors import UsageError, reason_of
@@ -182,28 +182,6 @@ class FolderResult:
         return dataclasses.asdict(self) | {"exit_code": self.exit_code}
 
 
-def find_cases(inputs: str | Path, section: str | None = None) -> list[Case]:
-    """The cases to predict: a scan, a folder of scans or DICOM series, one series, or a data set.
-
-    Args:
-        inputs: file or folder, see :func:`samda.data.datalists.read_datalist`.
-        section: "training", "validation" or "test" of a data set; None takes "test".
-
-    Raises:
-        InputError: nothing to read there.
-        UsageError: the section holds no case, or a case has a name that is no file name.
-    """
-    data = read_datalist(inputs)
-    chosen = data.cases.get(section or "test", [])
-    if not chosen:
-        counts = ", ".join(f"{name} ({len(cases)})" for name, cases in data.cases.items() if cases)
-        raise UsageError(f"{inputs} holds no cases in section {section or 'test'!r}; choose from {counts or 'none'}")
-    for case in chosen:
-        if Path(case["id"]).name != case["id"] or case["id"].startswith("."):
-            raise UsageError(f"case id {case['id']!r} is no file name; give it another id")
-    return chosen
-
-
 def predict_folder(
     predictor: Predictor,
     inputs: str | Path,
@@ -218,7 +196,7 @@ def predict_folder(
 
     Args:
         predictor: the predictor.
-        inputs: see :func:`find_cases`.
+        inputs: see :func:`samda.data.datalists.find_cases`.
         output: folder of the label maps, one per case, named as the case.
         save_probabilities: also `probabilities/<case>.nii.gz`.
         skip_finished: leave out cases whose result is there already.

@@ -159,7 +159,7 @@ def test_channels_on_other_grids_are_refused(tmp_path):
     shifted[0, 3] += 0.5
     moved = save(tmp_path / "a_1.nii.gz", numbered(), shifted)
     cut = save(tmp_path / "a_2.nii.gz", numbered()[1:], AFFINES["ras"])
-    assert "lies up to 0.50 mm beside a_0.nii.gz; resample" in refusal([first, moved], 2, named=Path(moved))
+    assert "0.50 mm from a_0.nii.gz" in refusal([first, moved], 2, named=Path(moved))
     assert "9 x 14 x 6 voxels but a_0.nii.gz 10 x 14 x 6" in refusal([first, cut], 2, named=Path(cut))
 
 

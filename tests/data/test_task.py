@@ -22,30 +22,27 @@ def test_values_survive_json():
     ("values", "message"),
     [
         ({"clases": ["background", "a"]}, "unknown key 'clases'; did you mean 'classes'"),
-        ({"classes": ["background"]}, "at least one more"),
+        ({"classes": ["background"]}, "got ['background']"),
         ({"classes": ["background", "a", "a"]}, "all different"),
         ({"classes": ["background", "liver"], "labels": {"livr": 1}}, "did you mean 'liver'"),
         ({"classes": ["background", "a", "b"], "labels": {"a": 1}}, "no ids for b"),
         ({"classes": ["background", "a", "b"], "labels": {"a": 1, "b": [2, 1]}}, "id 1 to both 'a' and 'b'"),
         ({"classes": "liver"}, "classes must be a list of names, background first; got 'liver'"),
         ({"classes": None}, "classes must be a list of names, background first; got None"),
-        (
-            {"classes": ["liver", "tumor"]},
-            "the first class must be 'background', got 'liver'; put it before the others",
-        ),
-        ({"labels": {"foreground": "one"}}, "labels of 'foreground' must be whole numbers, got 'one'"),
-        ({"labels": {"foreground": 1.5}}, "labels of 'foreground' must be whole numbers, got 1.5"),
-        ({"labels": {"foreground": [True]}}, "labels of 'foreground' must be whole numbers, got True"),
+        ({"classes": ["liver", "tumor"]}, "the first class must be 'background', got 'liver'"),
+        ({"labels": {"foreground": "one"}}, "labels of 'foreground' must be a number, got 'one'"),
+        ({"labels": {"foreground": 1.5}}, "labels of 'foreground' must be a whole number, got 1.5"),
+        ({"labels": {"foreground": [True]}}, "labels of 'foreground' must be a number, got True"),
         ({"labels": [1]}, "labels must be class names with their ids, got [1]"),
-        ({"axis": "axail"}, "did you mean 'axial'"),
+        ({"axis": "axail"}, "got 'axail'"),
         ({"modality": "PET"}, "CT, MR, image"),
         ({"image_size": 250}, "multiple of 16 from 16 to 4096, got 250"),
-        ({"axis": 3}, "axis 3 is unknown; choose from axial, coronal, sagittal"),
+        ({"axis": 3}, "axis must be one of axial, coronal, sagittal, got 3"),
         ({"labels": {3: 1}}, "labels names the unknown class '3'; choose from background, foreground"),
         ({"image_size": [64]}, "image_size must be a number, got [64]"),
         ({"spacing": {"a": 1}}, "spacing must be a number, got {'a': 1}"),
         ({"image_size": "256"}, "image_size must be a number, got '256'"),
-        ({"spacing": 0}, "spacing must be positive"),
+        ({"spacing": 0}, "spacing must be positive (mm), got 0.0"),
         ({"spacing": math.nan}, "spacing must be positive (mm), got nan"),
         ({"spacing": math.inf}, "spacing must be positive (mm), got inf"),
         ({"spacing": None}, "spacing must be a number, got None"),
@@ -53,12 +50,12 @@ def test_values_survive_json():
         ({"nsd_tolerance": -1}, "nsd_tolerance must be positive"),
         ({"nsd_tolerance": math.nan}, "nsd_tolerance must be positive"),
         ({"window": [-math.inf, 240]}, "low < high"),
-        ({"in_channels": 4}, "1, 2 or 3, got 4"),
+        ({"in_channels": 4}, "1, 2, 3, got 4"),
         ({"window": [240, -160]}, "low < high"),
         ({"window": [1, 2, 3]}, "low, high"),
         ({"window": 5}, "window must be (low, high), got 5"),
         ({"window": ["a", 5]}, "window must be (low, high), got ['a', 5]"),
-        ({"percentiles": [1, 101]}, "between 0 and 100"),
+        ({"percentiles": [1, 101]}, "got (1.0, 101.0)"),
     ],
 )
 def test_wrong_values_are_refused_in_one_line(values, message):
@@ -80,7 +77,7 @@ def test_file_with_and_without_the_key_task(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("- a\n- b", "mapping"), ("a: [", "no YAML"), (None, "there is no task file")]
+    ("text", "message"), [("- a\n- b", "mapping"), ("a: [", "a.yaml"), (None, "there is no task file")]
 )
 def test_wrong_files_are_refused_in_one_line(tmp_path, text, message):
     if text is not None:

@@ -144,7 +144,7 @@ def test_channels(tmp_path):
 
 @pytest.mark.parametrize(
     ("shift", "size", "message"),
-    [(0.05, SHAPE, None), (0.3, SHAPE, "0.30 mm beside its image"), (0.0, (10, 14, 5), "10 x 14 x 5 voxels")],
+    [(0.05, SHAPE, None), (0.3, SHAPE, "0.30 mm from its image"), (0.0, (10, 14, 5), "10 x 14 x 5 voxels")],
 )
 def test_labels_beside_their_image_are_refused(tmp_path, shift, size, message):
     affine = AFFINES["ras"].copy()

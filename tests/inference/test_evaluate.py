@@ -157,7 +157,7 @@ def test_what_cannot_be_compared_is_listed(tmp_path: Path, task: Task, caplog: p
     assert list(result.cases) == ["a", "b", "c"]
     words = {
         "shape": "11 x 14 x 8 voxels",
-        "place": "0.50 mm beside",
+        "place": "0.50 mm from",
         "class": "holds 9, which is no class index",
         "fraction": "fractions",
         "broken": "cannot be read",

@@ -399,7 +399,7 @@ def test_sections_of_a_data_set(tmp_path: Path, phantom: SimpleNamespace) -> Non
     with pytest.raises(UsageError, match=r"no cases in section 'test'; choose from training \(1\)"):
         find_cases(tmp_path / "list.json")
     (tmp_path / "list.json").write_text(json.dumps({"test": [{"image": "c.nii.gz", "id": "../c"}]}))
-    with pytest.raises(UsageError, match="no file name"):
+    with pytest.raises(UsageError, match="cannot name a file"):
         find_cases(tmp_path / "list.json")
     with pytest.raises(InputError, match="there is no data set"):
         find_cases(tmp_path / "nowhere")

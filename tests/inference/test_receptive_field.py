@@ -13,8 +13,8 @@ import torch
 import torch.nn as nn
 
 from samda.adapters import adapter_parameters, attach
+from samda.data.datalists import find_cases
 from samda.errors import InputError, UsageError
-from samda.inference.predict import find_cases
 from samda.networks.segmenter import SamSegmenter
 from samda.receptive_field import (
     SCALES,
