@@ -67,7 +67,7 @@ def measure(adapter: str, epochs: int, folder: Path) -> dict[str, Any]:
     dice = {}
     for patient, dataset in datasets.items():
         own = examples[patient].task  # labels have other ids in M, and its intensities are scaled by percentiles
-        predict_folder(Predictor(network, own), dataset, folder / patient, section="test")
+        predict_folder(Predictor(network, own), dataset, folder / patient)
         summary = evaluate(folder / patient, dataset, own, section="test").summary()
         dice[patient] = round(summary["all"]["pooled_dice"], 4)
     counts = trained["parameters"]

@@ -58,7 +58,7 @@ def measure(context: int, seed: int, epochs: int, folder: Path) -> dict[str, Any
         for patient, dataset in datasets.items():
             own = override(dataclasses.replace(examples[patient].task, context=context), kept)
             output = folder / f"{patient}_{name}"
-            predict_folder(Predictor(network, own), dataset, output, section="test")
+            predict_folder(Predictor(network, own), dataset, output)
             summary = evaluate(output, dataset, own, section="test").summary()
             dice[name][patient] = round(summary["all"]["pooled_dice"], 4)
     return {

@@ -173,10 +173,15 @@ def adapters() -> Iterator[str]:
     )
     overlays = {path.stem: description(path) for path in sorted(packaged("configs", "adapters").glob("*.yaml"))}
     rows = [
-        (code(name), overlays[name], ", ".join(map(code, kind.roles)) or "none of its own")
+        (
+            code(name),
+            code(f"samda.{kind.__name__}"),
+            overlays[name],
+            ", ".join(map(code, kind.roles)) or "none of its own",
+        )
         for name, kind in samda.ADAPTERS.items()
     ]
-    yield table(("adapter", "what", "sites"), rows)
+    yield table(("adapter", "class of its settings", "what", "sites"), rows)
     yield "Further overlays for `--adapter`:"
     yield table(("overlay", "what"), [(code(k), text) for k, text in overlays.items() if k not in samda.ADAPTERS])
     shown: dict[str, str] = {}
@@ -239,6 +244,8 @@ def python() -> Iterator[str]:
             value = getattr(samda, name)
             if inspect.isclass(value) and issubclass(value, errors.SamdaError):
                 continue  # in the table of errors
+            if value in samda.ADAPTERS.values():
+                continue  # in the section on adapters
             yield f"### samda.{name}"
             if name == "ADAPTERS":
                 yield f"`dict`, adapter name to the class of its settings: {', '.join(map(code, value))}."

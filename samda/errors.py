@@ -9,10 +9,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -130,6 +133,14 @@ def disk_trouble(error: BaseException) -> str | None:
         if any(words in text for words in FULL_DISK):
             return "a file cannot be written (is the disk full?); make room, or choose another folder"
     return None
+
+
+def log_failed(case: str, error: BaseException) -> str:
+    """Log why a case failed, the traceback at debug level; returns the reason, see :func:`reason_of`."""
+    reason = reason_of(error)
+    logger.debug("case %s failed", case, exc_info=error)
+    logger.error("case %s: %s", case, reason)
+    return reason
 
 
 def reason_of(error: BaseException) -> str:

@@ -15,18 +15,25 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from samda.errors import InputError
 
 # PyYAML follows YAML 1.1, which reads `1e-3`, `1.5e3` and `-.5` as words; YAML 1.2 and JSON read numbers
 FLOAT = re.compile(r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$")
+
+
+Image = str | Path | Sequence[str | Path]  # one file or DICOM folder, or one file per channel
+
+
+def files_of(image: Image) -> list[Path]:
+    """The files (or DICOM folder) of an image, one per channel; the first gives it its name and its grid."""
+    return [Path(image)] if isinstance(image, str | Path) else [Path(path) for path in image]
 
 
 @contextmanager
@@ -111,10 +118,10 @@ def plain(value: Any) -> Any:
     """JSON's own types: arrays as lists, numpy numbers as numbers, paths as texts, what is not finite as None."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
+    if hasattr(value, "tolist"):  # arrays and numbers of numpy, which is not imported here: --help must be fast
+        value = value.tolist()
+    if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value

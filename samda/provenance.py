@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from samda.data.formats import Image, files_of
 from samda.errors import InputError
-from samda.io import plain, write_text
+from samda.io import Image, files_of, plain, write_text
 from samda.version import __version__
 
 RECORD_VERSION = 1

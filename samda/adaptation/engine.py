@@ -135,9 +135,7 @@ class Adaptation:
             | {"memory_mb": memory_mb}
         )
         self.view_settings = {key: values[key] for key in ("families", "strength", "flips")}
-        if modality is not None:
-            task = dataclasses.replace(task, modality=modality)
-        task = override(task, keep_largest)
+        task = override(task, keep_largest, modality)
         unmerge(network)  # a merged adapter has no parameters of its own to move
         self.network, self.task, self.device = network.to(device).eval(), task, torch.device(device)
         self.version, self.memory_mb, self.time_limit_s = version, values["memory_mb"], time_limit_s

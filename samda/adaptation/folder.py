@@ -31,10 +31,10 @@ from samda import provenance as records
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.outcome import AdaptedCase, failed_record
 from samda.data.datalists import find_cases
-from samda.data.formats import files_of
 from samda.errors import InputError, SamdaError, UsageError
+from samda.inference.predict import refuse_own_folder
 from samda.inference.writer import check_output_folder, label_path, write_labels, write_probabilities
-from samda.io import replacing, write_json, write_text
+from samda.io import files_of, replacing, write_json, write_text
 from samda.processes import Part
 from samda.progress import Cases
 
@@ -121,7 +121,7 @@ def adapt_folder(
         )
     cases = find_cases(inputs, section)
     folder = check_output_folder(output)
-    _refuse_own_folder(cases, folder)
+    refuse_own_folder(cases, folder)
     job = _Job(adaptation, folder, dry_run, keep_names, keep_tensors)
     run = AdaptRun(folder)
     if not overwrite:
@@ -332,9 +332,3 @@ def _write_lists(folder: Path, found: Mapping[str, dict[str, Any]], report: Path
     table.writerow(["case_id", "case", "decision", "reason"])
     table.writerows([r["case_id"], name, r["decision"], r["reason"]] for name, r in found.items())
     write_text(folder / "cases.csv", text.getvalue())
-
-
-def _refuse_own_folder(cases: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    for image in (path for case in cases for path in files_of(case["image"])):
-        if folder.resolve() == (image if image.is_dir() else image.parent).resolve():
-            raise UsageError(f"output {folder} is the folder of the scan {image.name}; choose another output folder")

@@ -15,11 +15,11 @@ import numpy as np
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.folder import AdaptRun, details_folder
 from samda.data.datalists import find_cases
-from samda.data.formats import Image
 from samda.data.slices import SliceGrid
 from samda.data.transforms import build_preprocessing
 from samda.errors import SamdaError
 from samda.inference.writer import label_path
+from samda.io import Image
 from samda.report import (
     changed,
     changed_legend,

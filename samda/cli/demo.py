@@ -91,9 +91,7 @@ def run(args: argparse.Namespace) -> None:
     say("[3/6] prediction")
     network, task, _ = load_model(output / "model")
     for part in parts:
-        predict_folder(
-            Predictor(network, part.task, device, progress=True), part.dataset, output / "predictions", section="test"
-        )
+        predict_folder(Predictor(network, part.task, device, progress=True), part.dataset, output / "predictions")
 
     say("[4/6] adaptation, without labels")
     for part in parts:

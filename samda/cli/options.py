@@ -74,19 +74,18 @@ def existing(path: Path, what: str) -> Path:
 
 
 def check_file(path: Path, option: str) -> None:
-    """Refuse a file that cannot be written, before the work.
+    """Refuse a file that cannot be written, before the work; its folder is made if missing.
 
     Raises:
-        UsageError: it is a folder, or its own folder is missing or cannot be written.
+        UsageError: it is a folder, or its own folder cannot be made or written to.
     """
-    folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir():
-        what = "is a folder" if path.is_dir() else "lies in a folder that does not exist"
-        raise UsageError(f"{option} {path} {what}; give a file in a folder that exists")
     from samda.io import try_writing
 
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a folder; give a file")
     try:
-        try_writing(folder)
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        try_writing(path.absolute().parent)
     except OSError as error:
         raise UsageError(f"{option} {path} cannot be written ({error.strerror}); give another") from error
 

@@ -6,8 +6,8 @@ folder with one DICOM series), a folder of scans, or a data set, of which the te
 reported and does not stop the others; the exit code is then 1.
 
   samda predict -m model -i scans -o labels
-  samda predict -m model -i scans -o labels --continue      leave out what is finished
-  samda predict -m model -i scans -o labels --modality MR   scans of another kind than those of the training
+  samda predict -m model -i scans -o labels --continue      skip finished cases
+  samda predict -m model -i scans -o labels --modality MR   scans of another modality than the training data
   samda predict -m model -i scans -o labels --part 2/8      the second of eight jobs
   samda predict -m model -i scans -o labels --amp bf16      faster on GPUs and on CPUs with bfloat16
 """
@@ -15,7 +15,6 @@ reported and does not stop the others; the exit code is then 1.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from pathlib import Path
 
@@ -47,11 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--section", choices=("training", "validation", "test"), help="which cases of a data set; default test"
     )
-    parser.add_argument("--save-probabilities", action="store_true", help="write the class probabilities, too")
-    parser.add_argument("--continue", action="store_true", dest="skip", help="leave out cases that are finished")
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="slices at once; default 8")
+    parser.add_argument("--save-probabilities", action="store_true", help="also write the class probabilities")
+    parser.add_argument("--continue", action="store_true", dest="skip", help="skip finished cases")
     parser.add_argument(
-        "--memory", type=positive, default=512, metavar="MB", help="for class maps on the scan's grid; default 512"
+        "--batch-size", type=positive, default=8, metavar="N", help="slices per forward pass; default 8"
+    )
+    parser.add_argument(
+        "--memory",
+        type=positive,
+        default=512,
+        metavar="MB",
+        help="memory for class maps on the scan's grid; default 512",
     )
     add_part(parser)
     parser.add_argument(
@@ -84,9 +89,7 @@ def run(args: argparse.Namespace) -> None:
         total = len(mine)
         with report.stage("load"):
             network, task, _, version = load_version(args.model, args.version, args.weights)
-        if args.modality:
-            task = dataclasses.replace(task, modality=args.modality)
-        task = override(task, args.keep_largest)
+        task = override(task, args.keep_largest, args.modality)
         report.add(task=task.to_dict(), model_version=version)
         if report.wanted:
             with report.stage("hash"):
@@ -108,11 +111,10 @@ def run(args: argparse.Namespace) -> None:
         with report.stage("predict"):
             result = predict_folder(
                 predictor,
-                args.input,
+                cases,
                 args.output,
                 save_probabilities=args.save_probabilities,
                 skip_finished=args.skip,
-                section=args.section,
                 part=part,
                 on_case=Teller(report),
             )

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from samda.cli.options import check_file, say
-from samda.data.formats import Image, files_of
 from samda.errors import InputError, SamdaError, UsageError, reason_of
+from samda.io import Image, files_of
 from samda.processes import launched
 
 REPORT_VERSION = 1

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samda.data.formats import SCAN_SUFFIXES, files_of, stem
+from samda.data.formats import SCAN_SUFFIXES, stem
 from samda.data.layouts import (
     SECTIONS,
     Case,
@@ -36,6 +36,7 @@ from samda.data.layouts import (
     scan_cases,
 )
 from samda.errors import InputError, UsageError, nearest
+from samda.io import files_of
 
 LAYOUTS = {
     "datalist": "MONAI or MSD datalist (JSON)",

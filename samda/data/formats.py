@@ -9,7 +9,7 @@ Scans in memory: a nibabel image stands wherever the path of a scan does.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,18 +19,12 @@ import SimpleITK as sitk
 from nibabel.spatialimages import SpatialImage
 
 from samda.errors import InputError, SamdaError
-
-Image = str | Path | Sequence[str | Path]  # one file or DICOM folder, or one file a channel
+from samda.io import Image, files_of
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, ".nrrd", ".nhdr", ".mha", ".mhd")
 SCAN_SUFFIXES = (*VOLUME_SUFFIXES, ".dcm", *PICTURE_SUFFIXES)
-
-
-def files_of(image: Image) -> list[Path]:
-    """The files (or DICOM folder) of an image, one a channel; the first gives it its name and its grid."""
-    return [Path(image)] if isinstance(image, str | Path) else [Path(path) for path in image]
 
 
 def stem(path: str | Path) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 
 from samda.data.body import body_mask, body_threshold, coarse
 from samda.data.datalists import LARGEST_CHANNELS, LAYOUTS, DataList, read_datalist
-from samda.data.formats import PICTURE_SUFFIXES, dicom_modality, files_of
+from samda.data.formats import PICTURE_SUFFIXES, dicom_modality
 from samda.data.labels import LabelMap, label_map
 from samda.data.layouts import Case, Problem, Report
 from samda.data.readers import Scan, read_scan, refuse_other_grid
@@ -27,6 +27,7 @@ from samda.data.slices import refuse_other_scale
 from samda.data.splits import patient_of, split
 from samda.data.transforms import refuse_lossy_label
 from samda.errors import InputError, SamdaError, reason_of
+from samda.io import files_of
 from samda.progress import Cases
 from samda.task import Task
 

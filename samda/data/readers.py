@@ -26,14 +26,13 @@ from samda.data.formats import (
     NIFTI_SUFFIXES,
     PICTURE_SUFFIXES,
     SCAN_SUFFIXES,
-    Image,
-    files_of,
     itk_geometry,
     not_a_scan,
     read_dicom,
     read_itk,
 )
 from samda.errors import InputError
+from samda.io import Image, files_of
 
 NIFTI_ERRORS = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error)
 SAME_PLACE = 0.1  # of the smallest voxel side: how far apart the corners of one grid may lie in two files

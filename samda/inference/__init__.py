@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from samda.inference.evaluate import evaluate
 from samda.inference.postprocessing import SaveLabelMapd, build_postprocessing
-from samda.inference.predict import Prediction, Predictor, find_cases, predict_folder
+from samda.inference.predict import Prediction, Predictor, predict_folder
 from samda.inference.volume import VolumeInferer
 from samda.receptive_field import ErfMap, area_ratios, body_slices, measure_erf
 
@@ -19,7 +19,6 @@ __all__ = [
     "body_slices",
     "build_postprocessing",
     "evaluate",
-    "find_cases",
     "measure_erf",
     "predict_folder",
 ]

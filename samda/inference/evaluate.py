@@ -6,9 +6,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,12 @@ from samda.data.datalists import find_pairs
 from samda.data.formats import PICTURE_SUFFIXES
 from samda.data.labels import MapLabelsd
 from samda.data.readers import Scan, read_scan, refuse_other_grid
-from samda.errors import InputError, UsageError, reason_of
+from samda.errors import InputError, UsageError, log_failed
 from samda.inference.writer import check_output_folder
-from samda.io import write_json, write_text
+from samda.io import plain, write_json, write_text
 from samda.metrics import COUNTED, DEFINITIONS, SCORES, ClassScores, score_case, summarize
 from samda.progress import bar
 from samda.task import Task
-
-logger = logging.getLogger(__name__)
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(ClassScores))
 
@@ -71,7 +68,7 @@ class Evaluation:
             "cases": cases,
             "failed": self.failed,
         }
-        return _without_nan(values)
+        return plain(values)
 
     def to_csv(self) -> str:
         """One row per case and class; what has no value is empty."""
@@ -131,10 +128,7 @@ def evaluate(
                 raise InputError(f"there is no prediction for label {label}; predict this case too")
             result.cases[case] = score_files(prediction, label, task, tolerance, mapping)
         except Exception as error:  # whatever is wrong with this pair, the others are still wanted
-            outcome = reason_of(error)
-            logger.debug("case %s failed", case, exc_info=True)
-            logger.error("case %s: %s", case, outcome)
-            result.failed[case] = outcome
+            result.failed[case] = outcome = log_failed(case, error)
         if on_case:
             on_case(case, outcome)
         progress.update()
@@ -222,11 +216,3 @@ def _number(value: float, key: str) -> str:
 
 def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_without_nan(entry) for entry in value]
-    return None if _is_nan(value) else value

@@ -83,12 +83,19 @@ class KeepLargestd(MapTransform):
         return d
 
 
-def override(task: Task, classes: bool | str | Sequence[str] | None) -> Task:
-    """The task with another `keep_largest`: names of classes, true or "all", false or "none"; None leaves the task's.
+def override(task: Task, classes: bool | str | Sequence[str] | None = None, modality: str | None = None) -> Task:
+    """The task with another `keep_largest` or modality; None leaves the task's.
+
+    Args:
+        task: of the model.
+        classes: of which the largest piece stays: names, true or "all", false or "none".
+        modality: of the scans, where it differs from that of the training.
 
     Raises:
-        UsageError: a name that is no foreground class.
+        UsageError: a name that is not a foreground class, or another modality.
     """
+    if modality is not None:
+        task = dataclasses.replace(task, modality=modality)
     if classes is None:
         return task
     if isinstance(classes, str):

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from monai.data import MetaTensor
 from nibabel.spatialimages import SpatialImage
 
 from samda.data.datalists import Case, find_cases
-from samda.data.formats import files_of, name_of, scan_path, source_of
+from samda.data.formats import name_of, scan_path, source_of
 from samda.data.transforms import build_preprocessing
-from samda.errors import UsageError, reason_of
+from samda.errors import UsageError, log_failed
 from samda.inference.postprocessing import keep_largest, own_grid, warn_empty
 from samda.inference.volume import VolumeInferer
 from samda.inference.writer import (
@@ -28,11 +27,10 @@ from samda.inference.writer import (
     write_labels,
     write_probabilities,
 )
+from samda.io import files_of
 from samda.processes import Part
 from samda.progress import Cases
 from samda.task import Task
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,11 +182,10 @@ class FolderResult:
 
 def predict_folder(
     predictor: Predictor,
-    inputs: str | Path,
+    cases: str | Path | Sequence[Case],
     output: str | Path,
     save_probabilities: bool = False,
     skip_finished: bool = False,
-    section: str | None = None,
     part: Part | None = None,
     on_case: Callable[[str, str], None] | None = None,
 ) -> FolderResult:
@@ -196,24 +193,20 @@ def predict_folder(
 
     Args:
         predictor: the predictor.
-        inputs: see :func:`samda.data.datalists.find_cases`.
+        cases: as :func:`samda.find_cases` returns them, or the path where it finds them.
         output: folder of the label maps, one per case, named as the case.
-        save_probabilities: also `probabilities/<case>.nii.gz`.
-        skip_finished: leave out cases whose result is there already.
-        section: of a data set.
-        part: the cases that this process does; None does all.
+        save_probabilities: also write `probabilities/<case>.nii.gz`.
+        skip_finished: skip cases whose result exists.
+        part: the share of the cases that this process predicts; None predicts all.
         on_case: called with case and "done", "skipped", "empty" or the reason of its failure.
-
-    Returns:
-        What became of each case.
 
     Raises:
         UsageError: nothing can be written to `output`, or results would replace scans.
         InputError: there are no scans.
     """
-    cases = find_cases(inputs, section)
+    cases = find_cases(cases) if isinstance(cases, str | Path) else cases
     folder = check_output_folder(output)
-    _refuse_overwriting(cases, folder)
+    refuse_own_folder(cases, folder)
     result = FolderResult()
     mine = part.of(cases) if part else cases
     with Cases("predicting", len(mine), shown=predictor.inferer.progress) as progress:
@@ -232,29 +225,31 @@ def predict_folder(
     return result
 
 
+def refuse_own_folder(cases: Sequence[Case], folder: Path) -> None:
+    """Refuse the scans' own folder as output: label maps are named as their scans and would replace them.
+
+    Raises:
+        UsageError: naming the scan.
+    """
+    for image in (path for case in cases for path in files_of(case["image"])):
+        if folder.resolve() == (image if image.is_dir() else image.parent).resolve():
+            raise UsageError(f"output {folder} is the folder of the scan {image.name}; choose another output folder")
+
+
 def _predict_case(
     predictor: Predictor, case: Case, folder: Path, save_probabilities: bool, result: FolderResult
 ) -> str:
+    """The outcome of one case, which is also entered into `result`."""
     name = case["id"]
     try:
         prediction = predictor.predict(case, save_probabilities)
         prediction.save(folder)
-    except Exception as error:  # whatever is wrong with this scan, the others are still wanted
-        reason = reason_of(error)
-        logger.debug("case %s failed", name, exc_info=True)
-        logger.error("case %s: %s", name, reason)
-        result.failed[name] = reason
-        return reason
+    except Exception as error:  # whatever is wrong with this scan, the others are still predicted
+        result.failed[name] = log_failed(name, error)
+        return result.failed[name]
     result.done.append(name)
     if prediction.empty:
         warn_empty(name)
         result.empty.append(name)
         return "empty"
     return "done"
-
-
-def _refuse_overwriting(cases: list[Case], folder: Path) -> None:
-    """Label maps are named as their scans: in the same folder they would replace them, or be taken for scans."""
-    for image in (path for case in cases for path in files_of(case["image"])):
-        if folder.resolve() == (image if image.is_dir() else image.parent).resolve():
-            raise UsageError(f"output {folder} is the folder of the scan {image.name}; choose another output folder")

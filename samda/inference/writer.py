@@ -12,27 +12,25 @@ import numpy as np
 import SimpleITK as sitk
 from nibabel.spatialimages import SpatialImage
 
-from samda.data.formats import NIFTI_SUFFIXES, PICTURE_SUFFIXES, Image, copy_of, files_of
+from samda.data.formats import NIFTI_SUFFIXES, PICTURE_SUFFIXES, copy_of
 from samda.errors import InputError, UsageError
-from samda.io import replacing, try_writing, write_json
+from samda.io import Image, files_of, replacing, try_writing, write_json
 from samda.version import __version__
 
 PURPOSE = "research use only, not for clinical decisions"
 
 
 def check_output_folder(folder: str | Path) -> Path:
-    """The folder, made if only it is missing, and known to be writable: asked before any work is done.
+    """The folder, made with its parents if missing, and known to be writable: called before any work is done.
 
     Raises:
-        UsageError: it is a file, the folder above it is missing, or nothing can be written into it.
+        UsageError: it is a file, or nothing can be written into it.
     """
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output {folder} is a file; give a folder")
-    if not folder.exists() and not folder.parent.is_dir():
-        raise UsageError(f"output folder {folder} cannot be made, {folder.parent} does not exist; make it first")
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         try_writing(folder)
     except OSError as error:
         raise UsageError(

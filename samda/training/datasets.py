@@ -21,10 +21,10 @@ import torch.nn as nn
 from monai.transforms import Compose
 from torch.utils.data import Dataset, DistributedSampler
 
-from samda.data.formats import files_of
 from samda.data.slices import SliceGrid, center_channels, with_neighbors
 from samda.embeddings import EmbeddingDataset, allocate, draw, split_key
 from samda.errors import InputError, UsageError, nearest
+from samda.io import files_of
 from samda.progress import bar
 from samda.source_statistics import SliceStatistics
 from samda.task import Task

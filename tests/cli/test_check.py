@@ -93,7 +93,6 @@ def test_scans_alone(place: Path, capsys: pytest.CaptureFixture) -> None:
     [
         (["NOWHERE"], 1, ["NOWHERE", "does not exist"]),
         (["DATA", "-o", "task.txt"], 2, ["must be named .yaml"]),
-        (["DATA", "-o", "NOWHERE/task.yaml"], 2, ["lies in a folder that does not exist"]),
         (["DATA", "-o", "OWN"], 2, ["exists and may have been changed by hand", "--overwrite"]),
         (["DATA", "-o", "new.yaml", "--task", "OWN"], 2, ["leave out one"]),
         (["DATA", "--task", "OWN"], 2, ["unknown key 'clases'; did you mean 'classes'?"]),

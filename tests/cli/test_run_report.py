@@ -138,7 +138,7 @@ def test_a_job_that_fails_says_so(
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    cases = [(tmp_path, "is a folder"), (tmp_path / "no" / "run.json", "folder that does not exist")]
+    cases = [(tmp_path, "is a folder")]
     cases += [(Path("/proc/run.json"), "cannot be written")] if sys.platform == "linux" else []
     for where, words in cases:
         command = ["train", "-d", place / "dataset.json", "-o", tmp_path / "m", "--report", where]

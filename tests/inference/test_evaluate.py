@@ -229,7 +229,6 @@ def test_refuses(tmp_path: Path, task: Task) -> None:
     (tmp_path / "empty").mkdir()
     for arguments, kind, message in (
         ((out, labels, task, None, -1.0), UsageError, "a length from 0"),
-        ((out, labels, task, tmp_path / "no" / "where"), UsageError, "does not exist"),
         ((tmp_path / "empty", labels, task), InputError, "no label maps"),
         ((out, tmp_path / "empty", task), InputError, "no label files"),
         ((tmp_path / "nowhere", labels, task), InputError, "no predictions"),

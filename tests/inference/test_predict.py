@@ -378,7 +378,6 @@ def test_refuses_output_folders_before_any_work(
     (tmp_path / "file").write_text("")
     for output, message in (
         (read_only, "nothing can be written to"),
-        (tmp_path / "no" / "where", "does not exist"),
         (tmp_path / "file", "is a file"),
         (tmp_path, "is the folder of the scan"),
     ):
@@ -399,7 +398,7 @@ def test_sections_of_a_data_set(tmp_path: Path, phantom: SimpleNamespace) -> Non
     with pytest.raises(UsageError, match=r"no cases in section 'test'; choose from training \(1\)"):
         find_cases(tmp_path / "list.json")
     (tmp_path / "list.json").write_text(json.dumps({"test": [{"image": "c.nii.gz", "id": "../c"}]}))
-    with pytest.raises(UsageError, match="cannot name a file"):
+    with pytest.raises(UsageError, match=r"\.\./c"):
         find_cases(tmp_path / "list.json")
     with pytest.raises(InputError, match="there is no data set"):
         find_cases(tmp_path / "nowhere")

@@ -93,8 +93,9 @@ def test_output_folders(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
         check_output_folder(tmp_path / "file")
-    with pytest.raises(UsageError, match="does not exist; make it first"):
-        check_output_folder(tmp_path / "no" / "where")
+    with pytest.raises(UsageError, match="file"):
+        check_output_folder(tmp_path / "file" / "below")
+    assert check_output_folder(tmp_path / "with" / "parents").is_dir()
 
 
 def test_refuses(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from samda.data.datalists import read_datalist
 from samda.data.suggest import check_and_suggest
 from samda.errors import InputError, UsageError
 from samda.inference.evaluate import evaluate
-from samda.inference.predict import Predictor, predict_folder
+from samda.inference.predict import Predictor, find_cases, predict_folder
 from samda.models.folder import load_model
 from samda.task import Task
 from samda.training import build_task, train
@@ -52,7 +52,7 @@ def test_check_train_predict_evaluate(place: tuple[str, Path], tmp_path: Path, k
     network, loaded, _ = load_model(tmp_path / "model", weights=keys["weights"])
     assert loaded == task and network.in_channels == task.in_channels
     section = "test" if read_datalist(dataset).cases["test"] else "training"
-    done = predict_folder(Predictor(network, task), dataset, tmp_path / "out", section=section)
+    done = predict_folder(Predictor(network, task), find_cases(dataset, section), tmp_path / "out")
     assert not done.failed and len(done.done) == len(read_datalist(dataset).cases[section])
     if section == "test":
         found = nib.load(tmp_path / "out" / "t.nii.gz")

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model as one object: load it, predict with it, adapt it to a scan, save it.
+
+    model = samda.load("model")
+    prediction = model.predict("scan.nii.gz")
+    adapted = model.adapt("scan.nii.gz")
+
+The parts behind it are public too: :func:`samda.load_model`, :class:`samda.Predictor`, :class:`samda.Adaptation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from nibabel.spatialimages import SpatialImage
+
+from samda.adaptation import Adaptation, AdaptedCase
+from samda.inference.postprocessing import override
+from samda.inference.predict import Prediction, Predictor
+from samda.models.folder import save_model
+from samda.models.versions import load_version
+from samda.networks.segmenter import SamSegmenter
+from samda.task import Task
+
+
+class Model:
+    """A trained network with everything that prediction and adaptation need. :func:`load` builds it from a folder.
+
+    Args:
+        network: a trained segmenter.
+        task: classes and geometry it was trained with.
+        record: how it was trained, source statistics included; a model without them cannot be adapted.
+        version: name of the version in its model folder.
+        device: torch device of predictions and adaptations.
+    """
+
+    def __init__(
+        self,
+        network: SamSegmenter,
+        task: Task,
+        record: Mapping[str, Any] | None = None,
+        version: str = "source",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.network, self.task, self.record = network, task, dict(record or {})
+        self.version, self.device = version, device
+
+    def predict(
+        self,
+        scan: str | Path | SpatialImage | Mapping[str, Any],
+        probabilities: bool = False,
+        modality: str | None = None,
+        keep_largest: bool | str | Sequence[str] | None = None,
+        **settings: Any,
+    ) -> Prediction:
+        """Segment one scan; `prediction.image` is the label map on the scan's own grid.
+
+        Args:
+            scan: path of a file or DICOM folder, a nibabel image, or a case {"image": one of these, "id": name}.
+            probabilities: also return the class probabilities.
+            modality: "CT" or "MR" where the scan is of another kind than those of the training.
+            keep_largest: classes of which only the largest piece stays, instead of the task's.
+            settings: of :class:`samda.Predictor`, for instance `batch_size` or `amp`.
+        """
+        task = override(self.task, keep_largest, modality)
+        return Predictor(self.network, task, self.device, **settings).predict(scan, probabilities)
+
+    def adapt(self, scan: str | Path | SpatialImage | Mapping[str, Any], **settings: Any) -> AdaptedCase:
+        """Adapt to one scan without labels and segment it; afterwards the network is as before, bit for bit.
+
+        Args:
+            scan: as in :meth:`predict`.
+            settings: of :class:`samda.Adaptation`, for instance `method` or `modality`.
+        """
+        adaptation = Adaptation(
+            self.network, self.task, self.record, device=self.device, version=self.version, **settings
+        )
+        return adaptation.adapt(scan)
+
+    def save(self, folder: str | Path, with_base: bool = False) -> None:
+        """Write the model into a folder, with the base weights if asked for; see :func:`samda.save_model`."""
+        save_model(self.network, folder, self.task, self.record, with_base)
+
+
+def load(
+    folder: str | Path,
+    version: str | None = None,
+    weights: str | Path | None = None,
+    device: torch.device | str = "cpu",
+) -> Model:
+    """Read a trained model from its folder.
+
+    Args:
+        folder: a model folder, as `samda train`, :meth:`Model.save` or :func:`samda.save_model` wrote it.
+        version: name of a version (`samda site list`); None takes the active one.
+        weights: file with the base weights; None takes those of the training.
+        device: torch device.
+
+    Raises:
+        AdapterError, InputError: a file of the folder is missing or damaged.
+        UsageError: there is no such version.
+        WeightsError: the base weights are missing or not those of the training.
+    """
+    network, task, record, name = load_version(folder, version, weights, device)
+    return Model(network, task, record, name, device)
