@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files and folders complete or not at all: written under a hidden name beside the place, then renamed.
 
-And what is written by hand is read as people mean it (:func:`load_yaml`).
-
-Where files lie: packaged configs and bundles (in the wheel or the checkout), and the cache of what is fetched.
+Also: YAML by the rules of version 1.2 (:func:`load_yaml`), downloads checked by their hash, and where files lie:
+packaged configs and bundles (in the wheel or the checkout), and the cache of what is fetched.
 """
 
 from __future__ import annotations
 
+import hashlib
+import http.client
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,9 @@ from typing import Any
 
 import yaml
 
-from samda.errors import InputError
+from samda.errors import InputError, WeightsError
+
+DOWNLOAD_TIMEOUT = 10  # seconds without an answer
 
 # PyYAML follows YAML 1.1, which reads `1e-3`, `1.5e3` and `-.5` as words; YAML 1.2 and JSON read numbers
 FLOAT = re.compile(r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$")
@@ -184,3 +188,37 @@ def cache_dir() -> Path:
     if chosen:
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "samda"
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file as hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_sha256(path: Path, expected: str, found: str | None = None) -> None:
+    """Refuse a file whose SHA-256 (`found`, if known already) is not the expected one.
+
+    Raises:
+        WeightsError: naming the file and both hashes.
+    """
+    found = found or file_sha256(path)
+    if found != expected:
+        raise WeightsError(f"{path} has sha256 {found}, expected {expected}; delete the file and fetch it again")
+
+
+def download(url: str, path: Path, sha256: str) -> None:
+    """Download `url` to `path` and check it.
+
+    Raises:
+        WeightsError: the address cannot be reached, or what came is not the expected file; nothing is left then.
+    """
+    with replacing(path) as temporary:
+        try:
+            with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as answer, temporary.open("wb") as file:
+                shutil.copyfileobj(answer, file, 1 << 20)
+        except (OSError, http.client.HTTPException) as error:
+            raise WeightsError(f"{url}: {error}") from error
+        found = file_sha256(temporary)
+        if found != sha256:
+            raise WeightsError(f"{url} brought a file with sha256 {found}, expected {sha256}")

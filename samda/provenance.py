@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from samda.errors import InputError
-from samda.io import Image, files_of, plain, write_text
+from samda.io import Image, file_sha256, files_of, plain, write_text
 from samda.version import __version__
 
 RECORD_VERSION = 1
-_BLOCK = 1 << 20
 
 
 def schema() -> dict[str, Any]:
@@ -77,17 +76,9 @@ def path_sha256(image: Image) -> str:
         return hashlib.sha256("\n".join(map(path_sha256, paths)).encode()).hexdigest()
     path = paths[0]
     if not path.is_dir():
-        return _file_sha256(path)
-    hashes = sorted(_file_sha256(p) for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        return file_sha256(path)
+    hashes = sorted(file_sha256(p) for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def pseudonym(input_sha256: str) -> str:

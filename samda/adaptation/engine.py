@@ -52,7 +52,6 @@ from samda.data.transforms import build_preprocessing
 from samda.errors import AdapterError
 from samda.inference.postprocessing import override
 from samda.inference.volume import VolumeInferer
-from samda.networks.saving import full_state
 from samda.networks.segmenter import SamSegmenter
 from samda.progress import share
 from samda.source_statistics import FeatureTap
@@ -152,7 +151,7 @@ class Adaptation:
         self.preprocessing = build_preprocessing(task, labels=False)
         self.inferer = VolumeInferer(task, self.batch_size, device=device)
         self.hashes = {
-            "model_sha256": records.tensors_sha256(full_state(network)),
+            "model_sha256": records.tensors_sha256(network.full_state()),
             "adapter_sha256": records.tensors_sha256(state_tensors(network)),
         }
 

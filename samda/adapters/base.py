@@ -76,6 +76,9 @@ class Adapter(nn.Module):
     def restore(self) -> None:
         """Undo :meth:`reparameterize`."""
 
+    def prepare_export(self) -> None:
+        """Compute with operations that ONNX runtimes have; the numbers stay the same."""
+
 
 def sites(model: nn.Module) -> dict[str, Site]:
     """All sites of `model` by their full name, in module order."""

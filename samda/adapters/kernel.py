@@ -218,6 +218,9 @@ class KernelAdapter(Bottleneck):
             self.reparameterized = True
         return self.reparameterized
 
+    def prepare_export(self) -> None:
+        self.backend = "direct"  # ONNX runtimes have no FFT of this kind
+
     def restore(self) -> None:
         self.folded_kernel = self.folded_bias = None
         self.reparameterized = False

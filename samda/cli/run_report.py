@@ -147,10 +147,9 @@ class RunReport:
     def add_network(self, network: Any) -> None:
         """The hashes that `samda adapt` records: base and class head together, and adapters with class head."""
         from samda.adapters.adapter_file import state_tensors
-        from samda.networks.saving import full_state
         from samda.provenance import tensors_sha256
 
-        base, adapters = full_state(network), state_tensors(network)
+        base, adapters = network.full_state(), state_tensors(network)
         self.add(model_sha256=tensors_sha256(base), adapter_sha256=tensors_sha256(adapters))
 
     def _write(self, error: BaseException | None) -> None:

@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network as two graphs of one size, encoder and decoder, for programs that have no samda: ONNX and torch.export.
-
-Adapters are part of the graphs: those that merge are merged, the others are modules like any other. Every graph is
-read back from its file and compared with the network before anybody else sees it.
-
-A trained model for programs that have no samda: a folder with the files of one format, and `export.json` about them.
+"""Trained models for programs without samda: a folder with the files of one format, and `export.json` about them.
 
 ================ ==================================== ==============================================================
 format           files                                for
@@ -16,8 +11,9 @@ format           files                                for
 `torch`          `encoder.pt2`, `decoder.pt2`         `torch.export.load`: the same two graphs
 ================ ==================================== ==============================================================
 
-What is written is read back and compared with the network first, and the difference stands in `export.json`. Graphs
-hold one size, the task's `image_size`, and one image a call.
+Adapters are part of the graphs: those that merge are merged, the others are modules like any other. What is written is
+read back and compared with the network first, and the difference stands in `export.json`. Graphs hold one size, the
+task's `image_size`, and one image per call.
 """
 
 from __future__ import annotations
@@ -30,7 +26,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -38,18 +34,13 @@ from safetensors import torch as safetensors
 
 from samda.adapters.attach import fold
 from samda.adapters.base import attached, modules
-from samda.adapters.kernel import KernelAdapter
 from samda.errors import SamdaError, UsageError, nearest
-from samda.io import check_room, new_folder, write_json
-from samda.models.sam_file import class_head, sam_state
+from samda.io import check_room, file_sha256, new_folder, write_json
+from samda.models.sam_file import class_head, sam_state, to_segment_anything
 from samda.networks.attention import DerivedTensors
-from samda.networks.download import sha256_of
+from samda.networks.segmenter import SamSegmenter
+from samda.task import Task
 from samda.version import __version__
-
-if TYPE_CHECKING:
-    from samda.networks.segmenter import SamSegmenter
-    from samda.task import Task
-
 
 TOLERANCE = 1e-3  # of the largest value: how far a graph may be from the network
 INLINE_BYTES = 2**30  # weights of an ONNX file; beyond it they lie in a file of their own (protobuf ends at 2 GiB)
@@ -98,10 +89,10 @@ def write_graphs(network: SamSegmenter, size: int, folder: Path, kind: str) -> d
     """Write encoder and decoder, read them back and compare.
 
     Args:
-        network: a copy on the CPU in single precision, of which nothing remains.
+        network: a copy on the CPU in single precision, which is used up.
         size: side of the images in pixels.
         folder: where the files go.
-        kind: "onnx" or "torch".
+        kind: a key of :data:`GRAPHS`.
 
     Returns:
         File name -> input, output, the largest absolute difference to the network, and the largest value there.
@@ -112,8 +103,7 @@ def write_graphs(network: SamSegmenter, size: int, folder: Path, kind: str) -> d
     write, suffix = GRAPHS[kind]
     fold(network)
     for _, _, adapter in modules(network):
-        if isinstance(adapter, KernelAdapter):
-            adapter.backend = "direct"  # what the adapter computes is the same; ONNX runtimes have no FFT of this kind
+        adapter.prepare_export()
     probes = probe_images(network.in_channels, size)
     about = {}
     with torch.no_grad(), _quiet():
@@ -165,11 +155,7 @@ GRAPHS: dict[str, tuple[Callable[..., Callable[..., torch.Tensor]], str]] = {
 
 
 def need(package: str) -> Any:
-    """Import a package that only the export to ONNX needs.
-
-    Raises:
-        SamdaError: it is not installed.
-    """
+    """Import a package that only the export to ONNX needs."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -177,7 +163,7 @@ def need(package: str) -> Any:
 
 
 class _Kept:
-    """In the place of :class:`DerivedTensors`: what was computed for the one size, as constants of the graph."""
+    """Replaces :class:`DerivedTensors`: what was computed for the one size becomes a constant of the graph."""
 
     def __init__(self, derived: DerivedTensors) -> None:
         self.tensors = {key: tensor for key, (_, tensor) in derived._kept.items()}
@@ -187,7 +173,7 @@ class _Kept:
 
 
 def _keep_derived(network: nn.Module) -> None:
-    """Resized position tables and the like become constants: no runtime has to resize them as torch does."""
+    """Make resized position tables and the like constants, so that no runtime has to resize them as torch does."""
     for module in network.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, DerivedTensors):
@@ -196,7 +182,7 @@ def _keep_derived(network: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _without(network: nn.Module, parts: tuple[str, ...]) -> Iterator[None]:
-    """A graph holds every parameter of the module that it comes from, also those it does not use."""
+    """Remove parts that a graph does not use; it would hold their parameters all the same."""
     taken = {part: getattr(network, part) for part in parts}
     for part in parts:
         setattr(network, part, nn.Identity())
@@ -231,7 +217,7 @@ def compare(found: list[torch.Tensor], expected: list[torch.Tensor], name: str) 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters tell of every optimization that they leave out; errors still come as errors."""
+    """Hide the exporters' notes about optimizations they leave out; errors are raised as before."""
     chatty = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
     levels = [logger.level for logger in chatty]
     for logger in chatty:
@@ -259,7 +245,7 @@ def export_model(
         network: with its adapters; it stays as it is.
         folder: a new or empty folder.
         task: what the network segments; `image_size` fixes the size of the graphs.
-        format: "sam", "onnx" or "torch", see :mod:`samda.models.export`.
+        format: "sam", "onnx" or "torch", see the module.
         version: name of the model's version, for `export.json`.
 
     Returns:
@@ -302,7 +288,7 @@ def check_folder(folder: Path) -> Path:
         plain = str(folder.with_suffix(""))
         raise UsageError(f"output {folder} is the name of a file; give a folder, for instance {plain!r}")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UsageError(f"output {folder} exists and is no empty folder; choose another name")
+        raise UsageError(f"output {folder} exists and is not an empty folder; choose another name")
     if not folder.parent.is_dir():
         raise UsageError(f"output folder {folder} cannot be made, {folder.parent} does not exist; make it first")
     return folder
@@ -310,8 +296,6 @@ def check_folder(folder: Path) -> Path:
 
 def _write_sam(network: SamSegmenter, size: int, folder: Path) -> dict[str, dict[str, Any]]:
     """`sam.pth`, read back into a SAM whose embedding of a probe must be the network's; and the class head."""
-    from samda.models.sam_file import to_segment_anything
-
     probes = probe_images(network.in_channels, size)
     with torch.no_grad():
         expected = [network.encode(probe) for probe in probes]
@@ -331,7 +315,7 @@ def _write_sam(network: SamSegmenter, size: int, folder: Path) -> dict[str, dict
 def _with_sha256(files: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, Any]:
     """What is known of each file, its size and its hash; files that came along (ONNX weights) included."""
     names = [*files, *sorted(path.name for path in folder.iterdir() if path.name not in files)]
-    sizes = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}
+    sizes = {name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in names}
     return {name: size | dict(files.get(name, {})) for name, size in sizes.items()}
 
 

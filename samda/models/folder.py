@@ -16,9 +16,8 @@ file                   holds                                                    
                        `models/model.pt`
 ====================== ================================================================== =============================
 
-Of a folder that came from a stranger, samda reads JSON and safetensors only, which cannot run code; the others can,
-in MONAI's or PyTorch's hands. The base is fetched, given as a file, or lies in the folder; its fingerprint must be the
-one of the training.
+samda reads only JSON and safetensors of a model folder, which cannot run code; MONAI's configs and PyTorch's files can.
+The base weights are fetched, given as a file, or part of the folder; their fingerprint must be the one of the training.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ from samda.errors import InputError, UsageError, WeightsError, check_keys
 from samda.io import replacing
 from samda.networks.backbones import BACKBONES
 from samda.networks.fingerprint import check_fingerprint
-from samda.networks.saving import full_state
 from samda.networks.segmenter import SamSegmenter
 from samda.networks.weights import CONVERTED, KNOWN_FILES, read_state
 from samda.task import Task
@@ -61,7 +59,7 @@ def save_model(
         task: what the network segments.
         record: plain values: what it was trained on and how, source statistics, versions, metrics. Without the
             statistics (`samda.train` takes them) the model cannot be adapted.
-        with_base: put the base weights into the folder, too. A network whose base came from no file always does that.
+        with_base: also write the base weights. They are always written where they came from no file.
 
     Raises:
         InputError: task and network differ in their classes or channels.
@@ -140,7 +138,7 @@ def _base_weights(file: AdapterFile, folder: Path, given: str | Path | None) -> 
 def _save_base(network: SamSegmenter, path: Path) -> None:
     """The base as it was before training: from its file, or as it stands where it came from none."""
     report = network.base_report
-    state = full_state(network) if report is None else read_state(report.path)
+    state = network.full_state() if report is None else read_state(report.path)
     with replacing(path) as temporary:
         save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary)
 

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""segment_anything's own `Sam` around our encoders: prompts, and comparison with the original.
+"""Networks as SAM models: our encoders in segment_anything's `Sam`, and trained networks as SAM weight files.
 
-A trained network as a file of SAM: adapters merged into the weights, every tensor under SAM's own name.
-
-The file has the tensors of the base file, no more and no less, so `segment_anything` loads it strictly (MobileSAM's
-package does for `vit_t`). What SAM has no place for, the class head, is handed out apart.
+Such a file holds the adapters merged into the weights and exactly the tensors of the base file under SAM's names, so
+`segment_anything` loads it strictly (MobileSAM's package for `vit_t`). The class head, which SAM does not have, is
+written to a file of its own.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
@@ -20,23 +18,17 @@ from samda.adapters.base import modules
 from samda.errors import AdapterError, WeightsError
 from samda.networks.backbones import BackboneConfig, TinyViTConfig, backbone_config
 from samda.networks.decoder import DEPTH, MLP_DIM, NUM_HEADS
-from samda.networks.saving import full_state
-from samda.networks.tiny_vit import rename_mobile_sam
+from samda.networks.segmenter import SamSegmenter
 from samda.networks.weights import HEAD_PREFIXES, QUALITY_PREFIXES, State, fetch_weights, name_in_network, read_state
 
-if TYPE_CHECKING:
-    from samda.networks.segmenter import SamSegmenter
+CLASSIFIER = 1000  # classes of ImageNet, which TinyViT was pre-trained on and SAM never uses
+PREFIX = "image_encoder."
 
 
 def to_segment_anything(backbone: str | BackboneConfig, weights: str | Path | None = "pretrained") -> Sam:
-    """SAM with prompts, as the package segment_anything has it, with our image encoder in it.
+    """A `segment_anything.Sam` in evaluation with our image encoder, for instance for `SamPredictor`.
 
-    Args:
-        backbone: name or sizes of the image encoder.
-        weights: as in :class:`samda.networks.segmenter.SamSegmenter`.
-
-    Returns:
-        A `Sam` in evaluation, for instance for `segment_anything.SamPredictor`.
+    Arguments are those of :class:`samda.networks.segmenter.SamSegmenter`.
 
     Raises:
         WeightsError: the weights are missing, damaged or do not fit.
@@ -51,26 +43,13 @@ def to_segment_anything(backbone: str | BackboneConfig, weights: str | Path | No
     )
     if weights is not None:
         path = fetch_weights(config.name) if weights == "pretrained" else Path(weights)
+        state = read_state(path)
+        names = {key: key if key.startswith(QUALITY_PREFIXES) else name_in_network(key, config) for key in state}
         try:
-            sam.load_state_dict(_rename(read_state(path), config))
+            sam.load_state_dict({name: state[key] for key, name in names.items() if name})
         except RuntimeError as error:
             raise WeightsError(f"{path} does not fit {config.name} ({str(error).splitlines()[1].strip()})") from error
     return sam.eval()
-
-
-def _rename(state: dict[str, torch.Tensor], config: BackboneConfig) -> dict[str, torch.Tensor]:
-    if not isinstance(config, TinyViTConfig):
-        return state
-    prefix, renamed = "image_encoder.", {}
-    for key, tensor in state.items():
-        name = rename_mobile_sam(key.removeprefix(prefix)) if key.startswith(prefix) else key
-        if name is not None:
-            renamed[prefix + name if key.startswith(prefix) else name] = tensor
-    return renamed
-
-
-CLASSIFIER = 1000  # classes of ImageNet, which TinyViT was pre-trained on and SAM never uses
-PREFIX = "image_encoder."
 
 
 def sam_state(network: SamSegmenter) -> State:
@@ -79,8 +58,7 @@ def sam_state(network: SamSegmenter) -> State:
     Image encoder, prompt encoder, and of the mask decoder transformer and upscaling are the network's. SAM's own mask
     tokens, their hypernetworks and the quality head are the base file's: the class head took their place here.
 
-    Args:
-        network: a copy on the CPU; its adapters are folded into it.
+    `network` is a copy on the CPU; its adapters are folded into it.
 
     Raises:
         AdapterError: an adapter runs as a module of its own, for which SAM's file has no tensor.
@@ -95,7 +73,7 @@ def sam_state(network: SamSegmenter) -> State:
             "complete SAM can be written; train on a published SAM file, or export as onnx or torch"
         )
     fold(network)
-    own = full_state(network)
+    own = network.full_state()
     state = {}
     for key, tensor in file.items():
         name = name_in_network(key, network.config)
@@ -108,7 +86,7 @@ def sam_state(network: SamSegmenter) -> State:
 
 def class_head(network: SamSegmenter) -> State:
     """The class head: `mask_tokens.weight` (K, 256) and `output_hypernetworks_mlps.k.*`, as in SAM's mask decoder."""
-    own = full_state(network)
+    own = network.full_state()
     return {name.removeprefix("mask_decoder."): own[name].detach().contiguous() for name in network.head_params()}
 
 
@@ -120,8 +98,8 @@ def _refuse_modules(network: SamSegmenter) -> None:
     for name, found in places.items():
         others = f" and {len(found) - 1} more" if len(found) > 1 else ""
         raise AdapterError(
-            f"adapter {name!r} is no change of weights but a module at {found[0]}{others}, for which SAM's file has no "
-            "tensor; export as onnx or torch"
+            f"adapter {name!r} does not change weights but is a module at {found[0]}{others}, for which SAM's file has "
+            "no tensor; export as onnx or torch"
         )
 
 

@@ -3,9 +3,9 @@
 
     model/adapter.json, adapter.safetensors        version "source"; never written to
     model/versions/NAME/adapter.json, ...          a candidate, a complete adapter folder of its own
-    model/versions/active.json                     {"stack": [..., NAME], "history": [...]}; active is the last
+    model/versions/active.json                     {"stack": [..., NAME], "history": [{"time", "from", "to"}, ...]}
 
-Nothing becomes active unless :func:`activate` is called, which only the command `samda site activate` does.
+The last version of the stack is active. Only the command `samda site activate` changes that (:func:`activate`).
 """
 
 from __future__ import annotations
@@ -14,17 +14,15 @@ import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from samda.errors import InputError, UsageError, nearest
 from samda.io import write_json
-
-if TYPE_CHECKING:
-    import torch
-
-    from samda.networks.segmenter import SamSegmenter
-    from samda.task import Task
-
+from samda.models.folder import BASE, load_model
+from samda.networks.segmenter import SamSegmenter
+from samda.task import Task
 
 SOURCE = "source"
 FOLDER = "versions"
@@ -33,11 +31,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def check_name(name: str) -> str:
-    """A name that is a plain folder name and not "source".
-
-    Raises:
-        UsageError: any other.
-    """
+    """Refuse a name that is not a plain folder name, or "source"."""
     if not NAME.fullmatch(name) or name == SOURCE:
         raise UsageError(f"{name!r} cannot name a version; use up to 64 letters, digits, '.', '_' and '-'")
     return name
@@ -51,7 +45,7 @@ def list_versions(model: str | Path) -> list[str]:
 
 
 def active_version(model: str | Path) -> str:
-    """The version that `predict`, `adapt`, `erf` and `export` use unless told otherwise.
+    """The version that `predict`, `adapt`, `erf` and `export` use by default.
 
     Raises:
         InputError: the pointer is damaged or names a version that is gone.
@@ -63,11 +57,7 @@ def active_version(model: str | Path) -> str:
 
 
 def version_folder(model: str | Path, version: str | None = None) -> Path:
-    """The adapter folder of a version; None takes the active one.
-
-    Raises:
-        UsageError: there is no such version.
-    """
+    """The adapter folder of a version; None takes the active one."""
     version = active_version(model) if version is None else version
     versions = list_versions(model)
     if version not in versions:
@@ -99,27 +89,16 @@ def rollback(model: str | Path) -> tuple[str, str]:
     return pointer["stack"][-1], stack[-1]
 
 
-def history(model: str | Path) -> list[dict[str, str]]:
-    """Every change of the active version: {"time", "from", "to"}, oldest first."""
-    return _pointer(model)["history"]
-
-
 def load_version(
     model: str | Path,
     version: str | None = None,
     weights: str | Path | None = None,
     device: str | torch.device = "cpu",
 ) -> tuple[SamSegmenter, Task, dict[str, Any], str]:
-    """Read a version of a trained model: network, task, record, and the name of the version.
+    """Read a version of a trained model (None: the active one): network, task, record, and the name of the version.
 
-    Args:
-        model: the model folder.
-        version: its name; None takes the active one.
-        weights: file with the base weights; None takes those of the training.
-        device: where the network goes.
+    `weights` is a file with the base weights; None takes those of the training.
     """
-    from samda.models.folder import BASE, load_model
-
     version = active_version(model) if version is None else version
     base = Path(model) / BASE
     if weights is None and base.exists():

@@ -74,7 +74,7 @@ def relative_table(table: torch.Tensor, size: int) -> torch.Tensor:
         size: tokens along the axis.
 
     Returns:
-        (size, size, d), first the query, then the key.
+        (size, size, d), query first.
     """
     length = 2 * size - 1
     if table.shape[0] != length:
@@ -108,15 +108,9 @@ def relative_attention(
     """Multi-head attention with decomposed relative positions.
 
     Args:
-        q: queries (N, heads, H W, d), unscaled; `k` and `v` are of the same shape.
-        k: keys.
-        v: values.
-        table_h: (H, H, d) from :func:`relative_table`.
-        table_w: (W, W, d).
+        q, k, v: queries (unscaled), keys and values (N, heads, H W, d); the result has the same shape.
+        table_h, table_w: (H, H, d) and (W, W, d) from :func:`relative_table`.
         formulation: "mask" or "channels"; None takes the faster one.
-
-    Returns:
-        (N, heads, H W, d).
     """
     height, width = table_h.shape[0], table_w.shape[0]
     grid = q.unflatten(2, (height, width))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The image encoders samda knows: their sizes, and how to build them."""
+"""The image encoders: their sizes, and how to build them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 import torch.nn as nn
 
 from samda.errors import UsageError, from_mapping, nearest
+from samda.networks.tiny_vit import TinyViT
+from samda.networks.vit import ImageEncoderViT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +59,6 @@ class ViTConfig(BackboneConfig):
     window_size: int = 14  # tokens
 
     def build(self) -> nn.Module:
-        from samda.networks.vit import ImageEncoderViT
-
         return ImageEncoderViT(**self.sizes())
 
 
@@ -74,8 +74,6 @@ class TinyViTConfig(BackboneConfig):
     windows: tuple[int, ...]  # tokens
 
     def build(self) -> nn.Module:
-        from samda.networks.tiny_vit import TinyViT
-
         return TinyViT(**self.sizes())
 
 
@@ -91,11 +89,7 @@ TYPES: dict[str, type[BackboneConfig]] = {config.type: config for config in (ViT
 
 
 def backbone_config(backbone: str | Mapping[str, Any] | BackboneConfig) -> BackboneConfig:
-    """The config of a named backbone, or of a mapping {"type": "vit" or "tiny_vit", sizes}; a config passes through.
-
-    Raises:
-        UsageError: no backbone or type of that name, or an unknown or missing size.
-    """
+    """The config of a named backbone, or of a mapping {"type": "vit" or "tiny_vit", sizes}; a config passes through."""
     if isinstance(backbone, BackboneConfig):
         return backbone
     if isinstance(backbone, Mapping):

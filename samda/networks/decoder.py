@@ -2,7 +2,7 @@
 """SAM's mask decoder without prompts: K mask tokens give K class logit maps, for a whole batch of images at once.
 
 The layers are segment_anything's own modules. Attention and upscaling run fused, LayerNorms become norm sites, and a
-decoder site follows each two-way layer. The quality (IoU) token and its head do not exist here.
+decoder site follows each two-way layer. The quality (IoU) token and its head are left out.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ MLP_DIM = 2048
 
 
 def grid_positions(frequencies: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """SAM's position encoding of a grid, in single precision whatever the network runs in.
-
-    Coordinates are multiplied by frequencies of up to several turns: half precision would lose the phase.
+    """SAM's position encoding of a grid, always in single precision: half precision would lose the phase.
 
     Args:
         frequencies: SAM's random matrix (2, C / 2), the x axis first.
@@ -110,16 +108,7 @@ class SiteTransformer(TwoWayTransformer):
     def forward(
         self, image_embedding: torch.Tensor, image_pe: torch.Tensor, point_embedding: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Let tokens and image attend to each other.
-
-        Args:
-            image_embedding: (B, C, H, W).
-            image_pe: position encoding, (B, C, H, W) or (1, C, H, W).
-            point_embedding: tokens (B, N, C).
-
-        Returns:
-            Tokens (B, N, C) and image (B, HW, C).
-        """
+        """Image (B, C, H, W), its position encoding (B or 1, C, H, W), tokens (B, N, C) -> tokens, image (B, HW, C)."""
         keys = image_embedding.flatten(2).transpose(1, 2)
         key_pe = image_pe.flatten(2).transpose(1, 2)
         queries = point_embedding

@@ -8,7 +8,7 @@ fingerprint. Compared with a tolerance: devices and libraries round differently,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -17,18 +17,14 @@ from timm.models.tiny_vit import ConvNorm
 from samda.adapters.base import disabled
 from samda.errors import WeightsError
 
-if TYPE_CHECKING:
-    from samda.networks.segmenter import SamSegmenter
-
-
 TOLERANCE = 1e-3  # relative
 PROBE_SIZE = 64  # pixels
 GROUPS = 32  # numbers kept of each part of the answer
 UNUSED = ("prompt_encoder.point_embeddings", "prompt_encoder.not_a_point_embed", "prompt_encoder.mask_downscaling")
 
 
-def compute_fingerprint(network: SamSegmenter) -> dict[str, Any]:
-    """The fingerprint of the base of a :class:`SamSegmenter`; adapters and class head play no part.
+def compute_fingerprint(network: Any) -> dict[str, Any]:
+    """The fingerprint of the base of a `SamSegmenter`; adapters and class head play no part.
 
     Returns:
         Plain values: `backbone` and `file` (names), `response` (part -> numbers), `norms` (tensor -> Euclidean norm).
@@ -46,8 +42,8 @@ def compute_fingerprint(network: SamSegmenter) -> dict[str, Any]:
     return {"backbone": network.config.name, "file": file, "response": response, "norms": norms}
 
 
-def check_fingerprint(network: SamSegmenter, stored: Mapping[str, Any]) -> None:
-    """Refuse a network whose base is not the one of the `stored` fingerprint.
+def check_fingerprint(network: Any, stored: Mapping[str, Any]) -> None:
+    """Refuse a `SamSegmenter` whose base is not the one of the `stored` fingerprint.
 
     Raises:
         WeightsError: naming both, and the first difference.
@@ -86,7 +82,7 @@ def _wave(*shape: int, step: float) -> torch.Tensor:
     return torch.sin(torch.arange(count, dtype=torch.float64) * step).view(shape).float()
 
 
-def _respond(network: SamSegmenter) -> Iterator[tuple[str, torch.Tensor]]:
+def _respond(network: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """The parts of the base's answer, channels in dimension 1."""
     device = network.pixel_mean.device
     embedding = network.image_encoder(_wave(1, 3, PROBE_SIZE, PROBE_SIZE, step=0.37).to(device))
@@ -107,7 +103,7 @@ def _round(value: float) -> float:
     return float(f"{value:.7g}")
 
 
-def _base_tensors(network: SamSegmenter) -> Iterator[tuple[str, torch.Tensor]]:
+def _base_tensors(network: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors of the base by name; convolutions as they are with their batch norm folded in."""
     skipped = set(network.head_params())
     for path, module in network.named_modules():

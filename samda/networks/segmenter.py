@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SamSegmenter: images to class logits, on a frozen pre-trained SAM with a class head and adapters."""
+"""SamSegmenter: images to class logits, on a frozen pre-trained SAM with a class head and adapters.
+
+Its state dict holds only what is trained, and loads strictly: the frozen base is neither saved nor missed.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,8 @@ from samda.networks.attention import DerivedTensors
 from samda.networks.backbones import BackboneConfig, backbone_config
 from samda.networks.decoder import ClassDecoder, grid_positions
 from samda.networks.fingerprint import compute_fingerprint
-from samda.networks.ops import enlarge
-from samda.networks.saving import save_only_trained
-from samda.networks.weights import BaseReport, check_published, fetch_weights, load_base
+from samda.networks.ops import upsample
+from samda.networks.weights import BaseReport, check_published, fetch_weights, read_base
 
 STRIDE = 16  # pixels of the image per embedding pixel
 MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)  # SAM's, for intensities in [0, 1]
@@ -100,7 +102,9 @@ class SamSegmenter(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(MEAN).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(STD).view(-1, 1, 1), persistent=False)
         self._positions = DerivedTensors()
-        save_only_trained(self)
+        self.register_state_dict_post_hook(_drop_base)
+        self.register_load_state_dict_pre_hook(_look_for_base)
+        self.register_load_state_dict_post_hook(_excuse_base)
         self.eval()
         if weights is not None:
             self.load_base(fetch_weights(self.config.name) if weights == "pretrained" else weights)
@@ -111,11 +115,24 @@ class SamSegmenter(nn.Module):
             load_adapters(self, adapter_file)
 
     def load_base(self, path: str | Path) -> BaseReport:
-        """Load base weights and start the class head from them; see :func:`samda.networks.weights.load_base`."""
-        self.base_report = load_base(self, path)
+        """Load base weights and start the class head from them; nothing is changed where that fails.
+
+        Works on a network on any device, "meta" included. Errors: :func:`samda.networks.weights.read_base`.
+        """
+        own = self.full_state()
+        state, self.base_report = read_base(path, self.config, self.num_classes, own)
+        self.load_state_dict(state, strict=False, assign=any(tensor.is_meta for tensor in own.values()))
         self._fingerprint = None
         self._fingerprint = self.fingerprint()  # before anything is trained: baselines change the base
         return self.base_report
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """The state dict of base and class head, without adapters."""
+        before, self.full_state_dict = self.full_state_dict, True
+        try:
+            return {key: tensor for key, tensor in self.state_dict().items() if ".adapters." not in key}
+        finally:
+            self.full_state_dict = before
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the base weights, see :mod:`samda.networks.fingerprint`; plain values for JSON."""
@@ -141,7 +158,7 @@ class SamSegmenter(nn.Module):
         logits = self.decode(x if embedded else self.encode(x))
         # single precision from here: class scores of many windows and slices are summed later
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return enlarge(logits, STRIDE // 4)
+        return upsample(logits, STRIDE // 4)
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) in [0, 1] -> embeddings (B, 256, H / 16, W / 16)."""
@@ -195,3 +212,33 @@ class SamSegmenter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"backbone={self.config.name}, num_classes={self.num_classes}, in_channels={self.in_channels}"
+
+
+def _base_keys(network: nn.Module) -> set[str]:
+    """Keys of the full state dict that belong to the frozen base: all but adapters and what is trained."""
+    own = set(trainable_parameters(network))
+    for path, module in network.named_modules():
+        if isinstance(module, Site):
+            own |= {f"{path}.adapters.{name}" for name in module.adapters.state_dict()}
+    tensors = [name for name, _ in network.named_parameters()] + [name for name, _ in network.named_buffers()]
+    return {name for name in tensors if name not in own}
+
+
+def _drop_base(network: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    if not network.full_state_dict:
+        for name in _base_keys(network):
+            state.pop(prefix + name, None)
+
+
+def _look_for_base(network: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A state dict with none of the base's tensors leaves the base as it is; one with some of them must have all."""
+    names = {prefix + name for name in _base_keys(network)}
+    adapter_only = names.isdisjoint(state)
+    network._excused = names if adapter_only else set()
+    if not adapter_only:
+        network._fingerprint = None  # of the previous base
+
+
+def _excuse_base(network: Any, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in network._excused]
+    network._excused = set()

@@ -13,7 +13,7 @@ from timm.models.tiny_vit import ConvNorm, MBConv, PatchEmbed, PatchMerging
 
 from samda.adapters.sites import LinearSite, NormSite, ResidualSites, SiteInfo
 from samda.networks.attention import DerivedTensors
-from samda.networks.ops import FoldedConvNorm, bias_index, gelu, quicken, window_attention, window_bias
+from samda.networks.ops import FoldedConvNorm, bias_index, fuse_modules, gelu, window_attention, window_bias
 from samda.networks.vit import build_neck, run_block
 
 NORM_EPS = 1e-5
@@ -122,7 +122,7 @@ class Stage(nn.Module):
         stride: int,
     ) -> None:
         super().__init__()
-        self.downsample = quicken(PatchMerging(in_dim, dim, nn.GELU))
+        self.downsample = fuse_modules(PatchMerging(in_dim, dim, nn.GELU))
         self.downsample.conv2.conv.stride = (stride, stride)
         self.blocks = nn.ModuleList(Block(first_block + i, dim, num_heads, window, mlp_ratio) for i in range(depth))
 
@@ -164,9 +164,9 @@ class TinyViT(nn.Module):
     ) -> None:
         super().__init__()
         self.img_size = image_size
-        self.patch_embed = quicken(PatchEmbed(3, dims[0], nn.GELU))
+        self.patch_embed = fuse_modules(PatchEmbed(3, dims[0], nn.GELU))
         blocks = (MBConv(dims[0], dims[0], 4.0, nn.GELU, 0.0) for _ in range(depths[0]))
-        self.conv_blocks = quicken(nn.Sequential(*blocks))
+        self.conv_blocks = fuse_modules(nn.Sequential(*blocks))
         self.stages = nn.ModuleList()
         for i in range(1, len(dims)):
             stride = 1 if i == len(dims) - 1 else 2

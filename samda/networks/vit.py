@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """SAM's ViT image encoder whose blocks name their sites, for any image size that is a multiple of 16.
 
-The parameters carry the official names, so Meta's and MedSAM's files load as they are. Three things differ from the
-original module, none of them in the numbers: position tables follow the size of the image, query, key and value are
-computed before the windows are cut (padding tokens are zeros there, so their projection is the bias), and attention
-runs fused.
+Parameters carry the official names, so Meta's and MedSAM's files load unchanged. Three things differ from the original
+module, with the same results: position tables are resized to the image, query, key and value are computed before
+windows are cut (padding tokens are zeros there, so their projection is the bias), and attention runs fused.
 """
 
 from __future__ import annotations

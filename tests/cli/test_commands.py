@@ -276,7 +276,7 @@ def test_weights(capsys: pytest.CaptureFixture) -> None:
         (["evaluate", "-m", "MODEL", "-i", "SCANS", "-l", "NOWHERE", "-o", "OUT"], 1, ["NOWHERE", "does not exist"]),
         (["export", "-m", "MODEL", "-o", "OUT"], 2, ["required: --format"]),
         (["export", "-m", "MODEL", "-o", "OUT", "--format", "onx"], 2, ["'onx'", "did you mean 'onnx'?"]),
-        (["export", "-m", "MODEL", "-o", "MODEL", "--format", "onnx"], 2, ["model exists and is no empty folder"]),
+        (["export", "-m", "MODEL", "-o", "MODEL", "--format", "onnx"], 2, ["model exists and is not an empty folder"]),
         (["export", "-m", "MODEL", "-o", "a/b/c", "--format", "onnx"], 2, ["a/b does not exist; make it first"]),
         (["export", "-m", "MODEL", "-o", "model.pt2", "--format", "torch"], 2, ["is the name of a file", "'model'"]),
         (
@@ -288,7 +288,7 @@ def test_weights(capsys: pytest.CaptureFixture) -> None:
         (["erf", "-m", "NOWHERE", "-i", "SCANS"], 1, ["NOWHERE", "trained model"]),
         (["erf", "-m", "MODEL", "-i", "NOWHERE"], 1, ["NOWHERE", "does not exist"]),
         (["erf", "-m", "MODEL", "MODEL", "-i", "SCANS"], 2, ["names a folder twice"]),
-        (["erf", "-m", "MODEL", "-i", "SCANS", "-o", "MODEL"], 2, ["model exists and is no empty folder"]),
+        (["erf", "-m", "MODEL", "-i", "SCANS", "-o", "MODEL"], 2, ["model exists and is not an empty folder"]),
         (["erf", "-m", "MODEL", "-i", "SCANS", "--slices", "0"], 2, ["--slices", "from 1"]),
         (["erf", "-m", "MODEL", "-i", "SCANS", "--version", "sit"], 2, ["no version 'sit'"]),
         (["info", "-m", "NOWHERE"], 1, ["NOWHERE", "trained model"]),

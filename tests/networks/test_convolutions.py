@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from timm.models.tiny_vit import ConvNorm, MBConv
 
-from samda.networks.ops import FoldedConvNorm, Gelu, gelu, quicken
+from samda.networks.ops import FoldedConvNorm, Gelu, fuse_modules, gelu
 
 KINDS = {"pointwise": {}, "strided": {"ks": 3, "stride": 2, "pad": 1}, "depthwise": {"ks": 3, "pad": 1, "groups": 8}}
 
@@ -47,12 +47,12 @@ def test_a_batch_norm_that_trains_is_left_alone() -> None:
 
 
 @torch.no_grad()
-def test_quicken_exchanges_all_of_a_block(random_state: Callable) -> None:
+def test_fuse_modules_exchanges_all_of_a_block(random_state: Callable) -> None:
     block = MBConv(8, 8, 4.0, nn.GELU, 0.0).double().eval()
     block.load_state_dict(random_state(block, seed=3))
     x = torch.randn(2, 8, 6, 6).double()
     expected = block(x)
-    assert quicken(block) is block
+    assert fuse_modules(block) is block
     assert [type(m) for m in block.children()] == [FoldedConvNorm, Gelu] * 3 + [nn.Identity]
     torch.testing.assert_close(block(x), expected, rtol=0, atol=1e-12)
 

@@ -13,7 +13,6 @@ from ignite.engine import Engine
 from monai.handlers import CheckpointLoader, CheckpointSaver
 from monai.networks.utils import copy_model_state
 
-from samda.networks.saving import full_state
 from samda.networks.segmenter import SamSegmenter
 
 Make = Callable[..., SamSegmenter]
@@ -112,6 +111,6 @@ def test_monai_copy_model_state(trained: SamSegmenter, fresh: SamSegmenter) -> N
 
 
 def test_full_state_leaves_the_switch_as_it_was(trained: SamSegmenter) -> None:
-    state = full_state(trained)
+    state = trained.full_state()
     assert trained.full_state_dict is False
     assert "image_encoder.pos_embed" in state and not any(".adapters." in name for name in state)

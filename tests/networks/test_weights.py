@@ -17,12 +17,11 @@ import torch
 from safetensors.torch import save_file
 
 from samda.errors import UsageError, WeightsError
-from samda.io import cache_dir
+from samda.io import cache_dir, download
 from samda.networks import weights
 from samda.networks.backbones import ViTConfig
-from samda.networks.download import download
 from samda.networks.segmenter import SamSegmenter
-from samda.networks.weights import KNOWN_FILES, fetch_weights, identify, load_base, read_state
+from samda.networks.weights import KNOWN_FILES, fetch_weights, identify, read_state
 
 State = dict[str, torch.Tensor]
 
@@ -88,7 +87,7 @@ def test_half_precision_files_become_single_precision(
 def test_a_loaded_network_takes_other_weights(make_segmenter: Callable[..., SamSegmenter], tiny_weights: Path) -> None:
     network = make_segmenter(weights=None)
     parameter = network.image_encoder.pos_embed
-    load_base(network, tiny_weights)
+    network.load_base(tiny_weights)
     assert network.image_encoder.pos_embed is parameter  # an optimizer that knows the parameter keeps it
     image = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -106,7 +105,7 @@ def refused(path: Path, config: ViTConfig) -> str:
     network = SamSegmenter(config, weights=None)
     before = {name: tensor.clone() for name, tensor in network.named_parameters()}
     with pytest.raises(WeightsError) as caught:
-        load_base(network, path)
+        network.load_base(path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.named_parameters())
     message = str(caught.value)
     assert "\n" not in message and str(path) in message
@@ -130,7 +129,7 @@ def test_pickled_code_is_not_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     message = refused(saved(tmp_path / "x.pth", {"model": state, "extra": Code()}), tiny_vit_config)
-    assert "cannot be read as weights (no file of tensors only); give a .pth or .safetensors file" in message
+    assert "cannot be read as weights (it holds more than tensors); give a .pth or .safetensors file" in message
     assert not (tmp_path / "never").exists()
 
 
@@ -234,7 +233,7 @@ def unreachable(served: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setenv("SAMDA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", str(tmp_path))
     for name, known in KNOWN_FILES.items():
-        monkeypatch.setitem(weights.KNOWN_FILES, name, dataclasses.replace(known, address=f"{served}/{known.name}"))
+        monkeypatch.setitem(weights.KNOWN_FILES, name, dataclasses.replace(known, folder=f"{served}/"))
     return tmp_path / "cache"
 
 

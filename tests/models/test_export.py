@@ -130,8 +130,8 @@ def test_refusals(tmp_path: Path, make_segmenter: Callable[..., SamSegmenter]) -
     (tmp_path / "full" / "file").write_text("mine")
     for folder, kind, words in [
         ("out", "onx", r"no format 'onx'; did you mean 'onnx'\?"),
-        ("full", "onnx", "full exists and is no empty folder"),
-        ("full/file", "onnx", "file exists and is no empty folder"),
+        ("full", "onnx", "full exists and is not an empty folder"),
+        ("full/file", "onnx", "file exists and is not an empty folder"),
         ("no/where", "onnx", "no does not exist; make it first"),
         ("model.onnx", "onnx", "model.onnx is the name of a file; give a folder, for instance '.*model'"),
     ]:

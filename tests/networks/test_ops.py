@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from samda.networks.ops import LARGEST_PRODUCT, enlarge
+from samda.networks.ops import LARGEST_PRODUCT, upsample
 
 
 @pytest.mark.parametrize("size", [(3, 5), (1, 4), (2, LARGEST_PRODUCT + 1)])
@@ -16,15 +16,15 @@ def test_values_and_gradients_are_those_of_interpolate(size: tuple[int, int], dt
     expected = F.interpolate(maps, target, mode="bilinear", align_corners=False)
     upstream = torch.randn(expected.shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", torch.bfloat16):
-        found = enlarge(maps, 4)
+        found = upsample(maps, 4)
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(value, maps, upstream)[0] for value in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        assert torch.equal(enlarge(maps, 4), expected)
+        assert torch.equal(upsample(maps, 4), expected)
 
 
 def test_four_times_two_pixels() -> None:
     maps = torch.tensor([[[[0.0, 8.0]]]], requires_grad=True)
-    assert enlarge(maps, 4)[0, 0, 0].tolist() == [0, 0, 1, 3, 5, 7, 8, 8]
+    assert upsample(maps, 4)[0, 0, 0].tolist() == [0, 0, 1, 3, 5, 7, 8, 8]
