@@ -163,7 +163,7 @@ def config_meanings() -> dict[str, str]:
 
 def adapters() -> Iterator[str]:
     """Every adapter with its settings."""
-    from samda.adapters.settings import AdapterConfig
+    from samda.adapters.base import AdapterConfig
 
     yield "## Adapters"
     yield (

@@ -45,7 +45,7 @@ from samda.adaptation.settings import check_settings
 from samda.adaptation.views import FAMILIES, make_views, mirrored_classes, restore_view, seed_of
 from samda.adapters.adapter_file import state_tensors
 from samda.adapters.attach import scope_parameters
-from samda.adapters.base import unmerge
+from samda.adapters.base import changes_encoder, unmerge
 from samda.data.formats import name_of, scan_path
 from samda.data.slices import SliceGrid, center_channels
 from samda.data.transforms import build_preprocessing
@@ -145,8 +145,7 @@ class Adaptation:
         self.steps, self.lr, self.seed = values["steps"], values["lr"], values["seed"]
         self.views, self.slices, self.keep = values["views"], values["slices"], values["keep"]
         self.batch_size = values["batch_size"]
-        encoder = [name for name in self.parameters if name.startswith("image_encoder.")]
-        self.embedded = not encoder  # the encoder stays as it is, so views are encoded once
+        self.embedded = not changes_encoder(network, self.parameters)  # then views are encoded once
         self.mirror = mirrored_classes(task.classes)
         self.preprocessing = build_preprocessing(task, labels=False)
         self.inferer = VolumeInferer(task, self.batch_size, device=device)

@@ -23,32 +23,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
 from samda.adapters.attach import build_configs
-from samda.adapters.base import attached, modules, trainable_parameters, unmerge
-from samda.adapters.settings import AdapterConfig, is_int
+from samda.adapters.base import AdapterConfig, attached, is_int, modules, trainable_parameters, unmerge
 from samda.errors import AdapterError, UsageError, check_keys
-from samda.io import replacing, write_text
+from samda.io import plain, replacing, write_text
 
 FORMAT_VERSION = 1
 HEADER = "adapter.json"
 TENSORS = "adapter.safetensors"
 SECTIONS = ("network", "base", "task", "record")
-
-Header = dict[str, Any]
-
-# format version -> the function that turns a header of that version into one of the next; version 1 is the first
-UPGRADES: dict[int, Callable[[Header], Header]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +74,7 @@ def save_adapters(
 ) -> None:
     """Write `adapter.json` and `adapter.safetensors`; each appears complete or not at all.
 
-    Args:
-        model: a network with adapters attached.
-        folder: made if missing.
-        network, base, task, record: plain values (see the module); NaN and infinities become null.
+    `network`, `base`, `task` and `record` are plain values (see the module); NaN and infinities become null.
 
     Raises:
         AdapterError: a value is not plain, or a tensor is not finite; nothing is written.
@@ -101,7 +90,11 @@ def save_adapters(
         "adapters": {name: config.to_dict() for name, config in attached(model).items()},
     }
     for key, values in zip(SECTIONS, (network, base, task, record), strict=True):
-        header[key] = _plain(values or {}, key)
+        header[key] = plain(values or {})
+        try:
+            json.dumps(header[key])
+        except TypeError as error:
+            raise AdapterError(f"{folder}: {key} of {HEADER} takes plain values only ({error})") from error
     text = json.dumps(header, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +107,7 @@ def read_adapters(folder: str | Path) -> AdapterFile:
     """Read and validate an adapter folder.
 
     Raises:
-        AdapterError: a file is missing, damaged, of a newer samda, or not what it should be; one line with the remedy.
+        AdapterError: a file is missing, damaged, of a newer samda, or not what it should be.
     """
     folder = Path(folder)
     header = _read_header(folder / HEADER)
@@ -132,11 +125,11 @@ def load_adapters(model: nn.Module, source: str | Path | AdapterFile) -> None:
     Args:
         model: a network with adapters; it is unmerged first.
         source: an adapter folder, its `adapter.safetensors`, or what :func:`read_adapters` returned. A safetensors file
-            without an `adapter.json` beside it is held against the model's names and shapes only.
+            without an `adapter.json` beside it is compared with the model's names and shapes only.
 
     Raises:
         AdapterError: adapters, settings, names, shapes or values do not fit, or a tensor was trained on other base
-            weights; the message names the file and the remedy, and the model is unchanged.
+            weights; the model is unchanged.
     """
     if not isinstance(source, AdapterFile):
         path = Path(source)
@@ -200,43 +193,32 @@ def _check_settings(present: Mapping[str, AdapterConfig], file: AdapterFile) -> 
                 )
 
 
-def _read_header(path: Path) -> Header:
-    def refuse(what: str) -> AdapterError:
-        return AdapterError(f"{path}: {what}")
-
+def _read_header(path: Path) -> dict[str, Any]:
     def no_constant(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
     try:
         header = json.loads(_read_bytes(path).decode(), parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
-        raise refuse(f"is no JSON file ({error}); copy the folder again") from error
-    version = header.get("format_version") if isinstance(header, dict) else None
+        raise AdapterError(f"{path}: is not a JSON file ({error}); copy the folder again") from error
+    version: Any = header.get("format_version") if isinstance(header, dict) else None
     if not is_int(version, 1):
-        raise refuse("has no format_version; this is not an adapter that samda wrote")
-    header = _upgrade(header, path, UPGRADES, FORMAT_VERSION)
-    keys = ("format_version", "sha256", "adapters", *SECTIONS)
+        raise AdapterError(f"{path}: has no format_version; give an adapter that samda wrote")
+    if version > FORMAT_VERSION:
+        raise AdapterError(
+            f"{path}: has format version {version}, this samda reads up to {FORMAT_VERSION}; update samda"
+        )
+    objects = ("adapters", *SECTIONS)
     try:
-        check_keys(header, keys, str(path))
+        check_keys(header, ("format_version", "sha256", *objects), str(path))
     except UsageError as error:
         raise AdapterError(str(error)) from error
-    for key in keys:
+    for key in ("sha256", *objects):
         if key not in header:
-            raise refuse(f"lacks {key!r}; copy the folder again")
-    for key in ("adapters", *SECTIONS):
+            raise AdapterError(f"{path}: lacks {key!r}; copy the folder again")
+    for key in objects:
         if not isinstance(header[key], dict):
-            raise refuse(f"{key!r} must be an object, got {type(header[key]).__name__}")
-    return header
-
-
-def _upgrade(header: Header, path: Path, upgrades: Mapping[int, Callable[[Header], Header]], newest: int) -> Header:
-    """Bring a header of an older format version to the `newest`, one version at a time."""
-    if header["format_version"] > newest:
-        version = header["format_version"]
-        raise AdapterError(f"{path}: has format version {version}, this samda reads up to {newest}; update samda")
-    while header["format_version"] < newest:
-        version = header["format_version"]
-        header = upgrades[version](header) | {"format_version": version + 1}
+            raise AdapterError(f"{path}: {key!r} must be an object, got {type(header[key]).__name__}")
     return header
 
 
@@ -257,7 +239,7 @@ def _parse_tensors(content: bytes, path: Path) -> dict[str, torch.Tensor]:
     try:
         return safetensors.load(content)
     except (SafetensorError, KeyError, ValueError) as error:
-        raise AdapterError(f"{path}: is no safetensors file or is cut short ({error}); copy it again") from error
+        raise AdapterError(f"{path}: is not a safetensors file or is cut short ({error}); copy it again") from error
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -265,18 +247,3 @@ def _read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read ({error.strerror}); give the folder of a trained model") from error
-
-
-def _plain(value: Any, where: str) -> Any:
-    """`value` as JSON values; `where` is its key path, for the message."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}.{index}") for index, item in enumerate(value)]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    raise AdapterError(f"{where}: {HEADER} holds plain values only, got {type(value).__name__}; convert it first")

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapters by name, and how settings from a config file or a command line become configs.
+"""Attaching adapters by name to a network, and what is asked of the network afterwards.
 
-Scopes: which of the trained parameters move when a model is adapted to new scans without labels.
+Settings from a config file or a command line become configs by the one registry, :data:`ADAPTERS`.
+
+Scopes say which of the trained parameters move when a model is adapted to new scans without labels:
 
 =================== ==============================================================================================
 scope               parameters
@@ -14,46 +16,45 @@ decoder+encoder     several scopes together, joined by "+"
 =================== ==============================================================================================
 
 Base weights and class head never belong to a scope.
-
-Fold adapters into a network for good, for files that leave samda; what can be undone is :func:`merge`.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from samda.adapters.base import merge, modules, sites
+from samda.adapters.base import (
+    Adapter,
+    AdapterConfig,
+    attached,
+    attached_names,
+    freeze,
+    is_merged,
+    merge,
+    modules,
+    sites,
+    unmerge,
+)
 from samda.adapters.baselines import BottleneckConfig, DecoderConfig, FullConfig, HeadConfig
 from samda.adapters.kernel import DkaConfig, LkaConfig
 from samda.adapters.lora import LoraConfig
 from samda.adapters.norm import NormConfig
 from samda.adapters.salt import SaltConfig
 from samda.adapters.sam_da import SamDaConfig
-from samda.adapters.settings import AdapterConfig
-from samda.adapters.sites import LinearSite, NormSite
+from samda.adapters.sites import Site, WeightSite
 from samda.errors import AdapterError, UsageError, from_mapping, nearest
 
 Adapters = Mapping[str, Mapping[str, Any] | AdapterConfig] | Iterable[str] | str
 
-ADAPTERS: dict[str, type[AdapterConfig]] = {
-    config.name: config
-    for config in (
-        SaltConfig,
-        LoraConfig,
-        LkaConfig,
-        DkaConfig,
-        SamDaConfig,
-        NormConfig,
-        BottleneckConfig,
-        HeadConfig,
-        DecoderConfig,
-        FullConfig,
-    )
-}
+KINDS: tuple[type[AdapterConfig], ...] = (
+    *(SaltConfig, LoraConfig, LkaConfig, DkaConfig, SamDaConfig, NormConfig),
+    *(BottleneckConfig, HeadConfig, DecoderConfig, FullConfig),
+)
+ADAPTERS: dict[str, type[AdapterConfig]] = {kind.name: kind for kind in KINDS}
 
 RESERVED = ("training", "trainable", "base")  # a module's own attribute, and entries of `count_parameters`
 
@@ -78,19 +79,11 @@ def build_configs(adapters: Adapters) -> dict[str, AdapterConfig]:
         if not isinstance(adapters, Iterable):
             raise UsageError(f"adapters must be names or a mapping of name to settings, got {adapters!r}")
         adapters = {name: {} for name in adapters}
-    return {str(name): _build(str(name), settings) for name, settings in adapters.items()}
+    return {str(name): _build_config(str(name), settings) for name, settings in adapters.items()}
 
 
 def check_together(adapters: Mapping[str, AdapterConfig], present: Mapping[str, AdapterConfig] | None = None) -> None:
-    """Refuse adapters that no network takes.
-
-    Args:
-        adapters: those to attach.
-        present: those that are attached already.
-
-    Raises:
-        AdapterError: a name is taken or no identifier, or two configs exclude each other.
-    """
+    """Raise AdapterError if a name is taken (by `present`) or not an identifier, or two configs exclude each other."""
     present = present or {}
     for name in adapters:
         if name in present:
@@ -106,7 +99,7 @@ def check_together(adapters: Mapping[str, AdapterConfig], present: Mapping[str, 
             )
 
 
-def _build(name: str, settings: Mapping[str, Any] | AdapterConfig) -> AdapterConfig:
+def _build_config(name: str, settings: Mapping[str, Any] | AdapterConfig) -> AdapterConfig:
     if isinstance(settings, AdapterConfig):
         return settings
     if not isinstance(settings, Mapping):
@@ -116,6 +109,62 @@ def _build(name: str, settings: Mapping[str, Any] | AdapterConfig) -> AdapterCon
     if not isinstance(kind, str) or kind not in ADAPTERS:
         raise UsageError(f"there is no adapter {kind!r}; {nearest(str(kind), ADAPTERS)}")
     return from_mapping(ADAPTERS[kind], values, f"adapter {name!r}")
+
+
+def attach(model: nn.Module, adapters: Adapters) -> None:
+    """Attach adapters to their sites; all of them or, when one refuses, none.
+
+    At this moment the output of the model does not change, unless a config asks for its paper's own initialization.
+    Afterwards exactly the adapters' parameters, the class head and what a baseline declares require gradients.
+
+    Args:
+        model: a network with sites; attach after its base weights were loaded.
+        adapters: names ("salt", or ["salt", "sam_da"]), or name -> settings or config, for instance
+            `{"salt": samda.SaltConfig(rank=4)}`, see :func:`samda.adapters.build_configs`. The name is the key under
+            which the adapter is saved and addressed.
+
+    Raises:
+        UsageError: an adapter or a setting is unknown or out of range.
+        AdapterError: a name is taken or not an identifier, a config finds no site, a site cannot be served, or two
+            configs exclude each other. The model is unchanged.
+    """
+    if is_merged(model):
+        raise AdapterError("adapters are merged; call unmerge before attaching more")
+    configs, present, places = build_configs(adapters), attached(model), sites(model)
+    check_together(configs, present)
+    built = []
+    for name, config in configs.items():
+        targets = [site for site in places.values() if config.targets(site.info)]
+        if config.roles and not targets:
+            raise AdapterError(f"adapter {name!r} finds none of its sites ({', '.join(config.serves())}) in this model")
+        config.review(targets)
+        built += [(site, name, _build_at(site, name, config, model)) for site in targets]
+    for site, name, adapter in built:
+        site.adapters[name] = adapter
+    model._samda_adapters = present | configs  # type: ignore[assignment]
+    freeze(model)
+
+
+def _build_at(site: Site, name: str, config: AdapterConfig, model: nn.Module) -> Adapter:
+    reference = next(site.parameters(), None)
+    reference = next(model.parameters()) if reference is None else reference
+    # a seed per site: equal layers must not start equal, and no global generator is touched
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}/{name}/{site.info.name}".encode()))
+    with torch.device("meta" if reference.is_meta else "cpu"):
+        adapter = config.build(site, generator)
+    return adapter.to(reference.device, reference.dtype)
+
+
+def detach(model: nn.Module, names: Iterable[str] | None = None) -> None:
+    """Remove adapters (all when `names` is None); the base is as it was before, but for what a baseline trained."""
+    names = attached_names(model, names)
+    unmerge(model)
+    for site in sites(model).values():
+        for name in names:
+            if name in site.adapters:
+                del site.adapters[name]
+    model._samda_adapters = {n: c for n, c in attached(model).items() if n not in names}  # type: ignore[assignment]
+    freeze(model)
 
 
 SCOPES = ("gate", "decoder", "norm", "encoder")
@@ -135,11 +184,7 @@ def check_scope(scope: str) -> list[str]:
 
 
 def scope_parameters(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
-    """The parameters of a scope by their full name in `model`, in module order.
-
-    Args:
-        model: a network with adapters.
-        scope: a name of the table, or several joined by "+".
+    """The parameters of a scope, or of several joined by "+", by their full name in `model`, in module order.
 
     Raises:
         UsageError: there is no such scope.
@@ -177,21 +222,22 @@ def _parameters_by_scope(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]
 
 @torch.no_grad()
 def fold(model: nn.Module) -> None:
-    """Write what merges into the base weights themselves and drop the adapters that it came from.
+    """Write what merges into the base weights themselves and drop the adapters that it came from, for export.
 
-    Adapters that are modules stay, their own parts folded into fewer where possible. There is no way back: give a copy.
+    Adapters that are modules stay, their own parts folded into fewer where possible. This cannot be undone (see
+    :func:`merge` for what can): give a copy.
 
     Raises:
         AdapterError: a merged weight is not finite; the model is unchanged.
     """
     merge(model)
     for site in sites(model).values():
-        if isinstance(site, LinearSite | NormSite) and site.merged:
+        if isinstance(site, WeightSite):
             for name in ("weight", "bias"):
-                merged = getattr(site, f"merged_{name}", None)
+                merged = getattr(site, f"merged_{name}")
                 if merged is not None:
                     getattr(site, name).copy_(merged)
             site.unmerge()
     for path, site, adapter in list(modules(model)):
-        if adapter.mergeable and isinstance(site, LinearSite | NormSite):
+        if adapter.mergeable and isinstance(site, WeightSite):
             del site.adapters[path.rpartition(".")[2]]

@@ -1,26 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter contract: small modules at named sites of a frozen network.
+"""The adapter contract: small modules at named sites of a frozen network, each with a dataclass of settings.
 
 Everything that happens to an adapter later (freezing, counting, saving, merging, the scope of test-time adaptation)
-derives from one answer: which parameters it calls its own (:meth:`Adapter.adapter_params`).
+derives from one answer: which parameters it calls its own (:meth:`Adapter.adapter_params`). The functions below ask
+it of a whole network; :mod:`samda.adapters.attach` knows the methods.
+
+A network with a class head lists its parameters in `head_params()`; one whose baselines are trained, too, names its
+"encoder" and "decoder" in `parts`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn as nn
 
-from samda.adapters.settings import AdapterConfig
-from samda.adapters.sites import LinearSite, NormSite, Site
-from samda.errors import AdapterError
+from samda.adapters.sites import Site, SiteInfo, WeightSite
+from samda.errors import AdapterError, UsageError
 
-if TYPE_CHECKING:
-    from samda.adapters.attach import Adapters
+Choices = Mapping[str, tuple[str | None, ...]]  # setting -> its values
 
 
 class Adapter(nn.Module):
@@ -45,7 +49,7 @@ class Adapter(nn.Module):
 
     def delta(self) -> Any:
         """The change of the base parameter: a tensor of the weight's shape, or (scale, shift) at a norm."""
-        raise AdapterError(f"{type(self).__name__} is no weight delta and cannot be merged into the base weights")
+        raise AdapterError(f"{type(self).__name__} is not a weight delta and cannot be merged into the base weights")
 
     def whole(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         """Base layer and delta in one, x (W + dW)^T + b, where that is cheaper than their sum; else None."""
@@ -59,15 +63,7 @@ class Adapter(nn.Module):
         return None
 
     def check_state(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
-        """Refuse tensors that were trained on something else than this site's base weight, before they are assigned.
-
-        Args:
-            tensors: a state of this adapter, names and shapes already checked.
-            source: where they come from, for the message.
-
-        Raises:
-            AdapterError: naming the layer and the remedy.
-        """
+        """Raise AdapterError for a state (names and shapes checked) that was trained on another base weight."""
 
     def reparameterize(self) -> bool:
         """Fold the adapter's own parts into fewer, where the mathematics allows; True if anything changed."""
@@ -80,6 +76,113 @@ class Adapter(nn.Module):
         """Compute with operations that ONNX runtimes have; the numbers stay the same."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Settings of one adapter. A subclass adds fields, states the roles it serves and builds the module of a site."""
+
+    name: ClassVar[str] = ""
+    roles: ClassVar[tuple[str, ...]] = ()  # all roles that this kind of adapter can serve
+    alone: ClassVar[bool] = False  # does it move what other adapters build on?
+    free: ClassVar[tuple[str, ...]] = ("seed", "init")  # settings that may differ when a trained file is loaded
+    positive: ClassVar[tuple[str, ...]] = ()  # settings that are integers of at least 1
+    choices: ClassVar[Choices] = {}
+
+    seed: int = 0  # of the adapter's own random initialization; the global generators stay untouched
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):  # as Python's number, which is what a file of adapters holds
+                object.__setattr__(self, field.name, value.item())
+            if field.type == "bool":
+                self.require(field.name, isinstance(getattr(self, field.name), bool), "true or false")
+        self.require("seed", is_int(self.seed), "an integer")
+        for key in self.positive:
+            self.require(key, is_int(getattr(self, key), 1), "an integer of at least 1")
+        for key, values in self.choices.items():
+            listed = ", ".join("null" if value is None else value for value in values)
+            self.require(key, getattr(self, key) in values, f"one of {listed}")
+
+    def require(self, key: str, valid: bool, what: str) -> None:
+        """Refuse the setting `key` unless `valid`; `what` says what it must be."""
+        if not valid:
+            raise UsageError(f"adapter {self.name!r}: {key} must be {what}, got {getattr(self, key)!r}")
+
+    def serves(self) -> tuple[str, ...]:
+        """The roles that this adapter goes to with these settings."""
+        return self.roles
+
+    def targets(self, info: SiteInfo) -> bool:
+        """Does this adapter go to that site?"""
+        return info.role in self.serves()
+
+    def review(self, places: Sequence[Site]) -> None:
+        """Look at all of its sites at once before the first is built: warn, or raise AdapterError."""
+
+    def build(self, site: Site, generator: torch.Generator) -> Adapter:
+        """The module for `site`; it raises AdapterError with the place and the reason where it cannot serve it."""
+        raise NotImplementedError
+
+    def base_params(self, model: nn.Module) -> list[str]:
+        """Base parameters that this "adapter" trains itself (the baselines `decoder` and `full`); usually none."""
+        return []
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: `type` and every setting."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"type": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearAdapterConfig(AdapterConfig):
+    """Settings of a weight delta for the linear layers of the encoder."""
+
+    roles: ClassVar[tuple[str, ...]] = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+    layers: tuple[str, ...] = roles  # which of the encoder's linear layers
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "layers", (self.layers,) if isinstance(self.layers, str) else tuple(self.layers))
+        known = all(layer in self.roles for layer in self.layers)
+        self.require("layers", bool(self.layers) and known, f"a list out of {', '.join(self.roles)}")
+
+    def serves(self) -> tuple[str, ...]:
+        return self.layers
+
+
+def is_int(value: Any, low: int | None = None) -> bool:
+    """Is `value` an integer (not a bool), and at least `low`?"""
+    return isinstance(value, int) and not isinstance(value, bool) and (low is None or value >= low)
+
+
+# Initialization draws from an explicit generator: building an adapter never touches the global random state.
+
+
+def random_linear(in_features: int, out_features: int, bias: bool, generator: torch.Generator) -> nn.Linear:
+    """A linear layer with PyTorch's default distribution, U(-1/sqrt(in), 1/sqrt(in)) for weight and bias."""
+    layer = nn.Linear(in_features, out_features, bias=bias, device="meta")  # its own initialization draws nothing there
+    layer = layer.to_empty(device=torch.get_default_device())
+    for parameter in layer.parameters():
+        nn.init.uniform_(parameter, -1 / math.sqrt(in_features), 1 / math.sqrt(in_features), generator=generator)
+    return layer
+
+
+def random_uniform(*shape: int, bound: float, generator: torch.Generator) -> nn.Parameter:
+    """A parameter from U(-bound, bound)."""
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=generator))
+
+
+def random_normal(*shape: int, std: float, generator: torch.Generator) -> nn.Parameter:
+    """A parameter from N(0, std^2)."""
+    return nn.Parameter(torch.empty(shape).normal_(0.0, std, generator=generator))
+
+
+def zeros(*shape: int) -> nn.Parameter:
+    """A parameter of zeros."""
+    return nn.Parameter(torch.zeros(shape))
+
+
 def sites(model: nn.Module) -> dict[str, Site]:
     """All sites of `model` by their full name, in module order."""
     return {module.info.name: module for module in model.modules() if isinstance(module, Site)}
@@ -90,71 +193,20 @@ def attached(model: nn.Module) -> dict[str, AdapterConfig]:
     return dict(getattr(model, "_samda_adapters", {}))
 
 
-def attach(model: nn.Module, adapters: Adapters) -> None:
-    """Attach adapters to their sites; all of them or, when one refuses, none.
-
-    At this moment the output of the model does not change, unless a config asks for its paper's own initialization.
-    Afterwards exactly the adapters' parameters, the class head and what a baseline declares require gradients.
-
-    Args:
-        model: a network with sites; attach after its base weights were loaded.
-        adapters: names ("salt", or ["salt", "sam_da"]), or name -> settings or config, see
-            :func:`samda.adapters.build_configs`. The name is the key under which the adapter is saved and addressed.
-
-    Raises:
-        UsageError: an adapter or a setting is unknown or out of range.
-        AdapterError: a name is taken or no identifier, a config finds no site, a site cannot be served, or two configs
-            exclude each other. The model is unchanged.
-    """
-    from samda.adapters.attach import (  # it knows every adapter, and each is built on this module
-        build_configs,
-        check_together,
-    )
-
-    if is_merged(model):
-        raise AdapterError("adapters are merged; call unmerge before attaching more")
-    adapters = build_configs(adapters)
-    present = attached(model)
-    places = sites(model)
-    check_together(adapters, present)
-    built = []
-    for name, config in adapters.items():
-        targets = [site for site in places.values() if config.targets(site.info)]
-        if config.roles and not targets:
-            raise AdapterError(f"adapter {name!r} finds none of its sites ({', '.join(config.serves())}) in this model")
-        config.review(targets)
-        built += [(site, name, _build(config, name, site, model)) for site in targets]
-    for site, name, adapter in built:
-        site.adapters[name] = adapter
-    model._samda_adapters = present | adapters  # type: ignore[assignment]
-    freeze(model)
-
-
-def _build(config: AdapterConfig, name: str, site: Site, model: nn.Module) -> Adapter:
-    reference = next(site.parameters(), None)
-    reference = next(model.parameters()) if reference is None else reference
-    # a seed per site: equal layers must not start equal, and no global generator is touched
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}/{name}/{site.info.name}".encode()))
-    with torch.device("meta" if reference.is_meta else "cpu"):
-        adapter = config.build(site, generator)
-    return adapter.to(reference.device, reference.dtype)
-
-
-def detach(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Remove adapters (all when `names` is None); the base is as it was before, but for what a baseline trained."""
-    names = _names(model, names)
-    unmerge(model)
-    for site in sites(model).values():
-        for name in names:
-            if name in site.adapters:
-                del site.adapters[name]
-    model._samda_adapters = {n: c for n, c in attached(model).items() if n not in names}  # type: ignore[assignment]
-    freeze(model)
+def attached_names(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
+    """`names`, or all adapters when it is None; raises AdapterError for one that the model lacks."""
+    present = list(attached(model))
+    names = present if names is None else list(names)
+    for name in names:
+        if name not in present:
+            have = ", ".join(present) or "none"
+            raise AdapterError(f"there is no adapter {name!r} in this model; attached: {have}")
+    return names
 
 
 def modules(model: nn.Module, names: Iterable[str] | None = None) -> Iterator[tuple[str, Site, Adapter]]:
     """The adapter modules of `model` (of all adapters when `names` is None): full path, site, module."""
-    names = _names(model, names)
+    names = attached_names(model, names)
     for path, site in model.named_modules():
         if isinstance(site, Site):
             for name in names:
@@ -173,17 +225,38 @@ def adapter_parameters(model: nn.Module, names: Iterable[str] | None = None) -> 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What the supervised phase trains: adapters, class head, and what a baseline declares; also what is saved."""
-    own = dict(model.named_parameters())
-    names = set(adapter_parameters(model)) | set(getattr(model, "head_params", list)())
+    names = set(adapter_parameters(model)) | _head(model)
     for config in attached(model).values():
         names |= set(config.base_params(model))
-    return {name: parameter for name, parameter in own.items() if name in names}
+    return {name: parameter for name, parameter in model.named_parameters() if name in names}
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Everything that is neither adapter nor class head: the pre-trained SAM."""
-    outside = set(adapter_parameters(model)) | set(getattr(model, "head_params", list)())
+    outside = set(adapter_parameters(model)) | _head(model)
     return {name: parameter for name, parameter in model.named_parameters() if name not in outside}
+
+
+def _head(model: nn.Module) -> set[str]:
+    return set(getattr(model, "head_params", list)())
+
+
+def in_part(model: nn.Module, part: str, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """The names of those `parameters` that lie in a part of `model`, "encoder" or "decoder", adapters there included.
+
+    A model without such a part has none of them.
+    """
+    module = getattr(model, "parts", {}).get(part)
+    inside = {id(parameter) for parameter in module.parameters()} if module is not None else set()
+    return [name for name, parameter in parameters.items() if id(parameter) in inside]
+
+
+def changes_encoder(model: nn.Module, parameters: Mapping[str, nn.Parameter] | None = None) -> bool:
+    """Is anything in the encoder among `parameters` (those that are trained when None)?
+
+    Else the embedding of an image stays as it is, and is computed once.
+    """
+    return bool(in_part(model, "encoder", trainable_parameters(model) if parameters is None else parameters))
 
 
 def freeze(model: nn.Module) -> None:
@@ -195,44 +268,34 @@ def freeze(model: nn.Module) -> None:
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Parameter counts: one entry per adapter, `head` (class head), `trainable` and `base`."""
-    counts = {}
-    for name, config in attached(model).items():
-        parameters = adapter_parameters(model, [name])
-        own = dict(model.named_parameters())
-        parameters.update({key: own[key] for key in config.base_params(model)})
-        counts[name] = sum(p.numel() for p in parameters.values())
-    own = dict(model.named_parameters())
-    counts["head"] = sum(own[name].numel() for name in getattr(model, "head_params", list)())
-    counts["trainable"] = sum(p.numel() for p in trainable_parameters(model).values())
-    counts["base"] = sum(p.numel() for p in base_parameters(model).values())
-    return counts
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    groups = {name: {*adapter_parameters(model, [name]), *c.base_params(model)} for name, c in attached(model).items()}
+    groups |= {"head": _head(model), "trainable": set(trainable_parameters(model)), "base": set(base_parameters(model))}
+    return {group: sum(sizes[name] for name in names) for group, names in groups.items()}
 
 
 def regularization(model: nn.Module, names: Iterable[str] | None = None) -> torch.Tensor:
-    """Sum of the adapters' own penalties (:meth:`Adapter.regularizer`), a scalar; 0 where none has one."""
+    """Sum of the adapters' own penalties (:meth:`Adapter.regularizer`), a scalar; 0 where none has one.
+
+    Only SALT has one. A training adds it to the loss with a weight of its own; 0 is what was published.
+    """
     terms = [term for _, _, adapter in modules(model, names) if (term := adapter.regularizer()) is not None]
     return torch.stack(terms).sum() if terms else next(model.parameters()).new_zeros(())
 
 
-def set_enabled(model: nn.Module, enabled: bool, names: Iterable[str] | None = None) -> None:
-    """Switch adapters on or off (all when `names` is None).
+@contextlib.contextmanager
+def disabled(model: nn.Module, names: Iterable[str] | None = None) -> Iterator[None]:
+    """Within the block adapters are off (all when `names` is None): the network answers as the unadapted base does.
+
+    The class head, and what a baseline trained, stay as they are. Merged adapters are merged again afterwards.
 
     Raises:
-        AdapterError: adapters are merged, or a named one has no modules (a baseline trains the base itself).
+        AdapterError: a named adapter has no modules (a baseline trains the base itself).
     """
-    if is_merged(model):
-        raise AdapterError("adapters are merged into the weights; call unmerge before switching them")
     for name in names if names is not None else ():
         if not any(True for _ in modules(model, [name])):
             raise AdapterError(f"adapter {name!r} has no modules and cannot be switched; load the base weights instead")
-    for _, _, adapter in modules(model, names):
-        adapter.enabled = enabled
-
-
-@contextlib.contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Within the block the network answers as the unadapted base does (class head included as it is)."""
-    before = [(adapter, adapter.enabled) for _, _, adapter in modules(model)]
+    before = [(adapter, adapter.enabled) for _, _, adapter in modules(model, names)]
     merged = is_merged(model)
     if merged:
         unmerge(model)
@@ -251,11 +314,7 @@ def merge(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
     """Fold adapters into the base for inference at the base model's cost; harmless when done twice.
 
     Weight deltas go into a merged copy of the weight (the base weight is never written to); kernel adapters fold their
-    two kernels into one. What cannot be merged stays as it is, unless it is named.
-
-    Args:
-        model: a network with adapters.
-        names: adapters that must merge; None takes those that can.
+    two kernels into one. What cannot be merged stays as it is, unless it is in `names`.
 
     Returns:
         The names of the adapters that are now merged into base weights.
@@ -264,7 +323,7 @@ def merge(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
         AdapterError: a named adapter cannot be merged, only part of a site's deltas was named, or a merged weight is
             not finite. Nothing is merged then.
     """
-    chosen = _names(model, names)
+    chosen = attached_names(model, names)
     able = {path.rpartition(".")[2] for path, _, a in modules(model) if a.mergeable and a.enabled}
     if names is not None:
         for name in chosen:
@@ -275,7 +334,7 @@ def merge(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
             raise AdapterError(f"merge also {', '.join(sorted(left))}: deltas are folded together, all or none")
     try:
         for _, site, adapter in modules(model, chosen):
-            if adapter.mergeable and isinstance(site, LinearSite | NormSite):
+            if adapter.mergeable and isinstance(site, WeightSite):
                 site.merge()
             else:
                 adapter.reparameterize()
@@ -288,7 +347,7 @@ def merge(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
 def unmerge(model: nn.Module) -> None:
     """Undo :func:`merge`; base weights were never touched, so the way back is exact."""
     for site in sites(model).values():
-        if isinstance(site, LinearSite | NormSite):
+        if isinstance(site, WeightSite):
             site.unmerge()
     for _, _, adapter in modules(model):
         adapter.restore()
@@ -298,15 +357,3 @@ def is_merged(model: nn.Module) -> bool:
     """Is any site merged, or any adapter reparameterized?"""
     merged = any(site.merged for site in sites(model).values())
     return merged or any(adapter.reparameterized for _, _, adapter in modules(model))
-
-
-def _names(model: nn.Module, names: Iterable[str] | None) -> list[str]:
-    """`names`, checked against what is attached; all attached names for None."""
-    present = attached(model)
-    if names is None:
-        return list(present)
-    names = list(names)
-    for name in names:
-        if name not in present:
-            raise AdapterError(f"no adapter {name!r} in this model; attached: {', '.join(present) or 'none'}")
-    return names

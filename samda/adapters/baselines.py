@@ -9,13 +9,10 @@ from typing import ClassVar
 import torch
 import torch.nn as nn
 
-from samda.adapters.base import base_parameters
+from samda.adapters.base import AdapterConfig, base_parameters, in_part
 from samda.adapters.kernel import Bottleneck
-from samda.adapters.settings import AdapterConfig, is_int
 from samda.adapters.sites import Site
 from samda.errors import AdapterError
-
-DECODER = "mask_decoder"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,9 +29,9 @@ class DecoderConfig(AdapterConfig):
     name: ClassVar[str] = "decoder"
 
     def base_params(self, model: nn.Module) -> list[str]:
-        names = [name for name in base_parameters(model) if name.split(".")[0] == DECODER]
+        names = in_part(model, "decoder", base_parameters(model))
         if not names:
-            raise AdapterError(f"adapter 'decoder': this model has no {DECODER} to train")
+            raise AdapterError("adapter 'decoder': this model has no mask decoder to train; attach another adapter")
         return names
 
 
@@ -55,14 +52,10 @@ class BottleneckConfig(AdapterConfig):
 
     name: ClassVar[str] = "bottleneck"
     roles: ClassVar[tuple[str, ...]] = ("attn.after", "mlp.after")
+    positive: ClassVar[tuple[str, ...]] = ("width",)
 
     width: int = 8  # channels between the projections
     bias: bool = True  # of the projections
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("width", is_int(self.width, 1), "an integer of at least 1")
-        self.require("bias", isinstance(self.bias, bool), "true or false")
 
     def build(self, site: Site, generator: torch.Generator) -> Bottleneck:
         return Bottleneck(site, self.width, self.bias, dropout=0.0, zero=True, generator=generator)

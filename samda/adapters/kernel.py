@@ -1,12 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bottleneck that LKA, DKA and the plain adapter share: x -> Up(mix(Down(x))).
-
-Depthwise convolution with large kernels, on token maps (B, H, W, C).
-
-Stride 1, zero padding (k - 1) / 2, output of the input's size. On an H x W grid only the central (2H - 1) x (2W - 1)
-taps of a kernel ever meet a token; the others see padding only and are left out of the computation, which is exact.
-
-Kernel adapters: a bottleneck with large depthwise kernels, which widens the receptive field of every block.
+"""Kernel adapters: a bottleneck with large depthwise kernels, which widens the receptive field of every block.
 
 LKA, Large Kernel Adapter (arXiv 2506.19118), beside attention and beside the MLP, kernel 7:
 
@@ -16,8 +9,8 @@ DKA, Dual-Kernel Adapter (arXiv 2602.18888), on the stream after attention and a
 
     y = x + Up( GELU( DW_51(u) + DW_5(u) ) ),    u = Down(x)
 
-Both run on the un-windowed token map, so that a kernel crosses the borders of attention windows. A file holds the full
-kernels and serves every image size.
+Both run on the un-windowed token map (B, H, W, C), so that a kernel crosses the borders of attention windows, with
+stride 1 and zero padding (k - 1) / 2. A file holds the full kernels and serves every image size.
 """
 
 from __future__ import annotations
@@ -29,26 +22,29 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from samda.adapters import init
-from samda.adapters.base import Adapter
-from samda.adapters.settings import AdapterConfig, is_int, is_number
+from samda.adapters.base import Adapter, AdapterConfig, Choices, is_int, random_linear, random_uniform
 from samda.adapters.sites import Site
+from samda.errors import is_finite
+
+PLACEMENTS = {  # the placements (a), (b) and (c) of the LKA paper
+    "parallel": ("attn.branch", "mlp.branch"),
+    "output": ("attn.output", "mlp.output"),
+    "after": ("attn.after", "mlp.after"),
+}
+
+BACKENDS = ("auto", "direct", "fft")
+
+# On a CPU the direct gradient of a depthwise convolution grows with k^2 and the FFT's does not; they cross near 15, for
+# grids of 16 to 64 and widths of 8 to 192. Without gradient the direct form on channels-last memory is the faster one.
+FFT_FROM = 15
 
 
 class Bottleneck(Adapter):
     """The plain bottleneck adapter, GELU between the projections (arXiv 1902.00751 without its LayerNorm).
 
     At a token site it holds its own skip, x + Up(GELU(Down(x))); at a branch site the stream is added there. Only `up`
-    starts at zero: with both projections at zero neither would ever get a gradient. Parameters: 2 C width, with biases
-    width + C more.
-
-    Args:
-        site: a token or branch site; tokens are (B, H, W, C).
-        width: channels between the projections.
-        bias: do the projections have biases?
-        dropout: probability, before `up`.
-        zero: start `up` at zero?
-        generator: of the initialization, PyTorch's default distributions.
+    starts at zero (`zero`): with both projections at zero neither would ever get a gradient. Dropout is before `up`.
+    Parameters: 2 C width, with biases width + C more.
     """
 
     def __init__(
@@ -57,8 +53,8 @@ class Bottleneck(Adapter):
         super().__init__()
         self.skip = site.info.kind == "tokens"
         self.dropout = dropout
-        self.down = init.linear(site.info.dim, width, bias, generator)
-        self.up = init.linear(width, site.info.dim, bias, generator)
+        self.down = random_linear(site.info.dim, width, bias, generator)
+        self.up = random_linear(width, site.info.dim, bias, generator)
         if zero:
             for parameter in self.up.parameters():
                 nn.init.zeros_(parameter)
@@ -76,35 +72,95 @@ class Bottleneck(Adapter):
         return f"skip={self.skip}"
 
 
-BACKENDS = ("auto", "direct", "fft")
+class KernelAdapter(Bottleneck):
+    """x -> Up(act(sum_k DW_k(act(Down(x))))), each activation optional.
 
-# On a CPU the direct gradient of a depthwise convolution grows with k^2 and the FFT's does not; they cross near 15, for
-# grids of 16 to 64 and widths of 8 to 192. Without gradient the direct form on channels-last memory is the faster one.
-FFT_FROM = 15
+    A sum of depthwise convolutions of one input is the convolution with the sum of their zero-padded kernels, and is
+    computed so. Parameters with C channels, width h and n kernels: 2 C h + h sum_k k^2, with biases h (1 + n) + C more.
 
+    `kernel_sizes` are odd, the largest first; the GELU is "pre" or "post" the convolution, or "both" (`act`).
+    """
 
-def live_taps(kernel_size: int, height: int, width: int) -> int:
-    """How many of the kernel_size^2 taps can meet a token on a height x width grid."""
-    return min(kernel_size, 2 * height - 1) * min(kernel_size, 2 * width - 1)
+    def __init__(
+        self,
+        site: Site,
+        config: KernelAdapterConfig,
+        kernel_sizes: tuple[int, ...],
+        act: str,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__(site, config.width, config.bias, config.dropout, config.init == "identity", generator)
+        self.act, self.backend, width = act, config.conv_backend, config.width
+        self.kernels = nn.ParameterList(
+            random_uniform(width, 1, k, k, bound=1 / k, generator=generator) for k in kernel_sizes
+        )
+        self.biases = nn.ParameterList(
+            random_uniform(width, bound=1 / k, generator=generator) for k in kernel_sizes if config.bias
+        )
+        self.folded_kernel: torch.Tensor | None
+        self.folded_bias: torch.Tensor | None
+        self.register_buffer("folded_kernel", None, persistent=False)
+        self.register_buffer("folded_bias", None, persistent=False)
+
+    def mix(self, z: torch.Tensor) -> torch.Tensor:
+        if self.act in ("pre", "both"):
+            z = F.gelu(z)
+        z = depthwise(z, *self._fold(), self.backend)
+        return F.gelu(z) if self.act in ("post", "both") else z
+
+    def _fold(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Kernel (width, 1, k, k) and bias (width,) of all branches together; summed in fp32 or wider, then cast."""
+        if self.folded_kernel is not None:
+            return self.folded_kernel, self.folded_bias
+        first, *others = self.kernels
+        if not others:
+            return first, self.biases[0] if len(self.biases) else None
+        wide = torch.promote_types(first.dtype, torch.float32)
+        kernel = first.to(wide)
+        for other in others:
+            margin = (first.shape[-1] - other.shape[-1]) // 2
+            kernel = kernel + F.pad(other.to(wide), (margin,) * 4)
+        bias = torch.stack([b.to(wide) for b in self.biases]).sum(0).to(first.dtype) if len(self.biases) else None
+        return kernel.to(first.dtype), bias
+
+    def reparameterize(self) -> bool:
+        """Keep the branches as one kernel; False for an adapter of one kernel. The branches stay as they are."""
+        if len(self.kernels) > 1 and not self.reparameterized:
+            kernel, bias = self._fold()
+            self.folded_kernel, self.folded_bias = kernel.detach(), None if bias is None else bias.detach()
+            self.reparameterized = True
+        return self.reparameterized
+
+    def restore(self) -> None:
+        self.folded_kernel = self.folded_bias = None
+        self.reparameterized = False
+
+    def prepare_export(self) -> None:
+        self.backend = "direct"  # ONNX has no FFT of this kind
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.restore()  # a folded kernel would be stale
+        super()._load_from_state_dict(*args)
+
+    def extra_repr(self) -> str:
+        sizes = ", ".join(str(kernel.shape[-1]) for kernel in self.kernels)
+        return f"kernel_sizes=({sizes}), act={self.act}, {super().extra_repr()}"
 
 
 def crop_kernel(weight: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The live, central part of kernels (C, 1, k, k) on a height x width grid."""
+    """The central part of kernels (C, 1, k, k), at most (2H - 1) x (2W - 1), that can meet a token on an H x W grid.
+
+    The other taps see only padding; leaving them out is exact.
+    """
     rows, cols = (max(0, (weight.shape[-1] - (2 * side - 1)) // 2) for side in (height, width))
     return weight[..., rows : weight.shape[-2] - rows, cols : weight.shape[-1] - cols]
 
 
 def depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str = "auto") -> torch.Tensor:
-    """Depthwise convolution (a cross-correlation, as everywhere in deep learning).
+    """Depthwise convolution (a cross-correlation, as everywhere in deep learning) of tokens (B, H, W, C).
 
-    Args:
-        x: tokens (B, H, W, C).
-        weight: one odd k x k kernel per channel, (C, 1, k, k).
-        bias: (C,) or None.
-        backend: "direct", "fft" (in fp32 or wider), or "auto": the faster of the two.
-
-    Returns:
-        (B, H, W, C).
+    `weight` is one odd k x k kernel per channel, (C, 1, k, k). The backend "fft" computes in fp32 or wider; "auto"
+    chooses the faster one.
     """
     weight = crop_kernel(weight, *x.shape[1:3])
     if backend == "fft" or (backend == "auto" and _prefers_fft(x, weight)):
@@ -147,99 +203,19 @@ def _fast_size(length: int) -> int:
     return length if rest == 1 and length % 2 == 0 else _fast_size(length + 1)
 
 
-PLACEMENTS = {  # the placements (a), (b) and (c) of the LKA paper
-    "parallel": ("attn.branch", "mlp.branch"),
-    "output": ("attn.output", "mlp.output"),
-    "after": ("attn.after", "mlp.after"),
-}
-
-
-class KernelAdapter(Bottleneck):
-    """x -> Up(act(sum_k DW_k(act(Down(x))))), each activation optional.
-
-    A sum of depthwise convolutions of one input is the convolution with the sum of their zero-padded kernels, and is
-    computed so. Parameters with C channels, width h and n kernels: 2 C h + h sum_k k^2, with biases h (1 + n) + C more.
-
-    Args:
-        site: a token or branch site.
-        config: settings.
-        kernel_sizes: odd, the largest first.
-        act: where the GELU is, "pre" or "post" the convolution, or "both".
-        generator: of the initialization.
-    """
-
-    def __init__(
-        self,
-        site: Site,
-        config: KernelAdapterConfig,
-        kernel_sizes: tuple[int, ...],
-        act: str,
-        generator: torch.Generator,
-    ) -> None:
-        super().__init__(site, config.width, config.bias, config.dropout, config.init == "identity", generator)
-        self.act, self.backend, width = act, config.conv_backend, config.width
-        self.kernels = nn.ParameterList(
-            init.uniform(width, 1, k, k, bound=1 / k, generator=generator) for k in kernel_sizes
-        )
-        self.biases = nn.ParameterList(
-            init.uniform(width, bound=1 / k, generator=generator) for k in kernel_sizes if config.bias
-        )
-        self.folded_kernel: torch.Tensor | None
-        self.folded_bias: torch.Tensor | None
-        self.register_buffer("folded_kernel", None, persistent=False)
-        self.register_buffer("folded_bias", None, persistent=False)
-
-    def mix(self, z: torch.Tensor) -> torch.Tensor:
-        if self.act in ("pre", "both"):
-            z = F.gelu(z)
-        z = depthwise(z, *self._fold(), self.backend)
-        return F.gelu(z) if self.act in ("post", "both") else z
-
-    def _fold(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Kernel (width, 1, k, k) and bias (width,) of all branches together; summed in fp32 or wider, then cast."""
-        if self.folded_kernel is not None:
-            return self.folded_kernel, self.folded_bias
-        first, *others = self.kernels
-        if not others:
-            return first, self.biases[0] if len(self.biases) else None
-        wide = torch.promote_types(first.dtype, torch.float32)
-        kernel = first.to(wide)
-        for other in others:
-            margin = (first.shape[-1] - other.shape[-1]) // 2
-            kernel = kernel + F.pad(other.to(wide), (margin,) * 4)
-        bias = torch.stack([b.to(wide) for b in self.biases]).sum(0).to(first.dtype) if len(self.biases) else None
-        return kernel.to(first.dtype), bias
-
-    def reparameterize(self) -> bool:
-        """Keep the branches as one kernel; False for an adapter of one kernel. The branches stay as they are."""
-        if len(self.kernels) > 1 and not self.reparameterized:
-            kernel, bias = self._fold()
-            self.folded_kernel, self.folded_bias = kernel.detach(), None if bias is None else bias.detach()
-            self.reparameterized = True
-        return self.reparameterized
-
-    def prepare_export(self) -> None:
-        self.backend = "direct"  # ONNX runtimes have no FFT of this kind
-
-    def restore(self) -> None:
-        self.folded_kernel = self.folded_bias = None
-        self.reparameterized = False
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self.restore()  # a folded kernel would be stale
-        super()._load_from_state_dict(*args)
-
-    def extra_repr(self) -> str:
-        sizes = ", ".join(str(kernel.shape[-1]) for kernel in self.kernels)
-        return f"kernel_sizes=({sizes}), act={self.act}, {super().extra_repr()}"
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelAdapterConfig(AdapterConfig):
     """What LKA and DKA have in common."""
 
     roles: ClassVar[tuple[str, ...]] = sum(PLACEMENTS.values(), ())
     free: ClassVar[tuple[str, ...]] = ("seed", "init", "dropout", "conv_backend")
+    positive: ClassVar[tuple[str, ...]] = ("width",)
+    choices: ClassVar[Choices] = {
+        "placement": tuple(PLACEMENTS),
+        "init": ("identity", "paper"),
+        "conv_backend": BACKENDS,
+    }
+    odd: ClassVar[tuple[str, ...]] = ()  # kernel sizes: a kernel has a center
 
     width: int  # channels between the projections
     placement: str  # "parallel" to the sublayer, on its "output", or "after" the sum
@@ -250,19 +226,13 @@ class KernelAdapterConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("width", is_int(self.width, 1), "an integer of at least 1")
-        self.require_choice("placement", PLACEMENTS)
-        self.require("bias", isinstance(self.bias, bool), "true or false")
-        self.require("dropout", is_number(self.dropout) and 0 <= self.dropout < 1, "in [0, 1)")
-        self.require_choice("init", ("identity", "paper"))
-        self.require_choice("conv_backend", BACKENDS)
+        self.require("dropout", is_finite(self.dropout) and 0 <= self.dropout < 1, "in [0, 1)")
+        for key in self.odd:
+            value = getattr(self, key)
+            self.require(key, is_int(value, 1) and value % 2 == 1, "an odd integer")
 
     def serves(self) -> tuple[str, ...]:
         return PLACEMENTS[self.placement]
-
-    def require_odd(self, key: str) -> None:
-        """Refuse the kernel size `key` unless it is odd (a kernel has a center) and positive."""
-        self.require(key, is_int(getattr(self, key), 1) and getattr(self, key) % 2 == 1, "an odd integer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -270,17 +240,14 @@ class LkaConfig(KernelAdapterConfig):
     """Settings of LKA. The published code has act "both" and dropout 0.1."""
 
     name: ClassVar[str] = "lka"
+    choices: ClassVar[Choices] = {**KernelAdapterConfig.choices, "act": ("pre", "post", "both")}
+    odd: ClassVar[tuple[str, ...]] = ("kernel_size",)
 
     width: int = 8
     placement: str = "parallel"
     bias: bool = True
     kernel_size: int = 7  # tokens, odd
     act: str = "pre"  # GELU before the convolution ("pre"), after it ("post") or "both"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_odd("kernel_size")
-        self.require_choice("act", ("pre", "post", "both"))
 
     def build(self, site: Site, generator: torch.Generator) -> KernelAdapter:
         adapter = KernelAdapter(site, self, (self.kernel_size,), self.act, generator)
@@ -297,6 +264,7 @@ class DkaConfig(KernelAdapterConfig):
     """Settings of DKA. The paper takes width 16 for classification and 192 for segmentation."""
 
     name: ClassVar[str] = "dka"
+    odd: ClassVar[tuple[str, ...]] = ("large_kernel", "small_kernel")
 
     width: int = 16
     placement: str = "after"
@@ -307,12 +275,8 @@ class DkaConfig(KernelAdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_odd("large_kernel")
-        self.require_odd("small_kernel")
-        self.require(
-            "small_kernel", self.small_kernel <= self.large_kernel, f"at most large_kernel {self.large_kernel}"
-        )
-        self.require("pre_act", isinstance(self.pre_act, bool), "true or false")
+        fits = self.small_kernel <= self.large_kernel
+        self.require("small_kernel", fits, f"at most large_kernel {self.large_kernel}")
 
     def build(self, site: Site, generator: torch.Generator) -> KernelAdapter:
         sizes = (self.large_kernel, self.small_kernel)

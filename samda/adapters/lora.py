@@ -10,22 +10,13 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from samda.adapters import init
-from samda.adapters.base import Adapter
-from samda.adapters.settings import LinearAdapterConfig, is_int, is_number
+from samda.adapters.base import Adapter, LinearAdapterConfig, random_uniform, zeros
 from samda.adapters.sites import LinearSite, Site
-from samda.errors import AdapterError
+from samda.errors import AdapterError, is_finite
 
 
 class LoraAdapter(Adapter):
-    """dW = (alpha / rank) B A with A (rank, in) random and B (out, rank) zero: rank (in + out) parameters.
-
-    Args:
-        site: the linear layer.
-        rank: of the delta.
-        alpha: numerator of the scale.
-        generator: of the initialization of A.
-    """
+    """dW = (alpha / rank) B A with A (rank, in) random and B (out, rank) zero: rank (in + out) parameters."""
 
     mergeable = True
 
@@ -33,8 +24,8 @@ class LoraAdapter(Adapter):
         super().__init__()
         self.scaling = alpha / rank
         bound = 1 / math.sqrt(site.in_features)
-        self.down = init.uniform(rank, site.in_features, bound=bound, generator=generator)
-        self.up = init.zeros(site.out_features, rank)
+        self.down = random_uniform(rank, site.in_features, bound=bound, generator=generator)
+        self.up = zeros(site.out_features, rank)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> x dW^T (..., out)."""
@@ -53,14 +44,14 @@ class LoraConfig(LinearAdapterConfig):
     """Settings of LoRA."""
 
     name: ClassVar[str] = "lora"
+    positive: ClassVar[tuple[str, ...]] = ("rank",)
 
     rank: int = 4  # of the delta
     alpha: float | None = None  # the delta is scaled by alpha / rank; null means alpha = rank
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("rank", is_int(self.rank, 1), "an integer of at least 1")
-        self.require("alpha", self.alpha is None or (is_number(self.alpha) and self.alpha > 0), "positive or null")
+        self.require("alpha", self.alpha is None or (is_finite(self.alpha) and self.alpha > 0), "positive or null")
 
     def build(self, site: Site, generator: torch.Generator) -> LoraAdapter:
         assert isinstance(site, LinearSite)

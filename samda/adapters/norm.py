@@ -8,9 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from samda.adapters import init
-from samda.adapters.base import Adapter
-from samda.adapters.settings import AdapterConfig
+from samda.adapters.base import Adapter, AdapterConfig, Choices, zeros
 from samda.adapters.sites import Site, SiteInfo
 
 
@@ -21,8 +19,8 @@ class NormAdapter(Adapter):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.scale = init.zeros(dim)
-        self.shift = init.zeros(dim)
+        self.scale = zeros(dim)
+        self.shift = zeros(dim)
 
     def delta(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.scale, self.shift
@@ -37,12 +35,9 @@ class NormConfig(AdapterConfig):
 
     name: ClassVar[str] = "norm"
     roles: ClassVar[tuple[str, ...]] = ("norm",)
+    choices: ClassVar[Choices] = {"where": ("encoder", "decoder", "both")}
 
     where: str = "both"  # LayerNorms of the "encoder", of the "decoder" or of "both"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_choice("where", ("encoder", "decoder", "both"))
 
     def targets(self, info: SiteInfo) -> bool:
         return super().targets(info) and self.where in ("both", info.part)

@@ -1,11 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Singular bases that can be recognized again.
-
-Parameters that live in a singular basis are worthless in another one, and an SVD is unique only up to the sign of every
-pair (u_i, v_i), up to rotations where singular values repeat, and changes much with small changes of the weight where
-they lie close. So a basis gets a signature: its singular values, and what every u_i and v_i say to one fixed vector.
-
-SALT: singular value adaptation with low-rank transformation (arXiv 2503.16055).
+"""SALT: singular value adaptation with low-rank transformation (arXiv 2503.16055).
 
 With the thin SVD W = U diag(s) V^T of the frozen weight, k = min(out, in), split after the r largest values:
 
@@ -14,6 +8,11 @@ With the thin SVD W = U diag(s) V^T of the frozen weight, k = min(out, in), spli
 
 Trained are alpha, beta (r,), X (k-r, d) and Y (d, k-r): 2 r + 2 d (k-r) parameters. `rank` is d, the number that the
 paper's tables call rank; `r` is the split. r = k is S-SAM (arXiv 2408.06447).
+
+X and Y mean something only in the singular basis that they were trained in. An SVD is unique only up to the sign of
+every pair (u_i, v_i) and up to rotations where singular values repeat, and it changes much with small changes of the
+weight where they lie close. So a file holds a signature of the basis: its singular values, and the projections of
+every u_i and v_i onto a fixed probe vector.
 """
 
 from __future__ import annotations
@@ -27,11 +26,9 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from samda.adapters import init
-from samda.adapters.base import Adapter
-from samda.adapters.settings import LinearAdapterConfig, is_int, is_number
+from samda.adapters.base import Adapter, Choices, LinearAdapterConfig, is_int, random_normal, random_uniform, zeros
 from samda.adapters.sites import LinearSite, Site
-from samda.errors import AdapterError
+from samda.errors import AdapterError, is_finite
 
 # entries of a signature are of order 1; the tolerance admits a copy in bfloat16, a rotated vector exceeds it
 TOLERANCE = 1e-2
@@ -41,11 +38,8 @@ def singular_basis(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch
     """The thin SVD of a weight (out, in), k = min(out, in): U (out, k), s (k,) descending, V^T (k, in).
 
     It is computed in fp64 on the CPU, so that it does not depend on the device, and returned in fp32 (fp64 for a weight
-    in fp64). Canonical signs: the entry of largest magnitude of each u_i is positive. A weight on the meta device has
-    no values; its basis has none either.
-
-    Raises:
-        AdapterError: the weight is not finite; `name` is its layer.
+    in fp64). Canonical signs: the entry of largest magnitude of each u_i is positive. The basis of a weight on the meta
+    device has no values either. A weight that is not finite is refused; `name` is its layer.
     """
     k = min(weight.shape)
     if weight.is_meta:
@@ -64,13 +58,13 @@ def singular_basis(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch
     return (u * signs).to(kept).contiguous(), s.to(kept), (vt * signs[:, None]).to(kept).contiguous()
 
 
-def sign(u: torch.Tensor, s: torch.Tensor, vt: torch.Tensor) -> torch.Tensor:
+def signature_of(u: torch.Tensor, s: torch.Tensor, vt: torch.Tensor) -> torch.Tensor:
     """The signature (3, k) of a basis: s, g_out^T U and V^T g_in, with fixed vectors g of entries of order 1."""
     if u.is_meta:
         return s.new_empty(3, len(s))
-    seen_by_u = _probe(len(u), u) @ u
-    seen_by_v = vt @ _probe(vt.shape[1], vt)
-    return torch.stack([s, seen_by_u, seen_by_v]).detach()
+    at_u = _probe(len(u), u) @ u
+    at_v = vt @ _probe(vt.shape[1], vt)
+    return torch.stack([s, at_u, at_v]).detach()
 
 
 def _probe(length: int, like: torch.Tensor) -> torch.Tensor:
@@ -82,8 +76,7 @@ def _probe(length: int, like: torch.Tensor) -> torch.Tensor:
 def find_signs(own: torch.Tensor, stored: torch.Tensor, name: str, source: str) -> torch.Tensor:
     """The signs (k,) that turn the basis of signature `own` into the one of signature `stored`.
 
-    Raises:
-        AdapterError: no choice of signs does; `name` is the layer, `source` where the stored signature comes from.
+    Where no choice of signs does, AdapterError names the layer (`name`) and the `source` of the stored signature.
     """
     stored = stored.to(own.device, own.dtype)
     s, at_u, at_v = own
@@ -103,11 +96,7 @@ def find_signs(own: torch.Tensor, stored: torch.Tensor, name: str, source: str) 
 def check_reconstruction(
     own: tuple[torch.Tensor, torch.Tensor, torch.Tensor], stored: Mapping[str, torch.Tensor], name: str, source: str
 ) -> None:
-    """Refuse a stored basis (tensors u, s, vt) that does not give the same weight within 1e-3.
-
-    Raises:
-        AdapterError: `name` is the layer, `source` where the stored basis comes from.
-    """
+    """Refuse a stored basis (tensors u, s, vt) that does not give the same weight within 1e-3."""
     u, s, vt = (tensor.float() for tensor in own)
     u2, s2, vt2 = (stored[key].to(u) for key in ("u", "s", "vt"))
     if float(torch.dist((u * s) @ vt, (u2 * s2) @ vt2)) > 1e-3 * float(torch.linalg.vector_norm(s)):
@@ -125,18 +114,12 @@ class SaltAdapter(Adapter):
     the adapted layer is x V Sigma'^T U^T. That takes the place of the base layer (:meth:`whole`), costs only products
     with the smaller side more than it, and keeps only x V for the backward pass. With many tokens it is cheaper still
     to multiply the tail once into V (or U, whichever is square) than into every token.
-    Two cases add the delta to the untouched base layer instead: reduced precision, where three roundings would harm
-    the frozen part, and a site where another adapter has taken the base's place.
+    Three cases add the delta to the untouched base layer instead: the start, where the sum is the base layer's output
+    bit for bit; reduced precision, where three roundings would harm the frozen part; and a site where another adapter
+    has replaced the base layer.
 
-    **Basis.** A file holds X and Y, which mean something only in the singular basis they were trained in, and an SVD is
-    unique only up to signs. `signature` (see :mod:`samda.adapters.salt`) travels with the file: flipped signs are put
-    right when it is loaded, another basis is refused. `save_basis` stores U, s and V as well.
-
-    Args:
-        site: the linear layer, its weight already the pre-trained one.
-        config: settings.
-        r: number of singular values that are scaled and shifted, 0 to k.
-        generator: of the initialization of X (and Y).
+    **Basis.** Flipped signs are corrected when a file is loaded, another basis is refused. `save_basis` stores U, s and
+    V as well.
     """
 
     mergeable = True
@@ -152,35 +135,29 @@ class SaltAdapter(Adapter):
         self.vt: torch.Tensor
         k = min(site.out_features, site.in_features)
         self.r, self.m, d = r, k - r, config.rank
-        self.scale = init.zeros(r)
-        self.shift = init.zeros(r)
+        self.scale = zeros(r)
+        self.shift = zeros(r)
         if config.init == "paper":
-            self.left = init.normal(self.m, d, std=0.01, generator=generator)
-            self.right = init.normal(d, self.m, std=0.01, generator=generator)
+            self.left = random_normal(self.m, d, std=0.01, generator=generator)
+            self.right = random_normal(d, self.m, std=0.01, generator=generator)
         else:
-            self.left = init.uniform(self.m, d, bound=math.sqrt(6 / d), generator=generator)
-            self.right = init.zeros(d, self.m)
-        for name, tensor in zip(("u", "s", "vt"), self._decompose(site.weight), strict=True):
+            self.left = random_uniform(self.m, d, bound=math.sqrt(6 / d), generator=generator)
+            self.right = zeros(d, self.m)
+        for name, tensor in zip(("u", "s", "vt"), singular_basis(site.weight.detach(), self.site_name), strict=True):
             self.register_buffer(name, tensor, persistent=self.save_basis)
-        self.register_buffer("signature", sign(self.u, self.s, self.vt))
-
-    def _decompose(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return singular_basis(weight.detach(), self.site_name)
+        self.register_buffer("signature", signature_of(self.u, self.s, self.vt))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> x dW^T (..., out)."""
         return F.linear(*self._halves(x, change=True))
 
     def whole(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-        """x (..., in) -> x W~^T + bias (..., out), at identity bit for bit the base layer's output."""
+        """x (..., in) -> x W~^T + bias (..., out)."""
         if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
             return None
-        if not self._at_identity():
-            return F.linear(*self._halves(x, change=False), bias)
-        if not torch.is_grad_enabled():
-            return F.linear(x, weight, bias)
-        halves = self._halves_at_identity(x) if self.relu else self._halves(x, change=False)
-        return _LinearOfKnownValue.apply(*halves, x, weight, bias)
+        if self._at_identity():
+            return None if torch.is_grad_enabled() else F.linear(x, weight, bias)
+        return F.linear(*self._halves(x, change=False), bias)
 
     def _at_identity(self) -> bool:
         """Is dW exactly zero? On a GPU the question costs a synchronization and is asked only until it is not."""
@@ -204,12 +181,6 @@ class SaltAdapter(Adapter):
             if not change:
                 q_tail = q_tail + p_tail * self.s[self.r :]
         return torch.cat([p * top, q_tail], dim=-1), self.u
-
-    def _halves_at_identity(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The halves where X Y = 0: the tail is diagonal, and ReLU passes no gradient to the zeros beside it."""
-        s, s_tail = self.s.split([self.r, self.m])
-        tail = s_tail + (self.left * self.right.T).sum(1)
-        return F.linear(x, self.vt) * torch.cat([(1 + self.scale) * s + self.shift, tail]).relu(), self.u
 
     def _folds(self, tokens: int) -> bool:
         """Is the tail cheaper multiplied into V (or U) than into the tokens? Products of forward and backward pass."""
@@ -250,9 +221,9 @@ class SaltAdapter(Adapter):
     def rebase(self, weight: torch.Tensor) -> None:
         """Take the SVD of a newly loaded base weight, where it is another one."""
         if not torch.allclose((self.u * self.s) @ self.vt, weight, rtol=0, atol=1e-5 * float(self.s.max())):
-            basis = (t.to(weight.device, weight.dtype) for t in self._decompose(weight))
+            basis = (t.to(weight.device, weight.dtype) for t in singular_basis(weight.detach(), self.site_name))
             self.u, self.s, self.vt = basis
-            self.signature = sign(self.u, self.s, self.vt)
+            self.signature = signature_of(self.u, self.s, self.vt)
 
     def check_state(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
         if self.save_basis:
@@ -260,48 +231,19 @@ class SaltAdapter(Adapter):
         else:
             find_signs(self.signature, tensors["signature"], self.site_name, source)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.get(prefix + "signature")
         if not self.save_basis and stored is not None and stored.shape == self.signature.shape:
             try:
                 signs = find_signs(self.signature, stored, self.site_name, "the state dict")
                 self.u, self.vt = self.u * signs, self.vt * signs[:, None]
             except AdapterError as error:
-                error_msgs.append(str(error))
+                args[-1].append(str(error))  # `error_msgs`
         self._moved = False
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, rank={self.left.shape[1]}, tail={self.m}, activation={'relu' if self.relu else None}"
-
-
-class _LinearOfKnownValue(torch.autograd.Function):
-    """F.linear(q, factor) + bias where its value is known to be F.linear(x, weight, bias), which is returned instead.
-
-    So the start is the base bit for bit, yet has the gradients of the factored form, at the cost of one product.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, factor: torch.Tensor, x: Any, weight: Any, bias: Any) -> torch.Tensor:
-        ctx.save_for_backward(q, factor)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        q, factor = ctx.saved_tensors
-        to_factor = grad.flatten(0, -2).T @ q.flatten(0, -2) if ctx.needs_input_grad[1] else None
-        return grad @ factor, to_factor, None, None, None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -309,6 +251,11 @@ class SaltConfig(LinearAdapterConfig):
     """Settings of SALT."""
 
     name: ClassVar[str] = "salt"
+    positive: ClassVar[tuple[str, ...]] = ("rank",)
+    choices: ClassVar[Choices] = {
+        "activation": ("relu", None),
+        "init": ("identity", "paper"),
+    }
 
     rank: int = 4  # d, of X Y; 4 is the light preset, 256 the paper's headline
     r: int | float | str = "preset"  # scaled values: a number, a fraction of k, or "preset" (k - 8; 50 in the MLP)
@@ -318,14 +265,9 @@ class SaltConfig(LinearAdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("rank", is_int(self.rank, 1), "an integer of at least 1")
-        fraction = isinstance(self.r, float) and is_number(self.r) and 0 < self.r <= 1
-        self.require(
-            "r", self.r == "preset" or is_int(self.r, 0) or fraction, "'preset', an integer or a fraction <= 1.0"
-        )
-        self.require_choice("activation", ("relu", None))
-        self.require_choice("init", ("identity", "paper"))
-        self.require("save_basis", isinstance(self.save_basis, bool), "true or false")
+        fraction = isinstance(self.r, float) and is_finite(self.r) and 0 < self.r <= 1
+        valid = self.r == "preset" or is_int(self.r, 0) or fraction
+        self.require("r", valid, "'preset', an integer or a fraction <= 1.0")
 
     def split(self, site: LinearSite) -> int:
         """r at `site`, clipped to [0, k]."""

@@ -19,9 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from samda.adapters import init
-from samda.adapters.base import Adapter
-from samda.adapters.settings import AdapterConfig, is_int
+from samda.adapters.base import Adapter, AdapterConfig, Choices, is_int, random_linear, random_normal, zeros
 from samda.adapters.sites import Site
 
 SIDES = {"image": ("image",), "token": ("token",), "both": ("token", "image")}
@@ -32,26 +30,23 @@ class PromptAttention(nn.Module):
 
     Lt is the identity plus `residual`, a linear map without bias that starts at zero: the same functions and the same
     count as a matrix that starts as the identity, but exact in every precision and pulled to the identity by weight
-    decay.
-
-    Args:
-        dim: C.
-        config: settings.
-        generator: of the initialization: prompts N(0, 1), projections PyTorch's default.
+    decay. Prompts start from N(0, 1), projections from PyTorch's default.
     """
 
     def __init__(self, dim: int, config: SamDaConfig, generator: torch.Generator) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         prompt_dim = dim if config.prompt_dim is None else config.prompt_dim
-        self.prompts = init.normal(config.num_prompts, prompt_dim, std=1.0, generator=generator)
-        self.widen = init.linear(prompt_dim, dim, False, generator) if config.prompt_dim is not None else nn.Identity()
-        self.query = init.linear(dim, config.inner_dim, True, generator)
-        self.key = init.linear(dim, config.inner_dim, True, generator)
-        self.value = init.linear(dim, config.inner_dim, True, generator)
-        self.out = init.linear(config.inner_dim, dim, True, generator)
-        self.gate = init.zeros(1)
-        self.residual = init.zeros(dim, dim)
+        self.prompts = random_normal(config.num_prompts, prompt_dim, std=1.0, generator=generator)
+        self.widen = (
+            random_linear(prompt_dim, dim, False, generator) if config.prompt_dim is not None else nn.Identity()
+        )
+        self.query = random_linear(dim, config.inner_dim, True, generator)
+        self.key = random_linear(dim, config.inner_dim, True, generator)
+        self.value = random_linear(dim, config.inner_dim, True, generator)
+        self.out = random_linear(config.inner_dim, dim, True, generator)
+        self.gate = zeros(1)
+        self.residual = zeros(dim, dim)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, n, C) -> (B, n, C)."""
@@ -101,6 +96,8 @@ class SamDaConfig(AdapterConfig):
 
     name: ClassVar[str] = "sam_da"
     roles: ClassVar[tuple[str, ...]] = ("layer",)
+    positive: ClassVar[tuple[str, ...]] = ("num_prompts", "num_heads", "inner_dim")
+    choices: ClassVar[Choices] = {"side": tuple(SIDES)}
 
     side: str = "image"  # "image", "token" or "both"
     num_prompts: int = 2  # N, learned prompts of each layer
@@ -110,9 +107,6 @@ class SamDaConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_choice("side", SIDES)
-        for key in ("num_prompts", "num_heads", "inner_dim"):
-            self.require(key, is_int(getattr(self, key), 1), "an integer of at least 1")
         self.require("inner_dim", self.inner_dim % self.num_heads == 0, f"a multiple of num_heads {self.num_heads}")
         self.require("prompt_dim", self.prompt_dim is None or is_int(self.prompt_dim, 1), "an integer or null")
 

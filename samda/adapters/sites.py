@@ -64,7 +64,11 @@ class Site(nn.Module):
 
     info: SiteInfo
     adapters: nn.ModuleDict
-    merged: bool = False  # are weight deltas folded into a copy of the base parameter?
+    merged: bool = False  # are weight deltas folded into a copy of the base parameters?
+
+    def __init__(self, info: SiteInfo) -> None:
+        super().__init__()
+        self._init_site(info)
 
     def _init_site(self, info: SiteInfo) -> None:
         self.info = info
@@ -75,12 +79,48 @@ class Site(nn.Module):
         return (adapter for adapter in self.adapters.values() if adapter.enabled)  # type: ignore[misc]
 
 
-class _WeightSite(Site):
-    """A site with base parameters: what must happen when they are replaced under the adapters."""
+class WeightSite(Site):
+    """A site with base parameters, to which weight deltas are added.
+
+    `merge` keeps the sums beside the base parameters, which are never written to; `unmerge` drops them.
+    """
+
+    merged_weight: torch.Tensor | None
+    merged_bias: torch.Tensor | None  # None where no delta changes the bias
+
+    def _init_site(self, info: SiteInfo) -> None:
+        super()._init_site(info)
+        self.register_buffer("merged_weight", None, persistent=False)
+        self.register_buffer("merged_bias", None, persistent=False)
+
+    @property
+    def merged(self) -> bool:  # type: ignore[override]
+        """Are weight deltas folded into a copy of the base parameters?"""
+        return self.merged_weight is not None
+
+    def sums(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias with the deltas of the active adapters; None for a bias that no delta changes."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the active deltas into a copy of the base parameters; harmless when repeated.
+
+        Raises:
+            AdapterError: the result is not finite; nothing is merged.
+        """
+        if self.merged or not any(True for _ in self.active()):
+            return
+        weight, bias = self.sums()
+        if not all(torch.isfinite(tensor).all() for tensor in (weight, bias) if tensor is not None):
+            raise AdapterError(
+                f"{self.info.name}: merging gives values that are not finite; train again with a lower learning rate"
+            )
+        self.merged_weight, self.merged_bias = weight, bias
 
     def unmerge(self) -> None:
-        """Drop the merged copy."""
-        raise NotImplementedError
+        """Return to base parameters plus deltas."""
+        self.merged_weight = self.merged_bias = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # a merged copy would be stale after any load, and so would be what an adapter derived from the base weight;
@@ -92,20 +132,16 @@ class _WeightSite(Site):
                 adapter.rebase(self.weight)  # type: ignore[operator]
 
 
-class LinearSite(_WeightSite, nn.Linear):
+class LinearSite(WeightSite, nn.Linear):
     """A linear layer with additive weight deltas: y = x W^T + b + sum_a x dW_a^T.
 
     An adapter may offer the adapted layer as a whole where that is cheaper than base plus delta
-    (:meth:`~samda.adapters.base.Adapter.whole`); the first one that does takes the place of the base.
-
-    `merge` keeps W + sum dW beside the base weight, which is never written to; `unmerge` drops it.
+    (:meth:`~samda.adapters.base.Adapter.whole`); the first one that does replaces the base layer.
     """
 
     def __init__(self, in_features: int, out_features: int, info: SiteInfo, bias: bool = True) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias=bias)
         self._init_site(info)
-        self.merged_weight: torch.Tensor | None
-        self.register_buffer("merged_weight", None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged_weight is not None:
@@ -123,78 +159,40 @@ class LinearSite(_WeightSite, nn.Linear):
             y = y + adapter(x)
         return y
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Fold the active deltas into one weight (sum in fp32 or wider, then one cast); harmless when repeated.
-
-        Raises:
-            AdapterError: the result is not finite; nothing is merged.
-        """
-        deltas = [adapter.delta() for adapter in self.active()]
-        if deltas and self.merged_weight is None:
-            wide = torch.promote_types(self.weight.dtype, torch.float32)
-            total = (self.weight.to(wide) + sum(delta.to(wide) for delta in deltas)).to(self.weight.dtype)
-            _check_finite(total, self.info)
-            self.merged_weight, self.merged = total, True
-
-    def unmerge(self) -> None:
-        """Return to base weight plus deltas."""
-        self.merged_weight, self.merged = None, False
+    def sums(self) -> tuple[torch.Tensor, None]:
+        """The sum in fp32 or wider, then one cast; the bias takes no delta."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        total = self.weight.to(wide) + sum(adapter.delta().to(wide) for adapter in self.active())
+        return total.to(self.weight.dtype), None
 
 
-class NormSite(_WeightSite, nn.LayerNorm):
+class NormSite(WeightSite, nn.LayerNorm):
     """A LayerNorm whose scale and shift take additive deltas."""
 
     def __init__(self, dim: int, info: SiteInfo, eps: float = 1e-6) -> None:
         nn.LayerNorm.__init__(self, dim, eps=eps)
         self._init_site(info)
-        self.merged_weight: torch.Tensor | None
-        self.merged_bias: torch.Tensor | None
-        self.register_buffer("merged_weight", None, persistent=False)
-        self.register_buffer("merged_bias", None, persistent=False)
 
-    def affine(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and shift in force, both (C,)."""
-        if self.merged_weight is not None and self.merged_bias is not None:
-            return self.merged_weight, self.merged_bias
+    def sums(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and shift, both (C,)."""
         weight, bias = self.weight, self.bias
         for adapter in self.active():
             scale, shift = adapter.delta()
             weight, bias = weight + scale, bias + shift
         return weight, bias
 
+    def affine(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and shift in force, both (C,)."""
+        if self.merged_weight is not None and self.merged_bias is not None:
+            return self.merged_weight, self.merged_bias
+        return self.sums()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, self.normalized_shape, *self.affine(), self.eps)
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Keep scale and shift with their deltas; harmless when repeated.
-
-        Raises:
-            AdapterError: the result is not finite; nothing is merged.
-        """
-        if self.merged_weight is None and any(True for _ in self.active()):
-            weight, bias = (tensor.detach().clone() for tensor in self.affine())
-            _check_finite(weight, self.info)
-            _check_finite(bias, self.info)
-            self.merged_weight, self.merged_bias, self.merged = weight, bias, True
-
-    def unmerge(self) -> None:
-        """Return to base scale and shift plus deltas."""
-        self.merged_weight, self.merged_bias, self.merged = None, None, False
-
-
-def _check_finite(tensor: torch.Tensor, info: SiteInfo) -> None:
-    if not torch.isfinite(tensor).all():
-        raise AdapterError(f"{info.name}: merging gives values that are not finite; was the training stable?")
 
 
 class TokenSite(Site):
     """Adapters in a chain on one token map (B, H, W, C): x -> adapter(x), the adapter's own skip included."""
-
-    def __init__(self, info: SiteInfo) -> None:
-        super().__init__()
-        self._init_site(info)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for adapter in self.active():
@@ -205,10 +203,6 @@ class TokenSite(Site):
 class BranchSite(Site):
     """Adapters beside a sublayer: stream + sum_a adapter_a(inputs), both (B, H, W, C)."""
 
-    def __init__(self, info: SiteInfo) -> None:
-        super().__init__()
-        self._init_site(info)
-
     def forward(self, stream: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         for adapter in self.active():
             stream = stream + adapter(inputs)
@@ -218,10 +212,6 @@ class BranchSite(Site):
 class DecoderSite(Site):
     """After one two-way layer of the mask decoder: queries (B, N, C) and keys (B, HW, C) pass every adapter."""
 
-    def __init__(self, info: SiteInfo) -> None:
-        super().__init__()
-        self._init_site(info)
-
     def forward(self, queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         for adapter in self.active():
             queries, keys = adapter(queries, keys)
@@ -229,13 +219,9 @@ class DecoderSite(Site):
 
 
 class ResidualSites(nn.Module):
-    """The three token sites of one residual sublayer: `output`, `branch` and `after` (see the table of roles).
+    """The three token sites of one residual sublayer, "attn" or "mlp": `output`, `branch` and `after` (see the table).
 
-    Args:
-        prefix: name of the block, for instance "encoder.3".
-        sublayer: "attn" or "mlp".
-        block: index of the block.
-        dim: channels of the tokens.
+    `prefix` is the name of the block, for instance "encoder.3".
     """
 
     def __init__(self, prefix: str, sublayer: str, block: int, dim: int) -> None:

@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import save_file
 
 from samda.adapters.adapter_file import AdapterFile, load_adapters, read_adapters, save_adapters
-from samda.adapters.base import attach
+from samda.adapters.attach import attach
 from samda.errors import InputError, UsageError, WeightsError, check_keys
 from samda.io import replacing
 from samda.networks.backbones import BACKBONES

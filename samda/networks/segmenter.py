@@ -18,8 +18,8 @@ from monai.data import MetaTensor
 from segment_anything.modeling import PromptEncoder
 
 from samda.adapters.adapter_file import load_adapters
-from samda.adapters.attach import Adapters
-from samda.adapters.base import attach, freeze, trainable_parameters
+from samda.adapters.attach import Adapters, attach
+from samda.adapters.base import changes_encoder, freeze
 from samda.adapters.sites import Site
 from samda.errors import UsageError
 from samda.networks.attention import DerivedTensors
@@ -195,9 +195,14 @@ class SamSegmenter(nn.Module):
         return [f"mask_decoder.{name}" for name in self.mask_decoder.head_params()]
 
     @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The two parts that adapters distinguish, see :mod:`samda.adapters.base`."""
+        return {"encoder": self.image_encoder, "decoder": self.mask_decoder}
+
+    @property
     def encoder_adapted(self) -> bool:
         """Does the embedding depend on anything that is trained? Then it cannot be cached."""
-        return any(name.startswith("image_encoder.") for name in trainable_parameters(self))
+        return changes_encoder(self)
 
     def train(self, mode: bool = True) -> SamSegmenter:
         """Switch adapters and class head; the base stays in evaluation (batch norms keep their statistics)."""

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 
-from samda.adapters.attach import build_configs
-from samda.adapters.base import adapter_parameters, attach, modules
+from samda.adapters.attach import attach, build_configs
+from samda.adapters.base import adapter_parameters, modules
 from samda.adapters.sites import LinearSite, SiteInfo
 
 

@@ -10,7 +10,7 @@ import torch
 from adapter_tools import OneLayer
 
 from samda.adapters import base
-from samda.adapters.attach import build_configs, scope_parameters
+from samda.adapters.attach import attach, build_configs, detach, scope_parameters
 from samda.networks.segmenter import SamSegmenter
 
 PAPER = {"type": "salt", "rank": 256}
@@ -25,11 +25,11 @@ def plain(backbone: str) -> SamSegmenter:
 def count(backbone: str, settings: dict) -> int:
     """Parameters of one adapter on a backbone."""
     model = plain(backbone)
-    base.attach(model, build_configs({"a": settings}))
+    attach(model, build_configs({"a": settings}))
     try:
         return base.count_parameters(model)["a"]
     finally:
-        base.detach(model)
+        detach(model)
 
 
 @pytest.mark.filterwarnings("ignore:salt")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from adapter_tools import OneLayer, move, noise
 
 from samda.adapters import base
-from samda.adapters.attach import build_configs
+from samda.adapters.attach import attach, build_configs
 from samda.errors import AdapterError, UsageError
 
 
@@ -46,7 +46,7 @@ def test_a_rank_that_no_layer_can_use_is_refused(make_segmenter: Callable[..., n
     model = make_segmenter()
     state = model.state_dict()
     with pytest.raises(AdapterError, match=r"rank 33 exceeds what encoder\.0\.attn\.qkv can use; choose at most 32"):
-        base.attach(model, build_configs({"norm": {}, "lora": {"rank": 33}}))
+        attach(model, build_configs({"norm": {}, "lora": {"rank": 33}}))
     assert base.attached(model) == {}
     assert set(model.state_dict()) == set(state)
 

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from adapter_tools import move, noise
 
 from samda.adapters import base
-from samda.adapters.attach import build_configs
+from samda.adapters.attach import attach, build_configs
 from samda.adapters.sites import NormSite, SiteInfo
-from samda.errors import UsageError
+from samda.errors import AdapterError, UsageError
 
 
 def test_formula_and_merge() -> None:
     model = nn.Sequential(NormSite(6, SiteInfo("encoder.0.norm1", "norm", "norm", 0, 6), eps=1e-3))
-    base.attach(model, build_configs({"norm": {}}))
+    attach(model, build_configs({"norm": {}}))
     move(model)
     site, x = model[0], noise(4, 6)
     adapter = site.adapters["norm"]
@@ -33,7 +33,7 @@ def test_formula_and_merge() -> None:
     with torch.no_grad():
         adapter.shift.fill_(float("inf"))
     base.unmerge(model)
-    with pytest.raises(base.AdapterError, match=r"encoder\.0\.norm1: merging gives values that are not finite"):
+    with pytest.raises(AdapterError, match=r"encoder\.0\.norm1: merging gives values that are not finite"):
         base.merge(model)
     assert not base.is_merged(model)
 

@@ -17,7 +17,6 @@ from adapter_tools import OneLayer, move, noise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from samda.adapters import adapter_file as files
 from samda.adapters import attached, is_merged, load_adapters, merge, read_adapters, save_adapters
 from samda.errors import AdapterError
 
@@ -161,11 +160,11 @@ def test_head_and_baselines_are_in_the_file(make_segmenter: Make, tmp_path: Path
     [
         ("adapter.safetensors", lambda b: b[:-4], "not the file that adapter.json describes (sha256); copy the folder"),
         ("adapter.safetensors", lambda b: b + b"\0", "not the file that adapter.json describes"),
-        ("adapter.json", lambda b: b[:-9], "is no JSON file"),
+        ("adapter.json", lambda b: b[:-9], "is not a JSON file"),
         ("adapter.json", lambda b: b.replace(b"null", b"NaN"), "NaN is not JSON"),
-        ("adapter.json", lambda b: b"\x80" + b, "is no JSON file"),
-        ("adapter.json", lambda b: b"[]", "has no format_version; this is not an adapter that samda wrote"),
-        ("adapter.json", lambda b: b"[" * 10**5, "is no JSON file"),
+        ("adapter.json", lambda b: b"\x80" + b, "is not a JSON file"),
+        ("adapter.json", lambda b: b"[]", "has no format_version"),
+        ("adapter.json", lambda b: b"[" * 10**5, "is not a JSON file"),
     ],
 )
 def test_damaged_files(name: str, damage: Callable[[bytes], bytes], message: str, folder: Path) -> None:
@@ -179,7 +178,7 @@ def test_damaged_files(name: str, damage: Callable[[bytes], bytes], message: str
 def test_truncated_safetensors_without_a_header(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "alone.safetensors"
     path.write_bytes((folder / "adapter.safetensors").read_bytes()[:-4])
-    assert f"{path}: is no safetensors file or is cut short" in refused(fresh(), path)
+    assert f"{path}: is not a safetensors file or is cut short" in refused(fresh(), path)
 
 
 def test_missing_files(folder: Path, tmp_path: Path) -> None:
@@ -282,22 +281,9 @@ def test_other_adapters_and_settings(network: Callable[[], OneLayer], message: s
     assert message in refused(network(), folder)
 
 
-def test_older_versions_are_upgraded_step_by_step() -> None:
-    def rename_notes(header: dict) -> dict:
-        return {"record" if key == "notes" else key: value for key, value in header.items()}
-
-    def add_task(header: dict) -> dict:
-        return header | {"task": {}}
-
-    old = {"format_version": 1, "notes": {"epochs": 3}}
-    new = files._upgrade(old, Path("adapter.json"), {1: rename_notes, 2: add_task}, newest=3)
-    assert new == {"format_version": 3, "record": {"epochs": 3}, "task": {}}
-    assert set(files.UPGRADES) == set(range(1, files.FORMAT_VERSION))  # every older version has its function
-
-
-@pytest.mark.parametrize("value", [Path("x"), {1, 2}, torch.zeros(2), b"x", object])
+@pytest.mark.parametrize("value", [{1, 2}, torch.zeros(2), b"x", object])
 def test_only_plain_values_are_saved(value: Any, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match=r"record\.a\.1: adapter\.json holds plain values only, got"):
+    with pytest.raises(AdapterError, match=r"record of adapter\.json takes plain values only"):
         save_adapters(model(), tmp_path / "new", record={"a": [0, value]})
     assert not (tmp_path / "new").exists()
 
