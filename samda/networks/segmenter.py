@@ -19,7 +19,7 @@ from segment_anything.modeling import PromptEncoder
 
 from samda.adapters.adapter_file import load_adapters
 from samda.adapters.attach import Adapters, attach
-from samda.adapters.base import changes_encoder, freeze
+from samda.adapters.base import changes_encoder, freeze, trainable_parameters
 from samda.adapters.sites import Site
 from samda.errors import UsageError
 from samda.networks.attention import DerivedTensors
