@@ -12,7 +12,7 @@ import pytest
 from environments import environment, surroundings
 
 from samda.io import packaged
-from samda.training.tracking import scalars
+from samda.training.handlers import scalars
 
 READ = """
 import json, sys

@@ -22,7 +22,7 @@ import torch.nn as nn
 from torch.utils.data import Dataset
 
 from samda.errors import InputError, UsageError
-from samda.processes import exchange, place
+from samda.processes import exchange, rank_and_world
 from samda.progress import bar
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ class EmbeddingDataset(Dataset):
         keys = [(index, view) for index in range(len(self.slices)) for view in range(self.views)]
         batches = [keys[at : at + batch_size] for at in range(0, len(keys), batch_size)]
         progress = bar("encoding", len(keys), "slice")
-        rank, world = place()
+        rank, world = rank_and_world()
         for first in range(0, len(batches), world):
             own = [self._encode(batch, encode, device) for batch in batches[first + rank : first + rank + 1]]
             for batch, embeddings, labels, extras in (result for results in exchange(own) for result in results):

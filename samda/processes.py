@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One job on several processes: who this process is, its share of the cases, and what processes tell one another.
+"""One job on several processes: which of them this is, its share of the cases, and how they exchange values.
 
-Two ways to be several. Processes that `torchrun` started are connected by :func:`join`: a training exchanges gradients.
-Cases of a prediction or an adaptation are independent, so each process does its :class:`Part` of them, whether torchrun
-started it or a job array; connected ones wait for one another at the end, because torchrun ends all when one fails.
+Processes that `torchrun` started are connected by :func:`join`: a training exchanges gradients. Cases of a prediction
+or an adaptation are independent: each process takes its :class:`Shard` of them, under torchrun or in a job array.
+Connected processes wait for one another at the end, because torchrun ends all when one fails.
+
+torch is imported within the functions: the command line asks this module who it is before it needs torch. Values of any
+type are exchanged, which ignite.distributed does for some types only.
 """
 
 from __future__ import annotations
@@ -23,54 +26,41 @@ from samda.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-
 T = TypeVar("T")
 
-DAYS_H = 14 * 24.0  # how long processes wait for one another that share cases: as long as a scheduler lets them run
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # what torchrun tells each process
+CASES_TIMEOUT = datetime.timedelta(days=14)  # of processes that share cases: as long as a scheduler lets them run
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # set by torchrun
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """Part `index` of `count`: cases index - 1, index - 1 + count, ... of a list. All parts together are the list.
-
-    Attributes:
-        index: from 1.
-        count: number of parts.
-    """
+class Shard:
+    """Cases index - 1, index - 1 + count, ... of a list; `index` counts from 1. All `count` shards are the list."""
 
     index: int
     count: int
 
     def of(self, cases: Sequence[T]) -> list[T]:
-        """The cases of this part; empty where there are more parts than cases."""
+        """The cases of this shard; empty where there are more shards than cases."""
         return list(cases[self.index - 1 :: self.count])
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
 
 
-def read_part(text: str | None = None) -> Part | None:
-    """The part that this process does: that of `text`, or its own among those that torchrun started.
+def read_part(text: str | None = None) -> Shard | None:
+    """The shard of this process: `text` ("2/8" is the second of eight), or with None its own under torchrun.
 
-    Args:
-        text: "2/8" is the second of eight; None asks torchrun's variables.
-
-    Returns:
-        None where the process does everything.
-
-    Raises:
-        UsageError: a text that is no part, or one that is given under torchrun, where all processes would do the same.
+    None where the process does everything. Under torchrun a text is refused: all processes would do the same.
     """
     rank, world = launched()
     if text is None:
-        return Part(rank + 1, world) if world > 1 else None
+        return Shard(rank + 1, world) if world > 1 else None
     if world > 1:
         raise UsageError(f"part {text!r} was given to processes of torchrun, which share the cases; leave it out")
     match = re.fullmatch(r"(\d+)/(\d+)", str(text))
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise UsageError(f"part {text!r} must be INDEX/COUNT with an index from 1 to COUNT, for instance 2/8")
-    return Part(int(match[1]), int(match[2]))
+    return Shard(int(match[1]), int(match[2]))
 
 
 def launched() -> tuple[int, int]:
@@ -80,36 +70,33 @@ def launched() -> tuple[int, int]:
 
 
 def local_device() -> torch.device:
-    """The device of this process: a GPU of its own among those of the machine, or the CPU where there is none.
-
-    Raises:
-        UsageError: the process was not started by torchrun, or the machine has fewer GPUs than processes.
-    """
+    """The device of a process of torchrun: a GPU of its own, or the CPU where the machine has no GPU."""
     import torch
 
-    ranks = _require_torchrun()
+    _, _, local = _require_torchrun()
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if ranks[2] >= torch.cuda.device_count():
+    if local >= torch.cuda.device_count():
         raise UsageError(
-            f"process {ranks[2] + 1} of this machine has no GPU ({torch.cuda.device_count()} found); start as many "
-            f"processes a machine with --nproc_per_node={torch.cuda.device_count()}"
+            f"process {local + 1} of this machine has no GPU ({torch.cuda.device_count()} found); start as many "
+            f"processes per machine with --nproc_per_node={torch.cuda.device_count()}"
         )
-    return torch.device("cuda", ranks[2])
+    return torch.device("cuda", local)
 
 
-def join(device: torch.device | str, one_voice: bool = True, patience_h: float = 0.5) -> None:
+def join(
+    device: torch.device | str,
+    rank_zero_only: bool = True,
+    timeout: datetime.timedelta = datetime.timedelta(minutes=30),
+) -> None:
     """Connect the processes that torchrun started: NCCL between GPUs, gloo between CPUs.
 
     The connection ends with :func:`leave` or, after an error, with the process.
 
     Args:
         device: of this process.
-        one_voice: all do the same, so only the first process reports.
-        patience_h: hours that a process waits for another before it takes it for lost.
-
-    Raises:
-        UsageError: the process was not started by torchrun.
+        rank_zero_only: only the first process logs, for all do the same.
+        timeout: how long a process waits for the others before it fails.
     """
     import torch
     import torch.distributed as dist
@@ -119,47 +106,48 @@ def join(device: torch.device | str, one_voice: bool = True, patience_h: float =
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        patience = datetime.timedelta(hours=patience_h)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
-        atexit.register(_disconnect)
-    if one_voice and not is_main():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        atexit.register(leave, wait=False)
+    if rank_zero_only and not is_main():
         logging.getLogger("samda").setLevel(logging.ERROR)
 
 
 def join_for_cases() -> None:
-    """Connect processes of torchrun that share the cases of a job; without torchrun, nothing."""
+    """Connect processes of torchrun that share the cases of a job; without torchrun, do nothing."""
     if launched()[1] > 1:
-        join("cpu", one_voice=False, patience_h=DAYS_H)
+        join("cpu", rank_zero_only=False, timeout=CASES_TIMEOUT)
 
 
 def leave(wait: bool = True) -> None:
-    """End the connection, once every process has come so far if `wait`; without one, nothing."""
-    import torch.distributed as dist
-
+    """End the connection, if there is one; with `wait` once every process has come this far."""
     if _connected():
+        import torch.distributed as dist
+
         if wait:
             exchange(None)  # no process leaves while the first still writes
         dist.destroy_process_group()
 
 
-def place() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """Rank and number of the connected processes; (0, 1) without a connection."""
+    if not _connected():
+        return 0, 1
     import torch.distributed as dist
 
-    return (dist.get_rank(), dist.get_world_size()) if _connected() else (0, 1)
+    return dist.get_rank(), dist.get_world_size()
 
 
 def is_main() -> bool:
     """Is this the process that writes files and reports?"""
-    return place()[0] == 0
+    return rank_and_world()[0] == 0
 
 
 def exchange(value: T) -> list[T]:
     """The values of all connected processes, in the order of their ranks; every process has to call it."""
-    import torch.distributed as dist
-
     if not _connected():
         return [value]
+    import torch.distributed as dist
+
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -167,10 +155,10 @@ def exchange(value: T) -> list[T]:
 
 def broadcast(value: T) -> T:
     """The value of the first process; every process has to call it."""
-    import torch.distributed as dist
-
     if not _connected():
         return value
+    import torch.distributed as dist
+
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
@@ -182,14 +170,6 @@ def _connected() -> bool:
     import torch.distributed as dist
 
     return dist.is_available() and dist.is_initialized()
-
-
-def _disconnect() -> None:
-    """At the end of a process that did not get as far as :func:`leave`: nobody is waited for."""
-    import torch.distributed as dist
-
-    if _connected():
-        dist.destroy_process_group()
 
 
 def _require_torchrun() -> tuple[int, int, int]:

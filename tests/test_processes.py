@@ -4,7 +4,18 @@ from __future__ import annotations
 import pytest
 
 from samda.errors import UsageError
-from samda.processes import Part, broadcast, exchange, is_main, join, launched, leave, local_device, place, read_part
+from samda.processes import (
+    Shard,
+    broadcast,
+    exchange,
+    is_main,
+    join,
+    launched,
+    leave,
+    local_device,
+    rank_and_world,
+    read_part,
+)
 
 
 @pytest.fixture
@@ -18,15 +29,15 @@ def torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 12])
 def test_parts_are_the_whole_and_differ_by_one_case_at_most(count: int) -> None:
     cases = [f"case{i}" for i in range(7)]
-    parts = [Part(i, count).of(cases) for i in range(1, count + 1)]
+    parts = [Shard(i, count).of(cases) for i in range(1, count + 1)]
     assert sorted(case for part in parts for case in part) == cases
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    assert Part(2, 3).of(cases) == ["case1", "case4"]
+    assert Shard(2, 3).of(cases) == ["case1", "case4"]
 
 
 def test_a_part_is_read_from_text() -> None:
-    assert read_part("2/8") == Part(2, 8)
-    assert str(Part(2, 8)) == "2/8"
+    assert read_part("2/8") == Shard(2, 8)
+    assert str(Shard(2, 8)) == "2/8"
     assert read_part() is None
 
 
@@ -38,7 +49,7 @@ def test_what_is_no_part_is_refused(text: str) -> None:
 
 def test_torchrun_gives_every_process_its_part(torchrun: None) -> None:
     assert launched() == (2, 4)
-    assert read_part() == Part(3, 4)
+    assert read_part() == Shard(3, 4)
     with pytest.raises(UsageError, match="part '1/2' was given to processes of torchrun, which share the cases"):
         read_part("1/2")
 
@@ -53,6 +64,6 @@ def test_variables_that_torchrun_did_not_set_mean_nothing(torchrun: None, monkey
 
 
 def test_a_single_process_is_its_own_group() -> None:
-    assert place() == (0, 1) and is_main()
+    assert rank_and_world() == (0, 1) and is_main()
     assert exchange("a") == ["a"] and broadcast("b") == "b"
     leave()

@@ -6,6 +6,7 @@ from samda.adaptation.folder import AdaptRun, adapt_folder
 from samda.adaptation.guard import REASONS, Decision, Evidence, GuardSettings
 from samda.adaptation.objectives import OBJECTIVES, Objective, build_objective
 from samda.adaptation.outcome import AdaptedCase
+from samda.adaptation.settings import check_settings
 
 __all__ = [
     "OBJECTIVES",
@@ -19,4 +20,5 @@ __all__ = [
     "Objective",
     "adapt_folder",
     "build_objective",
+    "check_settings",
 ]

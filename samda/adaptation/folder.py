@@ -35,7 +35,7 @@ from samda.errors import InputError, SamdaError, UsageError
 from samda.inference.predict import refuse_own_folder
 from samda.inference.writer import check_output_folder, label_path, write_labels, write_probabilities
 from samda.io import files_of, replacing, write_json, write_text
-from samda.processes import Part
+from samda.processes import Shard
 from samda.progress import Cases
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def adapt_folder(
     keep_names: bool = False,
     keep_tensors: bool = False,
     overwrite: bool = False,
-    part: Part | None = None,
+    part: Shard | None = None,
     on_case: Callable[[str, Mapping[str, Any]], None] | None = None,
 ) -> AdaptRun:
     """Adapt to every scan of a folder; finished cases are left out, so an interrupted run goes on where it stopped.

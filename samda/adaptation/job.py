@@ -21,7 +21,7 @@ from samda.data.labels import MapLabelsd
 from samda.errors import SamdaError, UsageError
 from samda.inference.evaluate import score_files
 from samda.models.versions import list_versions, load_version
-from samda.processes import Part, exchange, is_main, place
+from samda.processes import Shard, exchange, is_main, rank_and_world
 from samda.task import Task
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def run_adaptation(
     overwrite: bool = False,
     weights: str | Path | None = None,
     version: str | None = None,
-    part: Part | None = None,
+    part: Shard | None = None,
     device: torch.device | str = "cpu",
     on_case: Callable[[str, Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def run_adaptation(
     scores = score_run(run, labels, task) if labels is not None and not dry_run else None
     page = write_page(adaptation, run, inputs, section=section, scores=scores, keep_names=keep_names)
     distilled = None if site is None else _distill_once(adaptation, model, run, site, part)
-    if place()[1] == 1:  # a job of an array answers for its own cases
+    if rank_and_world()[1] == 1:  # a job of an array answers for its own cases
         run = own
     return run.to_dict() | {
         "page": str(page),
@@ -116,7 +116,7 @@ def run_adaptation(
 
 
 def _distill_once(
-    adaptation: Adaptation, model: str | Path, run: AdaptRun, site: str, part: Part | None
+    adaptation: Adaptation, model: str | Path, run: AdaptRun, site: str, part: Shard | None
 ) -> dict[str, Any] | None:
     """The site version; None if another part, which finished at the same moment, has written it."""
     try:

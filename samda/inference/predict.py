@@ -28,7 +28,7 @@ from samda.inference.writer import (
     write_probabilities,
 )
 from samda.io import files_of
-from samda.processes import Part
+from samda.processes import Shard
 from samda.progress import Cases
 from samda.task import Task
 
@@ -186,7 +186,7 @@ def predict_folder(
     output: str | Path,
     save_probabilities: bool = False,
     skip_finished: bool = False,
-    part: Part | None = None,
+    part: Shard | None = None,
     on_case: Callable[[str, str], None] | None = None,
 ) -> FolderResult:
     """Predict every case and write its label map; a case that fails is listed, and the next one follows.

@@ -9,11 +9,10 @@ from samda.training.config_check import check_config, check_overrides
 from samda.training.datasets import SliceDataset, SliceSampler, build_dataset, prepare_batch
 from samda.training.ddp import PaddedDataset, RankSampler, WholeBatchLoss, batch_share, distribute
 from samda.training.finish import save_training
-from samda.training.handlers import CaseDice, Progress, RecordEpoch, TrainingRecord
+from samda.training.handlers import CaseDice, MLflow, Progress, RecordEpoch, TensorBoard, TrainingRecord
 from samda.training.loss import DiceCELoss
-from samda.training.optim import build_optimizer, build_schedule, parameter_groups
+from samda.training.optim import PenalizedLoss, build_optimizer, build_schedule, parameter_groups
 from samda.training.run import train
-from samda.training.tracking import MLflow, TensorBoard
 
 __all__ = [
     "CaseDice",
@@ -21,6 +20,7 @@ __all__ = [
     "DiceCELoss",
     "MLflow",
     "PaddedDataset",
+    "PenalizedLoss",
     "Progress",
     "RankSampler",
     "RecordEpoch",

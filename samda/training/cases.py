@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training needs to know before it reads a scan: the task, and which cases train and validate."""
+"""What a training decides before it reads a scan: the task, and which cases train and which validate."""
 
 from __future__ import annotations
 
@@ -26,20 +26,13 @@ def build_task(
     spacing: float | None = None,
     dataset: str | Path | None = None,
 ) -> Task:
-    """The task of a training.
+    """The task of a training; `image_size` (pixels) and `spacing` (mm per pixel) replace those of the task.
 
     Args:
-        task: a Task, its values, a YAML or JSON file, or the name of a task of samda's. None takes what suits the data
-            set best, see :func:`samda.data.suggest.suggest_task`, and says what that is.
-        labels: class name -> ids as the data set states them, or what reads them: only without a task they are needed.
-        image_size: pixels of a slice instead of the task's.
-        spacing: mm per pixel instead of the task's.
-        dataset: where the data set is; without it no task is taken from its scans, only classes from `labels`.
-
-    Raises:
-        InputError: no task, and a data set without a usable label.
-        UsageError: neither a task nor labels nor a data set, a file that does not exist, or values that no task can
-            have.
+        task: a Task, its values, a YAML or JSON file, or the name of a packaged task. None takes and logs what
+            :func:`samda.data.suggest.suggest_task` suggests for the scans of `dataset`.
+        labels: class name -> ids as the data set states them, or a function that reads them; used where there is
+            neither a task nor a `dataset`.
     """
     if task is None:
         task = _task_of(labels() if callable(labels) else labels) if dataset is None else _task_for(dataset)
@@ -85,14 +78,8 @@ def _task_for(dataset: str | Path) -> Task:
 def training_cases(
     datalist: DataList, task: Task, fold: int | None = None, fraction: float = 0.2, seed: int = 0
 ) -> Split:
-    """Which cases train and which validate.
-
-    The data set's own validation cases are taken where it has some and no `fold` is asked for; otherwise its training
-    cases are split, see :func:`samda.data.splits.split`.
-
-    Raises:
-        InputError: no labeled case.
-        UsageError: an impossible fold or fraction.
+    """Which cases train and which validate: the data set's own sections, or with `fold` or without validation cases
+    a split of its training cases by :func:`samda.data.splits.split`.
     """
     training, validation = datalist.cases["training"], datalist.cases["validation"]
     if not training:
@@ -109,12 +96,7 @@ def training_cases(
 
 
 def labeled_cases(datalist: DataList, section: str) -> list[Case]:
-    """The cases of a section that have labels to compare with.
-
-    Raises:
-        UsageError: no such section.
-        InputError: none of its cases has a label; the message says which sections have.
-    """
+    """The cases of a section that have labels; a section without any is refused with the counts of the others."""
     if section not in datalist.cases:
         raise UsageError(f"section {section!r} is unknown; {nearest(str(section), datalist.cases)}")
     counts = {name: sum("label" in case for case in cases) for name, cases in datalist.cases.items()}

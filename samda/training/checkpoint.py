@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoint that a training goes on from: it holds everything, so a resumed run equals one that never stopped."""
+"""The checkpoint of a training: it holds everything, so a resumed run equals one that never stopped.
+
+ignite's own `Checkpoint` is not used: it neither keeps the random generators, compares settings, nor reads on one
+process and sends to the others.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,9 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 
-from samda.errors import InputError, UsageError
+from samda.errors import InputError, UsageError, disk_trouble
 from samda.io import try_writing
-from samda.processes import broadcast, is_main, place
+from samda.processes import broadcast, is_main, rank_and_world
 
 logger = logging.getLogger(__name__)
 
@@ -25,27 +29,20 @@ MODEL = "adapter.json"  # of a finished training, whose last.pt may have been re
 
 
 def check_model_folder(folder: str | Path, resume: bool = False, overwrite: bool = False) -> None:
-    """Refuse a folder that cannot hold the training, before hours of work.
+    """Refuse a folder that cannot be written, or that holds what neither `resume` nor `overwrite` covers.
 
-    Args:
-        folder: where the model goes; made later, with the folders above it.
-        resume: go on with the training there.
-        overwrite: replace it.
-
-    Raises:
-        UsageError: it is a file, lies in one, or cannot be written; it holds a training and neither `resume` nor
-            `overwrite` is given, or both are; there is a finished model to resume, but no last.pt.
+    Called before hours of work; the folder and those above it are made later.
     """
     folder = Path(folder)
     if resume and overwrite:
         raise UsageError("resume and overwrite exclude each other; choose one")
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not place.is_dir():
-        raise UsageError(f"output {folder} cannot be made, {place} is a file; give a folder")
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UsageError(f"output {folder} cannot be made, {existing} is a file; give a folder")
     try:
-        try_writing(place)
+        try_writing(existing)
     except OSError as error:
-        raise UsageError(f"nothing can be written to {place} ({error.strerror}); choose another output") from error
+        raise UsageError(f"nothing can be written to {existing} ({error.strerror}); choose another output") from error
     if overwrite:
         return
     if (folder / LAST).exists():
@@ -59,18 +56,15 @@ def check_model_folder(folder: str | Path, resume: bool = False, overwrite: bool
 class Checkpoint:
     """`folder`/last.pt: the state of `objects`, the epoch, all random generators and, for comparison, `settings`.
 
-    Tensors and plain values only. It serves one's own resume and is no part of the model. Of several processes the
-    first reads and writes it, so it serves any number of them.
+    It holds tensors and plain values only, serves one's own resume, and is not part of the model. Of several processes
+    the first reads and writes it, so it can be resumed by any number of them.
 
     Args:
-        folder: where last.pt lies.
+        folder: see :func:`check_model_folder`.
         objects: name -> object with `state_dict` and `load_state_dict` (network, optimizer, schedule, record).
         settings: what must not change between start and resume.
-        resume: go on from last.pt; where there is none, the training starts anew and says so.
-        overwrite: replace the training that `folder` holds instead of refusing to.
-
-    Raises:
-        UsageError: see :func:`check_model_folder`.
+        resume: continue from last.pt; without that file the training starts anew with a warning.
+        overwrite: replace the training that `folder` holds.
     """
 
     def __init__(
@@ -81,60 +75,48 @@ class Checkpoint:
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
-        self.path = Path(folder) / LAST
-        self.objects, self.settings = dict(objects), dict(settings)
-        self.resume = resume
         check_model_folder(folder, resume, overwrite)
+        self.path, self.resume = Path(folder) / LAST, resume
+        self.objects, self.settings = dict(objects), dict(settings)
         if resume and not self.path.exists():
             logger.warning("nothing to resume in %s: starting at the first epoch", self.path.parent)
 
     def save(self, engine: Engine) -> None:
-        """Write last.pt under a temporary name (always the same: a killed run leaves no litter), then rename it.
-
-        Raises:
-            InputError: there is no room for it; the one before stays.
-        """
+        """Write last.pt under a temporary name (always the same: a killed run leaves one file), then rename it."""
         if not is_main():
             return
-        state: dict[str, Any] = {name: thing.state_dict() for name, thing in self.objects.items()}
+        state: dict[str, Any] = {name: thing.state_dict() for name, thing in self._all(engine).items()}
         state |= {"epoch": engine.state.epoch, "settings": self.settings, "random": _random_state()}
-        scaler = getattr(engine, "scaler", None)
-        if scaler is not None:
-            state["scaler"] = scaler.state_dict()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(".last.pt.tmp")
         try:
             torch.save(state, temporary)
             os.replace(temporary, self.path)
         except BaseException as error:
-            temporary.unlink(missing_ok=True)  # half a file on a full disk
-            if isinstance(error, OSError) or "inline_container" in str(error):  # where PyTorch writes
-                raise InputError(
-                    f"{self.path} cannot be written ({_reason(error)}); make room, and go on with resume"
-                ) from error
+            temporary.unlink(missing_ok=True)  # incomplete on a full disk
+            if (trouble := disk_trouble(error)) is not None:
+                raise InputError(f"checkpoint {self.path}: {trouble}, and continue with resume") from error
             raise
 
     def load(self, engine: Engine) -> None:
-        """Put everything back as last.pt has it.
-
-        Raises:
-            InputError: the file is damaged.
-            UsageError: a setting has changed since.
-        """
+        """Restore what last.pt holds; refuse it where a setting has changed since."""
         state = broadcast(self._read() if is_main() else {})
         for key, value in self.settings.items():
-            before = state["settings"].get(key)
+            before = state["settings"].get(key, value)  # an older samda did not store every key
             if before != value:
                 raise UsageError(f"resume: {key} was {before!r} and is now {value!r}; keep it or use another folder")
-        for name, thing in self.objects.items():
-            thing.load_state_dict(state[name])
-        scaler = getattr(engine, "scaler", None)
-        if scaler is not None and "scaler" in state:
-            scaler.load_state_dict(state["scaler"])
+        for name, thing in self._all(engine).items():
+            if name in state:
+                thing.load_state_dict(state[name])
         engine.state.epoch = state["epoch"]
         engine.state.iteration = state["epoch"] * engine.state.epoch_length
         _set_random_state(state["random"])
         logger.info("resumed after epoch %d", state["epoch"])
+
+    def _all(self, engine: Engine) -> dict[str, Any]:
+        """The objects, and the gradient scaler where the engine has one."""
+        scaler = getattr(engine, "scaler", None)
+        return self.objects if scaler is None else self.objects | {"scaler": scaler}
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -181,8 +163,12 @@ class SaveCheckpoint:
             self._saved = engine.state.epoch
 
 
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or "is the disk full?"
+def _own_gpus() -> list[int]:
+    """All GPUs, or the one that a process among several has for itself."""
+    if not torch.cuda.is_available():
+        return []
+    alone = rank_and_world()[1] == 1
+    return list(range(torch.cuda.device_count())) if alone else [torch.cuda.current_device()]
 
 
 def _random_state() -> dict[str, Any]:
@@ -190,25 +176,16 @@ def _random_state() -> dict[str, Any]:
     kind, keys, *numbers = np.random.get_state()  # noqa: NPY002 - the generator that libraries use
     return {
         "torch": torch.get_rng_state(),
-        "cuda": _cuda_state(),
+        "cuda": [torch.cuda.get_rng_state(gpu) for gpu in _own_gpus()],
         "numpy": [str(kind), torch.from_numpy(np.asarray(keys, dtype=np.int64)), *numbers],
         "python": list(random.getstate()),
     }
 
 
-def _cuda_state() -> list[torch.Tensor]:
-    """Of all GPUs, or of the one that a process among several has for itself."""
-    if not torch.cuda.is_available():
-        return []
-    return torch.cuda.get_rng_state_all() if place()[1] == 1 else [torch.cuda.get_rng_state()]
-
-
 def _set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available():
-        places = range(torch.cuda.device_count()) if place()[1] == 1 else [torch.cuda.current_device()]
-        for device, values in zip(places, state["cuda"], strict=False):  # the GPUs may be others than before
-            torch.cuda.set_rng_state(values, device)
+    for gpu, values in zip(_own_gpus(), state["cuda"], strict=False):  # their number may differ from before
+        torch.cuda.set_rng_state(values, gpu)
     kind, keys, *numbers = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *numbers))  # noqa: NPY002
     version, values, gauss = state["python"]

@@ -3,6 +3,8 @@
 
 MONAI adds any override to the config, so `--epoch 5` trains with the default number of epochs. The first entry of
 `initialize` in our configs calls :func:`check_overrides`, which compares what runs with the config file it came from.
+That file says which keys exist and of which type they are, also in a user's own copy of the bundle; the ranges are
+below.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import operator
 import pydoc
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,29 +29,11 @@ from samda.task import Task
 from samda.training.cases import build_task
 
 FREE = ("adapters", "backbone", "task", "_meta_")  # these may be mappings whose keys their own builders check
-NAMED = ("backbone", "task")  # and these names of something known
+NAMED = ("backbone", "task")  # and these may be names
 TRACKING = ("tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "output_dir")
-LARGEST_SEED = 2**63 - 1  # of PyTorch's generators
-LEAST = {  # keys whose wrong values PyTorch and ignite refuse in words of their own, or take
-    "epochs": 1,
-    "batch_size": 1,
-    "views": 1,
-    "val_interval": 1,
-    "checkpoint_interval": 1,
-    "patience": 0,
-    "workers": 0,
-    "memory_mb": 0,
-    "weight_decay": 0,
-    "augmentation": 0,
-    "seed": 0,
-    "fold": 0,
-    "head_learning_rate": 0,  # 0 or null is that of the adapters
-}
-ABOVE_0 = {"learning_rate": math.inf, "validation_fraction": 0.5}  # and at most this
-BELOW_1 = ("warmup", "empty_share")  # shares, from 0
 NULL = ("head_learning_rate", "weights", "train::augmentation")  # keys with a default that may be null
 COMPUTED = ("device", "train::dataloader::batch_size")  # components of multi_gpu_train.json that stand for plain values
-UNSET = {"fold": 0, "image_size": 256, "spacing": 1.0}  # keys that are null where not given; other values are like this
+UNSET = {"fold": 0, "image_size": 256, "spacing": 1.0}  # keys that are null by default; other values are of this type
 TYPES = {
     bool: "true or false",
     int: "a whole number",
@@ -57,20 +42,31 @@ TYPES = {
     list: "a list",
     dict: "a mapping",
 }
+LIMITS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+RANGES: dict[str, dict[str, float]] = {  # keys whose wrong values PyTorch and ignite take, or refuse without their name
+    "epochs": {"at least": 1},
+    "batch_size": {"at least": 1},
+    "views": {"at least": 1},
+    "val_interval": {"at least": 1},
+    "checkpoint_interval": {"at least": 1},
+    "patience": {"at least": 0},
+    "workers": {"at least": 0},
+    "memory_mb": {"at least": 0},
+    "weight_decay": {"at least": 0},
+    "regularization": {"at least": 0},
+    "augmentation": {"at least": 0},
+    "fold": {"at least": 0},
+    "head_learning_rate": {"at least": 0},  # 0 or null is the rate of the adapters
+    "learning_rate": {"above": 0},
+    "seed": {"at least": 0, "at most": 2**63 - 1},  # of PyTorch's generators
+    "validation_fraction": {"above": 0, "at most": 0.5},
+    "warmup": {"at least": 0, "below": 1},
+    "empty_share": {"at least": 0, "below": 1},
+}
 
 
 def check_overrides(config_file: str | Sequence[str]) -> None:
-    """Check the running config against the file `config_file` beside which it was started.
-
-    Only that file (or several, merged) is the reference, so keys that a user adds to an own copy of the bundle are
-    valid there.
-
-    Args:
-        config_file: name of the reference in the folder of the first config file, for instance "train.json"; or names.
-
-    Raises:
-        UsageError, AdapterError, WeightsError: as :func:`check_config`.
-    """
+    """Check the running config against `config_file` (or several, merged) in the folder of its first config file."""
     workflow = _running_workflow()
     if workflow is None:  # a bare ConfigParser: nothing was overridden through MONAI
         return
@@ -80,71 +76,43 @@ def check_overrides(config_file: str | Sequence[str]) -> None:
 
 
 def check_config(config: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
-    """Check every key of `config`, nested ones too, the type of its plain values, and what can be known of these
-    before data are read: ranges, names, the task, settings of adapters, and that a weights file exists.
+    """Check every key of `config`, nested ones too, and all that is known of their plain values before data are read:
+    types, ranges, names, the task, settings of adapters, and that a weights file exists.
 
     Args:
         config: the config after overlays and overrides, before it is resolved.
-        reference: the config that defines the valid keys; a null value takes any type.
-
-    Raises:
-        UsageError: naming the key path and the nearest valid key, or the type or the least value expected and the value
-            received.
-        AdapterError: adapters that exclude each other, or a name that none can have.
-        WeightsError: there is no such weights file.
+        reference: the config that defines the valid keys and their types; a null value takes any type.
     """
     _check_mapping(config, reference, "", TRACKING)
     for key, like in UNSET.items():
         if key in reference and config.get(key) is not None:
             _check_type(key, config[key], like)
-    for key, least in LEAST.items():
-        value = config.get(key, least)
-        if key in reference and isinstance(value, int | float) and not least <= value < math.inf:  # nor NaN
-            raise UsageError(f"config key {key!r} must be at least {least}, got {value!r}")
-    if isinstance(config.get("seed"), int) and config["seed"] > LARGEST_SEED:
-        raise UsageError(f"config key 'seed' must be at most {LARGEST_SEED}, got {config['seed']}")
-    for key, most in ABOVE_0.items():
+    for key, limits in RANGES.items():
         value = config.get(key)
-        if key in reference and isinstance(value, int | float) and not (0 < value <= most and value < math.inf):
-            limit = f" and at most {most}" if most < math.inf else ""
-            raise UsageError(f"config key {key!r} must be above 0{limit}, got {value!r}")
-    for key in BELOW_1:
-        value = config.get(key)
-        if key in reference and isinstance(value, int | float) and not 0 <= value < 1:
-            raise UsageError(f"config key {key!r} must be at least 0 and below 1, got {value!r}")
+        if key not in reference or not isinstance(value, int | float):
+            continue
+        if not math.isfinite(value) or not all(LIMITS[words](value, limit) for words, limit in limits.items()):
+            allowed = " and ".join(f"{words} {limit}" for words, limit in limits.items())
+            raise UsageError(f"config key {key!r} must be {allowed}, got {value!r}")
+    _check_by_builders({key: config[key] for key in config if key in reference and _is_plain(config[key])}, config)
+
+
+def _check_by_builders(plain: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Let those who will build the plain values refuse them now; configs other than train.json lack some keys."""
+    if "adapters" in plain:
+        check_together(build_configs(plain["adapters"]))
     network = config.get("network_def")
-    if isinstance(network, Mapping) and network.get("weights") != "@weights":  # so those at the top are not used
-        config = {key: value for key, value in config.items() if key != "weights"}
-    _build({key: config[key] for key in config if key in reference and _is_plain(config[key])})
-    if {"method", "scope"} <= set(reference):  # adapt.json
-        _check_adaptation(config)
-
-
-def _check_adaptation(config: Mapping[str, Any]) -> None:
-    """Let the adaptation refuse its settings now; those that MONAI has yet to resolve must wait."""
-    from samda.adaptation.settings import check_settings  # training needs none of it
-
-    given = config.get("settings")
-    if not isinstance(given, Mapping):
-        return
-    values = {key: config.get(v[1:]) if isinstance(v, str) and v.startswith("@") else v for key, v in given.items()}
-    check_settings({key: value for key, value in values.items() if _is_plain(value)})
-
-
-def _build(config: Mapping[str, Any]) -> None:
-    """Let those who will build the values refuse them now; keys of another config than train.json may be missing."""
-    if "adapters" in config:
-        check_together(build_configs(config["adapters"]))
-    weights = config.get("weights")
-    if "backbone" in config:
-        backbone = backbone_config(config["backbone"])
+    used = not isinstance(network, Mapping) or network.get("weights") == "@weights"
+    weights = plain.get("weights") if used else None
+    if "backbone" in plain:
+        backbone = backbone_config(plain["backbone"])
         if weights == "pretrained":
             check_published(backbone)
     if isinstance(weights, str | Path) and weights != "pretrained":
         existing_weights(weights)
-    if "task" in config:
-        task = Task() if config["task"] is None else config["task"]  # None is known when the scans are; its size is not
-        build_task(task, image_size=config.get("image_size"), spacing=config.get("spacing"))
+    if "task" in plain:  # null is chosen for the scans later, but not its size
+        task = Task() if plain["task"] is None else plain["task"]
+        build_task(task, image_size=plain.get("image_size"), spacing=plain.get("spacing"))
 
 
 def _check_mapping(config: Mapping[str, Any], reference: Mapping[str, Any], path: str, extra: tuple[str, ...]) -> None:
@@ -164,7 +132,7 @@ def _check_mapping(config: Mapping[str, Any], reference: Mapping[str, Any], path
 
 
 def _check_type(where: str, value: Any, default: Any) -> None:
-    """A plain default fixes the type, a component wants another; references, expressions and null say nothing."""
+    """A plain default fixes the type, a component requires another; references, expressions and null allow any."""
     if default is None or _is_dynamic(value) or (value is None and where in NULL):
         return
     if _is_dynamic(default):
@@ -174,10 +142,8 @@ def _check_type(where: str, value: Any, default: Any) -> None:
             )
         return
     kind = type(default)
-    right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if kind is float:
-        right = isinstance(value, int | float) and not isinstance(value, bool)
-    if not right:
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise UsageError(f"config key {where!r} must be {TYPES[kind]}, got {value!r}")
 
 
@@ -197,11 +163,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _parameters(target: Any, path: str) -> list[str] | None:
-    """Parameters of the class or function `target`, named as MONAI does; None where any keyword may be one.
-
-    Raises:
-        UsageError: there is no such component.
-    """
+    """Parameters of the class or function `target`, named as MONAI does; None where any keyword may be one."""
     if not isinstance(target, str) or _is_dynamic(target):
         return None
     modules = _locator().get_component_module_name(target)  # of MONAI's short names
@@ -235,7 +197,8 @@ def _locator() -> ComponentLocator:
 def _running_workflow() -> ConfigWorkflow | None:
     """The workflow whose expression is being evaluated.
 
-    MONAI hands expressions the values they refer to, never the config as a whole, so we look up the call stack.
+    MONAI hands expressions the values they refer to, never the config as a whole, and nothing else sees the keys that
+    no expression refers to; so we look up the call stack.
     """
     frame = sys._getframe(1)
     while frame is not None:

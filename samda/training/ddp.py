@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, Sampler
 
 from samda.errors import InputError, UsageError
-from samda.processes import exchange, place
+from samda.processes import exchange, rank_and_world
 
 PADDING = -1  # label of an item that is there only so that every process takes part in a step
 
@@ -30,7 +30,7 @@ def batch_share(batch_size: int) -> int:
     Raises:
         UsageError: they cannot be dealt out evenly.
     """
-    _, world = place()
+    _, world = rank_and_world()
     if batch_size % world:
         raise UsageError(
             f"batch_size {batch_size} cannot be dealt out to {world} processes; choose a multiple of {world}"
@@ -67,7 +67,7 @@ class PaddedDataset(Dataset):
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        rank, _ = place()
+        rank, _ = rank_and_world()
         signatures = exchange(dataset.signature())
         if signatures[rank] != signatures[0]:
             raise InputError(
@@ -99,7 +99,7 @@ class RankSampler(Sampler[int]):
     """
 
     def __init__(self, dataset: Sized, num_replicas: int | None = None, rank: int | None = None) -> None:
-        own, all_ = place()
+        own, all_ = rank_and_world()
         world, rank = num_replicas or all_, own if rank is None else rank
         if world > len(dataset):
             raise UsageError(
@@ -131,7 +131,7 @@ class WholeBatchLoss(nn.Module):
 
     def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """The loss of all items that are no padding; the same number on every process."""
-        rank, world = place()
+        rank, world = rank_and_world()
         parts, labels = _gather(logits.detach(), world), _gather(label, world)
         parts[rank] = _scale_gradient(logits, world)
         # item j of process r is item j R + r of the batch, as one process would have drawn it

@@ -39,20 +39,17 @@ def save_training(
     bundle_root: str | Path,
     settings: Mapping[str, Any],
     dataset: SliceDataset | EmbeddingDataset,
+    with_base: bool = False,
 ) -> dict[str, Any]:
     """Put the best parameters back into the network and write the model folder with a bundle around it.
 
     Of several processes the first writes; the others return the same.
 
     Args:
-        network: the trained network.
-        record: of the training.
-        task: its task.
-        cases: who trained and who validated.
-        folder: the model folder.
-        bundle_root: the bundle whose configs and docs are copied; samda's own where it holds no configs/train.json.
+        bundle_root: the bundle whose configs and docs are copied; the packaged one where it has no configs/train.json.
         settings: the keys that shaped the training.
-        dataset: the training data, for its statistics and for what its embeddings took.
+        dataset: the training data, for its statistics and the cost of its embeddings.
+        with_base: copy the base weights into the folder.
 
     Returns:
         {"model", "epochs", "best_epoch", "mean_dice", "dice", "seconds", "parameters", "split", "embeddings"}; Dice on
@@ -89,7 +86,7 @@ def save_training(
         },
         "statistics": slices.statistics.to_dict() | {"features": _features(network, dataset)},
     }
-    save_model(network, folder, task, content)
+    save_model(network, folder, task, content, with_base)
     copy_bundle(bundle_root, folder, task, network, settings)
     return summary
 
@@ -113,13 +110,6 @@ def copy_bundle(
 
     models/model.pt repeats adapter.safetensors for MONAI's own tools; samda does not read it. configs/train.json takes
     the task, backbone and adapters of this training as its defaults, so model.pt fits its `network_def`.
-
-    Args:
-        bundle_root: where configs and docs are copied from.
-        folder: the model folder.
-        task: its task.
-        network: the trained network.
-        settings: the keys that shaped the training.
     """
     source, folder = Path(bundle_root), Path(folder)
     if not (source / "configs" / "train.json").is_file():

@@ -1,68 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training has seen so far: its curve, and its best parameters. A checkpoint carries it through a resume.
+"""Handlers of the training and validation engines, in the order in which train.json attaches them.
 
-The validation metric of a training: Dice per case and class, pooled over all slices of the case.
+`CaseDice` scores a validation; `RecordEpoch` adds a row to the curve of the `TrainingRecord`, keeps the best parameters
+and stops early; `TensorBoard`, `MLflow` and `Progress` show the row.
 
-Handlers of the training engine: the curve and the best parameters, the decision to stop, the progress bar.
+MONAI's EarlyStopHandler and TensorBoardStatsHandler are not used: a resumed training has to remember how long ago its
+best validation was, and a new one must not write before it starts.
 """
 
 from __future__ import annotations
 
+import copy
+import importlib.metadata
 import logging
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 from ignite.engine import Engine, Events
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from monai.engines import Evaluator
+from monai.handlers import MLFlowHandler, TensorBoardHandler
+from monai.networks.utils import eval_mode
+from monai.utils import version_geq
 
-from samda.errors import InputError
+from samda.errors import InputError, UsageError, nearest
 from samda.io import write_json
 from samda.processes import exchange, is_main
 from samda.progress import bar
+from samda.report import paint
 
+logger = logging.getLogger(__name__)
 
-class TrainingRecord:
-    """The curve of a training, its best parameters, and how many validations have passed since.
-
-    Attributes:
-        history: one row per epoch: {"epoch", "loss", "learning_rate", "seconds"} and, where validated, "mean_dice" and
-            "dice" (class -> Dice).
-        best_score, best_epoch: of the best validation; -inf and 0 before the first.
-        best_state: the trainable parameters at that moment, on the CPU.
-        misses: validations since then.
-    """
-
-    def __init__(self) -> None:
-        self.history: list[dict[str, Any]] = []
-        self.best_score, self.best_epoch, self.misses = -float("inf"), 0, 0
-        self.best_state: dict[str, torch.Tensor] = {}
-
-    def validated(self, score: float, epoch: int, network: nn.Module) -> bool:
-        """Note a validation; True if it is better than every one before."""
-        if score > self.best_score:
-            self.best_score, self.best_epoch, self.misses = score, epoch, 0
-            self.best_state = {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
-            return True
-        self.misses += 1
-        return False
-
-    def restore_best(self, network: nn.Module) -> None:
-        """Put the best parameters back into the network; the last ones stay where nothing was ever validated."""
-        if self.best_state:
-            network.load_state_dict(self.best_state)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values, for a checkpoint."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
-        for key in vars(self):
-            setattr(self, key, state[key])
+TRACKERS = ("tensorboard", "mlflow")
+OLDEST_MLFLOW = "3.15.2"  # what MONAI 1.6 asks for
+SHOWN = 4  # validation slices with pictures
 
 
 class CaseDice:
@@ -73,10 +50,7 @@ class CaseDice:
 
     It attaches like an ignite metric: `engine.state.metrics[name]` is the mean, `engine.state.metric_details[name]` the
     mean per class (None where the class never occurred). The number of the case is `batch["case"]`. Connected processes
-    add up their counts, so the slices of a case may be spread over them.
-
-    Args:
-        classes: names of the classes, background first.
+    add up their counts, so the slices of a case may be spread over them. `classes` are names, background first.
     """
 
     def __init__(self, classes: Sequence[str]) -> None:
@@ -88,13 +62,7 @@ class CaseDice:
         self.counts: dict[int, torch.Tensor] = {}  # case -> (3, K): overlap, predicted, true voxels
 
     def update(self, logits: torch.Tensor, label: torch.Tensor, cases: Sequence[int]) -> None:
-        """Add a batch.
-
-        Args:
-            logits: (B, K, H, W).
-            label: (B, 1, H, W) class indices.
-            cases: number of the case of each item.
-        """
+        """Add a batch: (B, K, H, W) logits, (B, 1, H, W) class indices, and the number of the case of each item."""
         k = len(self.classes)
         predicted, true = logits.argmax(1).flatten(1), label[:, 0].long().flatten(1)
         for p, t, case in zip(predicted, true, cases, strict=True):
@@ -105,8 +73,8 @@ class CaseDice:
     def merge(self, counts: Sequence[dict[int, torch.Tensor]]) -> None:
         """Take the sum of the counts of several processes, this one's among them."""
         self.counts = {}
-        for part in counts:
-            for case, values in part.items():
+        for shard in counts:
+            for case, values in shard.items():
                 self.counts[case] = self.counts.get(case, 0) + values
 
     def per_class(self) -> dict[str, float | None]:
@@ -141,7 +109,44 @@ class CaseDice:
         engine.add_event_handler(Events.EPOCH_COMPLETED, epoch)
 
 
-logger = logging.getLogger(__name__)
+class TrainingRecord:
+    """The curve of a training and its best parameters; a checkpoint carries it through a resume.
+
+    Attributes:
+        history: one row per epoch: {"epoch", "loss", "learning_rate", "seconds"} and, where validated, "mean_dice" and
+            "dice" (class -> Dice).
+        best_score, best_epoch: of the best validation; -inf and 0 before the first.
+        best_state: the trainable parameters at that moment, on the CPU.
+        misses: validations since then.
+    """
+
+    def __init__(self) -> None:
+        self.history: list[dict[str, Any]] = []
+        self.best_score, self.best_epoch, self.misses = -float("inf"), 0, 0
+        self.best_state: dict[str, torch.Tensor] = {}
+
+    def validated(self, score: float, epoch: int, network: nn.Module) -> bool:
+        """Note a validation; True if it is better than every one before."""
+        if score > self.best_score:
+            self.best_score, self.best_epoch, self.misses = score, epoch, 0
+            self.best_state = {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
+            return True
+        self.misses += 1
+        return False
+
+    def restore_best(self, network: nn.Module) -> None:
+        """Put the best parameters back into the network; the last ones stay where nothing was ever validated."""
+        if self.best_state:
+            network.load_state_dict(self.best_state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, for a checkpoint."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        for key in vars(self):
+            setattr(self, key, state[key])
 
 
 class RecordEpoch:
@@ -149,14 +154,7 @@ class RecordEpoch:
 
     Attach it after the ValidationHandler. The curve is written to `folder`/history.json. Handlers that follow find the
     output of the engine as a list of one item, in which MONAI's own (StatsHandler, MLFlowHandler) look for the loss.
-
-    Args:
-        record: where all of it is kept.
-        network: whose trainable parameters are kept when a validation is the best so far.
-        evaluator: the validation engine.
-        optimizer: for the learning rates of the curve.
-        patience: validations without a better one before the training stops; 0 never stops it.
-        folder: where history.json goes.
+    `patience` counts validations without a better one before the training stops; 0 never stops it.
     """
 
     def __init__(
@@ -195,7 +193,7 @@ class RecordEpoch:
 
     def finish(self, engine: Engine) -> None:
         """Write the row, keep the best."""
-        epoch = engine.state.epoch
+        epoch, record = engine.state.epoch, self.record
         loss = float(torch.stack(self._losses).mean())
         if not math.isfinite(loss):
             raise InputError(f"the loss of epoch {epoch} is not finite; lower learning_rate or set amp=False")
@@ -205,14 +203,11 @@ class RecordEpoch:
         if validation.epoch == epoch and validation.metrics:  # not at every epoch when val_interval > 1
             row["mean_dice"] = validation.metrics[validation.key_metric_name]
             row["dice"] = validation.metric_details.get(validation.key_metric_name, {})
-            self.record.validated(row["mean_dice"], epoch, self.network)
-        self.record.history.append(row)
-        best = (
-            {"epoch": self.record.best_epoch, "mean_dice": self.record.best_score} if self.record.best_epoch else None
-        )
+            record.validated(row["mean_dice"], epoch, self.network)
+        record.history.append(row)
+        best = {"epoch": record.best_epoch, "mean_dice": record.best_score} if record.best_epoch else None
         if is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "history.json", {"best": best, "epochs": self.record.history})
+            write_json(self.folder / "history.json", {"best": best, "epochs": record.history})
         self.stop_if_done(engine)
 
     def stop_if_done(self, engine: Engine) -> None:
@@ -223,10 +218,7 @@ class RecordEpoch:
 
 
 class Progress:
-    """A bar over the epochs on a terminal, a log line per epoch everywhere else (which stays silent unless asked for).
-
-    Attach it after :class:`RecordEpoch`.
-    """
+    """A bar over the epochs on a terminal, else a log line per epoch. Attach it after :class:`RecordEpoch`."""
 
     def __init__(self, record: TrainingRecord) -> None:
         self.record = record
@@ -241,8 +233,7 @@ class Progress:
 
     def start(self, engine: Engine) -> None:
         """Open the bar at the epoch that the training starts from."""
-        total = engine.state.max_epochs or 0
-        self.bar = bar("training", total, "epoch", initial=engine.state.epoch)
+        self.bar = bar("training", engine.state.max_epochs or 0, "epoch", initial=engine.state.epoch)
 
     def advance(self, engine: Engine) -> None:
         """One epoch further."""
@@ -256,10 +247,168 @@ class Progress:
 
     def close(self, engine: Engine) -> None:
         """Close the bar."""
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
     def fail(self, engine: Engine, error: BaseException) -> None:
         """Close the bar and let the error pass on."""
-        if self.bar is not None:
-            self.bar.close()
+        self.close(engine)
         raise error
+
+
+def trackers(names: str | Sequence[str]) -> list[str]:
+    """The trackers in "tensorboard", "mlflow", "tensorboard,mlflow" or "none"; a package that one lacks is refused."""
+    if not isinstance(names, str | Sequence):
+        raise UsageError(f"tracking must be names of trackers or 'none', got {names!r}")
+    chosen = [name.strip() for name in names.split(",")] if isinstance(names, str) else [str(name) for name in names]
+    if chosen in ([], ["none"]):
+        return []
+    for name in chosen:
+        if name == "none":
+            raise UsageError(f"tracking 'none' stands alone, got {','.join(chosen)!r}; leave out one or the other")
+        if name not in TRACKERS:
+            raise UsageError(f"tracking {name!r} is unknown; {nearest(name, (*TRACKERS, 'none'))}")
+    if "mlflow" in chosen:
+        try:
+            found = importlib.metadata.version("mlflow")
+        except importlib.metadata.PackageNotFoundError:
+            found = None
+        if found is None or not version_geq(found, OLDEST_MLFLOW):
+            have = f"this environment has {found}" if found else "it is not installed"
+            raise UsageError(
+                f"tracking 'mlflow' needs mlflow {OLDEST_MLFLOW} or newer, {have}: pip install 'samda[mlflow]'"
+            )
+    return chosen
+
+
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """A row of the curve by name: "loss", "learning_rate/GROUP" and, where validated, "dice/mean" and "dice/CLASS"."""
+    values = {"loss": row["loss"]}
+    values |= {f"learning_rate/{group}": rate for group, rate in row["learning_rate"].items()}
+    if "mean_dice" in row:
+        values["dice/mean"] = row["mean_dice"]
+        values |= {f"dice/{name}": value for name, value in row["dice"].items() if value is not None}
+    return values
+
+
+class TensorBoard(TensorBoardHandler):
+    """Writes every epoch to TensorBoard, and pictures whenever a validation was the best so far.
+
+    Attach it after :class:`RecordEpoch`. A new training replaces the events of an older one in `folder`; a resumed one
+    continues behind its checkpoint. Pictures show slices of `dataset`, the validation slices, beside label and
+    prediction: `folder` holds patient images.
+    """
+
+    def __init__(self, record: TrainingRecord, network: nn.Module, dataset: Any, folder: str | Path) -> None:
+        self.record, self.network, self.dataset, self.folder = record, network, dataset, Path(folder)
+        self.slices = getattr(dataset, "slices", dataset)  # of an EmbeddingDataset
+        self.shown = _spread(self.slices.foreground.numpy(), SHOWN)
+        self.internal_writer = True
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the training engine."""
+        if is_main():
+            engine.add_event_handler(Events.STARTED, self.start)
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self.write)
+            engine.add_event_handler(Events.COMPLETED, self.close)
+
+    def start(self, engine: Engine) -> None:
+        """Open the event file."""
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a training needs it
+
+        if engine.state.epoch == 0:
+            for path in self.folder.glob("events.out.tfevents.*"):
+                path.unlink()
+        purge = engine.state.epoch + 1 if engine.state.epoch else None  # epochs behind the checkpoint come again
+        self._writer = SummaryWriter(str(self.folder), purge_step=purge)
+
+    def write(self, engine: Engine) -> None:
+        """Write the newest row of the curve."""
+        row = self.record.history[-1]
+        for name, value in scalars(row).items():
+            self._writer.add_scalar(name, value, row["epoch"])
+        if self.record.best_epoch == row["epoch"]:
+            for number, picture in enumerate(self.pictures(), start=1):
+                self._writer.add_image(f"validation/{number}", picture, row["epoch"], dataformats="HWC")
+        self._writer.flush()  # a training that is killed leaves its curve
+
+    @torch.no_grad()
+    def pictures(self) -> list[np.ndarray]:
+        """Slice, label and present prediction side by side, for each slice shown: (H, 3 W, 3) uint8."""
+        device = next(self.network.parameters()).device
+        embedded, task = self.slices is not self.dataset, self.slices.task
+        pictures = []
+        with eval_mode(self.network):
+            for index in self.shown:
+                item = self.slices.view(index, 0)
+                inputs = self.dataset[index]["embedding"] if embedded else item["image"]
+                logits = self.network(inputs[None].to(device), embedded=embedded)
+                # the slice without its neighbors; two channels make no color
+                image = item["image"].numpy()[task.context :][: 3 if task.in_channels == 3 else 1]
+                label, predicted = item["label"][0].numpy(), logits[0].argmax(0).cpu().numpy()
+                pictures.append(np.concatenate([paint(image), paint(image, label), paint(image, predicted)], axis=1))
+        return pictures
+
+
+class MLflow(MLFlowHandler):
+    """MONAI's MLFlowHandler for a samda training: every epoch as one step, `settings` as parameters of the run.
+
+    A resumed training continues its run where that is unfinished; a new one always has a run of its own, named as the
+    model folder unless `run_name` is given, also where several trainings share a server. Further arguments are those of
+    MONAI's handler (tracking_uri, experiment_name, ...).
+    """
+
+    def __init__(
+        self,
+        record: TrainingRecord,
+        settings: Mapping[str, Any],
+        folder: str | Path,
+        run_name: str | None = None,
+        **more: Any,
+    ) -> None:
+        self.record, self.settings = record, settings
+        more |= {"run_name": run_name or str(Path(folder).resolve()), "iteration_log": False, "epoch_log": True}
+        Path(folder).mkdir(parents=True, exist_ok=True)  # for the database
+        super().__init__(epoch_logger=self.write, close_on_complete=True, **more)
+
+    def start(self, engine: Engine) -> None:
+        """Open the run."""
+        if engine.state.epoch == 0:  # MONAI would go on with any unfinished run of this name
+            self._set_experiment()
+            self.cur_run = self.client.create_run(self.experiment.experiment_id, run_name=self.run_name)  # type: ignore
+            values = {_mlflow_name(key): str(value)[:500] for key, value in self.settings.items()}
+            self.experiment_param = values  # 500 letters are MLflow's limit
+        super().start(engine)
+
+    def write(self, engine: Engine) -> None:
+        """Log the newest row of the curve."""
+        row = self.record.history[-1]
+        self._log_metrics({_mlflow_name(name): value for name, value in scalars(row).items()}, step=row["epoch"])
+
+
+def mlflow_settings() -> dict[str, Any]:
+    """MONAI's settings for `--tracking mlflow` with :class:`MLflow` at the trainer, and nothing at the validator.
+
+    Neither MONAI's handler for the validator nor its copy of the config is needed: the rows hold the validation, and
+    the settings are parameters of the run.
+    """
+    settings: dict[str, Any] = copy.deepcopy(DEFAULT_MLFLOW_SETTINGS)
+    ours = {"_target_": "samda.training.MLflow", "record": "@record", "folder": "@output_dir"}
+    ours |= {"settings": "$@checkpoint.settings", "_disabled_": "@is_not_rank0"}
+    ours |= {key: f"@{key}" for key in ("tracking_uri", "experiment_name", "run_name")}
+    settings["configs"] |= {"trainer": ours, "experiment_name": "samda", "save_execute_config": False}
+    del settings["configs"]["validator"], settings["configs"]["evaluator"]
+    return settings
+
+
+def _mlflow_name(text: str) -> str:
+    """`text` with what MLflow does not allow in a name replaced."""
+    return re.sub(r"[^\w\-. :/]", "_", text)
+
+
+def _spread(foreground: np.ndarray, count: int) -> list[int]:
+    """Up to `count` items, evenly over those with foreground, else over all."""
+    found = np.flatnonzero(foreground)
+    found = found if len(found) else np.arange(len(foreground))
+    count = min(count, len(found))
+    return [int(found[int((k + 0.5) * len(found) / count)]) for k in range(count)]

@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer: named parameter groups that follow from what adapters and class head declare as their own."""
+"""Optimizer, learning rate schedule and penalty: what changes the parameters that adapters and class head declare."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from samda.adapters.base import adapter_parameters, trainable_parameters
+from samda.adapters.base import adapter_parameters, modules, regularization, trainable_parameters
 from samda.errors import UsageError
 
 
 def parameter_groups(network: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """The trainable parameters, each in exactly one group: "adapters", "head" and "base" (what a baseline trains).
-
-    Empty groups are left out. Names are full names in `network`.
+    """The trainable parameters by full name, each in exactly one group: "adapters", "head" and "base" (what a baseline
+    trains). Empty groups are omitted.
     """
     trainable = trainable_parameters(network)
     adapters = set(adapter_parameters(network))
@@ -38,16 +37,8 @@ def build_optimizer(
     """AdamW over the groups of :func:`parameter_groups`.
 
     Vectors and scalars (biases, scales and shifts of norms, gates, singular values) do not decay, matrices and kernels
-    do; a group "adapters" therefore appears as "adapters" and "adapters/vectors".
-
-    Args:
-        network: a segmenter with its adapters attached.
-        learning_rate: one rate, or a rate per group name ("adapters", "head", "base").
-        weight_decay: of tensors with two or more axes.
-        betas: of AdamW.
-
-    Raises:
-        UsageError: a rate is missing for a group, is not positive, or names a group that does not exist.
+    do; a group "adapters" therefore appears as "adapters" and "adapters/vectors". `learning_rate` is one rate, or a
+    rate per group name ("adapters", "head", "base").
     """
     groups = parameter_groups(network)
     if isinstance(learning_rate, Mapping):
@@ -79,14 +70,8 @@ def build_schedule(
     Unlike MONAI's `WarmupCosineSchedule` it does not spend the first iteration at rate zero, and its state leaves the
     length of the training open, so one can resume with more epochs.
 
-    With T = epochs x iterations and w = round(warmup T), the rate of step t is multiplied by (t + 1) / (w + 1) for
-    t < w, else by (1 + cos(pi (t - w) / (T - w))) / 2.
-
-    Args:
-        optimizer: whose rates are scheduled.
-        epochs: epochs of the training.
-        iterations: iterations of an epoch.
-        warmup: share of all iterations in which the rate rises, in [0, 1).
+    With T = epochs x iterations (of an epoch) and w = round(warmup T), 0 <= warmup < 1, the rate of step t is
+    multiplied by (t + 1) / (w + 1) for t < w, else by (1 + cos(pi (t - w) / (T - w))) / 2.
     """
     if not 0 <= warmup < 1:
         raise UsageError(f"warmup is a share of the training, in [0, 1); got {warmup}")
@@ -99,3 +84,22 @@ def build_schedule(
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, total - rise))))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class PenalizedLoss(nn.Module):
+    """`loss` + `weight` times the penalty that the adapters of `network` put on their own parameters (SALT has one).
+
+    With weight 0 it is `loss` itself. The penalty is :func:`samda.adapters.regularization`.
+    """
+
+    def __init__(self, loss: Callable[..., torch.Tensor], network: nn.Module, weight: float = 0.0) -> None:
+        super().__init__()
+        if weight and all(adapter.regularizer() is None for _, _, adapter in modules(network)):
+            raise UsageError(f"regularization {weight}: no adapter of this network has a penalty; use salt, or set 0")
+        self.loss, self.weight = loss, weight
+        self._network = (network,)  # not as a submodule: the loss has no parameters of its own
+
+    def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """(B, K, H, W) logits and (B, 1, H, W) class indices -> the loss, a scalar."""
+        value = self.loss(logits, label)
+        return value + self.weight * regularization(*self._network) if self.weight else value

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`train`: the bundle's train.json, run by MONAI's ConfigWorkflow, with overlays and overrides."""
+"""`train`: read the settings, check them, then build, run and finish what the bundle's train.json describes.
+
+docs/training.md shows the objects that train.json builds.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,9 @@ from samda.processes import launched
 from samda.task import Task
 from samda.training.checkpoint import check_model_folder
 from samda.training.config_check import check_config
-from samda.training.tracking import mlflow_settings, trackers
+from samda.training.handlers import mlflow_settings, trackers
 
-OWN = {  # keys that follow from an argument of another name -> what to give instead
+OWN = {  # keys that follow from an argument of another name -> remedy
     "dataset_dir": "give dataset (--data)",
     "output_dir": "give output (--output)",
     "tensorboard": "give tracking='none' (--tracking none) for false",
@@ -44,6 +47,7 @@ def train(
     device: str | None = None,
     tracking: str | Sequence[str] = "tensorboard",
     begin: Callable[[], None] | None = None,
+    with_base: bool = False,
 ) -> dict[str, Any]:
     """Train on a data set and write a model folder.
 
@@ -53,18 +57,18 @@ def train(
     Args:
         dataset: a folder or datalist, see :func:`samda.data.datalists.read_datalist`.
         output: the model folder to write.
-        task: a Task, its values, a YAML or JSON file, or the name of a task of samda's; None takes what suits the data
-            set.
+        task: a Task, its values, a YAML or JSON file, or the name of a packaged task; None takes what suits the data.
         adapters: adapter name -> settings; or names of overlays ("salt", "flagship") and paths of YAML files, whose
-            adapters are taken together.
+            adapters are combined.
         backbone: "vit_t", "vit_b", "vit_l" or "vit_h".
         overrides: further config keys, nested ones written "train::loss::batch".
-        resume: go on from `output`/last.pt, exactly as if the training had not stopped.
+        resume: continue from `output`/last.pt, exactly as if the training had not stopped.
         overwrite: replace the training that `output` holds.
         device: torch device; None takes a GPU where there is one.
         tracking: "tensorboard" (into `output`/tensorboard), "mlflow" (into `output`/mlruns.db, or where the keys
             tracking_uri, experiment_name and run_name say), both with a comma between, or "none".
         begin: called once all settings were accepted, before anything is read.
+        with_base: copy the base weights into the model folder.
 
     Returns:
         What was trained and reached, see :func:`samda.training.finish.save_training`; the same on every process.
@@ -82,16 +86,23 @@ def train(
     check_model_folder(output, resume, overwrite)
     if Path(output).resolve() == Path(dataset).expanduser().resolve():
         raise UsageError(f"output {output} is the data set; choose another folder for the model")
-    keys: dict[str, Any] = {"dataset_dir": literal(str(dataset)), "output_dir": literal(str(output))}
-    keys |= {"resume": resume, "overwrite": overwrite, "tensorboard": "tensorboard" in chosen}
-    if task is not None:
-        keys["task"] = literal(task.to_dict() if isinstance(task, Task) else task)
-    if backbone is not None:
-        keys["backbone"] = backbone
-    if device is not None:
-        keys["device"] = str(device)
-    with _one_voice():
-        workflow = _workflow(keys, adapters, dict(overrides or {}), "mlflow" in chosen)
+    arguments = {
+        "dataset_dir": str(dataset),
+        "output_dir": str(output),
+        "resume": resume,
+        "overwrite": overwrite,
+        "tensorboard": "tensorboard" in chosen,
+        "with_base": with_base,
+        "task": task.to_dict() if isinstance(task, Task) else task,
+        "backbone": backbone,
+        "device": None if device is None else str(device),
+    }
+    given = {key: literal(value) for key, value in arguments.items() if value is not None}
+    with _plain_errors():
+        settings = _read_settings(given, adapters, dict(overrides or {}))
+        workflow = _checked_workflow(settings)
+        if "mlflow" in chosen:
+            ConfigWorkflow.patch_bundle_tracking(workflow.parser, mlflow_settings())
         if begin is not None:
             begin()
         workflow.initialize()
@@ -99,28 +110,30 @@ def train(
         return workflow.finalize()[0]
 
 
-def _workflow(
-    keys: dict[str, Any], adapters: Adapters | None, overrides: dict[str, Any], mlflow: bool
-) -> ConfigWorkflow:
-    """The workflow of train.json with `keys` and `overrides`, not yet initialized; for torchrun with its overlay."""
+def _read_settings(given: dict[str, Any], adapters: Adapters | None, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Key of train.json -> value: arguments, adapters with what their overlays set, and overrides, which win."""
     for key in overrides:
         if key in OWN:
             raise UsageError(f"override {key!r} is not taken; {OWN[key]}")
-        if key in keys:
+        if key in given:
             raise UsageError(f"override {key!r} is an argument of its own; give it there")
-    configs = packaged("bundles", "sam_segmentation", "configs")
-    keys["bundle_root"] = literal(str(configs.parent))
     if isinstance(adapters, Mapping):
-        keys["adapters"] = dict(adapters)
+        given["adapters"] = dict(adapters)
     elif adapters is not None:
         names = [adapters] if isinstance(adapters, str | Path) else adapters
         if not isinstance(names, Sequence) or not all(isinstance(name, str | Path) for name in names):
             raise UsageError(f"adapters must be names, files or a mapping of name to settings, got {adapters!r}")
-        keys |= _merged((find_overlay(name) for name in names), overrides)
+        given |= _merged([find_overlay(name) for name in names], overrides)
+    return given | overrides
+
+
+def _checked_workflow(settings: Mapping[str, Any]) -> ConfigWorkflow:
+    """MONAI's workflow of train.json with these settings, not yet initialized; under torchrun with its overlay."""
+    configs = packaged("bundles", "sam_segmentation", "configs")
     files = ["train.json", "multi_gpu_train.json"] if launched()[1] > 1 else ["train.json"]
     paths = [str(configs / file) for file in files]
     workflow = ConfigWorkflow(paths, workflow_type="train", logging_file=False)
-    for key, value in (keys | overrides).items():
+    for key, value in {"bundle_root": literal(str(configs.parent)), **settings}.items():
         try:
             workflow.parser.set(_plain(value), key)  # new nested keys are taken, too, and refused by name below
         except (IndexError, KeyError, TypeError, ValueError) as error:
@@ -128,17 +141,11 @@ def _workflow(
                 f"config key {key!r} has no place in the config; set the key above it as a whole"
             ) from error
     check_config(workflow.parser.get(), ConfigParser.load_config_files(paths))
-    if mlflow:
-        ConfigWorkflow.patch_bundle_tracking(workflow.parser, mlflow_settings())
     return workflow
 
 
 def find_overlay(name: str | Path) -> Path:
-    """The file of an adapter overlay: one of ours by its name, or a path.
-
-    Raises:
-        UsageError: there is neither.
-    """
+    """The file of an adapter overlay: a packaged one by its name, or a path."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
         return path
@@ -146,6 +153,34 @@ def find_overlay(name: str | Path) -> Path:
     if str(name) not in ours:
         raise UsageError(f"no adapter overlay {str(name)!r}; {nearest(str(name), ours)} or give a YAML file")
     return ours[str(name)]
+
+
+def _overlay(file: Path) -> dict[str, Any]:
+    try:
+        if file.suffix == ".json":  # with its tabs, which YAML refuses
+            values = ConfigParser.load_config_file(file)
+        else:
+            values = load_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{file} is not YAML or JSON ({' '.join(str(error).split())}); repair it") from error
+    if not isinstance(values, Mapping) or not isinstance(values.get("adapters", {}), Mapping):
+        raise UsageError(f"{file} must hold a mapping with the key `adapters`, itself a mapping; see configs/adapters")
+    return dict(values)
+
+
+def _merged(files: Sequence[Path], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of several overlays, their adapters combined; where two disagree, an override has to decide."""
+    merged: dict[str, Any] = {"adapters": {}}
+    for file in files:
+        for key, value in _overlay(file).items():
+            target, entries = (merged["adapters"], value) if key == "adapters" else (merged, {key: value})
+            for name, entry in entries.items():
+                if target.get(name, entry) != entry and name not in overrides:
+                    raise UsageError(
+                        f"the overlays disagree on {name!r} ({target[name]!r}, {entry!r}); set it yourself"
+                    )
+                target[name] = entry
+    return merged
 
 
 def literal(value: Any) -> Any:
@@ -176,46 +211,9 @@ def _plain(value: Any) -> Any:
     return literal(value) if isinstance(value, Path) else value
 
 
-def _overlay(file: Path) -> dict[str, Any]:
-    """The keys of one overlay.
-
-    Raises:
-        UsageError: the file is no YAML or JSON, or holds no mapping.
-    """
-    try:
-        if file.suffix == ".json":  # with its tabs, which YAML refuses
-            values = ConfigParser.load_config_file(file)
-        else:
-            values = load_yaml(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"{file} is no YAML or JSON ({' '.join(str(error).split())}); repair it") from error
-    if not isinstance(values, Mapping) or not isinstance(values.get("adapters", {}), Mapping):
-        raise UsageError(f"{file} must hold a mapping with the key `adapters`, itself a mapping; see configs/adapters")
-    return dict(values)
-
-
-def _merged(files: Iterable[Path], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of several overlays; their adapters are taken together.
-
-    Raises:
-        UsageError: two overlays disagree on a key that no override settles.
-    """
-    merged: dict[str, Any] = {"adapters": {}}
-    for file in files:
-        for key, value in _overlay(file).items():
-            target, entries = (merged["adapters"], value) if key == "adapters" else (merged, {key: value})
-            for name, entry in entries.items():
-                if target.get(name, entry) != entry and name not in overrides:
-                    raise UsageError(
-                        f"the overlays disagree on {name!r} ({target[name]!r}, {entry!r}); set it yourself"
-                    )
-                target[name] = entry
-    return merged
-
-
 @contextlib.contextmanager
-def _one_voice() -> Iterator[None]:
-    """One line per error: the error itself, not the config item that MONAI wraps it in, and no log line."""
+def _plain_errors() -> Iterator[None]:
+    """Raise the error itself, not the config item that MONAI wraps it in; MONAI and ignite do not log it."""
     chatty = [logging.getLogger(name) for name in ("monai.bundle.workflows", "ignite")]
     levels = [logger.level for logger in chatty]
     for logger in chatty:

@@ -20,7 +20,7 @@ from samda.errors import UsageError
 from samda.models.folder import save_model
 from samda.models.versions import list_versions
 from samda.networks.segmenter import SamSegmenter
-from samda.processes import Part
+from samda.processes import Shard
 from tests.adaptation.conftest import ALWAYS, TASK
 
 ROOT = str(Path(__file__).parents[2])
@@ -38,7 +38,7 @@ def model(network: SamSegmenter, trained: tuple, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapt(model: Path, scans: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    def run(output: str, part: Part | None = None, **options: Any) -> dict[str, Any]:
+    def run(output: str, part: Shard | None = None, **options: Any) -> dict[str, Any]:
         options = {"settings": SETTINGS} | options
         return run_adaptation(model, scans / "images", tmp_path / output, part=part, **options)
 
@@ -67,11 +67,11 @@ def names(folder: Path) -> list[str]:
 
 def test_parts_one_after_the_other_are_the_whole(adapt: Callable, scans: Path, tmp_path: Path) -> None:
     whole = adapt("whole", labels=scans / "labels")
-    second = adapt("parts", Part(2, 2), labels=scans / "labels")
+    second = adapt("parts", Shard(2, 2), labels=scans / "labels")
     assert second["page"] is None and second["dice"] is None and second["part"] == "2/2"
     assert list(second["cases"]) == names(tmp_path / "parts") == ["case1", "case3"]
     assert not (tmp_path / "parts" / "report.html").exists()
-    first = adapt("parts", Part(1, 2), labels=scans / "labels")
+    first = adapt("parts", Shard(1, 2), labels=scans / "labels")
     assert list(first["cases"]) == ["case0", "case2"]  # answers for its own
     assert first["page"] == str(tmp_path / "parts" / "report.html") and first["dice"] == whole["dice"]
     assert names(tmp_path / "parts") == names(tmp_path / "whole") == [f"case{i}" for i in range(4)]
@@ -83,32 +83,32 @@ def test_parts_one_after_the_other_are_the_whole(adapt: Callable, scans: Path, t
 
 def test_a_part_that_comes_late_completes_the_lists(adapt: Callable, tmp_path: Path) -> None:
     for index in (1, 2, 3):
-        adapt("parts", Part(index, 3))
+        adapt("parts", Shard(index, 3))
     shutil.rmtree(tmp_path / "parts" / "details" / "case1")
     for name in ("report.html", "run.jsonl"):
         (tmp_path / "parts" / name).unlink()
-    again = adapt("parts", Part(1, 3))
+    again = adapt("parts", Shard(1, 3))
     assert again["resumed"] == ["case0", "case3"] and again["page"] is None
     assert len(lines(tmp_path / "parts" / "run.jsonl")) == 3
-    assert adapt("parts", Part(2, 3))["page"] is not None
+    assert adapt("parts", Shard(2, 3))["page"] is not None
     assert len(lines(tmp_path / "parts" / "run.jsonl")) == 4
 
 
 def test_a_part_may_be_empty(adapt: Callable) -> None:
-    result = adapt("parts", Part(5, 6), settings={"steps": 0, "views": 1})
+    result = adapt("parts", Shard(5, 6), settings={"steps": 0, "views": 1})
     assert result["cases"] == {} and result["page"] is None
 
 
 def test_the_last_part_distills_the_site_version(adapt: Callable, model: Path) -> None:
-    assert adapt("parts", Part(1, 2), site="clinic-a")["site"] is None
+    assert adapt("parts", Shard(1, 2), site="clinic-a")["site"] is None
     assert list_versions(model) == ["source"]
-    about = adapt("parts", Part(2, 2), site="clinic-a")["site"]
+    about = adapt("parts", Shard(2, 2), site="clinic-a")["site"]
     assert len(about["cases"]) == 4 and list_versions(model) == ["source", "clinic-a"]
 
 
 def test_a_part_does_not_overwrite(adapt: Callable, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="part 1/2 cannot overwrite"):
-        adapt("parts", Part(1, 2), overwrite=True)
+        adapt("parts", Shard(1, 2), overwrite=True)
     assert not (tmp_path / "parts").exists()
 
 

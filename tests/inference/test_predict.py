@@ -25,7 +25,7 @@ from samda.errors import InputError, UsageError
 from samda.inference.postprocessing import build_postprocessing
 from samda.inference.predict import Predictor, find_cases, predict_folder
 from samda.inference.volume import VolumeInferer
-from samda.processes import Part
+from samda.processes import Shard
 from samda.task import Task
 
 
@@ -468,11 +468,11 @@ def test_parts_of_a_folder_are_the_folder(tmp_path: Path, phantom: SimpleNamespa
     (tmp_path / "in").mkdir()
     for name in "abc":
         phantom.write(tmp_path / "in" / f"{name}.nii.gz", phantom.truth((20, 16, 3)), np.diag([1.0, 1.0, 4.0, 1.0]))
-    first = predict_folder(predictor, tmp_path / "in", tmp_path / "out", part=Part(1, 2))
-    second = predict_folder(predictor, tmp_path / "in", tmp_path / "out", part=Part(2, 2))
+    first = predict_folder(predictor, tmp_path / "in", tmp_path / "out", part=Shard(1, 2))
+    second = predict_folder(predictor, tmp_path / "in", tmp_path / "out", part=Shard(2, 2))
     assert (first.done, second.done) == (["a", "c"], ["b"])
-    assert predict_folder(predictor, tmp_path / "in", tmp_path / "out", part=Part(4, 4)).done == []
-    again = predict_folder(predictor, tmp_path / "in", tmp_path / "out", part=Part(1, 2), skip_finished=True)
+    assert predict_folder(predictor, tmp_path / "in", tmp_path / "out", part=Shard(4, 4)).done == []
+    again = predict_folder(predictor, tmp_path / "in", tmp_path / "out", part=Shard(1, 2), skip_finished=True)
     assert (again.done, again.skipped) == ([], ["a", "c"])
     assert (first + second).to_dict() == {
         "done": ["a", "c", "b"], "skipped": [], "empty": [], "failed": {}, "exit_code": 0,

@@ -20,7 +20,7 @@ from samda.models.folder import load_model
 from samda.report import paint
 from samda.task import Task
 from samda.training import SliceDataset, train
-from samda.training.tracking import OLDEST_MLFLOW, mlflow_settings, scalars, trackers
+from samda.training.handlers import OLDEST_MLFLOW, mlflow_settings, scalars, trackers
 
 Keys = dict[str, Any]
 
@@ -112,7 +112,7 @@ def test_mlflow_settings_are_monais_but_for_the_handler() -> None:
     settings = mlflow_settings()
     assert settings["handlers_id"]["trainer"] == {"id": "train#trainer", "handlers": "train#handlers"}
     assert settings["configs"]["tracking_uri"] == "$monai.utils.path_to_sqlite_uri(@output_dir + '/mlruns.db')"
-    assert settings["configs"]["trainer"]["_target_"] == "samda.training.tracking.MLflow"
+    assert settings["configs"]["trainer"]["_target_"] == "samda.training.MLflow"
 
 
 def test_scalars_leave_out_what_was_not_measured() -> None:
