@@ -181,7 +181,7 @@ def test_overlays_that_disagree_need_a_word(datalist: Path, tmp_path: Path, keys
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("adapters: [", "is no YAML or JSON"),
+        ("adapters: [", "YAML or JSON"),
         ("", "must hold a mapping with the key `adapters`"),
         ("- salt\n", "must hold a mapping with the key `adapters`"),
         ("adapters: salt\n", "must hold a mapping with the key `adapters`"),
