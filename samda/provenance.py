@@ -117,3 +117,21 @@ def read_record(path: str | Path) -> dict[str, Any]:
 def write_lines(path: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Write one line per record."""
     write_text(path, "".join(canonical_json(record) + "\n" for record in records))
+
+
+def conceal(value: Any, names: Mapping[str, str]) -> Any:
+    """Plain values with every name in their texts replaced: files and cases may be named after patients.
+
+    Args:
+        value: texts, alone or in mappings and lists; anything else stays.
+        names: name -> what stands for it. One of one or two letters is replaced only where it is the whole text.
+    """
+    if isinstance(value, Mapping):
+        return {conceal(key, names): conceal(entry, names) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [conceal(entry, names) for entry in value]
+    if isinstance(value, str):
+        for name in sorted(names, key=len, reverse=True):
+            if value == name or (len(name) > 2 and name in value):
+                value = value.replace(name, names[name])
+    return value

@@ -1,50 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The effective receptive field (ERF): which pixels of an image move the feature in the middle of the encoder's map.
+"""The effective receptive field (ERF): which pixels of an image influence the center of the encoder's feature map.
 
-The theoretical field of an encoder with global attention is the whole image, always; what differs between adapters is
-how the influence is spread (arXiv 1701.04128). The measure is RepLKNet's (arXiv 2203.06717): of a feature map O
-(1, C, h, w) of an image I (1, 3, H, W),
+The theoretical field of an encoder with global attention is always the whole image; adapters differ in how the
+influence is spread (arXiv 1701.04128). The measure is RepLKNet's (arXiv 2203.06717): for a feature map O (1, C, h, w)
+of an image I (1, 3, H, W),
 
     s = sum_c ReLU(O[0, c, h // 2, w // 2])
     A = mean over the images of the sum over the colors of ReLU(ds / dI)
 
-The ReLU under the sum is no detail: without it the sum over the channels of a layer norm has gradient 0. An area is
-the smallest centered square that holds more than a share t of the sum of a map P made from A:
+The inner ReLU is necessary: without it the sum over the channels of a layer norm has gradient 0. An area is the
+smallest centered square that holds more than a share t of the sum of a map P computed from A:
 
 ============ ================================== ======================================================================
 scale        P                                  meaning
 ============ ================================== ======================================================================
 `log`        log10(A + 1), over its largest     the papers' number. It depends on the size of the features, which
                                                 adapters change: compare it with papers only
-`mass`       A                                  the influence itself; a scaled network gives the same
-`normalized` log10(1000 A / largest A + 1)      shows what is faint, as `log` does; a scaled network gives the same
+`mass`       A                                  the influence itself; invariant to a scaling of the network
+`normalized` log10(1000 A / largest A + 1)      shows faint influence, as `log` does; invariant to a scaling
 ============ ================================== ======================================================================
 
-A few slices of some scans, prepared as for a prediction: the same ones whatever network looks at them.
-
-Effective receptive fields of several models on disk: the numbers, and the maps beside each other.
-
-========== ============================================================================================
-file       holds
-========== ============================================================================================
-`erf.json` number and size of the images, and for each model: backbone, adapters, version, and for each
-           tap sides and ratios of the areas (see :mod:`samda.receptive_field`)
-`erf.png`  one map per model and tap, all in one scale: influence over the largest of the map, in
-           decades; the square holds half of the influence
-========== ============================================================================================
+The images are slices of scans, prepared as for a prediction. :func:`write_fields` writes `erf.json` (for each model:
+backbone, adapters, version, and for each tap sides and ratios of the areas) and `erf.png` (one map per model and tap in
+one color scale: influence over the largest of the map, in decades; the square holds half of the influence).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from monai.networks.utils import eval_mode
 
 from samda.adapters.base import attached
 from samda.data.datalists import Case
@@ -59,39 +50,30 @@ if TYPE_CHECKING:
 
     from samda.networks.segmenter import SamSegmenter
 
-
 TAPS = ("block", "neck")  # output of the encoder's last transformer block; output of the neck, the embedding
 SCALES = ("log", "mass", "normalized")
 SHARES = (0.2, 0.3, 0.5, 0.99)  # thresholds t, RepLKNet's
 DECADES = 3  # that `normalized` shows below the largest influence
+HALF = 0.5  # share of the influence in the square that is drawn
+LONGEST = 36  # letters of a name above a map; the end of a path tells models apart
+PREPARED_BY = ("modality", "window", "percentiles", "spacing", "image_size", "axis", "in_channels", "context")
 
 
 @dataclasses.dataclass(frozen=True)
 class ErfMap:
-    """The influence of every pixel, averaged over images.
+    """The influence of every pixel, averaged over images."""
 
-    Attributes:
-        array: (H, W) float64, A of the module; not negative.
-        images: how many images it is the mean of.
-        skipped: how many more gave gradients that are not finite, and were left out.
-    """
-
-    array: np.ndarray
-    images: int
-    skipped: int
+    array: np.ndarray  # (H, W) float64, A of the module; not negative
+    images: int  # number of images averaged
+    skipped: int  # number of further images, whose gradients were not finite
 
 
 @dataclasses.dataclass(frozen=True)
 class Area:
-    """A centered square.
+    """A centered square; None where no square within the map holds the share."""
 
-    Attributes:
-        side: in pixels, odd, at least 3; None where no square within the map holds the share.
-        ratio: side^2 / (H W); None likewise.
-    """
-
-    side: int | None
-    ratio: float | None
+    side: int | None  # in pixels, odd, at least 3
+    ratio: float | None  # side^2 / (H W)
 
     def __str__(self) -> str:
         return "-" if self.side is None or self.ratio is None else f"{self.side} ({100 * self.ratio:.2f} %)"
@@ -100,12 +82,12 @@ class Area:
 def measure_erf(network: SamSegmenter, images: Iterable[torch.Tensor], tap: str = "neck") -> ErfMap:
     """The effective receptive field of a network's encoder, adapters included.
 
-    The gradient is taken with regard to the normalized color image that enters the encoder, one image at a time, in
-    evaluation. The network stays as it is, and no parameter gets a gradient.
+    The gradient is taken with respect to the normalized color image that enters the encoder, one image at a time, in
+    evaluation mode. The network is left as it was, and no parameter gets a gradient.
 
     Args:
-        network: a segmenter; its device and number type are used.
-        images: (C, H, W) slices in [0, 1], all of one size, as the network takes them.
+        network: a segmenter; its device and dtype are used.
+        images: (C, H, W) slices in [0, 1], all of one size.
         tap: "block", the output of the last transformer block, before the neck; or "neck", the embedding.
 
     Raises:
@@ -125,7 +107,7 @@ def measure_erf(network: SamSegmenter, images: Iterable[torch.Tensor], tap: str 
         return kept.pop()
 
     try:
-        with _untouched(network):
+        with eval_mode(network):
             normalized = (network.normalize(image[None].to(network.pixel_mean)) for image in images)
             return pixel_influence(features, normalized)
     finally:
@@ -133,11 +115,7 @@ def measure_erf(network: SamSegmenter, images: Iterable[torch.Tensor], tap: str 
 
 
 def pixel_influence(features: Callable[[torch.Tensor], torch.Tensor], images: Iterable[torch.Tensor]) -> ErfMap:
-    """The measure itself, for any function from images to feature maps.
-
-    Args:
-        features: (1, C, H, W) -> (1, C', h, w), differentiable.
-        images: (1, C, H, W) each, all of one size.
+    """The measure itself, for any differentiable function from images (1, C, H, W) to feature maps (1, C', h, w).
 
     Raises:
         UsageError: images of different sizes.
@@ -162,22 +140,14 @@ def pixel_influence(features: Callable[[torch.Tensor], torch.Tensor], images: It
         else:
             skipped += 1
     if total is None:
-        raise InputError("there is no image to measure the receptive field on; give at least one")
+        raise InputError("no image to measure the receptive field on; give at least one")
     if not used:
         raise InputError(f"none of {skipped} images gives finite gradients; are the model's parameters damaged?")
     return ErfMap(total / used, used, skipped)
 
 
 def rescale(array: np.ndarray, scale: str) -> np.ndarray:
-    """P of the module's table from A; a map of zeros stays one.
-
-    Args:
-        array: (H, W), not negative.
-        scale: "log", "mass" or "normalized".
-
-    Raises:
-        UsageError: another scale.
-    """
+    """P of the module's table from A (H, W); a map of zeros stays zero."""
     if scale not in SCALES:
         raise UsageError(f"scale {scale!r} is unknown; {nearest(str(scale), SCALES)}")
     array = np.asarray(array, np.float64)
@@ -185,14 +155,14 @@ def rescale(array: np.ndarray, scale: str) -> np.ndarray:
         return array
     if scale == "normalized":
         return np.log10(array / array.max() * 10**DECADES + 1)
-    return np.log1p(array) / np.log1p(array.max())  # the base falls out; exact for small influences, too
+    return np.log1p(array) / np.log1p(array.max())  # the base cancels; exact for small influences too
 
 
 def area_ratios(erf: ErfMap | np.ndarray, shares: Iterable[float] = SHARES) -> dict[str, dict[float, Area]]:
-    """How large the middle is that holds a share of the influence: small is concentrated, large is spread.
+    """How large the centered square is that holds a share of the influence: small is concentrated, large is spread.
 
     The square of side 2 i + 1, i at least 1, is centered at pixel (H // 2, W // 2) and lies within the map; it reaches
-    a share t where it holds *more* than t of the sum over the whole map.
+    a share t if it holds *more* than t of the sum over the whole map.
 
     Args:
         erf: a result of :func:`measure_erf`, or an array (H, W), not negative.
@@ -218,38 +188,20 @@ def area_ratios(erf: ErfMap | np.ndarray, shares: Iterable[float] = SHARES) -> d
     return found
 
 
-@contextlib.contextmanager
-def _untouched(network: torch.nn.Module) -> Iterator[None]:
-    """Evaluation without gradients of parameters, which would only cost memory; afterwards all is as it was."""
-    training, before = network.training, [(p, p.requires_grad) for p in network.parameters()]
-    network.eval()
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
-        network.train(training)
-
-
-PREPARED_BY = ("modality", "window", "percentiles", "spacing", "image_size", "axis", "in_channels", "context")
-
-
 def body_slices(cases: Sequence[Case], task: Task, count: int) -> list[torch.Tensor]:
     """Evenly spaced slices through the bodies of scans, each as the network sees it.
 
-    Every scan gives equally many, as far as it has them; of more scans than slices, evenly spaced ones give one each.
-    The order is that of the scans and of the slices within them. Where the body is larger than the field of view, it is
-    the window in the middle.
+    Every scan contributes equally many as far as it has them; of more scans than slices, evenly spaced ones contribute
+    one each. Where the body is larger than the field of view, the window in the middle is taken.
 
     Args:
-        cases: see :func:`samda.data.datalists.find_cases`.
+        cases: see :func:`samda.find_cases`.
         task: geometry and intensities.
-        count: at most so many slices in all, at least 1.
+        count: at most this many slices in all, at least 1.
 
     Returns:
-        (C, H, W) float32 in [0, 1] each, C the task's `network_channels`, H and W its `image_size`.
+        (C, H, W) float32 in [0, 1] each, C the task's `network_channels`, H and W its `image_size`; in the order of the
+        scans and of the slices within them.
 
     Raises:
         InputError: a scan cannot be read or used, or no slice of any scan shows a body.
@@ -262,24 +214,14 @@ def body_slices(cases: Sequence[Case], task: Task, count: int) -> list[torch.Ten
     slices: list[torch.Tensor] = []
     for k, case in enumerate(scans):
         image = preprocessing({key: value for key, value in case.items() if key != "label"})["image"]
-        wanted = count // len(scans) + (k < count % len(scans))
-        slices += _slices_of(image, task, wanted)
+        slices += _slices_of(image, task, count // len(scans) + (k < count % len(scans)))
     if not slices:
-        raise InputError(
-            f"no slice shows a body (scans looked at: {len(scans)}); check the files and the task's modality"
-        )
+        raise InputError(f"no slice of {len(scans)} scans shows a body; check the files and the task's modality")
     return slices
 
 
 def check_same_slices(tasks: dict[str, Task]) -> None:
-    """Refuse tasks for which one scan becomes different slices.
-
-    Args:
-        tasks: name of the model -> its task.
-
-    Raises:
-        UsageError: naming the first difference.
-    """
+    """Refuse tasks (model name -> task) that turn one scan into different slices."""
     (first, reference), *others = tasks.items()
     for name, task in others:
         for key in PREPARED_BY:
@@ -296,13 +238,9 @@ def _slices_of(image: MetaTensor, task: Task, count: int) -> list[torch.Tensor]:
     grid = SliceGrid.from_volume(volume, image.affine, task)
     planes = volume.movedim(1 + grid.axes[0], 0).flatten(1)
     shown = [i for i in range(*grid.body) if planes[i].min() < planes[i].max()]  # a constant plane shows nothing
-    rows, columns = (slice(start, start + task.image_size) for start in (_middle(n, task) for n in grid.canvas))
+    starts = [(side - task.image_size) // 2 for side in grid.canvas]  # of the middle window
+    rows, columns = (slice(start, start + task.image_size) for start in starts)
     return [grid.inputs(volume, shown[i])[0, :, rows, columns] for i in _spread(len(shown), count)]
-
-
-def _middle(side: int, task: Task) -> int:
-    """Where the middle window of a canvas begins; both are multiples of 16."""
-    return (side - task.image_size) // 2
 
 
 def _spread(total: int, count: int) -> list[int]:
@@ -311,41 +249,23 @@ def _spread(total: int, count: int) -> list[int]:
     return [int(i) for i in (np.arange(count) + 0.5) * total // max(count, 1)]
 
 
-HALF = 0.5  # share of the influence in the square that is drawn
-LONGEST = 36  # letters of a name above a map; the end of a path tells models apart
-
-
 @dataclasses.dataclass(frozen=True)
 class ModelField:
-    """The fields of one model.
+    """The fields of one model."""
 
-    Attributes:
-        name: of the model, for people.
-        version: of the model folder; None for the base without adapters.
-        backbone: as in `adapter.json`.
-        adapters: adapter name -> settings; empty for the base.
-        fields: tap -> map.
-        areas: tap -> scale -> share -> area.
-    """
-
-    name: str
-    version: str | None
-    backbone: str | dict[str, Any]
-    adapters: dict[str, dict[str, Any]]
-    fields: Mapping[str, ErfMap]
-    areas: Mapping[str, Mapping[str, Mapping[float, Area]]]
+    name: str  # of the model, as shown
+    version: str | None  # of the model folder; None for the base without adapters
+    backbone: str | dict[str, Any]  # as in `adapter.json`
+    adapters: dict[str, dict[str, Any]]  # adapter name -> settings; empty for the base
+    fields: Mapping[str, ErfMap]  # tap -> map
+    areas: Mapping[str, Mapping[str, Mapping[float, Area]]]  # tap -> scale -> share -> area
 
     @classmethod
     def of(cls, network: SamSegmenter, fields: Mapping[str, ErfMap], name: str, version: str | None) -> ModelField:
-        """The fields of a network, which says the rest of itself."""
-        return cls(
-            name=name,
-            version=version,
-            backbone=network.config.to_json(),
-            adapters={key: config.to_dict() for key, config in attached(network).items()},
-            fields=fields,
-            areas={tap: area_ratios(field) for tap, field in fields.items()},
-        )
+        """The fields of a network, whose backbone and adapters are read from it."""
+        adapters = {key: config.to_dict() for key, config in attached(network).items()}
+        areas = {tap: area_ratios(field) for tap, field in fields.items()}
+        return cls(name, version, network.config.to_json(), adapters, fields, areas)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without the maps."""
@@ -366,15 +286,10 @@ class ModelField:
 
 
 def write_fields(folder: str | Path, models: Sequence[ModelField], about: Mapping[str, Any]) -> None:
-    """Write `erf.json` and `erf.png` into a new folder, which appears complete or not at all.
-
-    Args:
-        folder: a new or empty folder.
-        models: what was measured.
-        about: further plain values of `erf.json`.
+    """Write `erf.json`, which begins with `about`, and `erf.png` into a new or empty folder, completely or not at all.
 
     Raises:
-        UsageError: the folder cannot be written, or holds something.
+        UsageError: the folder cannot be written, or is not empty.
     """
     try:
         with new_folder(folder) as place:
@@ -387,11 +302,7 @@ def write_fields(folder: str | Path, models: Sequence[ModelField], about: Mappin
 
 
 def draw_fields(models: Sequence[ModelField]) -> Figure:
-    """One row a model, one column a tap, one color scale for all.
-
-    A color is a share of the map's largest influence; each map is divided by its own largest, because a scaled feature
-    is no wider.
-    """
+    """One row per model, one column per tap, one color scale for all: the share of each map's largest influence."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 

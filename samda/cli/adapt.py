@@ -19,21 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from samda.cli.options import (
-    add_device,
-    add_json,
-    add_keep_largest,
-    add_modality,
-    add_part,
-    add_quiet,
-    check_file,
-    existing,
-    parse_settings,
-    pick_device,
-    positive,
-    print_json,
-    say,
-)
+from samda.cli.options import add_shared, check_file, existing, parse_settings, pick_device, positive, print_json, say
 from samda.errors import InputError, UsageError, check_keys
 from samda.processes import is_main, join_for_cases, leave, read_part
 
@@ -78,8 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--views", type=positive, default=8, metavar="N", help="views of each slice; default 8")
     parser.add_argument("--slices", type=positive, default=12, metavar="N", help="slices adapted on; default 12")
-    add_modality(parser)
-    add_keep_largest(parser)
+    add_shared(parser, "--modality", "--keep-largest")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the views; default 0")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"any of {', '.join(SETTINGS)}")
     parser.add_argument("--records", type=Path, metavar="FILE", help="file of the records; default OUT/run.jsonl")
@@ -93,10 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--section", choices=("training", "validation", "test"), help="which cases of a data set; default test"
     )
-    add_part(parser)
-    add_quiet(parser)
-    add_device(parser)
-    add_json(parser)
+    add_shared(parser, "--part", "--quiet", "--device", "--json")
 
 
 def tell(case: str, record: Mapping[str, Any]) -> None:

@@ -18,17 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samda.cli.options import (
-    add_device,
-    add_json,
-    add_quiet,
-    check_file,
-    existing,
-    pick_device,
-    print_json,
-    print_table,
-    task_file,
-)
+from samda.cli.options import add_shared, check_file, existing, pick_device, print_json, print_table, task_file
 from samda.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -42,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
     parser.add_argument("--task", metavar="FILE", help="check against this task instead of suggesting one")
     parser.add_argument("--backbone", default="vit_t", metavar="NAME", help="for the batch size; default vit_t")
-    add_device(parser)
-    add_quiet(parser)
-    add_json(parser)
+    add_shared(parser, "--device", "--quiet", "--json")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samda.cli.options import add_device, add_quiet, pick_device, positive, say
+from samda.cli.options import add_shared, pick_device, positive, say
 from samda.errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,9 +53,8 @@ class Part:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `samda demo`."""
     parser.add_argument("-o", "--output", type=Path, default=Path("demo"), metavar="FOLDER", help="default demo")
-    parser.add_argument("--epochs", type=positive, default=300, metavar="N", help="default 300")
-    add_quiet(parser)
-    add_device(parser)
+    parser.add_argument("--epochs", type=positive, default=300, metavar="N", help="number of epochs; default 300")
+    add_shared(parser, "--quiet", "--device")
 
 
 def run(args: argparse.Namespace) -> None:

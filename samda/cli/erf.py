@@ -15,23 +15,11 @@ square within the image holds as much. Three scales: "log" is the papers' and de
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from samda.cli.options import (
-    add_device,
-    add_json,
-    add_modality,
-    add_quiet,
-    existing,
-    pick_device,
-    positive,
-    print_json,
-    print_table,
-    say,
-)
+from samda.cli.options import add_shared, existing, pick_device, positive, print_json, print_table, say
 from samda.errors import UsageError
 from samda.version import __version__
 
@@ -47,27 +35,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-m", "--model", type=Path, nargs="+", required=True, metavar="MODEL", help="model folders of one geometry"
     )
-    parser.add_argument("-i", "--input", type=Path, required=True, metavar="SCANS", help="a scan, a folder, a data set")
-    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="a new folder for erf.json and erf.png")
-    parser.add_argument("--baseline", action="store_true", help="the same of each backbone as it was, without adapters")
-    parser.add_argument("--slices", type=positive, default=50, metavar="N", help="at most, in all scans; default 50")
-    parser.add_argument("--version", metavar="NAME", help="version of the models (samda site); default: the active one")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="base weights; default: those of the training")
+    add_shared(parser, "--input")
+    add_shared(parser, "--output", required=False, metavar="FOLDER", help="a new folder for erf.json and erf.png")
+    parser.add_argument("--baseline", action="store_true", help="also measure the backbones without adapters")
     parser.add_argument(
-        "--section", choices=("training", "validation", "test"), help="which cases of a data set; default test"
+        "--slices", type=positive, default=50, metavar="N", help="slices of all scans at most; default 50"
     )
-    add_modality(parser)
-    add_quiet(parser)
-    add_device(parser)
-    add_json(parser)
+    add_shared(parser, "--version", "--weights", "--section", "--modality", "--quiet", "--device", "--json")
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print, write."""
     existing(args.input, "input")
     device = pick_device(args.device)
+    import torch
+
     from samda.adapters.adapter_file import read_adapters
     from samda.data.datalists import find_cases
+    from samda.inference.postprocessing import override
+    from samda.inference.writer import PURPOSE
     from samda.models.export import check_folder
     from samda.models.versions import load_version, version_folder
     from samda.receptive_field import body_slices, check_same_slices, write_fields
@@ -80,9 +66,7 @@ def run(args: argparse.Namespace) -> None:
     if len(tasks) < len(args.model):
         raise UsageError("--model names a folder twice; keep one")
     check_same_slices(tasks)
-    task = next(iter(tasks.values()))
-    if args.modality:
-        task = dataclasses.replace(task, modality=args.modality)
+    task = override(next(iter(tasks.values())), modality=args.modality)
     images = body_slices(find_cases(args.input, args.section), task, args.slices)
     say(f"{len(images)} slices of {task.image_size} pixels on {device}")
     models: list[ModelField] = []
@@ -95,7 +79,13 @@ def run(args: argparse.Namespace) -> None:
         if args.baseline and base not in bases:
             bases.add(base)
             models.append(measure(unadapted(network), images, f"{network.config.name} without adapters", None))
-    about = describe(images, task.spacing)
+    about = {  # what holds for all models, without names of scans
+        "purpose": PURPOSE,
+        "made_by": {"samda": __version__, "torch": torch.__version__},
+        "images": len(images),
+        "image_size": list(images[0].shape[1:]),
+        "spacing_mm": task.spacing,
+    }
     if folder is not None:
         write_fields(folder, models, about)
         say(f"{folder / 'erf.json'} and erf.png written")
@@ -109,10 +99,9 @@ def unadapted(network: SamSegmenter) -> SamSegmenter:
     """The network's base as its file has it: baselines such as `full` train the base itself."""
     from samda.networks.segmenter import SamSegmenter
 
-    device = network.pixel_mean.device
     assert network.base_report is not None  # a model folder is loaded with its base
-    weights = network.base_report.path
-    return SamSegmenter(network.config, in_channels=network.in_channels, weights=weights).to(device)
+    base = SamSegmenter(network.config, in_channels=network.in_channels, weights=network.base_report.path)
+    return base.to(network.pixel_mean.device)
 
 
 def measure(network: SamSegmenter, images: Sequence[torch.Tensor], name: str, version: str | None) -> ModelField:
@@ -122,33 +111,11 @@ def measure(network: SamSegmenter, images: Sequence[torch.Tensor], name: str, ve
 
     fields = {}
     for tap in TAPS:
-        with bar(f"{name}, {tap}", len(images), "slice") as shown:
-            fields[tap] = measure_erf(network, counted(images, shown), tap)
+        with bar(f"{name}, {tap}", len(images), "slice", iterable=images) as shown:
+            fields[tap] = measure_erf(network, shown, tap)
         if skipped := fields[tap].skipped:
-            say(f"{name}, {tap}: {skipped} of {len(images)} slices gave gradients that are not finite, left out")
+            say(f"{name}, {tap}: {skipped} of {len(images)} slices skipped, their gradients are not finite")
     return ModelField.of(network, fields, name, version)
-
-
-def counted(images: Sequence[torch.Tensor], shown: Any) -> Iterator[torch.Tensor]:
-    """The images; the bar moves with them."""
-    for image in images:
-        yield image
-        shown.update()
-
-
-def describe(images: Sequence[torch.Tensor], spacing_mm: float) -> dict[str, Any]:
-    """What holds for all models: nothing that names a scan."""
-    import torch
-
-    from samda.inference.writer import PURPOSE
-
-    return {
-        "purpose": PURPOSE,
-        "made_by": {"samda": __version__, "torch": torch.__version__},
-        "images": len(images),
-        "image_size": list(images[0].shape[1:]),
-        "spacing_mm": spacing_mm,
-    }
 
 
 def print_fields(models: Sequence[ModelField]) -> None:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from samda.cli.options import add_json, add_quiet, existing, print_json, task_file
-from samda.cli.run_report import RunReport, add_report
+from samda.cli.options import add_shared, existing, print_json, task_file
+from samda.cli.run_report import RunReport
 from samda.errors import InputError
 
 
@@ -26,16 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-m", "--model", type=Path, metavar="MODEL", help="a model folder, for its classes and label ids"
     )
     which.add_argument("--task", metavar="FILE", help="a task file instead, or the name of one of samda's")
-    parser.add_argument("-i", "--input", type=Path, required=True, metavar="PREDICTIONS", help="label maps of predict")
+    add_shared(parser, "--input", metavar="PREDICTIONS", help="label maps, as samda predict writes them")
     parser.add_argument(
         "-l", "--labels", type=Path, required=True, metavar="LABELS", help="folder of label files, or a data set"
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="SCORES", help="folder of the scores")
-    parser.add_argument("--section", choices=("training", "validation", "test"), help="which cases of a data set")
-    parser.add_argument("--nsd-tolerance", type=float, metavar="MM", help="of NSD; default: the task's")
-    add_report(parser)
-    add_quiet(parser)
-    add_json(parser)
+    add_shared(parser, "--output", metavar="SCORES", help="folder of the scores")
+    add_shared(parser, "--section", help="which cases of a data set; default: those with predictions")
+    parser.add_argument("--nsd-tolerance", type=float, metavar="MM", help="tolerance of NSD; default: the task's")
+    add_shared(parser, "--report", "--quiet", "--json")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -15,22 +15,18 @@ bottleneck) have no place there. Its class head lies in a file of its own. "onnx
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from samda.cli.options import add_json, add_quiet, print_json, say
+from samda.cli.options import add_shared, print_json, say
 
 FORMATS = ("sam", "onnx", "torch")  # those of samda.models.export, known without torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `samda export`."""
-    parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="a model folder")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    add_shared(parser, "--model")
+    add_shared(parser, "--output", metavar="FOLDER", help="a new folder")
     parser.add_argument("--format", choices=FORMATS, required=True, help="what to write")
-    parser.add_argument("--version", metavar="NAME", help="version of the model (samda site); default: the active one")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="base weights; default: those of the training")
-    add_quiet(parser)
-    add_json(parser)
+    add_shared(parser, "--version", "--weights", "--quiet", "--json")
 
 
 def run(args: argparse.Namespace) -> None:

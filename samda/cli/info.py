@@ -13,14 +13,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from samda.cli.options import add_json, print_json, print_table
+from samda.cli.options import add_shared, print_json, print_table
 from samda.version import __version__
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `samda info`."""
-    parser.add_argument("-m", "--model", type=Path, metavar="MODEL", help="a model folder")
-    add_json(parser)
+    add_shared(parser, "--model", required=False)
+    add_shared(parser, "--json")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -112,12 +112,15 @@ def print_model(facts: dict[str, Any]) -> None:
         ("backbone", facts["network"].get("backbone")),
         ("base weights", facts["base"].get("file") or "in the folder"),
         ("adapters", ", ".join(facts["adapters"]) or "none"),
-        ("numbers in the file", f"{facts['parameters']:,}"),
+        ("saved parameters", f"{facts['parameters']:,}"),
         ("classes", ", ".join(task.get("classes", []))),
         ("modality", task.get("modality")),
         ("slices", f"{task.get('axis')}, {task.get('image_size')} pixels of {task.get('spacing')} mm" + neighbors),
         ("largest piece of", ", ".join(kept) if isinstance(kept, list) else "every class" if kept else "none"),
-        ("trained", f"{training.get('epochs')} epochs, best {training.get('best_epoch')}; {training.get('split')}"),
+        (
+            "trained",
+            f"{training.get('epochs')} epochs, best epoch {training.get('best_epoch')}; {training.get('split')}",
+        ),
         ("validation Dice", f"{dice:.3f}" if isinstance(dice, float) else dice),
         ("samda", record.get("versions", {}).get("samda")),
         ("purpose", record.get("purpose")),

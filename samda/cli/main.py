@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
-from samda.cli.parser import Parser
+from samda.cli.options import Parser
 from samda.errors import UsageError, cause_of, disk_trouble
 from samda.version import __version__
 

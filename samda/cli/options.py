@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that several commands share, and what their values mean."""
+"""argparse as samda uses it, the options that several commands share, and what their values mean.
+
+Abbreviated options are not accepted, and what is refused comes with the nearest valid name.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +10,94 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from samda.errors import InputError, UsageError, nearest
 from samda.io import shipped_tasks
 from samda.processes import launched, local_device
 
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """`--device`, read by :func:`pick_device`."""
-    parser.add_argument(
-        "--device", default="auto", metavar="DEVICE", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one"
-    )
+# what other tools and our own other commands call an option: spelling alone would suggest a wrong one
+ALIASES = {"--lr": "--learning-rate", "--report": "--records"}
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """`--json`: the result for programs, on standard output; everything else goes to standard error."""
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises :class:`samda.errors.UsageError` instead of ending the process."""
+
+    def __init__(self, **settings: Any) -> None:
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message; argparse would print the usage and exit."""
+        raise UsageError(message)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse, but unknown options are refused first: a mistyped `--output` is not a missing `--output`."""
+        if args is not None:
+            self._check_options(args)
+        return super().parse_known_args(args, namespace)
+
+    def _check_options(self, args: Sequence[str]) -> None:
+        valid = list(self._option_string_actions)
+        for token in args:
+            if token == "--" or (self._subparsers and not token.startswith("-")):  # the command checks the rest
+                return
+            name = token.partition("=")[0]
+            if name.startswith("-") and len(name) > 1 and name not in valid and not _is_number(token):
+                meant = ALIASES.get(name)
+                raise UsageError(f"unknown option {name!r}; {nearest(meant if meant in valid else name, valid)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        choices = action.choices
+        if choices is not None and value not in choices:
+            raise argparse.ArgumentError(action, f"{value!r} is unknown; {nearest(str(value), map(str, choices))}")
 
 
-def add_part(parser: argparse.ArgumentParser) -> None:
-    """`--part`, read by :func:`samda.processes.read_part`."""
-    parser.add_argument(
-        "--part",
-        metavar="I/N",
-        help="do part I of N, for job arrays; processes that torchrun starts share the cases without it",
-    )
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+SHARED: dict[str, dict[str, Any]] = {  # option -> arguments of argparse
+    "--model": {"type": Path, "required": True, "metavar": "MODEL", "help": "a model folder"},
+    "--input": {"type": Path, "required": True, "metavar": "SCANS", "help": "a scan, a folder, a data set"},
+    "--output": {"type": Path, "required": True},
+    "--section": {"choices": ("training", "validation", "test"), "help": "which cases of a data set; default test"},
+    "--version": {"metavar": "NAME", "help": "version of the model (samda site); default: the active one"},
+    "--weights": {"type": Path, "metavar": "FILE", "help": "base weights; default: those of the training"},
+    "--modality": {"choices": ("CT", "MR"), "help": "modality of the scans, where it is not that of the training"},
+    "--keep-largest": {
+        "metavar": "CLASSES",
+        "help": "keep only the largest 3-D piece of these classes (liver,spleen), all or none; default: the task's",
+    },
+    "--part": {
+        "metavar": "I/N",
+        "help": "process part I of N, for job arrays; processes started by torchrun share the cases without it",
+    },
+    "--report": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "write versions, hashes, times, peak memory and outcome as JSON, also when the job fails",
+    },
+    "--quiet": {"action": "store_true", "help": "show the result, warnings and errors only"},
+    "--device": {
+        "default": "auto",
+        "metavar": "DEVICE",
+        "help": "cpu, cuda, cuda:1, mps; auto uses a GPU if there is one",
+    },
+    "--json": {"action": "store_true", "help": "print the result as JSON; everything else goes to standard error"},
+}
+SHORT = {"--model": "-m", "--input": "-i", "--output": "-o"}
+
+
+def add_shared(parser: argparse.ArgumentParser, *names: str, **changes: Any) -> None:
+    """Add options that several commands share: `add_shared(parser, "--input", metavar="LABELS")`."""
+    for name in names:
+        flags = (SHORT[name], name) if name in SHORT else (name,)
+        parser.add_argument(*flags, **SHARED[name] | changes)
 
 
 def pick_device(name: str) -> str:
@@ -136,27 +201,6 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
             why = getattr(error, "problem", None) or "see yaml.org"
             raise UsageError(f"--set {text!r}: the value is not YAML ({why}); quote or repair it") from None
     return settings
-
-
-def add_modality(parser: argparse.ArgumentParser) -> None:
-    """Add `--modality`."""
-    parser.add_argument(
-        "--modality", choices=("CT", "MR"), help="kind of the scans, where it is not that of the training"
-    )
-
-
-def add_keep_largest(parser: argparse.ArgumentParser) -> None:
-    """Add `--keep-largest`, read by :func:`samda.inference.postprocessing.override`."""
-    parser.add_argument(
-        "--keep-largest",
-        metavar="CLASSES",
-        help="of these classes (liver,spleen) keep the largest 3-D piece only; all, none; default: the model's task",
-    )
-
-
-def add_quiet(parser: argparse.ArgumentParser) -> None:
-    """`--quiet`, which :func:`samda.cli.main.main` obeys: the result, warnings and errors only."""
-    parser.add_argument("--quiet", action="store_true", help="no progress and no messages but warnings and errors")
 
 
 def print_json(value: Any) -> None:

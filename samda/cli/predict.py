@@ -16,36 +16,18 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
-from samda.cli.options import (
-    add_device,
-    add_json,
-    add_keep_largest,
-    add_modality,
-    add_part,
-    add_quiet,
-    existing,
-    pick_device,
-    positive,
-    print_json,
-    say,
-)
-from samda.cli.run_report import RunReport, add_report
+from samda.cli.options import add_shared, existing, pick_device, positive, print_json, say
+from samda.cli.run_report import RunReport
 from samda.errors import InputError
 from samda.processes import exchange, is_main, join_for_cases, launched, leave, read_part
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `samda predict`."""
-    parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="a model folder")
-    parser.add_argument("-i", "--input", type=Path, required=True, metavar="SCANS", help="a scan, a folder, a data set")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="LABELS", help="folder of the label maps")
-    parser.add_argument("--version", metavar="NAME", help="version of the model (samda site); default: the active one")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="base weights; default: those of the training")
-    parser.add_argument(
-        "--section", choices=("training", "validation", "test"), help="which cases of a data set; default test"
-    )
+    add_shared(parser, "--model", "--input")
+    add_shared(parser, "--output", metavar="LABELS", help="folder of the label maps")
+    add_shared(parser, "--version", "--weights", "--section")
     parser.add_argument("--save-probabilities", action="store_true", help="also write the class probabilities")
     parser.add_argument("--continue", action="store_true", dest="skip", help="skip finished cases")
     parser.add_argument(
@@ -58,16 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MB",
         help="memory for class maps on the scan's grid; default 512",
     )
-    add_part(parser)
+    add_shared(parser, "--part")
     parser.add_argument(
         "--amp", choices=("bf16", "fp16"), help="reduced precision of the network (fp16: GPUs only); default: full"
     )
-    add_modality(parser)
-    add_keep_largest(parser)
-    add_report(parser)
-    add_quiet(parser)
-    add_device(parser)
-    add_json(parser)
+    add_shared(parser, "--modality", "--keep-largest", "--report", "--quiet", "--device", "--json")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -23,16 +23,6 @@ from samda.processes import launched
 REPORT_VERSION = 1
 
 
-def add_report(parser: argparse.ArgumentParser) -> None:
-    """`--report`, the file of :class:`RunReport`."""
-    parser.add_argument(
-        "--report",
-        type=Path,
-        metavar="FILE",
-        help="write versions, hashes, times, peak memory and outcome as JSON, also when the job fails",
-    )
-
-
 class RunReport:
     """Collects what a run did and writes it when the block ends, however it ends.
 
@@ -154,7 +144,7 @@ class RunReport:
 
     def _write(self, error: BaseException | None) -> None:
         from samda.io import write_json
-        from samda.provenance import now, sha256_of, versions
+        from samda.provenance import conceal, now, sha256_of, versions
 
         code, reason, text = outcome_of(error)
         inputs = [{"outcome": None} | entry for entry in self.inputs.values()]
@@ -170,19 +160,7 @@ class RunReport:
             "error": text,
         }
         assert self.path is not None
-        write_json(self.path, self._concealed(content))
-
-    def _concealed(self, value: Any) -> Any:
-        """Without names of files and cases in any text."""
-        if isinstance(value, Mapping):
-            return {self._concealed(key): self._concealed(entry) for key, entry in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._concealed(entry) for entry in value]
-        if isinstance(value, str):
-            for name in sorted(self.names, key=len, reverse=True):
-                if value == name or (len(name) > 2 and name in value):
-                    value = value.replace(name, self.names[name])
-        return value
+        write_json(self.path, conceal(content, self.names))
 
 
 def _described(value: Any) -> Any:

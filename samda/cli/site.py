@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from samda.cli.options import add_json, print_json, print_table
+from samda.cli.options import add_shared, print_json, print_table
 from samda.errors import UsageError
 
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("list", "activate", "rollback"), help="what to do")
     parser.add_argument("name", nargs="?", metavar="NAME", help="version to activate")
     parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="a model folder")
-    add_json(parser)
+    add_shared(parser, "--json")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -18,19 +18,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from samda.cli.options import (
-    add_device,
-    add_json,
-    add_quiet,
-    existing,
-    parse_settings,
-    pick_device,
-    positive,
-    print_json,
-    say,
-    task_file,
-)
-from samda.cli.run_report import RunReport, add_report
+from samda.cli.options import add_shared, existing, parse_settings, pick_device, positive, print_json, say, task_file
+from samda.cli.run_report import RunReport
 from samda.errors import UsageError
 from samda.processes import launched
 
@@ -85,10 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="tensorboard (default, into MODEL/tensorboard), mlflow (into MODEL/mlruns.db), tensorboard,mlflow or none",
     )
-    add_report(parser)
-    add_quiet(parser)
-    add_device(parser)
-    add_json(parser)
+    add_shared(parser, "--report", "--quiet", "--device", "--json")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from samda.cli.options import add_json, print_json
+from samda.cli.options import add_shared, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `samda weights`."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="vit_t, vit_b, vit_l or vit_h")
-    add_json(parser)
+    add_shared(parser, "--json")
 
 
 def run(args: argparse.Namespace) -> None:

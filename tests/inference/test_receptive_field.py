@@ -319,7 +319,7 @@ def test_constant_slices_are_left_out(tmp_path: Path, phantom: SimpleNamespace, 
     labels[:] = 0
     labels[:, :, 5] = 2  # every slice is constant, the scan is not
     path = phantom.write(tmp_path / "b.nii.gz", labels, np.diag([1.0, 1.0, 3.0, 1.0]))
-    with pytest.raises(InputError, match=r"no slice shows a body \(scans looked at: 1\)"):
+    with pytest.raises(InputError, match="no slice of 1 scans"):
         body_slices(find_cases(path), band_task, 50)
 
 
