@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Look at a data set before training on it: what it holds, everything that is wrong, and a task file for it.
+"""Inspect a data set before training on it: what it holds, everything that is wrong, and a task file for it.
 
 All cases are read to the last voxel; every problem is one line with the case and the remedy. The exit code is 1 if
-training would stumble on any of them.
+training would fail on any of them.
 
   samda check Dataset001_Liver
   samda check Dataset001_Liver -o liver.yaml        write the suggested task; read it before you train
@@ -36,13 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Look, tell, and raise at the end if training would stumble."""
+    """Inspect, report, and raise at the end if training would fail."""
     existing(args.data, "data set")
     task = None if args.task is None else task_file(args.task)
     if task and args.output:
         raise UsageError("--task is checked and -o writes a suggestion; leave out one of them")
     if args.output:
-        check_output(args.output, args.overwrite)
+        _check_output(args.output, args.overwrite)
     device = pick_device(args.device)
     from samda.data.inspect import check_data
     from samda.data.suggest import check_and_suggest
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         report, suggestion = check_and_suggest(args.data)
     if suggestion:
         batch_size = fitting_batch_size(args.backbone, suggestion.task.image_size, memory)
-        text = suggestion.to_yaml(heading(args, device, batch_size))
+        text = suggestion.to_yaml(_heading(args, device, batch_size))
         if args.output:
             write_text(args.output, text)
     if args.json:
@@ -69,31 +69,25 @@ def run(args: argparse.Namespace) -> None:
             | {"reasons": suggestion.reasons if suggestion else None, "task_file": args.output if suggestion else None}
         )
     else:
-        show(report)
+        _show(report)
         if suggestion:
             print(f"\nsuggested task{f', written to {args.output}' if args.output else ''}\n\n{text}", end="")
     if report.stops:
         number = len(report.stops)
-        remedy = f"mend {'it' if number == 1 else 'them'} and check again"
-        raise InputError(f"{count(number, 'problem')} that training would stumble on; {remedy}")
+        remedy = f"fix {'it' if number == 1 else 'them'} and check again"
+        raise InputError(f"training would fail on {_count(number, 'problem')}; {remedy}")
 
 
-def check_output(path: Path, overwrite: bool) -> None:
-    """Refuse a place that cannot be written, or a file that a person may have changed, before the scans are read.
-
-    Raises:
-        UsageError: no YAML name, no place for a file, or a file that is there.
-    """
+def _check_output(path: Path, overwrite: bool) -> None:
+    """Refuse a place that cannot be written, or a file that may have been changed by hand, before reading scans."""
     if path.suffix not in (".yaml", ".yml"):
         raise UsageError(f"output {str(path)!r} must be named .yaml; samda train reads its format from the name")
     check_file(path, "-o")
     if path.exists() and not overwrite:
-        raise UsageError(
-            f"output {str(path)!r} exists and may have been changed by hand; give --overwrite to replace it"
-        )
+        raise UsageError(f"output {str(path)!r} exists, perhaps changed by hand; give --overwrite to replace it")
 
 
-def heading(args: argparse.Namespace, device: str, batch_size: int) -> list[str]:
+def _heading(args: argparse.Namespace, device: str, batch_size: int) -> list[str]:
     """The comment at the top of the task file."""
     name = args.output or Path("task.yaml")
     train = f"samda train -d {shlex.quote(str(args.data))} -o MODEL --task {shlex.quote(str(name))}"
@@ -108,7 +102,7 @@ def heading(args: argparse.Namespace, device: str, batch_size: int) -> list[str]
     ]
 
 
-def show(report: DataReport) -> None:
+def _show(report: DataReport) -> None:
     """The facts and the problems, for a person."""
     from samda.data.datalists import LAYOUTS
 
@@ -116,7 +110,7 @@ def show(report: DataReport) -> None:
     sections = ", ".join(f"{name} {len(cases)}" for name, cases in data.cases.items())
     labeled = sum("label" in case for cases in data.cases.values() for case in cases)
     lines = [("data set", f"{report.path} ({LAYOUTS[data.layout]})"), ("cases", f"{sections}; {labeled} with label")]
-    lines += facts(report.cases)
+    lines += _facts(report.cases)
     if data.channels:
         lines.append(("named channels", ", ".join(data.channels)))
     for name, text in lines:
@@ -129,42 +123,44 @@ def show(report: DataReport) -> None:
             [[str(r["id"]), r["name"] or "-", r["voxels"], r["cases"]] for r in table],
         )
     problems = report.sorted_problems()
-    print(f"\n{count(len(problems), 'problem')}{f', {len(report.stops)} of which stop a training' if problems else ''}")
+    print(
+        f"\n{_count(len(problems), 'problem')}{f', {len(report.stops)} of which stop a training' if problems else ''}"
+    )
     for problem in problems:
         print(f"{'error' if problem.stops else 'warning':<8}{problem.line()}")
 
 
-def facts(cases: Sequence[CaseFacts]) -> list[tuple[str, str]]:
+def _facts(cases: Sequence[CaseFacts]) -> list[tuple[str, str]]:
     """Ranges over the readable cases."""
     seen = [case for case in cases if case.shape]
     if not seen:
         return []
     measured = [case for case in seen if case.quantiles]
     lines = [
-        ("shape", " x ".join(spread([case.shape[a] for case in seen if case.shape]) for a in range(3)) + " voxels"),
-        ("spacing", " x ".join(spread([case.spacing_mm[a] for case in seen]) for a in range(3)) + " mm"),
-        ("orientation", tally(case.orientation for case in seen)),
-        ("channels", tally(case.channels for case in seen)),
+        ("shape", " x ".join(_spread([case.shape[a] for case in seen if case.shape]) for a in range(3)) + " voxels"),
+        ("spacing", " x ".join(_spread([case.spacing_mm[a] for case in seen]) for a in range(3)) + " mm"),
+        ("orientation", _tally(case.orientation for case in seen)),
+        ("channels", _tally(case.channels for case in seen)),
     ]
     for channel in range(max((len(case.quantiles) for case in measured), default=0)):
         rows = [case.quantiles[channel] for case in measured if len(case.quantiles) > channel]
-        shown = ", ".join(f"{p} % {spread([r[i] for r in rows])}" for i, p in ((0, 1), (2, 50), (4, 99)))
+        shown = ", ".join(f"{p} % {_spread([r[i] for r in rows])}" for i, p in ((0, 1), (2, 50), (4, 99)))
         lines.append((f"intensity {channel}" if channel or len(measured[0].quantiles) > 1 else "intensity", shown))
     lines.append(("extremes", f"{min(c.smallest for c in measured):g} to {max(c.largest for c in measured):g}"))
     return lines
 
 
-def spread(values: Sequence[float]) -> str:
+def _spread(values: Sequence[float]) -> str:
     """`4`, or `4..7` where they differ."""
     low, high = f"{min(values):.4g}", f"{max(values):.4g}"
     return low if low == high else f"{low}..{high}"
 
 
-def tally(values: Iterable[Any]) -> str:
+def _tally(values: Iterable[Any]) -> str:
     """`RAS (3), LPS (1)`, the most frequent first."""
     return ", ".join(f"{value} ({number})" for value, number in Counter(values).most_common())
 
 
-def count(number: int, what: str) -> str:
+def _count(number: int, what: str) -> str:
     """`1 problem`, `2 problems`, `no problems`."""
     return f"{number or 'no'} {what}{'' if number == 1 else 's'}"

@@ -1,11 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets as people have them; which layout one has is told by its content, never by its name.
-
-A case is a plain dict: "id", "image" (a path, or one path a channel), and where known "label" (path), "fold",
-"patient" and "slices".
-
-Which label map belongs to which label file.
-"""
+"""Data sets as lists of cases, whatever their layout: which one it is follows from the content, never from the name."""
 
 from __future__ import annotations
 
@@ -22,7 +16,9 @@ from samda.data.layouts import (
     Case,
     Problem,
     Report,
+    by_stem,
     dicom_cases,
+    files_in,
     find_series,
     is_pair_list,
     listed_cases,
@@ -37,6 +33,8 @@ from samda.data.layouts import (
 )
 from samda.errors import InputError, UsageError, nearest
 from samda.io import files_of
+
+logger = logging.getLogger(__name__)
 
 LAYOUTS = {
     "datalist": "MONAI or MSD datalist (JSON)",
@@ -83,10 +81,8 @@ def read_datalist(path: str | Path, report: Report = refuse) -> DataList:
 
     Args:
         path: file or folder.
-        report: called with every problem; the case concerned is left out if the report returns. The default raises.
-
-    Raises:
-        InputError: nothing to read, a malformed list, missing files, or cases that cannot be told apart.
+        report: called with every problem (missing files, equal ids, ...); the case concerned is left out if the report
+            returns. The default raises InputError.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -114,9 +110,6 @@ def find_cases(inputs: str | Path, section: str | None = None) -> list[Case]:
     Args:
         inputs: file or folder, see :func:`read_datalist`.
         section: "training", "validation" or "test"; None takes "test".
-
-    Raises:
-        UsageError: the section holds no case, or an id cannot name a file.
     """
     data = read_datalist(inputs)
     chosen = data.cases.get(section or "test", [])
@@ -171,13 +164,11 @@ def read_labels(labels: Any, where: str | Path) -> dict[str, tuple[int, ...]]:
     """The `labels` entry of a dataset.json as class name -> ids.
 
     nnU-Net v2 writes name -> id (or a list of ids), MSD and nnU-Net v1 write "id" -> name. nnU-Net's "ignore" is left
-    out: it is no class, and voxels that bear it are refused later.
-
-    Raises:
-        InputError: neither of the two.
+    out: it is not a class, and voxels with this id are refused later.
     """
+    expected = f'{where}: labels must be {{"name": id}} or {{"id": "name"}}, got'
     if not isinstance(labels, Mapping) or not labels:
-        raise InputError(f'{where}: labels must be {{"name": id}} or {{"id": "name"}}, got {labels!r}')
+        raise InputError(f"{expected} {labels!r}")
     found: dict[str, tuple[int, ...]] = {}
     if all(_is_id(key) and isinstance(value, str) for key, value in labels.items()):
         for key, name in labels.items():
@@ -186,7 +177,7 @@ def read_labels(labels: Any, where: str | Path) -> dict[str, tuple[int, ...]]:
         for name, value in labels.items():
             ids = value if isinstance(value, list) else [value]
             if _is_id(name) or not ids or not all(_is_id(i) for i in ids):
-                raise InputError(f'{where}: labels must be {{"name": id}} or {{"id": "name"}}, got {name!r}: {value!r}')
+                raise InputError(f"{expected} {name!r}: {value!r}")
             found[str(name)] = tuple(int(i) for i in ids)
     return {name: ids for name, ids in found.items() if name != "ignore"}
 
@@ -195,7 +186,67 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int | str) and not isinstance(value, bool) and str(value).strip().lstrip("-").isdigit()
 
 
-# ------------------------------------------------------------------------------------------------------------- checks
+def find_pairs(
+    predictions: str | Path, labels: str | Path, section: str | None = None
+) -> tuple[dict[str, tuple[Path | None, Path]], Mapping[str, tuple[int, ...]] | None]:
+    """Prediction and label of each case, and the data set's own label ids.
+
+    Cases pair by name; nnU-Net's `CASE_0000` of a prediction means CASE. Two single files always pair.
+
+    Args:
+        predictions: folder of label maps, or one file.
+        labels: folder of label files, one file, or a data set whose cases have labels.
+        section: of a data set; None takes the sections of which there are predictions.
+
+    Returns:
+        case -> (prediction, or None if it is missing, and label), sorted by case; name -> ids, where the data set
+        states them
+    """
+    root, path = Path(predictions).expanduser(), Path(labels).expanduser()
+    groups, dataset_labels = _labels(path, section)
+    if not root.exists():
+        raise InputError(f"there are no predictions {root}; check the path")
+    if root.is_file() and path.is_file() and not is_labeled(path):
+        return {stem(path): (root, path)}, dataset_labels
+    found = {stem(root): root} if root.is_file() else _label_maps(root)
+    if not found:
+        raise InputError(f"{root} holds no label maps ({', '.join(SCAN_SUFFIXES)}); give the output folder of predict")
+    pairs: dict[str, tuple[Path | None, Path]] = {}
+    for group in groups:
+        chosen = {case: found.get(case) or found.get(f"{case}_0000") for case in group}
+        if any(chosen.values()):
+            pairs |= {case: (chosen[case], label) for case, label in group.items()}
+    if not pairs:
+        names = [", ".join(sorted(group)[:3]) for group in (found, {case for group in groups for case in group})]
+        raise InputError(f"no prediction ({names[0]}, ...) has the name of a label ({names[1]}, ...); name them alike")
+    used = {prediction for prediction, _ in pairs.values()}
+    unused = [case for case, prediction in found.items() if prediction not in used]
+    if unused:
+        logger.warning("no label for %d predictions: %s", len(unused), ", ".join(unused))
+    return dict(sorted(pairs.items())), dataset_labels
+
+
+def _labels(path: Path, section: str | None) -> tuple[list[dict[str, Path]], Mapping[str, tuple[int, ...]] | None]:
+    """Case -> label file, for each section of a data set; and the data set's ids."""
+    if path.exists() and not is_labeled(path):
+        found = {stem(path): path} if path.is_file() else _label_maps(path)
+        if not found:
+            raise InputError(f"{path} holds no label files; give a folder of label files, or a data set")
+        return [found], None
+    data = read_datalist(path)
+    groups = {name: {c["id"]: Path(c["label"]) for c in cases if c.get("label")} for name, cases in data.cases.items()}
+    chosen = [group for name, group in groups.items() if group and section in (None, name)]
+    if not chosen:
+        counts = ", ".join(f"{name} ({len(group)})" for name, group in groups.items())
+        raise InputError(f"{path} holds no labels in section {section or 'any'}; labels per section: {counts}")
+    return chosen, data.labels
+
+
+def _label_maps(folder: Path) -> dict[str, Path]:
+    return by_stem(files_in(folder, [suffix for suffix in SCAN_SUFFIXES if suffix != ".dcm"]), refuse)
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
 
 
 def _finish(data: DataList, root: Path, report: Report) -> DataList:
@@ -207,10 +258,8 @@ def _finish(data: DataList, root: Path, report: Report) -> DataList:
     for case in every:
         count = len(files_of(case["image"]))
         if count > LARGEST_CHANNELS:
-            text = (
-                f"{files_of(case['image'])[0]} comes with {count} channel files, the network takes {LARGEST_CHANNELS}"
-            )
-            report(Problem("channels", f"{text}; list those you need in a datalist", case["id"]))
+            text = f"{files_of(case['image'])[0]} comes with {count} channel files, the network takes "
+            report(Problem("channels", f"{text}{LARGEST_CHANNELS}; list those you need in a datalist", case["id"]))
             left_out.add(id(case))
     kept = {section: [case for case in chosen if id(case) not in left_out] for section, chosen in cases.items()}
     return dataclasses.replace(data, cases=kept)
@@ -236,7 +285,7 @@ def _path_name(path: Path, root: Path) -> str:
 
 def _report_missing(cases: Iterable[Case], report: Report) -> set[int]:
     """Report files that do not exist; which cases they belong to."""
-    paths = [(case, path) for case in cases for path in _files(case)]
+    paths = [(case, path) for case in cases for path in [*files_of(case["image"]), *files_of(case.get("label", []))]]
     missing = [(case, path) for case, path in paths if not path.exists()]
     if missing and report is refuse:  # one line for all of them
         shown = ", ".join(str(path) for _, path in missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -247,10 +296,6 @@ def _report_missing(cases: Iterable[Case], report: Report) -> set[int]:
     return {id(case) for case, _ in missing}
 
 
-def _files(case: Case) -> list[Path]:
-    return files_of(case["image"]) + ([Path(case["label"])] if "label" in case else [])
-
-
 def _report_doubled(cases: Sequence[Case], layout: str, report: Report) -> set[int]:
     """Report ids that several cases share; all of these cases but the first."""
     doubled = [name for name, count in Counter(case["id"] for case in cases).items() if count > 1]
@@ -258,11 +303,8 @@ def _report_doubled(cases: Sequence[Case], layout: str, report: Report) -> set[i
     for name in doubled:
         same = [case for case in cases if case["id"] == name]
         paths = " and ".join(dict.fromkeys(str(files_of(case["image"])[0]) for case in same))
-        remedy = (
-            'give each an "id" of its own, or keep one'
-            if layout in ("datalist", "csv")
-            else "rename or move all but one"
-        )
+        is_list = layout in ("datalist", "csv")
+        remedy = 'give each an "id" of its own, or keep one' if is_list else "rename or move all but one"
         more = f", as have those of {len(doubled) - 1} more ids" if len(doubled) > 1 and report is refuse else ""
         report(Problem("id", f"{len(same)} cases have one id, {name!r} ({paths}){more}; {remedy}", name))
         left_out |= {id(case) for case in same[1:]}
@@ -276,80 +318,3 @@ def _similar(path: Path) -> str:
         return f"; there is nothing in {path.parent}"
     hint = nearest(path.name, names)
     return f"; {hint}" if hint.startswith("did you mean") else "; check the paths"
-
-
-logger = logging.getLogger(__name__)
-
-
-def find_pairs(
-    predictions: str | Path, labels: str | Path, section: str | None = None
-) -> tuple[dict[str, tuple[Path | None, Path]], Mapping[str, tuple[int, ...]] | None]:
-    """Prediction and label of each case, and the data set's own label ids.
-
-    Cases pair by name; nnU-Net's `CASE_0000` of a prediction means CASE. Two single files always pair.
-
-    Args:
-        predictions: folder of label maps, or one file.
-        labels: folder of label files, one file, or a data set whose cases have labels.
-        section: of a data set; None takes the sections of which there are predictions.
-
-    Returns:
-        case -> (prediction, or None if it is missing, and label), sorted by case; name -> ids, where the data set
-        states them
-
-    Raises:
-        InputError: no predictions, no labels, or not a single pair.
-    """
-    root, path = Path(predictions).expanduser(), Path(labels).expanduser()
-    groups, dataset_labels = _labels(path, section)
-    if not root.exists():
-        raise InputError(f"there are no predictions {root}; check the path")
-    if root.is_file() and path.is_file() and not is_labeled(path):
-        return {stem(path): (root, path)}, dataset_labels
-    found = {stem(root): root} if root.is_file() else _image_files(root)
-    if not found:
-        raise InputError(f"{root} holds no label maps ({', '.join(SCAN_SUFFIXES)}); give the output folder of predict")
-    pairs: dict[str, tuple[Path | None, Path]] = {}
-    for group in groups:
-        chosen = {case: found.get(case) or found.get(f"{case}_0000") for case in group}
-        if any(chosen.values()):
-            pairs |= {case: (chosen[case], label) for case, label in group.items()}
-    if not pairs:
-        names = [", ".join(sorted(group)[:3]) for group in (found, {case for group in groups for case in group})]
-        raise InputError(f"no prediction ({names[0]}, ...) has the name of a label ({names[1]}, ...); name them alike")
-    used = {prediction for prediction, _ in pairs.values()}
-    unused = [case for case, prediction in found.items() if prediction not in used]
-    if unused:
-        logger.warning("no label for %d predictions: %s", len(unused), ", ".join(unused))
-    return dict(sorted(pairs.items())), dataset_labels
-
-
-def _labels(path: Path, section: str | None) -> tuple[list[dict[str, Path]], Mapping[str, tuple[int, ...]] | None]:
-    """Case -> label file, for each section of a data set; and the data set's ids."""
-    if path.is_dir() and not is_labeled(path):
-        found = _image_files(path)
-        if not found:
-            raise InputError(f"{path} holds no label files; give a folder of label files, or a data set")
-        return [found], None
-    if path.is_file() and not is_labeled(path):
-        return [{stem(path): path}], None
-    data = read_datalist(path)
-    groups = {name: {c["id"]: Path(c["label"]) for c in cases if c.get("label")} for name, cases in data.cases.items()}
-    chosen = [group for name, group in groups.items() if group and section in (None, name)]
-    if not chosen:
-        counts = ", ".join(f"{name} ({len(group)})" for name, group in groups.items())
-        raise InputError(f"{path} holds no labels in section {section or 'any'}; labels per section: {counts}")
-    return chosen, data.labels
-
-
-def _image_files(folder: Path) -> dict[str, Path]:
-    suffixes = tuple(s for s in SCAN_SUFFIXES if s != ".dcm")
-    files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name.lower().endswith(suffixes)]
-    found: dict[str, Path] = {}
-    for path in files:
-        if path.name.startswith("."):
-            continue
-        if stem(path) in found:
-            raise InputError(f"{found[stem(path)]} and {path} bear one case name; keep one")
-        found[stem(path)] = path
-    return found

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One case looked at: its grid, its intensities, its label ids, and everything that is wrong with it.
+"""Inspect a data set before training: what its cases hold, and everything that is wrong with them.
 
-Look at a whole data set before a training: what it holds, and everything that is wrong with it.
+Every case is read to the last voxel: grid, intensities and label ids. Nothing stops at the first problem; all of them
+are collected, each with its case and the remedy.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 from samda.data.body import body_mask, body_threshold, coarse
 from samda.data.datalists import LARGEST_CHANNELS, LAYOUTS, DataList, read_datalist
 from samda.data.formats import PICTURE_SUFFIXES, dicom_modality
-from samda.data.labels import LabelMap, label_map
+from samda.data.labels import LARGEST_RANGE, LabelMap, label_map
 from samda.data.layouts import Case, Problem, Report
 from samda.data.readers import Scan, read_scan, refuse_other_grid
 from samda.data.slices import refuse_other_scale
@@ -35,7 +36,6 @@ QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 AIR = -500.0  # HU: what reaches below it holds air in Hounsfield units
 SAMPLES = 20_000  # foreground voxels kept of a case, evenly spread
 MANY_IDS = 256  # a file with more different values is an image
-LARGEST_RANGE = 1 << 20  # between the smallest and the largest id
 COARSEST, SMALLEST, LARGEST = 30.0, 5.0, 3000.0  # mm: a voxel side, and the longest side of a scan
 CHUNK = 1 << 22  # voxels counted at once
 MOST_VALUES = 1 << 21  # voxels that quantiles are taken from, evenly spread
@@ -43,226 +43,40 @@ MOST_VALUES = 1 << 21  # voxels that quantiles are taken from, evenly spread
 
 @dataclasses.dataclass
 class CaseFacts:
-    """What a case holds. Shapes, spacings and directions are those of the image's file.
-
-    Attributes:
-        id, section: of the case.
-        image: its files.
-        label: its label file, if it has one.
-        shape: (X, Y, Z), None if the image cannot be read; so are the others.
-        spacing_mm: (3,) voxel sides.
-        orientation: where the axes point, as "LPS".
-        channels: number of channels.
-        picture: is it a 2D picture?
-        dicom: the modality that a DICOM series states, "CT" or "MR" for instance.
-        smallest, largest: of all intensities; NaN where there are NaN.
-        quantiles: `QUANTILES` of the intensities, one row a channel.
-        extent_mm: (3,) size of the body along the RAS axes; of a picture, all of it.
-        sides_mm: (3,) voxel sides along the RAS axes.
-        label_ids: id -> voxels; empty without a readable label.
-        foreground: (n, C) intensities where the label is not 0, at most `SAMPLES` of them.
-        foreground_ids: (n,) the ids there.
-    """
+    """What a case holds. Shapes, spacings and directions are those of the image's file unless they say RAS."""
 
     id: str
     section: str
     image: list[str]
     label: str | None
-    shape: tuple[int, int, int] | None = None
-    spacing_mm: tuple[float, ...] = ()
-    orientation: str = ""
+    shape: tuple[int, int, int] | None = None  # (X, Y, Z); None if the image cannot be read
+    spacing_mm: tuple[float, ...] = ()  # (3,)
+    orientation: str = ""  # where the axes point, as "LPS"
     channels: int = 0
-    picture: bool = False
-    dicom: str | None = None
-    smallest: float = float("nan")
+    picture: bool = False  # a 2D picture rather than a scan
+    dicom: str | None = None  # the modality that a DICOM series states, "CT" or "MR" for instance
+    smallest: float = float("nan")  # intensity; that NaN and infinity are left out is a problem of the case
     largest: float = float("nan")
-    quantiles: list[list[float]] = dataclasses.field(default_factory=list)
-    extent_mm: tuple[float, ...] = ()
-    sides_mm: tuple[float, ...] = ()
-    label_ids: dict[int, int] = dataclasses.field(default_factory=dict)
+    quantiles: list[list[float]] = dataclasses.field(default_factory=list)  # `QUANTILES`, one row a channel
+    extent_mm: tuple[float, ...] = ()  # (3,) size of the body along the RAS axes; of a picture, all of it
+    sides_mm: tuple[float, ...] = ()  # (3,) voxel sides along the RAS axes
+    label_ids: dict[int, int] = dataclasses.field(default_factory=dict)  # id -> voxels
     foreground: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 1), np.float32), repr=False)
     foreground_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, int), repr=False)
+    # the last two: (n, C) intensities where the label is not 0, at most `SAMPLES` of them, and (n,) the ids there
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.name.startswith("foreground")}
 
-
-def look_at(case: Case, section: str, report: Report) -> CaseFacts:
-    """Read a case to the last voxel.
-
-    Args:
-        case: the case.
-        section: its section.
-        report: called with everything that is wrong with it.
-    """
-    facts = CaseFacts(str(case["id"]), section, [str(p) for p in files_of(case["image"])], case.get("label"))
-
-    def tell(kind: str, text: str, stops: bool = True) -> None:
-        report(Problem(kind, text, facts.id, stops and section != "test"))
-
-    image = label = None
-    with _noticing(tell), _refusals("unreadable", tell):
-        scan = read_scan(case["image"], None)
-        _describe(scan, facts, tell)
-        image = _in_ras(scan)
-    if image is not None:
-        with _refusals("image", tell):
-            _image_facts(image, facts, tell)
-    if facts.label is not None:
-        with _noticing(tell), _refusals("unreadable", tell):
-            refuse_lossy_label(facts.label)
-            label = _in_ras(read_scan(facts.label))
-            facts.label_ids = _count_ids(label.array, facts.label, tell)
-    if image is not None and label is not None:
-        with _refusals("grid", tell):
-            grid = image.array.shape[:3], image.affine
-            refuse_other_grid(label.array.shape, label.affine, grid, (facts.label, "its image"))
-            if facts.label_ids:
-                facts.foreground, facts.foreground_ids = _foreground(image.array, label.array)
-    return facts
-
-
-Tell = Callable[..., None]  # (kind, text, stops=True)
-
-
-@contextmanager
-def _refusals(kind: str, tell: Tell) -> Iterator[None]:
-    """Report what goes wrong in the block instead of raising it: every case is looked at."""
-    try:
-        yield
-    except Exception as error:
-        tell(kind, reason_of(error))
-
-
-@contextmanager
-def _noticing(tell: Tell) -> Iterator[None]:
-    """Report the warnings of the block."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield
-    for warning in caught:
-        if issubclass(warning.category, UserWarning):
-            tell("header", " ".join(str(warning.message).split()), stops=False)
-
-
-def _in_ras(scan: Scan) -> Scan:
-    """The scan with its axes in RAS order, a view."""
-    turn = nib.io_orientation(scan.affine)
-    affine = scan.affine @ nib.orientations.inv_ornt_aff(turn, scan.array.shape[:3])
-    return Scan(nib.orientations.apply_orientation(scan.array, turn), affine)
-
-
-# -------------------------------------------------------------------------------------------------------------- image
-
-
-def _describe(scan: Scan, facts: CaseFacts, tell: Tell) -> None:
-    """What the file says of its grid, and whether that can be."""
-    first = Path(facts.image[0])
-    x, y, z = scan.array.shape[:3]
-    sides = np.linalg.norm(scan.affine[:3, :3], axis=0)
-    facts.shape, facts.channels = (x, y, z), scan.array.shape[3] if scan.array.ndim == 4 else 1
-    facts.spacing_mm = tuple(float(f"{s:.5g}") for s in sides)
-    facts.orientation = "".join(nib.aff2axcodes(scan.affine))
-    facts.picture = first.name.lower().endswith(PICTURE_SUFFIXES)
-    facts.dicom = dicom_modality(first) if first.is_dir() else None
-    if facts.picture:
-        return
-    extent, shown = float((sides * facts.shape).max()), " x ".join(f"{s:g}" for s in facts.spacing_mm)
-    if sides.max() > COARSEST or not SMALLEST <= extent <= LARGEST:
-        text = f"{first} has voxels of {shown} mm and measures {extent:.4g} mm at most"
-        tell("spacing", f"{text}; its header may count in m or micrometers: convert it to mm")
-    elif np.allclose(np.abs(scan.affine), np.eye(4)) and 1 not in facts.shape:
-        text = f"{first} states voxels of 1 x 1 x 1 mm at the origin, as files do whose geometry was lost"
-        tell("spacing", f"{text}; check it against the original", stops=False)
-
-
-def _image_facts(image: Scan, facts: CaseFacts, tell: Tell) -> None:
-    """Intensities, size of the body, and what is wrong with them."""
-    values = image.array if image.array.ndim == 4 else image.array[..., None]
-    spacing_mm = np.linalg.norm(image.affine[:3, :3], axis=0)
-    facts.sides_mm = tuple(float(f"{s:.5g}") for s in spacing_mm)
-    name = facts.image[0]
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        bad = int((~np.isfinite(values)).sum())
-        tell("NaN", f"{name} holds {bad} NaN or infinite values; replace them before use")
-        values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-    facts.smallest, facts.largest = float(values.min()), float(values.max())
-    for channel in range(values.shape[3]):
-        part = values[..., channel]
-        if part.min() == part.max():
-            what = f"channel {channel} of {name}" if values.shape[3] > 1 else name
-            tell("constant", f"{what} is constant ({float(part.min()):g} everywhere); check the file")
-        flat = part.reshape(-1)[:: max(1, part.size // MOST_VALUES)]
-        facts.quantiles.append([float(f"{q:.5g}") for q in np.quantile(flat, QUANTILES)])
-    facts.extent_mm = _extent_mm(values[..., 0], spacing_mm, facts)
-
-
-def _extent_mm(values: np.ndarray, spacing_mm: np.ndarray, facts: CaseFacts) -> tuple[float, ...]:
-    """Size of the body along the RAS axes."""
-    shape = np.asarray(values.shape)
-    if facts.picture:
-        return tuple(float(n) for n in shape)
-    task = Task(modality="CT" if facts.smallest <= AIR else "MR")
-    small, strides = coarse(values, spacing_mm)
-    mask = body_mask(small, spacing_mm * strides, body_threshold(small, task, scaled=False))
-    sides = [np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
-    counts = [min((side[-1] - side[0] + 1) * strides[a], shape[a]) for a, side in enumerate(sides)]
-    return tuple(round(float(n * s), 1) for n, s in zip(counts, spacing_mm, strict=True))
-
-
-# -------------------------------------------------------------------------------------------------------------- label
-
-
-def _count_ids(array: np.ndarray, name: str, tell: Tell) -> dict[int, int]:
-    """id -> voxels.
-
-    Raises:
-        InputError: the values are no class ids.
-    """
-    flat = array.reshape(-1)
-    if array.dtype.kind == "f":
-        if not np.isfinite(flat).all():
-            bad = int((~np.isfinite(flat)).sum())
-            raise InputError(f"{name} holds {bad} NaN or infinite values, which are no class ids; set them to an id")
-        fractions = int((flat != np.rint(flat)).sum())
-        if fractions:
-            raise InputError(
-                f"{name} holds {fractions} fractions, which are no class ids; resample labels with nearest neighbor"
-            )
-    low, high = int(flat.min()), int(flat.max())
-    if high - low > LARGEST_RANGE:
-        raise InputError(f"{name} holds values from {low} to {high}, which are no class ids; is it a label map?")
-    counts = np.zeros(high - low + 1, np.int64)
-    for start in range(0, len(flat), CHUNK):
-        counts += np.bincount(flat[start : start + CHUNK].astype(np.int64) - low, minlength=len(counts))
-    ids = {int(k) + low: int(counts[k]) for k in np.flatnonzero(counts)}
-    if len(ids) > MANY_IDS:
-        raise InputError(f"{name} holds {len(ids)} different values from {low} to {high}; give a label map, no image")
-    if set(ids) == {0}:
-        tell("empty label", f"{name} holds background alone; leave the case out if it was not labeled", stops=False)
-    return ids
-
-
-def _foreground(image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(n, C) intensities and (n,) ids of labeled voxels, evenly spread."""
-    places = np.flatnonzero(label.reshape(-1))
-    places = places[:: max(1, len(places) // SAMPLES)][:SAMPLES]
-    index = np.unravel_index(places, label.shape)
-    values = image[index]
-    return np.asarray(values if values.ndim == 2 else values[:, None], np.float32), label[index].astype(int)
+    def problem(self, kind: str, text: str, stops: bool = True) -> Problem:
+        """A problem of this case; a test case stops no training."""
+        return Problem(kind, text, self.id, stops and self.section != "test")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataReport:
-    """What was found.
-
-    Attributes:
-        path: the data set.
-        data: its cases, those that could be told apart.
-        cases: what each of them holds.
-        problems: everything that is wrong.
-    """
+    """What was found in a data set: its cases, what each of them holds, and everything that is wrong."""
 
     path: Path
     data: DataList
@@ -271,7 +85,7 @@ class DataReport:
 
     @property
     def stops(self) -> list[Problem]:
-        """The problems that training would stumble on."""
+        """The problems that a training would fail on."""
         return [problem for problem in self.problems if problem.stops]
 
     def sorted_problems(self) -> list[Problem]:
@@ -309,44 +123,193 @@ class DataReport:
 
 
 def check_data(path: str | Path, task: Task | None = None) -> DataReport:
-    """Look at every case of a data set, to the last voxel, and at the data set as a whole.
+    """Inspect every case of a data set, to the last voxel, and the data set as a whole.
 
     Args:
         path: see :func:`samda.data.datalists.read_datalist`.
         task: a task that the data should fit; None takes the ids that the data set names, or any.
-
-    Raises:
-        InputError: there is nothing to look at.
     """
     problems: list[Problem] = []
     data = read_datalist(path, problems.append)
     every = [(case, section) for section, cases in data.cases.items() for case in cases]
     facts = []
-    with Cases("looking at", len(every)) as progress:
+    with Cases("reading", len(every)) as progress:
         for case, section in every:
-            facts.append(look_at(case, section, problems.append))
+            facts.append(inspect_case(case, section, problems.append))
             progress.next()
     report = DataReport(Path(path), data, facts, problems)
-    problems += _of_ids(report, task)
-    problems += _of_channels(facts, task)
-    problems += _of_slices(facts)
-    problems += _of_patients(data)
-    problems += _of_whole(report, task)
+    problems += _label_problems(report, task)
+    problems += _channel_problems(facts, task)
+    problems += _mixture_problems(facts)
+    problems += _patient_problems(data)
+    problems += _foreground_problems(report, task)
     if task is not None:
-        problems += intensity_problems(report, task)
-        problems += _of_scale(facts, task)
-        problems += range_problems(report, task)
+        problems += task_problems(report, task)
     return report
 
 
-def _of_ids(report: DataReport, task: Task | None) -> list[Problem]:
-    """Ids that nobody names, and names that no label holds."""
+# --------------------------------------------------------------------------------------------------------- of one case
+
+Tell = Callable[..., None]  # (kind, text, stops=True)
+
+
+def inspect_case(case: Case, section: str, report: Report) -> CaseFacts:
+    """Read a case to the last voxel; `report` is called with everything that is wrong with it."""
+    facts = CaseFacts(str(case["id"]), section, [str(p) for p in files_of(case["image"])], case.get("label"))
+
+    def tell(kind: str, text: str, stops: bool = True) -> None:
+        report(facts.problem(kind, text, stops))
+
+    image = label = None
+    with _collect("unreadable", tell):
+        scan = read_scan(case["image"], None)
+        _describe(scan, facts, tell)
+        image = _in_ras(scan)
+    if image is not None:
+        with _collect("image", tell):
+            _measure(image, facts, tell)
+    if facts.label is not None:
+        with _collect("unreadable", tell):
+            refuse_lossy_label(facts.label)
+            label = _in_ras(read_scan(facts.label))
+            facts.label_ids = _count_ids(label.array, facts.label, tell)
+    if image is not None and label is not None:
+        with _collect("grid", tell):
+            grid = image.array.shape[:3], image.affine
+            refuse_other_grid(label.array.shape, label.affine, grid, (facts.label, "its image"))
+            if facts.label_ids:
+                facts.foreground, facts.foreground_ids = _foreground(image.array, label.array)
+    return facts
+
+
+@contextmanager
+def _collect(kind: str, tell: Tell) -> Iterator[None]:
+    """Report errors and warnings of the block instead of raising them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        except Exception as error:
+            tell(kind, reason_of(error))
+    for warning in caught:
+        if issubclass(warning.category, UserWarning):
+            tell("header", " ".join(str(warning.message).split()), stops=False)
+
+
+def _in_ras(scan: Scan) -> Scan:
+    """The scan with its axes in RAS order, a view."""
+    turn = nib.io_orientation(scan.affine)
+    affine = scan.affine @ nib.orientations.inv_ornt_aff(turn, scan.array.shape[:3])
+    return Scan(nib.orientations.apply_orientation(scan.array, turn), affine)
+
+
+def _describe(scan: Scan, facts: CaseFacts, tell: Tell) -> None:
+    """The grid as the file states it, and whether it is plausible."""
+    first = Path(facts.image[0])
+    x, y, z = scan.array.shape[:3]
+    sides = np.linalg.norm(scan.affine[:3, :3], axis=0)
+    facts.shape, facts.channels = (x, y, z), scan.array.shape[3] if scan.array.ndim == 4 else 1
+    facts.spacing_mm = tuple(float(f"{s:.5g}") for s in sides)
+    facts.orientation = "".join(nib.aff2axcodes(scan.affine))
+    facts.picture = first.name.lower().endswith(PICTURE_SUFFIXES)
+    facts.dicom = dicom_modality(first) if first.is_dir() else None
+    if facts.picture:
+        return
+    extent, shown = float((sides * facts.shape).max()), " x ".join(f"{s:g}" for s in facts.spacing_mm)
+    if sides.max() > COARSEST or not SMALLEST <= extent <= LARGEST:
+        text = f"{first} has voxels of {shown} mm and measures {extent:.4g} mm at most"
+        tell("spacing", f"{text}; its header may count in m or micrometers: convert it to mm")
+    elif np.allclose(np.abs(scan.affine), np.eye(4)) and 1 not in facts.shape:
+        text = f"{first} states voxels of 1 x 1 x 1 mm at the origin, as files do whose geometry was lost"
+        tell("spacing", f"{text}; check it against the original", stops=False)
+
+
+def _measure(image: Scan, facts: CaseFacts, tell: Tell) -> None:
+    """Intensities and size of the body."""
+    values = image.array if image.array.ndim == 4 else image.array[..., None]
+    spacing_mm = np.linalg.norm(image.affine[:3, :3], axis=0)
+    facts.sides_mm = tuple(float(f"{s:.5g}") for s in spacing_mm)
+    name = facts.image[0]
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        bad = int((~np.isfinite(values)).sum())
+        tell("NaN", f"{name} holds {bad} NaN or infinite values; replace them before use")
+        values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    facts.smallest, facts.largest = float(values.min()), float(values.max())
+    for channel in range(values.shape[3]):
+        part = values[..., channel]
+        if part.min() == part.max():
+            what = f"channel {channel} of {name}" if values.shape[3] > 1 else name
+            tell("constant", f"{what} is constant ({float(part.min()):g} everywhere); check the file")
+        flat = part.reshape(-1)[:: max(1, part.size // MOST_VALUES)]
+        facts.quantiles.append([float(f"{q:.5g}") for q in np.quantile(flat, QUANTILES)])
+    facts.extent_mm = _extent_mm(values[..., 0], spacing_mm, facts)
+
+
+def _extent_mm(values: np.ndarray, spacing_mm: np.ndarray, facts: CaseFacts) -> tuple[float, ...]:
+    """Size of the body along the RAS axes."""
+    shape = np.asarray(values.shape)
+    if facts.picture:
+        return tuple(float(n) for n in shape)
+    task = Task(modality="CT" if facts.smallest <= AIR else "MR")
+    small, strides = coarse(values, spacing_mm)
+    mask = body_mask(small, spacing_mm * strides, body_threshold(small, task, scaled=False))
+    sides = [np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
+    counts = [min((side[-1] - side[0] + 1) * strides[a], shape[a]) for a, side in enumerate(sides)]
+    return tuple(round(float(n * s), 1) for n, s in zip(counts, spacing_mm, strict=True))
+
+
+def _count_ids(array: np.ndarray, name: str, tell: Tell) -> dict[int, int]:
+    """id -> voxels."""
+    flat = array.reshape(-1)
+    if array.dtype.kind == "f":
+        bad = int((~np.isfinite(flat)).sum())
+        if bad:
+            raise InputError(f"{name} holds {bad} NaN or infinite values, not class ids; set them to an id")
+        bad = int((flat != np.rint(flat)).sum())
+        if bad:
+            raise InputError(f"{name} holds {bad} fractions, not class ids; resample labels with nearest neighbor")
+    low, high = int(flat.min()), int(flat.max())
+    if high - low > LARGEST_RANGE:
+        raise InputError(f"{name} holds values from {low} to {high}, not class ids; is it a label map?")
+    counts = np.zeros(high - low + 1, np.int64)
+    for start in range(0, len(flat), CHUNK):
+        counts += np.bincount(flat[start : start + CHUNK].astype(np.int64) - low, minlength=len(counts))
+    ids = {int(k) + low: int(counts[k]) for k in np.flatnonzero(counts)}
+    if len(ids) > MANY_IDS:
+        raise InputError(f"{name} holds {len(ids)} different values from {low} to {high}; give a label map, no image")
+    if set(ids) == {0}:
+        text = f"{name} contains only background; leave the case out if it was not labeled"
+        tell("empty label", text, stops=False)
+    return ids
+
+
+def _foreground(image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n, C) intensities and (n,) ids of labeled voxels, evenly spread."""
+    places = np.flatnonzero(label.reshape(-1))
+    places = places[:: max(1, len(places) // SAMPLES)][:SAMPLES]
+    index = np.unravel_index(places, label.shape)
+    values = image[index]
+    return np.asarray(values if values.ndim == 2 else values[:, None], np.float32), label[index].astype(int)
+
+
+# ------------------------------------------------------------------------------------------------------ of all cases
+
+
+def _label_problems(report: DataReport, task: Task | None) -> Iterator[Problem]:
+    """Ids of two names, ids without a name, and names that no label holds."""
     labels = report.data.labels or {}
-    found = _of_regions(labels)
+    owners = _grouped((i, name) for name, ids in labels.items() for i in ids)
+    shared = ", ".join(f"{i} ({' and '.join(names)})" for i, names in owners.items() if len(names) > 1)
+    if shared:
+        text = (
+            f"the data set gives ids to several names: {shared}; a voxel has one class, list ids for each in the task"
+        )
+        yield Problem("label ids", text, stops=False)
     try:
         known = _known_ids(report.data.labels, task)
     except SamdaError as error:
-        return [*found, Problem("label ids", str(error))]
+        yield Problem("label ids", str(error))
+        return
     for case in report.cases:
         unknown = sorted(i for i in case.label_ids if known is not None and i not in known.ids)
         if known is not None and known.rest is None and unknown:
@@ -356,29 +319,15 @@ def _of_ids(report: DataReport, task: Task | None) -> list[Problem]:
                 text += "they become background unless the task lists them"
             else:
                 text += "list the ids of each class under `labels` in the task, and the others become background"
-            found.append(Problem("label ids", text, case.id, task is not None and case.section != "test"))
+            yield case.problem("label ids", text, task is not None)
         elif known is None and any(i < 0 for i in case.label_ids):
             text = f"{case.label} holds ids below 0; name them under `labels` in the task, or they become background"
-            found.append(Problem("label ids", text, case.id, False))
+            yield case.problem("label ids", text, False)
     held = {i for case in report.cases for i in case.label_ids}
     absent = [name for name, ids in labels.items() if held and not held & set(ids)]
     if absent:
         text = f"no label holds {', '.join(absent)}; leave these classes out of the task, or check the ids"
-        found.append(Problem("absent class", text, stops=False))
-    return found
-
-
-def _of_regions(labels: Mapping[str, tuple[int, ...]]) -> list[Problem]:
-    owners: dict[int, list[str]] = {}
-    for name, ids in labels.items():
-        for i in ids:
-            owners.setdefault(i, []).append(name)
-    shared = {i: names for i, names in owners.items() if len(names) > 1}
-    if not shared:
-        return []
-    shown = ", ".join(f"{i} ({' and '.join(names)})" for i, names in shared.items())
-    text = f"the data set gives ids to several names: {shown}; a voxel has one class, list ids for each in the task"
-    return [Problem("label ids", text, stops=False)]
+        yield Problem("absent class", text, stops=False)
 
 
 def _known_ids(labels: Mapping[str, tuple[int, ...]] | None, task: Task | None) -> LabelMap | None:
@@ -389,159 +338,138 @@ def _known_ids(labels: Mapping[str, tuple[int, ...]] | None, task: Task | None) 
     return LabelMap({0: 0} | {i: 0 for ids in labels.values() for i in ids}, None, "the data set")
 
 
-def _of_channels(facts: Sequence[CaseFacts], task: Task | None) -> list[Problem]:
+def _channel_problems(facts: Sequence[CaseFacts], task: Task | None) -> Iterator[Problem]:
     """Cases with other channels than the task, the network or the other cases have."""
     counts = Counter(case.channels for case in facts if case.shape)
-    if not counts:
-        return []
-    usual = task.in_channels if task else counts.most_common(1)[0][0]
-    found: list[Problem] = []
+    usual = task.in_channels if task else max(counts, key=counts.__getitem__, default=0)
     for case in facts:
         if not case.shape or (case.channels == usual and case.channels <= LARGEST_CHANNELS):
             continue
-        what = f"{case.image[0]} has {case.channels} channels"
+        text = f"{case.image[0]} has {case.channels} channels"
         if case.picture and case.channels == 1 and usual == 3:
-            text = f"{what}, the {'task' if task else 'others'} 3; save it in color"
+            text += f", the {'task' if task else 'others'} 3; save it in color"
         elif case.channels > LARGEST_CHANNELS:
-            text = f"{what} or time points, the network takes {LARGEST_CHANNELS}; extract what you need"
+            text += f" or time points, the network takes {LARGEST_CHANNELS}; extract what you need"
         elif task:
-            text = f"{what}, the task {usual}; set its in_channels, or leave the case out"
+            text += f", the task {usual}; set its in_channels, or leave the case out"
         else:
-            text = f"{what}, {counts[usual]} other cases {usual}; leave it out, or bring all to the same channels"
-        found.append(Problem("channels", text, case.id, case.section != "test"))
-    return found
+            text += f", {counts[usual]} other cases {usual}; leave it out, or bring all to the same channels"
+        yield case.problem("channels", text)
 
 
-def _of_scale(facts: Sequence[CaseFacts], task: Task) -> list[Problem]:
-    """Cases whose voxels are another order of magnitude than the task's pixels."""
-    found = []
-    for case in facts:
-        try:
-            refuse_other_scale(case.sides_mm or (task.spacing,) * 3, task)
-        except InputError as error:
-            found.append(Problem("spacing", f"{case.image[0]}: {error}", case.id, case.section != "test"))
-    return found
-
-
-def _of_slices(facts: Sequence[CaseFacts]) -> list[Problem]:
+def _mixture_problems(facts: Sequence[CaseFacts]) -> Iterator[Problem]:
     """Single slices among volumes, pictures among scans."""
     volumes = [case for case in facts if case.shape and not case.picture]
     flat = [case for case in volumes if case.shape and 1 in case.shape]
-    found = [
-        Problem("one slice", f"{case.image[0]} is a single slice, others are volumes; leave it out", case.id, False)
-        for case in (flat if len(flat) < len(volumes) else [])
-    ]
-    pictures = [case for case in facts if case.picture]
+    for case in flat if len(flat) < len(volumes) else []:
+        text = f"{case.image[0]} is a single slice, others are volumes; leave it out"
+        yield case.problem("one slice", text, False)
+    pictures = sum(case.picture for case in facts)
     if pictures and volumes:
-        text = f"{len(pictures)} cases are pictures, {len(volumes)} are scans; make two data sets of them"
-        found.append(Problem("mixed", text, stops=False))
-    return found
+        text = f"{pictures} cases are pictures, {len(volumes)} are scans; make two data sets of them"
+        yield Problem("mixed", text, stops=False)
 
 
-def range_problems(report: DataReport, task: Task) -> list[Problem]:
-    """Ranges of "slices" that leave the scan along the task's axis."""
-    found = []
-    entries = [case for cases in report.data.cases.values() for case in cases]
-    for case, entry in zip(report.cases, entries, strict=True):
-        if not case.shape:
-            continue
-        along = {"sagittal": "LR", "coronal": "PA", "axial": "IS"}[task.axis]
-        size = next(n for n, end in zip(case.shape, case.orientation, strict=True) if end in along)
-        for first, end in entry.get("slices", []):
-            if not 0 <= first < end <= size:
-                text = f"slices {first} to {end} do not lie within its {size} slices; count from 0, end exclusive"
-                found.append(Problem("slices", text, case.id, case.section != "test"))
-    return found
-
-
-def _of_patients(data: DataList) -> list[Problem]:
-    """One patient, or one file, on two sides."""
-    sections: dict[str, dict[str, str]] = {}
-    folds: dict[str, dict[int, str]] = {}
-    files: dict[Path, list[str]] = {}
-    for section, cases in data.cases.items():
-        for case in cases:
-            patient = patient_of(case)
-            sections.setdefault(patient, {}).setdefault(section, case["id"])
-            if section == "training" and "fold" in case:
-                folds.setdefault(patient, {}).setdefault(case["fold"], case["id"])
-            if "slices" not in case:
-                files.setdefault(files_of(case["image"])[0].resolve(), []).append(case["id"])
-    found: list[Problem] = []
-    for patient, places in sections.items():
-        if len(places) > 1:
-            shown = ", ".join(f"{name} in {section}" for section, name in places.items())
-            text = f"patient {patient!r} is in {len(places)} sections ({shown}), which flatters the scores; keep one"
-            found.append(Problem("patient", text, stops=False))
-    for patient, numbers in folds.items():
-        if len(numbers) > 1:
-            shown = ", ".join(f"{name} in {fold}" for fold, name in numbers.items())
-            text = f"patient {patient!r} is in {len(numbers)} folds ({shown}), which --fold refuses; give one fold"
-            found.append(Problem("patient", text, stops=False))
-    for path, names in files.items():
+def _patient_problems(data: DataList) -> Iterator[Problem]:
+    """A patient in several sections or folds; a file that is the image of several cases."""
+    every = [(case, section) for section, cases in data.cases.items() for case in cases]
+    sections = _grouped((patient_of(case), (section, case["id"])) for case, section in every)
+    folds = _grouped(
+        (patient_of(case), (case["fold"], case["id"]))
+        for case, section in every
+        if section == "training" and "fold" in case
+    )
+    for groups, what, remedy in (
+        (sections, "sections", "which flatters the scores; keep one"),
+        (folds, "folds", "which --fold refuses; give one fold"),
+    ):
+        for patient, places in groups.items():
+            first: dict[Any, str] = {}
+            for place, name in places:
+                first.setdefault(place, name)
+            if len(first) > 1:
+                shown = ", ".join(f"{name} in {place}" for place, name in first.items())
+                text = f"patient {patient!r} is in {len(first)} {what} ({shown}), {remedy}"
+                yield Problem("patient", text, stops=False)
+    images = _grouped((files_of(case["image"])[0].resolve(), case["id"]) for case, _ in every if "slices" not in case)
+    for path, names in images.items():
         if len(names) > 1:
             text = f"{path} is the image of {len(names)} cases ({', '.join(names)}); keep one"
-            found.append(Problem("same image", text, names[1], False))
-    return found
+            yield Problem("same image", text, names[1], False)
 
 
-def _of_whole(report: DataReport, task: Task | None) -> list[Problem]:
-    """Is there something to train and to validate with, as a training without further options would part the cases?"""
+def _grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:
+    """Key -> its values, in order."""
+    groups = defaultdict(list)
+    for key, value in pairs:
+        groups[key].append(value)
+    return groups
+
+
+def _foreground_problems(report: DataReport, task: Task | None) -> Iterator[Problem]:
+    """Nothing to train or validate with, as a training without further options would split the cases."""
     training, validation = (report.data.cases[name] for name in ("training", "validation"))
     if not training:
-        number = len(report.data.cases["test"])
-        return [
-            Problem("no label", f"no case can be trained with ({number} without label); list labeled ones as training")
-        ]
+        text = f"no case can be trained with ({len(report.data.cases['test'])} without label)"
+        yield Problem("no label", f"{text}; list labeled ones as training")
+        return
     read = {case.id for case in report.labeled}
     foreground = {case.id for case in report.labeled if _has_foreground(case, report.data.labels, task)}
     if read and not foreground:
-        return [Problem("no foreground", "no label holds any class; check labels, ids and names")]
+        yield Problem("no foreground", "no label holds any class; check labels, ids and names")
+        return
     if not validation:
         try:
             parts = split(training, task or Task())
         except InputError:  # of a scan that is in the list of problems already
-            return []
+            return
         except SamdaError as error:
-            return [Problem("split", str(error))]
+            yield Problem("split", str(error))
+            return
         if "slices" in parts.validation[0]:
-            return []
+            return
         training, validation = parts.training, parts.validation
-    found = []
     for name, cases in (("training", training), ("validation", validation)):
         ids = {case["id"] for case in cases}
         if ids <= read and not ids & foreground:  # what could not be read is a problem of its own
             names = ", ".join(case["id"] for case in cases[:5])
             text = f"no label of the {name} cases ({names}) holds any class; choose others (--fold, --seed) or add some"
-            found.append(Problem("no foreground", text))
-    return found
+            yield Problem("no foreground", text)
 
 
 def _has_foreground(case: CaseFacts, labels: Mapping[str, Iterable[int]] | None, task: Task | None) -> bool:
     named = (task.labels if task and task.labels else labels) or {}
-    background = set(named.get("background", ())) | {0}
     if named:
         return any(i in case.label_ids for name, ids in named.items() if name != "background" for i in ids)
-    return any(i not in background for i in case.label_ids)
+    return any(i != 0 for i in case.label_ids)
 
 
-def intensity_problems(report: DataReport, task: Task) -> list[Problem]:
-    """Cases whose intensities the task cannot tell apart."""
-    found: list[Problem] = []
-    for case in report.cases:
-        if not case.shape or not case.quantiles or case.smallest == case.largest:
+def task_problems(report: DataReport, task: Task) -> Iterator[Problem]:
+    """What a task cannot use: intensities that it cannot tell apart, voxels of another scale, slices out of range."""
+    low, high = task.window
+    entries = [entry for cases in report.data.cases.values() for entry in cases]
+    for case, entry in zip(report.cases, entries, strict=True):
+        if not case.shape:
             continue
-        values = f"{case.image[0]} holds {case.smallest:g} to {case.largest:g}"
-        low, high = task.window
+        try:
+            refuse_other_scale(case.sides_mm or (task.spacing,) * 3, task)
+        except InputError as error:
+            yield case.problem("spacing", f"{case.image[0]}: {error}")
+        ends = {0: "LR", 1: "PA", 2: "IS"}[task.slice_axis]
+        size = next(n for n, end in zip(case.shape, case.orientation, strict=True) if end in ends)
+        for first, end in entry.get("slices", []):
+            if not 0 <= first < end <= size:
+                text = f"slices {first} to {end} do not lie within its {size} slices; count from 0, end exclusive"
+                yield case.problem("slices", text)
+        if not case.quantiles or case.smallest == case.largest:
+            continue
+        text = f"{case.image[0]} holds {case.smallest:g} to {case.largest:g}"
         if task.modality == "CT" and (case.largest <= low or case.smallest >= high):
-            text = f"{values}, which the window {low:g} to {high:g} HU does not tell apart; check units and modality"
-            found.append(Problem("intensity", text, case.id, case.section != "test"))
+            text += f", which the window {low:g} to {high:g} HU does not tell apart; check units and modality"
+            yield case.problem("intensity", text)
         elif task.modality == "CT" and case.smallest >= 0:
-            text = f"{values}; a CT in Hounsfield units has air near -1000: check units and modality"
-            found.append(Problem("intensity", text, case.id, False))
+            text += "; a CT in Hounsfield units has air near -1000: check units and modality"
+            yield case.problem("intensity", text, False)
         elif task.modality != "CT" and any(row[0] == row[-1] for row in case.quantiles):
-            text = (
-                f"{values}, but 1 and 99 % of a channel are equal; check the file, or set wider percentiles in the task"
-            )
-            found.append(Problem("intensity", text, case.id, task.modality == "image" and case.section != "test"))
-    return found
+            text += ", but 1 and 99 % of a channel are equal; check the file, or set wider percentiles in the task"
+            yield case.problem("intensity", text, task.modality == "image")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from samda.data.inspect import AIR, CaseFacts, DataReport, check_data, intensity_problems, range_problems
+from samda.data.inspect import AIR, CaseFacts, DataReport, check_data, task_problems
 from samda.data.layouts import Problem
 from samda.errors import InputError
 from samda.task import AXES, Task
@@ -73,7 +73,7 @@ def _short(value: Any) -> Any:
 
 
 def check_and_suggest(path: str | Path) -> tuple[DataReport, Suggestion | None]:
-    """Look at a data set and suggest a task for it; None where its labels allow none.
+    """Inspect a data set and suggest a task for it; None where its labels allow none.
 
     The report also holds the cases that this very task could not use.
 
@@ -87,8 +87,7 @@ def check_and_suggest(path: str | Path) -> tuple[DataReport, Suggestion | None]:
         if not report.stops:
             report.problems.append(Problem("no task", str(error)))
         return report, None
-    report.problems.extend(intensity_problems(report, suggestion.task))
-    report.problems.extend(range_problems(report, suggestion.task))
+    report.problems.extend(task_problems(report, suggestion.task))
     return report, suggestion
 
 

@@ -62,11 +62,11 @@ def test_delimiters_of_spreadsheets(place, delimiter):
         ("", "pairs.csv is empty; write a line with the columns image,label, and one for each case"),
         ("\n \n", "pairs.csv is empty; write a line"),
         ("image,label\n", "lists no usable case"),
-        ("image,label\n,seg/0.nii.gz", "line 2 has no image"),
+        ("image,label\n,seg/0.nii.gz", "line 2 has no 'image'"),
         ("image,label,section\nct/0.nii.gz,seg/0.nii.gz,trainng", "section 'trainng' is unknown; did you mean 'train"),
-        ("image,label,section\nct/0.nii.gz,,training", "line 2 has no label, which a training case needs"),
+        ("image,label,section\nct/0.nii.gz,,training", "line 2 has no 'label'"),
         ("image,label,fold\nct/0.nii.gz,seg/0.nii.gz,a", "fold must be a whole number, got 'a'"),
-        ("image,label\nct/0.nii.gz,seg/0.nii.gz,x,y", "line 2 has 4 cells, the header 2"),
+        ("image,label\nct/0.nii.gz,seg/0.nii.gz,x,y", "line 2 has more cells than the header (x, y)"),
         ("image,label\nct/0.nii.gz,seg/9.nii.gz", "seg/9.nii.gz; did you mean"),
         ("image,label\nct/0.nii.gz,seg/0.nii.gz\nct/0.nii.gz,seg/1.nii.gz", "2 cases have one id, 'ct_0' ("),
     ],
@@ -84,7 +84,7 @@ def test_a_report_names_every_wrong_line_also_where_no_sound_one_is_left(place):
     data = read_datalist(place / "pairs.csv", problems.append)
     assert not any(data.cases.values())
     assert [problem.text.partition("pairs.csv, ")[2] for problem in problems] == [
-        "line 2 has no image; give a path",
+        "line 2 has no 'image'; a training case needs one, give its path",
         "line 3: fold must be a whole number, got 'x'",
     ]
 
