@@ -10,7 +10,6 @@ from samda.adapters.adapter_file import save_adapters as save_adapters
 from samda.adapters.attach import ADAPTERS as ADAPTERS
 from samda.adapters.attach import SCOPES as SCOPES
 from samda.adapters.attach import attach as attach
-from samda.adapters.attach import available_scopes as available_scopes
 from samda.adapters.attach import build_configs as build_configs
 from samda.adapters.attach import check_scope as check_scope
 from samda.adapters.attach import detach as detach

@@ -50,11 +50,9 @@ from samda.errors import AdapterError, UsageError, from_mapping, nearest
 
 Adapters = Mapping[str, Mapping[str, Any] | AdapterConfig] | Iterable[str] | str
 
-KINDS: tuple[type[AdapterConfig], ...] = (
-    *(SaltConfig, LoraConfig, LkaConfig, DkaConfig, SamDaConfig, NormConfig),
-    *(BottleneckConfig, HeadConfig, DecoderConfig, FullConfig),
-)
-ADAPTERS: dict[str, type[AdapterConfig]] = {kind.name: kind for kind in KINDS}
+METHODS = (SaltConfig, LoraConfig, LkaConfig, DkaConfig, SamDaConfig, NormConfig)
+BASELINES = (BottleneckConfig, HeadConfig, DecoderConfig, FullConfig)
+ADAPTERS: dict[str, type[AdapterConfig]] = {kind.name: kind for kind in (*METHODS, *BASELINES)}
 
 RESERVED = ("training", "trainable", "base")  # a module's own attribute, and entries of `count_parameters`
 
@@ -194,18 +192,11 @@ def scope_parameters(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
     chosen: dict[str, nn.Parameter] = {}
     for part in check_scope(scope):
         if part not in found:
-            have = ", ".join(available_scopes(model)) or "none (it has no adapter that could be adapted)"
+            have = ", ".join(name for name in SCOPES if name in found) or "none; train an adapter first"
             raise AdapterError(f"this model has no parameters in scope {part!r}; it has: {have}")
         chosen |= found[part]
     order = [name for name, _ in model.named_parameters()]
     return {name: chosen[name] for name in order if name in chosen}
-
-
-def available_scopes(model: nn.Module) -> list[str]:
-    """The scopes that `model` has parameters in, "decoder+encoder" included where it has both."""
-    found = _parameters_by_scope(model)
-    both = ["decoder+encoder"] if {"decoder", "encoder"} <= set(found) else []
-    return [scope for scope in SCOPES if scope in found] + both
 
 
 def _parameters_by_scope(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:

@@ -2,11 +2,11 @@
 """The adapter contract: small modules at named sites of a frozen network, each with a dataclass of settings.
 
 Everything that happens to an adapter later (freezing, counting, saving, merging, the scope of test-time adaptation)
-derives from one answer: which parameters it calls its own (:meth:`Adapter.adapter_params`). The functions below ask
-it of a whole network; :mod:`samda.adapters.attach` knows the methods.
+derives from one answer: which parameters it calls its own (:meth:`Adapter.adapter_params`). The functions below derive
+it for a whole network. :mod:`samda.adapters.attach` attaches adapters and holds the registry of all methods.
 
-A network with a class head lists its parameters in `head_params()`; one whose baselines are trained, too, names its
-"encoder" and "decoder" in `parts`.
+What a network offers: sites; `head_params()`, the names of its class head's parameters, if it has one; and `parts`, its
+modules "encoder" and "decoder", for baselines that train them and for :func:`changes_encoder`.
 """
 
 from __future__ import annotations

@@ -78,19 +78,13 @@ class KernelAdapter(Bottleneck):
     A sum of depthwise convolutions of one input is the convolution with the sum of their zero-padded kernels, and is
     computed so. Parameters with C channels, width h and n kernels: 2 C h + h sum_k k^2, with biases h (1 + n) + C more.
 
-    `kernel_sizes` are odd, the largest first; the GELU is "pre" or "post" the convolution, or "both" (`act`).
+    `act`, "pre", "post" or "both", is where the GELU is: before or after the convolution.
     """
 
-    def __init__(
-        self,
-        site: Site,
-        config: KernelAdapterConfig,
-        kernel_sizes: tuple[int, ...],
-        act: str,
-        generator: torch.Generator,
-    ) -> None:
+    def __init__(self, site: Site, config: KernelAdapterConfig, act: str, generator: torch.Generator) -> None:
         super().__init__(site, config.width, config.bias, config.dropout, config.init == "identity", generator)
         self.act, self.backend, width = act, config.conv_backend, config.width
+        kernel_sizes = [getattr(config, key) for key in config.kernels]
         self.kernels = nn.ParameterList(
             random_uniform(width, 1, k, k, bound=1 / k, generator=generator) for k in kernel_sizes
         )
@@ -215,7 +209,7 @@ class KernelAdapterConfig(AdapterConfig):
         "init": ("identity", "paper"),
         "conv_backend": BACKENDS,
     }
-    odd: ClassVar[tuple[str, ...]] = ()  # kernel sizes: a kernel has a center
+    kernels: ClassVar[tuple[str, ...]] = ()  # the settings that are kernel sizes, the largest first
 
     width: int  # channels between the projections
     placement: str  # "parallel" to the sublayer, on its "output", or "after" the sum
@@ -227,7 +221,7 @@ class KernelAdapterConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("dropout", is_finite(self.dropout) and 0 <= self.dropout < 1, "in [0, 1)")
-        for key in self.odd:
+        for key in self.kernels:  # a kernel has a center
             value = getattr(self, key)
             self.require(key, is_int(value, 1) and value % 2 == 1, "an odd integer")
 
@@ -241,7 +235,7 @@ class LkaConfig(KernelAdapterConfig):
 
     name: ClassVar[str] = "lka"
     choices: ClassVar[Choices] = {**KernelAdapterConfig.choices, "act": ("pre", "post", "both")}
-    odd: ClassVar[tuple[str, ...]] = ("kernel_size",)
+    kernels: ClassVar[tuple[str, ...]] = ("kernel_size",)
 
     width: int = 8
     placement: str = "parallel"
@@ -250,7 +244,7 @@ class LkaConfig(KernelAdapterConfig):
     act: str = "pre"  # GELU before the convolution ("pre"), after it ("post") or "both"
 
     def build(self, site: Site, generator: torch.Generator) -> KernelAdapter:
-        adapter = KernelAdapter(site, self, (self.kernel_size,), self.act, generator)
+        adapter = KernelAdapter(site, self, self.act, generator)
         if self.init == "paper":
             for layer in (adapter.down, adapter.up):
                 nn.init.trunc_normal_(layer.weight, std=0.02, generator=generator)
@@ -264,7 +258,7 @@ class DkaConfig(KernelAdapterConfig):
     """Settings of DKA. The paper takes width 16 for classification and 192 for segmentation."""
 
     name: ClassVar[str] = "dka"
-    odd: ClassVar[tuple[str, ...]] = ("large_kernel", "small_kernel")
+    kernels: ClassVar[tuple[str, ...]] = ("large_kernel", "small_kernel")
 
     width: int = 16
     placement: str = "after"
@@ -279,5 +273,4 @@ class DkaConfig(KernelAdapterConfig):
         self.require("small_kernel", fits, f"at most large_kernel {self.large_kernel}")
 
     def build(self, site: Site, generator: torch.Generator) -> KernelAdapter:
-        sizes = (self.large_kernel, self.small_kernel)
-        return KernelAdapter(site, self, sizes, "both" if self.pre_act else "post", generator)
+        return KernelAdapter(site, self, "both" if self.pre_act else "post", generator)

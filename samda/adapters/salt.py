@@ -110,7 +110,7 @@ class SaltAdapter(Adapter):
     weight decay pulls towards the base; `shift` is beta, `left` X and `right` Y.
 
     **Cost.** ReLU makes the tail of Sigma' a full matrix, so no small form of dW exists. Forming dW or W~ in every step
-    costs products of the weight's own size, and its gradient is dense, too. Neither is needed: since W = U diag(s) V^T,
+    costs products of the weight's own size, and its gradient is also dense. Neither is needed: since W = U diag(s) V^T,
     the adapted layer is x V Sigma'^T U^T. That takes the place of the base layer (:meth:`whole`), costs only products
     with the smaller side more than it, and keeps only x V for the backward pass. With many tokens it is cheaper still
     to multiply the tail once into V (or U, whichever is square) than into every token.
@@ -173,14 +173,15 @@ class SaltAdapter(Adapter):
             if len(self.u) >= self.vt.shape[1]:  # V is the square one
                 return F.linear(x, torch.cat([top[:, None] * self.vt[: self.r], tail @ self.vt[self.r :]])), self.u
             return F.linear(x, self.vt), torch.cat([self.u[:, : self.r] * top, self.u[:, self.r :] @ tail], 1)
-        p, p_tail = F.linear(x, self.vt).split([self.r, self.m], dim=-1)
+        return self._mix(F.linear(x, self.vt), top, tail, change), self.u
+
+    def _mix(self, p: torch.Tensor, top: torch.Tensor, tail: torch.Tensor | None, change: bool) -> torch.Tensor:
+        """p Sigma'^T for p (..., k), or p (Sigma' - diag(s))^T for `change`."""
+        p, p_tail = p.split([self.r, self.m], dim=-1)
         if tail is not None:
-            q_tail = F.linear(p_tail, tail)
-        else:
-            q_tail = F.linear(F.linear(p_tail, self.right), self.left)
-            if not change:
-                q_tail = q_tail + p_tail * self.s[self.r :]
-        return torch.cat([p * top, q_tail], dim=-1), self.u
+            return torch.cat([p * top, F.linear(p_tail, tail)], dim=-1)
+        q_tail = F.linear(F.linear(p_tail, self.right.to(p)), self.left.to(p))
+        return torch.cat([p * top, q_tail if change else q_tail + p_tail * self.s[self.r :]], dim=-1)
 
     def _folds(self, tokens: int) -> bool:
         """Is the tail cheaper multiplied into V (or U) than into the tokens? Products of forward and backward pass."""
@@ -205,12 +206,7 @@ class SaltAdapter(Adapter):
 
     def delta(self) -> torch.Tensor:
         wide = torch.promote_types(self.s.dtype, torch.float32)
-        u, vt = self.u.to(wide), self.vt.to(wide)
-        top, tail = self._core(change=True)
-        change = (u[:, : self.r] * top) @ vt[: self.r]
-        if tail is None:
-            return change + (u[:, self.r :] @ self.left.to(wide)) @ (self.right.to(wide) @ vt[self.r :])
-        return change + u[:, self.r :] @ (tail @ vt[self.r :])
+        return F.linear(self.u.to(wide), self._mix(self.vt.T.to(wide), *self._core(change=True), change=True))
 
     def regularizer(self) -> torch.Tensor:
         """|| alpha s[:r] + beta - s[:r] || + || X Y ||, Frobenius norms; 0 with gradient 0 at the start."""
