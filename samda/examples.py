@@ -100,9 +100,6 @@ def fetch_examples(folder: str | Path | None = None) -> Examples:
 
     Args:
         folder: where to keep them; None is `examples` in samda's cache folder.
-
-    Raises:
-        InputError: they are not there and cannot be fetched.
     """
     folder = Path(folder).expanduser() if folder is not None else cache_dir() / "examples"
     files = json.loads(Path(__file__).with_name("examples.json").read_text(encoding="utf-8"))

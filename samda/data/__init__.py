@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scans in, cases and slices out; knows no network.
 
-The names below are what bundle configs refer to; modules may move behind them.
+The names below are what bundle configs refer to; modules may move behind them. What cannot be used is refused: a file,
+scan or data set with InputError, a setting with UsageError, in one line that names it and the remedy.
 """
 
 from __future__ import annotations

@@ -18,15 +18,7 @@ MR_SHARE = 0.15  # of the 99th percentile of the volume, between air and tissue
 
 
 def coarse(volume: np.ndarray, spacing_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every n-th voxel, so that steps are about 4 mm.
-
-    Args:
-        volume: (X, Y, Z).
-        spacing_mm: (3,) along X, Y, Z.
-
-    Returns:
-        (view of the volume, (3,) strides)
-    """
+    """A view of a volume (X, Y, Z) with steps of about 4 mm, and its strides (3,)."""
     strides = np.maximum(1, STEP // np.asarray(spacing_mm, float)).astype(int)
     strides = np.minimum(strides, np.asarray(volume.shape))
     return volume[:: strides[0], :: strides[1], :: strides[2]], strides
@@ -35,12 +27,8 @@ def coarse(volume: np.ndarray, spacing_mm: np.ndarray) -> tuple[np.ndarray, np.n
 def body_threshold(values: np.ndarray, task: Task, scaled: bool) -> float:
     """Intensity between air and body.
 
-    CT: -200 HU. MR: 15 % of the 99th percentile, as MR has no unit.
-
-    Args:
-        values: intensities of the volume, any shape; MR only.
-        task: modality and window.
-        scaled: are the intensities already mapped to [0, 1]?
+    CT: -200 HU, or its place in the window where intensities are `scaled` to [0, 1]. MR: 15 % of the 99th percentile of
+    `values`, as MR has no unit.
     """
     if task.modality == "MR":
         return MR_SHARE * float(np.percentile(values, 99))
@@ -53,17 +41,14 @@ def body_threshold(values: np.ndarray, task: Task, scaled: bool) -> float:
 def body_mask(values: np.ndarray, spacing_mm: np.ndarray, threshold: float) -> np.ndarray:
     """The body with everything inside it, lungs and bowel gas included.
 
-    Above the threshold; filled in each axial plane; opened there by a disc of 8 mm, which parts the table from the
+    Above the threshold; filled in each axial plane; opened there by a disc of 8 mm, which separates the table from the
     back; the largest connected component. Voxels beyond the border count as body in the opening, so a body that the
     scan cuts keeps its full extent. Where nothing remains, everything counts as body.
 
     Args:
-        values: (X, Y, Z) on the coarse grid, in RAS order.
+        values: (X, Y, Z) on the coarse grid, in RAS order, as is the mask.
         spacing_mm: (3,) of that grid.
         threshold: intensity between air and body.
-
-    Returns:
-        (X, Y, Z) bool
     """
     mask = values > threshold
     mask = np.stack([ndimage.binary_fill_holes(mask[:, :, k]) for k in range(mask.shape[2])], axis=2)
@@ -78,15 +63,9 @@ def body_mask(values: np.ndarray, spacing_mm: np.ndarray, threshold: float) -> n
 
 
 def body_box(volume: np.ndarray, spacing_mm: np.ndarray, task: Task) -> np.ndarray:
-    """Bounding box of the body in a volume mapped to [0, 1]; the whole of a picture.
+    """Bounding box of the body in a volume (X, Y, Z) in [0, 1], RAS; of a picture, all of it.
 
-    Args:
-        volume: (X, Y, Z) in [0, 1], RAS.
-        spacing_mm: (3,) along X, Y, Z.
-        task: modality and window.
-
-    Returns:
-        (3, 2) first voxel and end (exclusive) along X, Y, Z
+    (3, 2) first voxel and end (exclusive) along X, Y, Z.
     """
     shape = np.asarray(volume.shape)
     if task.modality == "image":

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""File formats by name, and the files that make up one image.
+"""File formats: their suffixes, what SimpleITK reads, and scans in memory.
 
-What SimpleITK reads: NRRD, MetaImage, pictures and DICOM series folders. Affines are voxel index to RAS mm.
-
-Scans in memory: a nibabel image stands wherever the path of a scan does.
+SimpleITK reads NRRD, MetaImage, pictures and DICOM series folders; affines are voxel index to RAS mm. A nibabel image
+may be given wherever the path of a scan is.
 """
 
 from __future__ import annotations
@@ -66,11 +65,7 @@ def _series_of(folder: str | Path) -> tuple[str, ...]:
 
 
 def itk_geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
-    """Size and affine of a file from its header.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
+    """Size and affine of a file from its header."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -81,11 +76,7 @@ def itk_geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
 
 
 def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels (X, Y, Z[, C]) and affine of a file.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
+    """Voxels (X, Y, Z[, C]) and affine of a file."""
     try:
         image = sitk.ReadImage(str(path))
     except RuntimeError as error:
@@ -116,11 +107,7 @@ def _itk_affine(image: sitk.Image | sitk.ImageFileReader, path: Path) -> np.ndar
 
 
 def read_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels (X, Y, Z[, C]) and affine of the one DICOM series in a folder.
-
-    Raises:
-        InputError: no series, several, damaged files, or uneven slice positions.
-    """
+    """Voxels (X, Y, Z[, C]) and affine of the one DICOM series in a folder."""
     series = _series_of(folder)
     if not series:
         raise InputError(f"{folder} holds no DICOM series; give a scan, or the folder of one series")
@@ -146,14 +133,12 @@ def read_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _refuse_left_out(folder: Path, used: set[str]) -> None:
-    """ITK passes over DICOM files that it cannot parse: a damaged slice would vanish without a word."""
+    """ITK skips DICOM files that it cannot parse: a damaged slice would be missing without a message."""
     left = [p for p in sorted(folder.iterdir()) if p.is_file() and str(p) not in used and p.name != "DICOMDIR"]
     for path in left:
         with path.open("rb") as file:
             if file.read(132)[128:] == b"DICM":
-                raise InputError(
-                    f"{path} is a damaged DICOM file or no image; replace it, or move it out of the folder"
-                )
+                raise InputError(f"{path} is a damaged DICOM file or not an image; replace it, or move it away")
 
 
 def _series_name(file: str) -> str:

@@ -23,17 +23,11 @@ LARGEST_RANGE = 1 << 20  # between the smallest and the largest id of a label fi
 
 @dataclasses.dataclass(frozen=True)
 class LabelMap:
-    """What every id of a label file means.
+    """What every id of a label file means."""
 
-    Attributes:
-        ids: id -> class index; ids of named structures outside the task map to 0.
-        rest: class index of all other ids: 0 (background), or None where they are refused.
-        source: where the ids come from, for messages.
-    """
-
-    ids: Mapping[int, int]
-    rest: int | None
-    source: str
+    ids: Mapping[int, int]  # id -> class index; ids of named structures outside the task map to 0
+    rest: int | None  # class index of all other ids: 0 (background), or None where they are refused
+    source: str  # where the ids come from, for messages
 
 
 def label_map(task: Task, dataset_labels: Mapping[str, tuple[int, ...]] | None = None) -> LabelMap:
@@ -43,14 +37,6 @@ def label_map(task: Task, dataset_labels: Mapping[str, tuple[int, ...]] | None =
     2. Else the data set's own `labels` are matched with `task.classes` by name. Structures that the data set names but
        the task does not become background; ids that neither names are refused.
     3. Else id k is class k, and ids beyond the classes are refused.
-
-    Args:
-        task: classes, and perhaps their ids.
-        dataset_labels: name -> ids as the data set's datalist states them.
-
-    Raises:
-        InputError: the data set does not name a class of the task, or disagrees with the task about its ids.
-        UsageError: two classes share an id.
     """
     if task.labels is not None:
         _refuse_disagreement(task, dataset_labels or {})
@@ -72,9 +58,8 @@ def _invert(task: Task, labels: Mapping[str, tuple[int, ...]]) -> dict[int, int]
     for index, name in enumerate(task.classes):
         for i in labels.get(name, ()):
             if i in ids:
-                raise UsageError(
-                    f"task {task.name!r}: {task.classes[ids[i]]!r} and {name!r} share id {i}; give each its own"
-                )
+                both = f"{task.classes[ids[i]]!r} and {name!r}"
+                raise UsageError(f"task {task.name!r}: {both} share id {i}; give each its own")
             ids[i] = index
     return ids
 
@@ -89,16 +74,7 @@ def _refuse_disagreement(task: Task, dataset_labels: Mapping[str, tuple[int, ...
 
 
 class MapLabelsd(MapTransform):
-    """Ids of a label file (1, X, Y, Z) -> class indices, uint8.
-
-    Args:
-        keys: keys of the labels.
-        task: the task.
-        dataset_labels: the data set's own names, see :func:`label_map`.
-
-    Raises:
-        InputError: the file holds ids that nobody names, or numbers that are no ids.
-    """
+    """Ids of label files (1, X, Y, Z) -> class indices, uint8; see :func:`label_map`."""
 
     def __init__(
         self, keys: KeysCollection, task: Task, dataset_labels: Mapping[str, tuple[int, ...]] | None = None
@@ -119,9 +95,7 @@ class MapLabelsd(MapTransform):
         values = label.as_tensor() if isinstance(label, MetaTensor) else label
         low, high = (float(v) for v in values.aminmax())
         if not (np.isfinite(low) and np.isfinite(high)) or high - low > LARGEST_RANGE:
-            raise InputError(
-                f"{name} holds values from {low:g} to {high:g}, which are no class ids; is it a label map?"
-            )
+            raise InputError(f"{name} holds values from {low:g} to {high:g}, not class ids; is it a label map?")
         first = int(np.floor(low))
         table = torch.full((int(np.ceil(high)) - first + 1,), UNKNOWN if self.map.rest is None else self.map.rest)
         for i, index in self.map.ids.items():
@@ -134,9 +108,7 @@ class MapLabelsd(MapTransform):
             part = flat[start : start + CHUNK]
             ids = part.long()
             if part.is_floating_point() and not torch.equal(ids.to(part.dtype), part):
-                raise InputError(
-                    f"{name} holds fractions, which are no class ids; resample labels with nearest neighbor"
-                )
+                raise InputError(f"{name} holds fractions, not class ids; resample labels with nearest neighbor")
             mapped[start : start + CHUNK] = table[ids - first]
         if self.map.rest is None and (mapped == UNKNOWN).any():
             self._refuse(flat[mapped == UNKNOWN], name)

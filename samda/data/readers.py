@@ -40,15 +40,10 @@ SAME_PLACE = 0.1  # of the smallest voxel side: how far apart the corners of one
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """A scan as it lies in its file.
+    """A scan as its file states it."""
 
-    Attributes:
-        array: (X, Y, Z), or (X, Y, Z, C) with more than one channel; in the file's own axis order and number type.
-        affine: (4, 4) voxel index to RAS mm.
-    """
-
-    array: np.ndarray
-    affine: np.ndarray
+    array: np.ndarray  # (X, Y, Z), or (X, Y, Z, C) with more than one channel; the file's own axis order and type
+    affine: np.ndarray  # (4, 4) voxel index to RAS mm
 
 
 class SimpleITKReader(ImageReader):
@@ -56,9 +51,6 @@ class SimpleITKReader(ImageReader):
 
     MONAI's `LoadImage` falls back to other readers when its reader raises; :class:`samda.data.transforms.LoadScand`
     does not.
-
-    Args:
-        channels: number of channels a voxel must have.
     """
 
     def __init__(self, channels: int = 1) -> None:
@@ -96,10 +88,6 @@ def read_scan(image: Image, channels: int | None = 1) -> Scan:
     Args:
         image: a file, the folder of one DICOM series, or several of them, each one channel on the same grid.
         channels: number of channels a voxel must have; None takes any.
-
-    Raises:
-        InputError: the path is missing, no scan, damaged, or has other channels than declared; channels lie on
-            different grids; a folder holds no series, several, or one with uneven slice positions.
     """
     paths = [_existing(path) for path in files_of(image)]
     if len(paths) == 1:
@@ -139,13 +127,7 @@ def _stack(scans: Sequence[Scan], paths: Sequence[Path]) -> Scan:
 
 
 def read_geometry(image: Image) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Shape (X, Y, Z) and affine (voxel index to RAS mm) of a scan, without its voxels where the format allows it.
-
-    Of several channel files it is that of the first.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
+    """Shape (X, Y, Z) and affine of a scan, or of its first channel; without its voxels where the format allows it."""
     path = _existing(files_of(image)[0])
     if path.is_file() and path.name.lower().endswith(NIFTI_SUFFIXES):
         header = _load_nifti(path)

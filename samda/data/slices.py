@@ -42,11 +42,8 @@ def interpolation_matrix(positions: np.ndarray, size: int, width: float = 1.0) -
 
     Args:
         positions: (m,) in units of samples; sample j lies at j.
-        size: number of samples n.
+        size: number of samples n; the matrix is (m, n) float32.
         width: half width of the triangle in samples, at least 1.
-
-    Returns:
-        (m, n) float32
     """
     inside = (positions > -0.5 - 1e-6) & (positions < size - 0.5 + 1e-6)
     clipped = np.clip(positions, 0, size - 1)
@@ -56,15 +53,7 @@ def interpolation_matrix(positions: np.ndarray, size: int, width: float = 1.0) -
 
 
 def refuse_other_scale(spacing_mm: Sequence[float], task: Task) -> None:
-    """Refuse a task whose pixels have nothing to do with the voxels: slices would fill the memory, or show nothing.
-
-    Args:
-        spacing_mm: (3,) voxel size along X, Y, Z, in RAS order.
-        task: slice axis and spacing.
-
-    Raises:
-        InputError: the spacings differ more than `FARTHEST` times.
-    """
+    """Refuse pixels far finer or coarser than the voxels (3,), RAS: slices would fill the memory or show nothing."""
     for axis in plane_axes(task):
         if not 1 / FARTHEST <= task.spacing / spacing_mm[axis] <= FARTHEST:
             raise InputError(
@@ -75,17 +64,11 @@ def refuse_other_scale(spacing_mm: Sequence[float], task: Task) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
-    """One in-plane direction: the volume's samples, the canvas, and the matrices between them.
+    """One in-plane direction: the volume's samples, the canvas, and the matrices between them."""
 
-    Attributes:
-        forward: (canvas, samples) volume -> canvas.
-        backward: (samples, canvas) canvas -> volume.
-        covered: (samples,) does the canvas reach this sample?
-    """
-
-    forward: torch.Tensor
-    backward: torch.Tensor
-    covered: torch.Tensor
+    forward: torch.Tensor  # (canvas, samples) volume -> canvas
+    backward: torch.Tensor  # (samples, canvas) canvas -> volume
+    covered: torch.Tensor  # (samples,) does the canvas reach this sample?
 
     @classmethod
     def build(cls, size: int, spacing_mm: float, body: Sequence[int], task: Task) -> _Line:
@@ -130,9 +113,6 @@ class SliceGrid:
             than the field of view; the network then sees it in windows of `task.image_size`.
         num_slices: number of slices.
         body: first slice and end (exclusive) of those that reach the body.
-
-    Raises:
-        InputError: the task's spacing is another order of magnitude, see :func:`refuse_other_scale`.
     """
 
     def __init__(self, shape: Sequence[int], spacing_mm: Sequence[float], box: np.ndarray, task: Task) -> None:
@@ -155,14 +135,9 @@ class SliceGrid:
             volume: (C, X, Y, Z) in [0, 1], RAS.
             affine_or_spacing_mm: (4, 4) voxel index to RAS mm, or (3,) voxel size in mm.
             task: the task.
-
-        Raises:
-            InputError: the volume has another number of dimensions, or the geometry is neither of the two.
         """
         if volume.ndim != 4:
-            raise InputError(
-                f"a volume must be (C, X, Y, Z), got {volume.ndim} dimensions of sizes {tuple(volume.shape)}"
-            )
+            raise InputError(f"a volume must be (C, X, Y, Z), got {volume.ndim} dimensions: {tuple(volume.shape)}")
         geometry = np.asarray(torch.as_tensor(affine_or_spacing_mm).detach().cpu(), float)
         if geometry.shape not in ((4, 4), (3,)):
             raise InputError(f"geometry must be an affine (4, 4) or a spacing (3,), got shape {geometry.shape}")
@@ -171,30 +146,17 @@ class SliceGrid:
         return cls(volume.shape[1:], spacing_mm.tolist(), box, task)
 
     def extract(self, volume: torch.Tensor, index: int | slice | Iterable[int]) -> torch.Tensor:
-        """Slices of a volume on the canvas.
-
-        Args:
-            volume: (C, X, Y, Z).
-            index: which slices; only these are touched.
-
-        Returns:
-            (n, C, rows, columns) float32
-        """
+        """Slices `index` of a volume (C, X, Y, Z) on the canvas: (n, C, rows, columns) float32."""
         # contiguous, so that the rounding of the products cannot depend on how the volume lies in memory
         planes = self._planes(volume, index).float().contiguous()
         return _resample(planes, self._rows.forward, self._columns.forward)
 
     def inputs(self, volume: torch.Tensor, index: int | slice | Iterable[int]) -> torch.Tensor:
-        """Slices of a volume on the canvas as the network takes them, see `Task.context`.
+        """Slices `index` of a volume (C, X, Y, Z) as the network takes them, see `Task.context`.
 
-        Args:
-            volume: (C, X, Y, Z).
-            index: which slices; only these and their neighbors are touched.
-
-        Returns:
-            (n, C, rows, columns) float32, C the task's `network_channels`: without context the slice itself, else the
-            slice below (of smaller index: inferior, posterior, left), the slice, and the slice above. At both ends of
-            the volume the last slice stands in for the missing one.
+        (n, `network_channels`, rows, columns) float32: without context the slice itself, else the slice below (of
+        smaller index: inferior, posterior, left), the slice, and the slice above. At both ends of the volume the last
+        slice stands in for the missing one.
         """
         chosen = self._chosen(index)
         if not self.task.context:
@@ -206,14 +168,9 @@ class SliceGrid:
         return self.extract(volume, needed)[places, 0]
 
     def extract_labels(self, label: torch.Tensor, index: int | slice | Iterable[int]) -> torch.Tensor:
-        """Slices of a label map on the canvas: the class with the largest interpolated share of a pixel.
+        """Slices `index` of a label map (1, X, Y, Z) on the canvas: (n, rows, columns) uint8.
 
-        Args:
-            label: (1, X, Y, Z) class indices.
-            index: which slices; only these are touched.
-
-        Returns:
-            (n, rows, columns) uint8; background beyond the volume
+        A pixel has the class with the largest interpolated share of it; beyond the volume lies background.
         """
         planes = self._planes(label, index)[:, 0]
         best = torch.zeros((len(planes), *self.canvas), dtype=torch.uint8, device=planes.device)
@@ -237,31 +194,11 @@ class SliceGrid:
         Returns:
             (K, ...) with the n slices in the volume's axis order: (K, X, Y, n) axial, (K, X, n, Z) coronal,
             (K, n, Y, Z) sagittal
-
-        Raises:
-            InputError: the maps do not lie on the canvas.
         """
         planes = self._to_planes(maps)
         covered = (self._rows.covered[:, None] & self._columns.covered[None]).to(planes.device)
         planes[:, 0].masked_fill_(~covered, outside)
         return planes.permute(1, *self._to_volume())
-
-    def restore_labels(self, maps: torch.Tensor) -> torch.Tensor:
-        """The most probable class on the volume's own grid: `restore(maps).argmax(0)`, several times faster.
-
-        Args:
-            maps: (n, K, rows, columns), class probabilities or other maps, background first.
-
-        Returns:
-            (...) uint8, the n slices in the volume's axis order; background where the canvas does not reach
-
-        Raises:
-            InputError: the maps do not lie on the canvas.
-        """
-        planes = self._to_planes(maps)
-        labels = planes.max(dim=1).indices.to(torch.uint8)  # torch's argmax takes several times longer
-        covered = (self._rows.covered[:, None] & self._columns.covered[None]).to(planes.device)
-        return labels.mul_(covered)[:, None].permute(1, *self._to_volume())[0]
 
     def _to_planes(self, maps: torch.Tensor) -> torch.Tensor:
         """(n, K, rows, columns) on the canvas -> the same on the volume's in-plane grid."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training and validation cases: by patient or, with a single patient, by blocks of slices."""
+"""Split cases into training and validation: by patient or, with a single patient, by blocks of slices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from samda.task import Task
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Two lists of cases and one sentence on how they were parted.
+    """Two lists of cases and one sentence on how they were split.
 
     A case that is used in part carries "slices": a list of (first, end) ranges along the task's slice axis, RAS order.
     """
@@ -36,7 +36,7 @@ def split(
     fold: int | None = None,
     seed: int = 0,
 ) -> Split:
-    """Part labeled cases into training and validation.
+    """Split the labeled cases of one section into training and validation.
 
     * `fold` and cases that state a fold: those of this fold validate (MONAI's convention).
     * `fold` and cases that state none: patients, shuffled by `seed`, are dealt into round(1 / fraction) folds.
@@ -46,16 +46,6 @@ def split(
       is kinder than one on another patient; the note says so.
 
     A patient is the entry "patient" of a case, else its "id"; no patient is on both sides.
-
-    Args:
-        cases: cases of one section, each with "id" and "label".
-        task: slice axis.
-        fraction: share of validation.
-        fold: which fold validates, from 0.
-        seed: of the shuffling.
-
-    Raises:
-        UsageError: an impossible fraction or fold, or no cases.
     """
     if not cases:
         raise UsageError("there are no labeled cases to split; list some under training")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task for a data set that was looked at: each choice with its reason, to be read and changed by a person."""
+"""Suggest a task for an inspected data set: each choice with its reason, to be reviewed and changed."""
 
 from __future__ import annotations
 
@@ -30,22 +30,13 @@ SINGLE, UNNAMED = "foreground", "class_{}"
 
 @dataclasses.dataclass(frozen=True)
 class Suggestion:
-    """A task, and why it is so.
-
-    Attributes:
-        task: the task.
-        reasons: key of the task -> reason.
-    """
+    """A task with the reason of each choice (key of the task -> reason)."""
 
     task: Task
     reasons: dict[str, str]
 
     def to_yaml(self, head: Sequence[str] = ()) -> str:
-        """The task as a YAML file with the reasons as comments.
-
-        Args:
-            head: lines of the comment at the top.
-        """
+        """The task as a YAML file with the reasons as comments, below a comment of the lines `head`."""
         values = self.task.to_dict()
         keys = ["name", "classes", "labels", "modality"]
         keys += ["window"] if self.task.modality == "CT" else ["percentiles"]
@@ -76,9 +67,6 @@ def check_and_suggest(path: str | Path) -> tuple[DataReport, Suggestion | None]:
     """Inspect a data set and suggest a task for it; None where its labels allow none.
 
     The report also holds the cases that this very task could not use.
-
-    Raises:
-        InputError: there is nothing to look at.
     """
     report = check_data(path)
     try:
@@ -99,9 +87,6 @@ def suggest_task(report: DataReport) -> Suggestion:
     * spacing and image size: the field of view holds the body of nearly every case in 256 pixels or, where these would
       be more than twice as coarse as the scans, in up to 512; in fewer where they would be more than twice as fine;
     * window: the middle 99 % of the foreground, at least 400 HU.
-
-    Raises:
-        InputError: no case has an image and a label that can be read, or no label holds foreground.
     """
     cases = report.labeled
     if not cases:

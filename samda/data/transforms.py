@@ -94,10 +94,7 @@ def intensity_range(image: np.ndarray, spacing_mm: np.ndarray, task: Task) -> tu
     CT: the task's window, in HU. MR: percentiles inside the body, so that the amount of air around it does not decide.
     Pictures: percentiles of all pixels and channels together, so that colors stay.
 
-    Args:
-        image: (C, X, Y, Z), RAS; of an MR one channel, as every sequence has a scale of its own.
-        spacing_mm: (3,) along X, Y, Z.
-        task: modality, window and percentiles.
+    `image` is (C, X, Y, Z), RAS; of an MR one channel, as every sequence has a scale of its own.
     """
     if task.modality == "CT":
         return task.window
@@ -113,13 +110,6 @@ class ScaleBodyIntensityd(MapTransform):
     """Map the intensities of a scan (C, X, Y, Z) to [0, 1], float32, clipped; see :func:`intensity_range`.
 
     The result lies in memory slice by slice along the last axis, which makes reading axial slabs fast.
-
-    Args:
-        keys: keys of the images.
-        task: modality, window and percentiles.
-
-    Raises:
-        InputError: the scan holds NaN or infinity, is constant, or lies outside the window altogether.
     """
 
     def __init__(self, keys: KeysCollection, task: Task) -> None:
@@ -152,9 +142,7 @@ class ScaleBodyIntensityd(MapTransform):
         if not (np.isfinite(smallest) and np.isfinite(largest)):
             raise InputError(f"{name} holds NaN or infinite values; replace them before use")
         if smallest == largest:
-            raise InputError(
-                f"{name} is constant ({smallest:g} everywhere), so there is nothing to segment; check the file"
-            )
+            raise InputError(f"{name} is constant ({smallest:g} everywhere); check the file")
         low, high = intensity_range(image.numpy(), spacing_mm, self.task)
         if largest <= low or smallest >= high or low >= high:
             raise InputError(
@@ -188,15 +176,7 @@ class Preprocessing(Compose):
 
 
 class LoadScand(LoadImaged):
-    """MONAI's LoadImaged with samda's reader and no other: what it refuses is refused.
-
-    Args:
-        keys: keys of the paths.
-        channels: number of channels a voxel must have.
-
-    Raises:
-        InputError: a key is missing, or its file cannot be read (see :func:`samda.data.readers.read_scan`).
-    """
+    """MONAI's LoadImaged with samda's reader only: what it refuses, no other reader tries."""
 
     def __init__(self, keys: KeysCollection, channels: int = 1) -> None:
         self.reader = SimpleITKReader(channels)
@@ -230,11 +210,7 @@ class CheckSameGridd(MapTransform):
 
 
 def refuse_lossy_label(path: str | Path) -> None:
-    """Refuse a label file whose format alters ids.
-
-    Raises:
-        InputError: it is a JPEG.
-    """
+    """Refuse a label file whose format alters ids."""
     if Path(path).suffix.lower() in (".jpg", ".jpeg"):
         raise InputError(f"{path} is a label saved as JPEG, which alters ids; save labels as PNG or NIfTI")
 
@@ -249,12 +225,8 @@ def build_preprocessing(
 
     Args:
         task: the task.
-        labels: read "label" too? Otherwise it is left as it is.
-        dataset_labels: the data set's own name -> ids, used where the task has none
-            (see :func:`samda.data.labels.label_map`).
-
-    Raises:
-        InputError: when called, for a scan or label that cannot be used; the message names it and the remedy.
+        labels: read "label" too; otherwise it is left as it is.
+        dataset_labels: name -> ids as the data set states them, see :func:`samda.data.labels.label_map`.
     """
     keys = ["image", "label"] if labels else ["image"]
     steps: list[Any] = [LoadScand("image", channels=task.in_channels)]
@@ -280,9 +252,6 @@ def build_augmentation(task: Task, strength: float = 1.0, tissue: float = 1.0) -
         task: the task.
         strength: 0 changes nothing, 1 is the default, 2 doubles every range.
         tissue: multiplies the ranges of the gray value curve and of the organs' offsets; 0 leaves both out.
-
-    Raises:
-        UsageError: a negative number.
     """
     for name, value in (("strength", strength), ("tissue contrast", tissue)):
         if value < 0:

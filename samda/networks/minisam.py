@@ -42,9 +42,7 @@ DIMS, DATA_TYPE, TENSOR_NAME, RAW_DATA = 1, 2, 8, 9  # of a tensor
 DTYPES = {1: "<f4", 7: "<i8"}  # data types of the two files
 
 State = dict[str, torch.Tensor]
-Message = dict[
-    int, list[Any]
-]  # field number -> values: integers, or bytes (texts, messages, packed integers)
+Message = dict[int, list[Any]]  # field number -> values: integers, or bytes (texts, messages, packed integers)
 
 
 def fetch_package(folder: Path) -> None:
