@@ -23,14 +23,7 @@ from samda.cli.run_report import RunReport
 from samda.errors import UsageError
 from samda.processes import launched
 
-OVERRIDES = (
-    "weights",
-    "epochs",
-    "batch_size",
-    "learning_rate",
-    "fold",
-    "seed",
-)  # keys of train.json with an own option
+OVERRIDES = ("weights", "epochs", "batch_size", "learning_rate", "fold", "seed")  # keys with an option of their own
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,15 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", metavar="NAME", help="vit_t, vit_b, vit_l or vit_h; default vit_t")
     parser.add_argument("--weights", metavar="FILE", help="base weights; default: the published ones, fetched once")
     parser.add_argument("--epochs", type=positive, metavar="N", help="passes over the training slices")
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="slices a step")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="slices per step")
     parser.add_argument(
         "--learning-rate",
         type=float,
         metavar="X",
         help="of adapters, or of what a baseline trains; that of the class head: --set head_learning_rate=X",
     )
-    parser.add_argument("--fold", type=int, metavar="K", help="the cases of fold K validate")
-    parser.add_argument("--seed", type=int, metavar="N", help="of everything random")
+    parser.add_argument("--fold", type=int, metavar="K", help="validate on the cases of fold K")
+    parser.add_argument("--seed", type=int, metavar="N", help="random seed")
     parser.add_argument(
         "--set",
         action="append",
@@ -66,8 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="any other key of train.json; nested ones as a::b",
     )
-    parser.add_argument("--resume", action="store_true", help="go on where the training in MODEL stopped")
+    parser.add_argument("--resume", action="store_true", help="continue where the training in MODEL stopped")
     parser.add_argument("--overwrite", action="store_true", help="replace the training in MODEL")
+    parser.add_argument("--with-base", action="store_true", help="copy the base weights into MODEL")
     parser.add_argument(
         "--tracking",
         default="tensorboard",
@@ -113,6 +107,7 @@ def run(args: argparse.Namespace) -> None:
                 device=device,
                 tracking=args.tracking,
                 begin=begin,
+                with_base=args.with_base,
             )
         if rank != 0:  # one of several says what all know
             return
@@ -137,11 +132,7 @@ def add_inputs(report: RunReport, dataset: Path) -> None:
 
 
 def read_overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """The keys of train.json that the options set.
-
-    Raises:
-        UsageError: a key was given as an option and again with `--set`.
-    """
+    """The keys of train.json that the options set; one given again with `--set` is refused."""
     overrides = {key: value for key in OVERRIDES if (value := getattr(args, key)) is not None}
     for key, value in parse_settings(args.set).items():
         if key in overrides:

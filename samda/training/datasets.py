@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which slices an epoch sees: all with foreground, a few without.
-
-How many slices fit into the memory of a device at once.
-
-From cases to training items: slices with labels, kept in memory, seen as augmented images or as embeddings.
+"""From cases to batches: labeled slices in memory, as augmented images or as embeddings; which of them an epoch sees,
+and how many fit into the memory of a device at once.
 """
 
 from __future__ import annotations
@@ -25,27 +22,23 @@ from samda.data.slices import SliceGrid, center_channels, with_neighbors
 from samda.embeddings import EmbeddingDataset, allocate, draw, split_key
 from samda.errors import InputError, UsageError, nearest
 from samda.io import files_of
+from samda.processes import rank_and_world
 from samda.progress import bar
 from samda.source_statistics import SliceStatistics
 from samda.task import Task
 
+logger = logging.getLogger(__name__)
+
 
 class SliceSampler(DistributedSampler):
-    """Every slice with foreground once, and so many of the empty ones that they make up `empty_share` of the epoch.
+    """Every slice with foreground once, and so many without that they make up `empty_share` of the epoch, in [0, 1).
 
-    Empty slices teach the network to stay silent, but there are many and one is much like the next; at least one is
-    drawn where there is any, at most all. It yields (epoch, index), so a data set can derive the augmentation of a
-    slice from the epoch. Order and choice follow from (seed, epoch) alone; MONAI's engines call `set_epoch`.
+    Empty slices are many and alike; at least one is drawn where there is any, at most all. It yields (epoch, index), so
+    a data set can derive the augmentation of a slice from the epoch. Order and choice follow from (seed, epoch) alone;
+    MONAI's engines call `set_epoch`. `foreground` is (N,) bool.
 
-    Several processes deal out what one would draw: process r takes the items r, r + R, ... Where these are not equally
-    many, the last is (epoch, None), see :class:`samda.training.ddp.PaddedDataset`.
-
-    Args:
-        foreground: (N,) bool, does the slice hold foreground?
-        empty_share: share of slices without foreground, in [0, 1).
-        seed: of order and choice.
-        num_replicas: number of processes; None asks torch.distributed, 1 without it.
-        rank: of this process.
+    Several processes divide what one would draw: process r of R takes the items r, r + R, ... Where these are not
+    equally many, the last is (epoch, None), see :class:`samda.training.ddp.PaddedDataset`.
     """
 
     def __init__(
@@ -58,9 +51,8 @@ class SliceSampler(DistributedSampler):
     ) -> None:
         if not 0 <= empty_share < 1:
             raise UsageError(f"empty_share must lie in [0, 1), got {empty_share}")
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        replicas = num_replicas or (torch.distributed.get_world_size() if distributed else 1)
-        rank = rank if rank is not None else (torch.distributed.get_rank() if distributed else 0)
+        own, world = rank_and_world()
+        replicas, rank = num_replicas or world, own if rank is None else rank
         super().__init__(foreground, num_replicas=replicas, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
         self.full = torch.nonzero(foreground).flatten()
         self.empty = torch.nonzero(~foreground).flatten()
@@ -96,13 +88,9 @@ MEASURED = {
 
 
 def fitting_batch_size(backbone: str, image_size: int, memory_mb: float, encoder: bool = True) -> int:
-    """The largest power of two up to 8 that should fit, at least 1.
+    """The largest power of two up to 8 that should fit into the free memory (MB), at least 1.
 
-    Args:
-        backbone: "vit_t", "vit_b", "vit_l" or "vit_h".
-        image_size: pixels of a slice, both directions.
-        memory_mb: free memory (MB).
-        encoder: do adapters change the encoder?
+    `image_size` is in pixels; `encoder` says whether adapters change the encoder.
     """
     if backbone not in MEASURED:
         raise UsageError(f"unknown backbone {backbone!r}; {nearest(backbone, MEASURED)}")
@@ -122,9 +110,6 @@ def available_mb(device: str) -> float:
         return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024 / 1e6
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6
-
-
-logger = logging.getLogger(__name__)
 
 
 def build_dataset(
@@ -148,19 +133,13 @@ def build_dataset(
     is an image, augmented anew in every epoch.
 
     Args:
-        data: cases, see :class:`SliceDataset`.
-        transform: preprocessing of a case.
-        task: the task.
+        data, transform, task, augmentation, seed, part: see :class:`SliceDataset`.
         network: the segmenter with its adapters attached, on `device`.
-        augmentation: random transforms of a slice; None leaves the slices as they are.
         views: augmented views of a slice that are encoded, the unchanged one included; without effect on images.
-        seed: of augmentation and choice of views.
         embeddings: encode once where possible.
         batch_size: slices encoded at once.
-        device: where they are encoded.
         memory_mb: memory for slices and for embeddings, each (MB); what exceeds it lies on disk.
         amp: encode under autocast (CUDA only).
-        part: "training" or "validation", for messages.
     """
     slices = SliceDataset(data, transform, task, augmentation, seed, memory_mb, part)
     if not embeddings or network.encoder_adapted:
@@ -199,9 +178,7 @@ class SliceDataset(Dataset):
     Args:
         data: cases: {"image", "label"} and optionally "id" and "slices".
         transform: preprocessing: paths -> "image" (C, X, Y, Z) in [0, 1] and "label" (1, X, Y, Z) class indices.
-        task: the task.
         augmentation: random transforms of a slice; None leaves the slices as they are.
-        seed: of the augmentation.
         memory_mb: memory for the slices (MB); what exceeds it lies on disk.
         part: "training" or "validation", for messages.
 
@@ -209,9 +186,6 @@ class SliceDataset(Dataset):
         foreground: (N,) bool, does the item hold foreground?
         present: (K,) bool, does the class occur at all?
         statistics: of the training slices as they are, for the record of the model; empty for another part.
-
-    Raises:
-        InputError: no case, a case without label, image and label that do not match, or no foreground anywhere.
     """
 
     def __init__(

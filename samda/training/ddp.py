@@ -2,8 +2,8 @@
 """Training on several processes such that it is the training of one: the same batches, loss, curve and model.
 
 What multi_gpu_train.json puts around the parts of train.json. A batch is drawn as one process draws it, and each
-process computes its share of the network. Dice over a batch is no mean over shares, so the loss is taken of the whole
-batch: every process gets the logits of all, and hands back the gradient of its own.
+process runs the network on its share. Dice over a batch is not the mean over shares, so the loss is taken of the whole
+batch: every process gets the logits of all, and returns the gradient of its own.
 """
 
 from __future__ import annotations
@@ -25,11 +25,7 @@ PADDING = -1  # label of an item that is there only so that every process takes 
 
 
 def batch_share(batch_size: int) -> int:
-    """Items of a batch that one process takes.
-
-    Raises:
-        UsageError: they cannot be dealt out evenly.
-    """
+    """Items of a batch that one process takes; a batch that does not divide evenly is refused."""
     _, world = rank_and_world()
     if batch_size % world:
         raise UsageError(
@@ -56,13 +52,7 @@ class PaddedDataset(Dataset):
     """The items of `dataset`, and for the keys (epoch, None) of a sampler an item whose label is -1 everywhere.
 
     An epoch rarely ends with a full batch; the padding lets all processes take the last step together, and
-    :class:`WholeBatchLoss` leaves it out.
-
-    Args:
-        dataset: training data, see :func:`samda.training.datasets.build_dataset`.
-
-    Raises:
-        InputError: the processes do not read the same data.
+    :class:`WholeBatchLoss` leaves it out. Processes that do not read the same data are refused.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -89,18 +79,12 @@ class PaddedDataset(Dataset):
 class RankSampler(Sampler[int]):
     """Every R-th item, from the rank of this process among R on: all processes together see each item once.
 
-    Args:
-        dataset: what is sampled.
-        num_replicas: number of processes; None takes that of the connected ones.
-        rank: of this process; None takes its own.
-
-    Raises:
-        UsageError: a process would have nothing to do.
+    Fewer items than processes are refused.
     """
 
     def __init__(self, dataset: Sized, num_replicas: int | None = None, rank: int | None = None) -> None:
-        own, all_ = rank_and_world()
-        world, rank = num_replicas or all_, own if rank is None else rank
+        own, connected = rank_and_world()
+        world, rank = num_replicas or connected, own if rank is None else rank
         if world > len(dataset):
             raise UsageError(
                 f"{len(dataset)} validation slices are too few for {world} processes; start {len(dataset)} or fewer"
@@ -121,8 +105,7 @@ class WholeBatchLoss(nn.Module):
     sum_r (dz_r / dtheta)^T dL / dz_r. DDP takes the mean of what the processes contribute, so each contributes
     R (dz_r / dtheta)^T dL / dz_r: the gradient that arrives at its logits is multiplied by R.
 
-    Args:
-        loss: (B, K, H, W) logits and (B, 1, H, W) labels -> a number, or a tensor whose mean is taken.
+    `loss` takes (B, K, H, W) logits and (B, 1, H, W) labels.
     """
 
     def __init__(self, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
@@ -130,7 +113,7 @@ class WholeBatchLoss(nn.Module):
         self.loss = loss
 
     def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """The loss of all items that are no padding; the same number on every process."""
+        """The loss of all items but the padding; the same number on every process."""
         rank, world = rank_and_world()
         parts, labels = _gather(logits.detach(), world), _gather(label, world)
         parts[rank] = _scale_gradient(logits, world)

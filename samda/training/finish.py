@@ -41,9 +41,9 @@ def save_training(
     dataset: SliceDataset | EmbeddingDataset,
     with_base: bool = False,
 ) -> dict[str, Any]:
-    """Put the best parameters back into the network and write the model folder with a bundle around it.
+    """Restore the best parameters and write the model folder with a bundle around it.
 
-    Of several processes the first writes; the others return the same.
+    Of several processes the first writes; all return the same.
 
     Args:
         bundle_root: the bundle whose configs and docs are copied; the packaged one where it has no configs/train.json.
@@ -75,6 +75,7 @@ def save_training(
     training = {key: value for key, value in summary.items() if key not in ("model", "mean_dice", "dice")}
     training |= {"cases": {"training": len(cases.training), "validation": len(cases.validation)}}
     training |= {"settings": {key: value for key, value in settings.items() if key != "task"}}
+    features = feature_statistics(network, dataset, dataset.foreground.nonzero().flatten().tolist())
     content = {
         "purpose": "research use only",
         "versions": package_versions(),
@@ -84,16 +85,11 @@ def save_training(
             "mean_dice": summary["mean_dice"],
             "dice": summary["dice"],
         },
-        "statistics": slices.statistics.to_dict() | {"features": _features(network, dataset)},
+        "statistics": slices.statistics.to_dict() | {"features": features},
     }
     save_model(network, folder, task, content, with_base)
     copy_bundle(bundle_root, folder, task, network, settings)
     return summary
-
-
-def _features(network: SamSegmenter, dataset: SliceDataset | EmbeddingDataset) -> list[dict[str, list[float]]]:
-    """Moments of the trained network's features over the training slices that hold foreground."""
-    return feature_statistics(network, dataset, dataset.foreground.nonzero().flatten().tolist())
 
 
 def package_versions() -> dict[str, str]:

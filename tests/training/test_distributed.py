@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes train as one does: started by torchrun on this machine, connected by gloo."""
+"""Two processes train as one does: started by torchrun on this machine, connected by gloo.
+
+Equality is shown in double precision. Whole trainings run in single precision, in which other batch sizes round
+otherwise and the optimizer amplifies that; there the curves only have to be close.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import double_precision
 import pytest
 import torch
 from monai.losses import DiceCELoss
@@ -23,11 +28,12 @@ from samda.training import PaddedDataset, RankSampler, SliceSampler, WholeBatchL
 BUNDLE = packaged("bundles", "sam_segmentation")
 ROOT = str(Path(__file__).parents[2])
 # the class head alone, with slices that do not fill the last batch: of 13 slices, the second process gets 6 and padding
+CLOSE = 0.01  # of losses, Dice and parameters in single precision
 CHANGES = {"adapters": {}, "epochs": 3, "batch_size": 4, "empty_share": 0.1}
 
 
 def torchrun(*command: str, folder: Path) -> subprocess.CompletedProcess:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", *command]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command]
     return subprocess.run(
         start, cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
     )
@@ -36,7 +42,7 @@ def torchrun(*command: str, folder: Path) -> subprocess.CompletedProcess:
 def bundle_run(folder: Path, keys: dict[str, Any]) -> subprocess.CompletedProcess:
     files = [str(BUNDLE / "configs" / name) for name in ("train.json", "multi_gpu_train.json")]
     options = [text for key, value in keys.items() for text in (f"--{key}", str(value))]
-    return torchrun("monai.bundle", "run", "--config_file", str(files), *options, folder=folder)
+    return torchrun("-m", "monai.bundle", "run", "--config_file", str(files), *options, folder=folder)
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
@@ -72,6 +78,15 @@ def one_process(place: Path, options: dict[str, Any], datalist: Path) -> Path:
     return place / "one"
 
 
+def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
+    done = torchrun(double_precision.__file__, str(tmp_path / "two.pt"), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = double_precision.steps(), torch.load(tmp_path / "two.pt")
+    assert one.keys() == two.keys() and len(one["losses"]) == 12
+    for key, values in one.items():  # sums over 256 pixels and 12 steps round at 2e-16 each
+        torch.testing.assert_close(two[key], values, rtol=1e-9, atol=1e-12, msg=key)
+
+
 def test_two_processes_give_the_curve_and_the_model_of_one(
     place: Path, together: subprocess.CompletedProcess, one_process: Path
 ) -> None:
@@ -79,13 +94,12 @@ def test_two_processes_give_the_curve_and_the_model_of_one(
     one, two = curve(one_process), curve(place / "two")
     assert len(one) == len(two) == 3
     for a, b in zip(one, two, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
-        assert b["mean_dice"] == pytest.approx(a["mean_dice"], abs=1e-3)  # a pixel may change its class
+        assert b["loss"] == pytest.approx(a["loss"], rel=CLOSE)
+        assert b["mean_dice"] == pytest.approx(a["mean_dice"], abs=CLOSE)  # a few pixels may change their class
         assert b["learning_rate"] == a["learning_rate"]
     a, b = (load_file(place / name / "adapter.safetensors") for name in ("one", "two"))
-    for key in a:
-        assert torch.allclose(a[key], b[key], atol=1e-3), key
-    assert sum((a[key] - b[key]).abs().sum() for key in a) < 1e-5 * sum(a[key].abs().sum() for key in a)
+    assert a.keys() == b.keys()
+    assert sum((a[key] - b[key]).abs().sum() for key in a) < CLOSE * sum(a[key].abs().sum() for key in a)
 
 
 def test_one_process_writes_and_reports(place: Path, together: subprocess.CompletedProcess) -> None:
@@ -107,7 +121,7 @@ def test_samda_train_goes_on_with_what_the_bundle_began(
 ) -> None:
     settings = keys | {"adapters": {}, "patience": 0}
     sets = [f"--set={key}={json.dumps(settings[key])}" for key in ("backbone", "adapters", "views", "patience")]
-    command = ["samda", "train", "-d", datalist, "-o", "two", "--task", "task.yaml", "--weights", keys["weights"]]
+    command = ["-m", "samda", "train", "-d", datalist, "-o", "two", "--task", "task.yaml", "--weights", keys["weights"]]
     command += ["--epochs", "4", "--batch-size", "4", "--device", "cpu", "--resume", "--json", *sets]
     done = torchrun(*map(str, command), folder=place)
     assert done.returncode == 0, done.stderr
@@ -118,7 +132,7 @@ def test_samda_train_goes_on_with_what_the_bundle_began(
     train(datalist, one_process, TASK, overrides=settings, device="cpu", resume=True)
     one, two = curve(one_process), curve(place / "two")
     assert [row["epoch"] for row in two] == [1, 2, 3, 4]
-    assert two[3]["loss"] == pytest.approx(one[3]["loss"], rel=1e-4)
+    assert two[3]["loss"] == pytest.approx(one[3]["loss"], rel=CLOSE)
 
 
 def test_an_error_ends_all_processes(place: Path, options: dict[str, Any]) -> None:

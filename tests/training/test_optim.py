@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from samda.adapters.base import adapter_parameters, trainable_parameters
+from samda.adapters.base import adapter_parameters, regularization, trainable_parameters
 from samda.errors import UsageError
 from samda.networks.segmenter import SamSegmenter
-from samda.training import build_optimizer, build_schedule, parameter_groups
+from samda.training import PenalizedLoss, build_optimizer, build_schedule, parameter_groups
 
 Make = Callable[..., SamSegmenter]
 
@@ -105,3 +105,32 @@ def test_a_warm_up_that_fills_the_training_is_refused() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     with pytest.raises(UsageError, match="warmup is a share of the training"):
         build_schedule(optimizer, 1, 1, warmup=1.0)
+
+
+def test_the_penalty_is_added_and_weight_0_changes_nothing(make_segmenter: Make) -> None:
+    network = make_segmenter(adapters={"salt": {"rank": 4}})
+    with torch.no_grad():  # at its start the penalty is 0, with gradient 0
+        for name, parameter in network.named_parameters():
+            if name.endswith("shift"):
+                parameter.add_(0.5)
+    logits, label = torch.randn(1, 2, 4, 4), torch.randint(2, (1, 1, 4, 4))
+
+    def data_loss(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return (logits.mean() - label.float().mean()).square()
+
+    penalty = regularization(network)
+    assert penalty > 0
+    plain, weighted = (PenalizedLoss(data_loss, network, weight) for weight in (0.0, 0.1))
+    assert torch.equal(plain(logits, label), data_loss(logits, label))
+    torch.testing.assert_close(weighted(logits, label), data_loss(logits, label) + 0.1 * penalty)
+    weighted(logits, label).backward()
+    gradients = [p.grad for name, p in network.named_parameters() if name.endswith("shift")]
+    assert gradients and all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+    assert not list(weighted.parameters())
+
+
+def test_a_penalty_that_no_adapter_has_is_refused(make_segmenter: Make) -> None:
+    network = make_segmenter(adapters={"lora": {"rank": 2}})
+    PenalizedLoss(torch.nn.MSELoss(), network, 0.0)
+    with pytest.raises(UsageError, match=r"regularization 0\.1"):
+        PenalizedLoss(torch.nn.MSELoss(), network, 0.1)

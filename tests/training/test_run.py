@@ -173,6 +173,31 @@ def test_adapters_by_overlay_are_taken_together(datalist: Path, tmp_path: Path, 
     assert result["embeddings"] is None  # LKA changes the encoder
 
 
+def test_the_penalty_of_salt_is_a_setting(datalist: Path, tmp_path: Path, keys: Keys, one_thread: None) -> None:
+    """Weight 0 is the training without it; another weight holds what SALT changes back."""
+    found = {}
+    for name, further in {"default": {}, "zero": {"regularization": 0}, "strong": {"regularization": 10.0}}.items():
+        train(datalist, tmp_path / name, TASK, {"salt": {"rank": 4}}, overrides=keys | further)
+        found[name] = tensors(tmp_path / name)
+    assert same(found["default"], found["zero"])
+    assert not same(found["default"], found["strong"])
+    changes = {
+        name: sum(v.norm() for key, v in values.items() if key.endswith(".shift")) for name, values in found.items()
+    }
+    assert 0 < changes["strong"] < changes["zero"]
+    with pytest.raises(UsageError, match=r"regularization 1\.0"):
+        train(datalist, tmp_path / "none", TASK, overrides=keys | {"regularization": 1.0})
+
+
+def test_the_base_weights_are_copied_when_asked_for(datalist: Path, tmp_path: Path, keys: Keys) -> None:
+    train(datalist, tmp_path / "plain", TASK, overrides=keys | {"epochs": 1})
+    assert not (tmp_path / "plain" / "base.safetensors").exists()
+    train(datalist, tmp_path / "whole", TASK, overrides=keys | {"epochs": 1}, with_base=True)
+    a, _, _ = load_model(tmp_path / "whole")
+    b, _, _ = load_model(tmp_path / "plain", weights=keys["weights"])
+    assert same(dict(a.state_dict()), dict(b.state_dict()))
+
+
 def test_overlays_that_disagree_need_a_word(datalist: Path, tmp_path: Path, keys: Keys) -> None:
     with pytest.raises(UsageError, match="the overlays disagree on 'learning_rate'"):
         train(datalist, tmp_path / "model", TASK, adapters=["decoder", "dka"], overrides=keys)
