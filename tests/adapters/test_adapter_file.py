@@ -281,7 +281,7 @@ def test_other_adapters_and_settings(network: Callable[[], OneLayer], message: s
     assert message in refused(network(), folder)
 
 
-@pytest.mark.parametrize("value", [{1, 2}, torch.zeros(2), b"x", object])
+@pytest.mark.parametrize("value", [{1, 2}, b"x", object])
 def test_only_plain_values_are_saved(value: Any, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"record of adapter\.json takes plain values only"):
         save_adapters(model(), tmp_path / "new", record={"a": [0, value]})
