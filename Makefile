@@ -57,6 +57,7 @@ docs: $(stamp)
 lint: $(stamp)
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
+	$(python) .ci/house.py
 
 format: $(stamp)
 	$(python) -m ruff check --fix .
