@@ -8,7 +8,6 @@ packaged configs and bundles (in the wheel or the checkout), and the cache of wh
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
 import math
 import os
@@ -16,7 +15,6 @@ import re
 import secrets
 import shutil
 import tempfile
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -213,6 +211,9 @@ def download(url: str, path: Path, sha256: str) -> None:
     Raises:
         WeightsError: the address cannot be reached, or what came is not the expected file; nothing is left then.
     """
+    import http.client  # here, as `samda --help` must be fast
+    import urllib.request
+
     with replacing(path) as temporary:
         try:
             with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as answer, temporary.open("wb") as file:

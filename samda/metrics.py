@@ -62,15 +62,10 @@ class ClassScores:
 
 
 def confusion_matrix(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> np.ndarray:
-    """Voxel counts (K, K): rows are the label's class, columns the prediction's.
-
-    Args:
-        prediction: (X, Y, Z) class indices.
-        label: (X, Y, Z) class indices.
-        num_classes: K, background included.
+    """Voxel counts (K, K) of class indices (X, Y, Z): rows are the label's class, columns the prediction's.
 
     Raises:
-        InputError: the shapes differ, or a voxel holds no class index.
+        InputError: the shapes differ, or a value is not a class index.
     """
     _check(prediction, label, num_classes)
     counter = MulticlassConfusionMatrix(num_classes, validate_args=False)
@@ -98,7 +93,7 @@ def score_case(
         nsd_tolerance_mm: tolerance of the normalized surface distance.
 
     Raises:
-        InputError: the shapes differ, or a voxel holds no class index.
+        InputError: the shapes differ, or a value is not a class index.
     """
     counts = confusion_matrix(prediction, label, num_classes)
     boxes = [ndimage.find_objects(a, max_label=num_classes) for a in (prediction, label)]
@@ -127,14 +122,8 @@ def surface_scores(
 ) -> tuple[float, float]:
     """HD95 (mm) and normalized surface distance of one structure; both masks hold at least one voxel.
 
-    The masks may be cropped to the structure: what lies outside the array counts as outside the structure, as it does
-    at the border of a volume.
-
-    Args:
-        prediction: boolean mask in two or three dimensions.
-        label: boolean mask, same shape.
-        spacing_mm: size of a voxel along each axis.
-        nsd_tolerance_mm: tolerance.
+    The boolean masks, in two or three dimensions, may be cropped to the structure: what lies outside the array counts
+    as outside the structure, as at the border of a volume. `spacing_mm` is the size of a voxel along each axis.
     """
     _, distances, _ = get_edge_surface_distance(
         torch.from_numpy(np.ascontiguousarray(prediction)),
@@ -201,7 +190,7 @@ def _check(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> None:
         low, high = int(array.min()), int(array.max())
         if low < 0 or high >= num_classes:
             value = low if low < 0 else high
-            raise InputError(f"the {name} holds {value}, which is no class index (0 to {num_classes - 1})")
+            raise InputError(f"the {name} holds {value}, which is not a class index (0 to {num_classes - 1})")
 
 
 def _union(a: tuple[slice, ...], b: tuple[slice, ...]) -> tuple[slice, ...]:

@@ -2,7 +2,7 @@
 """Reports: one HTML file that holds everything, pictures included, and loads nothing from anywhere.
 
 Small functions that return pieces of HTML; a page is a list of sections, a section a list of pieces. All text is
-escaped. Case ids are replaced by pseudonyms unless somebody asks for the names.
+escaped. What a case is called, real name or pseudonym, is up to the caller.
 """
 
 from __future__ import annotations
@@ -56,13 +56,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the b
 
 
 def page(title: str, sections: Iterable[str], about: Mapping[str, Any] | None = None) -> str:
-    """A whole HTML document.
-
-    Args:
-        title: its heading.
-        sections: pieces of HTML, see :func:`section`.
-        about: facts for the foot of the page, for instance versions and seed.
-    """
+    """A whole HTML document of sections; `about` holds facts for its footer, for instance versions and seed."""
     facts = ", ".join(f"{_text(key)}: {_text(value)}" for key, value in (about or {}).items())
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -98,19 +92,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "")
     return f"<table>{title}\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
 
 
-def case_rows(cases: Mapping[str, Mapping[str, Any]], keys: Sequence[str], names: Mapping[str, str]) -> list[list[Any]]:
-    """Rows of a table of cases: the shown name (see :func:`pseudonyms`), then the values of `keys`."""
-    return [[names[case], *(values.get(key) for key in keys)] for case, values in cases.items()]
-
-
-def pseudonyms(case_ids: Iterable[str], keep_names: bool = False) -> dict[str, str]:
-    """What a report calls each case: "case 1", "case 2", ... in the order given, which tell nothing about the patient.
-
-    Numbers, as a hash of an id can be undone by trying ids.
-    """
-    return {case: case if keep_names else f"case {i}" for i, case in enumerate(dict.fromkeys(case_ids), start=1)}
-
-
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
@@ -125,25 +106,12 @@ def class_color(k: int) -> tuple[int, int, int]:
 
 
 def legend(classes: Sequence[str]) -> str:
-    """The color of each foreground class.
-
-    Args:
-        classes: names, background first.
-    """
+    """The color of each foreground class; `classes` are names, background first."""
     return _legend({name: class_color(k) for k, name in enumerate(classes) if k})
 
 
 def paint(image: np.ndarray, labels: np.ndarray | None = None, opacity: float = 0.5) -> np.ndarray:
-    """A slice as colors, with its classes over it.
-
-    Args:
-        image: (H, W) or (C, H, W) in [0, 1], one or three channels.
-        labels: (H, W) class indices.
-        opacity: of the classes.
-
-    Returns:
-        (H, W, 3) uint8
-    """
+    """A slice (H, W) or (C, H, W) in [0, 1] as colors (H, W, 3) uint8, with class indices (H, W) over it."""
     colors = _gray(image)
     if labels is not None:
         _check_size(colors, labels)
@@ -153,17 +121,7 @@ def paint(image: np.ndarray, labels: np.ndarray | None = None, opacity: float = 
 
 
 def changed(image: np.ndarray, before: np.ndarray, after: np.ndarray, opacity: float = 0.6) -> np.ndarray:
-    """A slice with what differs between two label maps: gained, lost, and from one class to another.
-
-    Args:
-        image: (H, W) or (C, H, W) in [0, 1].
-        before: (H, W) class indices.
-        after: (H, W) class indices.
-        opacity: of the marks.
-
-    Returns:
-        (H, W, 3) uint8; :func:`changed_legend` explains the colors
-    """
+    """A slice, as for :func:`paint`, with the difference of two label maps (H, W): gained, lost, another class."""
     colors = _gray(image)
     for labels in (before, after):
         _check_size(colors, labels)
@@ -179,18 +137,11 @@ def changed_legend() -> str:
 
 
 def pictures(columns: Mapping[str, np.ndarray], caption: str = "") -> str:
-    """Pictures beside each other, with their titles above.
-
-    Args:
-        columns: title -> (H, W, 3) uint8, for instance image, label and prediction of one slice.
-        caption: text below.
-    """
-    from matplotlib.figure import Figure
-
+    """Pictures, title -> (H, W, 3) uint8, beside each other with their titles above and a caption below."""
     height, width = next(iter(columns.values())).shape[:2]
     side = 3.2  # inches
-    figure = Figure(figsize=(side * len(columns), side * height / width + 0.4), layout="constrained")
-    for axes, (title, colors) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns.items(), strict=True):
+    figure, panels = _panels(len(columns), side, side * height / width + 0.4)
+    for axes, (title, colors) in zip(panels, columns.items(), strict=True):
         axes.imshow(colors, interpolation="nearest")
         axes.set_title(_literal(title), fontsize=10)
         axes.set_axis_off()
@@ -198,18 +149,9 @@ def pictures(columns: Mapping[str, np.ndarray], caption: str = "") -> str:
 
 
 def curve(history: Sequence[Mapping[str, Any]], keys: Sequence[str], x: str = "epoch", caption: str = "") -> str:
-    """A curve for each key, one beside the other; rows without a value are left out.
-
-    Args:
-        history: rows, for instance {"epoch": 1, "loss": 0.9, "mean_dice": 0.4}.
-        keys: what to draw.
-        x: the horizontal axis.
-        caption: text below.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2 * len(keys), 3.0), layout="constrained")
-    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+    """A curve over `x` for each key of rows such as {"epoch": 1, "loss": 0.9}; rows without a value are skipped."""
+    figure, panels = _panels(len(keys), 4.2, 3.0)
+    for axes, key in zip(panels, keys, strict=True):
         points = [(row[x], row[key]) for row in history if not _missing(row.get(key))]
         axes.plot([p[0] for p in points], [p[1] for p in points], marker=".", color="#0072b2")
         axes.set_xlabel(_literal(x))
@@ -219,12 +161,7 @@ def curve(history: Sequence[Mapping[str, Any]], keys: Sequence[str], x: str = "e
 
 
 def pick_slices(labels: np.ndarray, count: int = 3) -> list[int]:
-    """Slices worth showing: evenly spread over those with foreground, else over all; ascending.
-
-    Args:
-        labels: (n, H, W) class indices.
-        count: at most so many.
-    """
+    """At most `count` slices of (n, H, W) class indices: evenly spread over those with foreground, else over all."""
     shown = np.flatnonzero(labels.reshape(len(labels), -1).any(1))
     shown = shown if len(shown) else np.arange(len(labels))
     places = (np.arange(min(count, len(shown))) + 0.5) * len(shown) / min(count, len(shown))
@@ -232,6 +169,14 @@ def pick_slices(labels: np.ndarray, count: int = 3) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _panels(count: int, width: float, height: float) -> tuple[Any, Any]:
+    """A figure of `count` panels in a row, each of this size in inches, and the panels."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * count, height), layout="constrained")
+    return figure, figure.subplots(1, count, squeeze=False)[0]
 
 
 def _figure(figure: Any, description: str, caption: str) -> str:

@@ -110,14 +110,6 @@ def test_all_text_is_escaped() -> None:
     assert all("onerror" not in attributes for _, attributes in document.tags)
 
 
-def test_cases_have_pseudonyms_unless_names_are_wanted() -> None:
-    names = report.pseudonyms(["Jane_Doe", "John", "Jane_Doe"])
-    assert names == {"Jane_Doe": "case 1", "John": "case 2"}
-    rows = report.case_rows({"John": {"dice": 0.8}, "Jane_Doe": {"nsd": 1.0}}, ["dice", "nsd"], names)
-    assert rows == [["case 2", 0.8, None], ["case 1", None, 1.0]]
-    assert report.pseudonyms(["John"], keep_names=True) == {"John": "John"}
-
-
 def test_tables_shorten_numbers_and_mark_what_is_missing() -> None:
     text = report.table(["a"], [[0.123456, math.nan, None, 12, "x"]], "all")
     assert re.findall(r"<td>(.*?)</td>", text) == ["0.1235", "\u2013", "\u2013", "12", "x"]

@@ -97,7 +97,7 @@ def evaluate(
     section: str | None = None,
     on_case: Callable[[str, str], None] | None = None,
 ) -> Evaluation:
-    """Score predictions against labels; a pair that cannot be compared is listed, and the next one follows.
+    """Score predictions against labels; a pair that cannot be compared is listed and does not stop the others.
 
     Args:
         predictions: folder of label maps as :func:`samda.inference.predict.predict_folder` writes them, or one file.
@@ -145,17 +145,12 @@ def score_files(
     nsd_tolerance_mm: float,
     mapping: MapLabelsd | None = None,
 ) -> list[ClassScores]:
-    """Score one pair of files; see :func:`samda.metrics.score_case`.
+    """Score a label map of class indices against a label file; see :func:`samda.metrics.score_case`.
 
-    Args:
-        prediction: label map of class indices.
-        label: label file, in the ids of the task or data set.
-        task: the task.
-        nsd_tolerance_mm: tolerance.
-        mapping: from the ids of the label file to class indices; None takes the task's.
+    `mapping` leads from the ids of the label file to class indices; None takes the task's.
 
     Raises:
-        InputError: a file cannot be read, the two are not on one grid, or values are no classes.
+        InputError: a file cannot be read, the two are not on one grid, or a value is not a class.
     """
     true = read_scan(label)
     predicted = _turned(read_scan(prediction), true)
@@ -183,7 +178,7 @@ def _whole(array: np.ndarray, path: str | Path) -> np.ndarray:
     if array.dtype.kind == "f":
         whole = array.astype(np.int32)
         if not np.array_equal(whole, array):
-            raise InputError(f"{path} holds fractions, which are no class indices; give the label map")
+            raise InputError(f"{path} holds fractions, and class indices are whole numbers; give the label map")
         return whole
     return array
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The largest connected piece of a class: what a label map keeps of organs that come in one piece.
+"""From the network's label map to the file: the largest connected piece of a class, the scan's own grid, saving.
 
-From the label map of the network's grid to the file: what `samda predict` and the MONAI bundle share.
+`samda predict` and the MONAI bundle share these steps.
 """
 
 from __future__ import annotations
@@ -31,19 +31,15 @@ from samda.errors import UsageError
 from samda.inference.writer import check_output_folder, label_path, write_labels
 from samda.task import Task
 
+logger = logging.getLogger(__name__)
+
 
 def keep_largest(labels: np.ndarray, classes: Iterable[int]) -> np.ndarray:
-    """Turn all but the largest piece of each class into background; pieces are 3-D and touch at faces, edges, corners.
+    """Turn all but the largest 3-D piece (26-connected) of each of `classes` into background.
 
-    Each class is looked at by itself, within the box around it: memory grows with that box, not with the volume. Of
-    pieces of equal size the first stays, in the order of the array.
-
-    Args:
-        labels: (X, Y, Z) class indices, integers.
-        classes: which classes; all others are left as they are.
-
-    Returns:
-        (X, Y, Z) of the same dtype; the array itself where nothing had to go.
+    Each class is processed within its bounding box: memory grows with that box, not with the volume. Of pieces of equal
+    size the first in the order of the array stays. Returns (X, Y, Z) of the same dtype; the array itself if nothing
+    changes.
     """
     chosen = sorted(set(classes))
     boxes = ndimage.find_objects(labels, max_label=max(chosen)) if chosen and labels.any() else []
@@ -61,12 +57,7 @@ def keep_largest(labels: np.ndarray, classes: Iterable[int]) -> np.ndarray:
 
 
 class KeepLargestd(MapTransform):
-    """As :func:`keep_largest`, for label maps (1, X, Y, Z) in a dictionary; which classes, says `task.largest_only`.
-
-    Args:
-        keys: keys of the label maps.
-        task: a Task or its values.
-    """
+    """:func:`keep_largest` for label maps (1, X, Y, Z) in a dictionary; the classes are `task.largest_only`."""
 
     def __init__(self, keys: KeysCollection, task: Task | Mapping[str, Any]) -> None:
         super().__init__(keys)
@@ -105,9 +96,6 @@ def override(task: Task, classes: bool | str | Sequence[str] | None = None, moda
     return dataclasses.replace(task, keep_largest=classes if isinstance(classes, bool) else tuple(classes))
 
 
-logger = logging.getLogger(__name__)
-
-
 def build_postprocessing(
     task: Task | Mapping[str, Any],
     preprocessing: InvertibleTransform,
@@ -144,14 +132,13 @@ def own_grid(preprocessing: InvertibleTransform, keys: KeysCollection = "pred") 
 class SaveLabelMapd(SaveImaged):
     """Save label maps on their own grid, see :func:`samda.inference.writer.write_labels`.
 
-    It is one of MONAI's SaveImaged by descent only: MONAI Label leaves those out, since it writes the result itself.
-
-    The file is named as the case ("id"), else as the file of the image. A map without any foreground is saved with a
+    It derives from MONAI's SaveImaged only because MONAI Label removes those transforms and writes the result itself.
+    The file is named after the case ("id"), else after the file of the image. A map without foreground is saved with a
     warning.
 
     Args:
         keys: keys of the label maps, MetaTensors (1, X, Y, Z) in the axis order of the scan's file.
-        output_dir: folder, made if only it is missing.
+        output_dir: folder, made if missing.
         task: a Task or its values.
         image_key: key of the image.
 

@@ -42,8 +42,8 @@ class Prediction:
         labels: (X, Y, Z) class indices, uint8 (uint16 beyond 255 classes), in the axis order of the scan's file.
         affine: (4, 4) voxel index to RAS mm.
         classes: names of the classes, background first.
-        scan: the scan's file or DICOM folder, the first of several channel files, or the nibabel image that it came as.
-        probabilities: (K, X, Y, Z) float32, if asked for.
+        scan: the scan's file or DICOM folder (of several channel files the first), or the nibabel image.
+        probabilities: (K, X, Y, Z) float32, if requested.
     """
 
     case: str
@@ -88,11 +88,11 @@ class Predictor:
         task: what it segments, the geometry it was trained with, and the classes of which it keeps the largest piece
             (of the label map; probabilities stay as the network gives them).
         device: torch device.
-        batch_size: slices in one call of the network.
+        batch_size: slices per forward pass.
         overlap: of the windows where a body is larger than the field of view.
         memory_budget_mb: memory for class maps on the scan's grid, see :class:`VolumeInferer`.
         amp: "bf16", "fp16" or None.
-        progress: show a bar, on a terminal only: over the cases of a folder, over the slices of a single scan.
+        progress: show a progress bar (terminals only) over the cases of a folder or the slices of a single scan.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Predictor:
         Args:
             image: path of a file or DICOM folder, a nibabel image, or a case {"image": one of these, "id": name}, whose
                 "image" may list one file a channel.
-            probabilities: return the class probabilities, too: 4 K bytes per voxel.
+            probabilities: also return the class probabilities, 4 K bytes per voxel.
 
         Raises:
             InputError: the scan cannot be read or used.
@@ -147,13 +147,13 @@ class Predictor:
 
 @dataclasses.dataclass
 class FolderResult:
-    """What became of each case of a folder.
+    """The outcome of each case of a folder.
 
     Attributes:
         done: predicted cases.
         skipped: cases that were finished before.
         empty: predicted cases without any foreground.
-        failed: case -> why it could not be predicted, in one line.
+        failed: case -> reason in one line.
     """
 
     done: list[str] = dataclasses.field(default_factory=list)
@@ -162,7 +162,7 @@ class FolderResult:
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __add__(self, other: FolderResult) -> FolderResult:
-        """What became of the cases of two parts."""
+        """The outcome of the cases of two parts."""
         return FolderResult(
             self.done + other.done,
             self.skipped + other.skipped,

@@ -27,15 +27,15 @@ class VolumeInferer(Inferer):
     """Segment a preprocessed volume slice by slice and return the result on the volume's own grid.
 
     Slices are cut by :class:`samda.data.slices.SliceGrid`, with their neighbors where the task has `context`, and go
-    through the network in batches; where the body is
-    larger than the field of view, in overlapping windows that are blended with Gaussian weights. The class
-    probabilities return to the volume's in-plane grid *before* the largest is taken, so borders are as smooth as the
-    volume's grid allows. This happens a few slices (a slab) at a time: beside the volume, the label map and what the
-    network itself needs for `batch_size` slices, memory stays within the budget. The result does not depend on it.
+    through the network in batches; where the body is larger than the field of view, in overlapping windows that are
+    blended with Gaussian weights. The class probabilities are resampled to the volume's in-plane grid *before* the
+    argmax, so borders are as smooth as that grid allows. This is done for a few slices (a slab) at a time: in addition
+    to the volume, the label map and what the network needs for `batch_size` slices, memory stays within the budget. The
+    result does not depend on the budget.
 
     Args:
         task: a Task or its values.
-        batch_size: slices (or windows) in one call of the network.
+        batch_size: slices (or windows) per forward pass.
         overlap: share of a window that it has in common with its neighbor, in [0, 1).
         output: "labels" (1, 1, X, Y, Z), uint8, or uint16 beyond 255 classes; "probabilities" (1, K, X, Y, Z) float32;
             or "logits", the logarithm of these probabilities: softmax gives them back, argmax the labels.
@@ -85,17 +85,12 @@ class VolumeInferer(Inferer):
         spacing_mm: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Segment one volume.
+        """Segment one volume: (1, 1 or K, X, Y, Z), see `output`, on the device of the inputs, with their metadata.
 
         Args:
             inputs: (1, C, X, Y, Z) in [0, 1], RAS; a MetaTensor, or a tensor with `spacing_mm`.
-            network: (n, C, H, W) slices -> (n, K, H, W) logits.
-            args: further arguments of the network.
+            network: (n, C, H, W) slices -> (n, K, H, W) logits; called with the further `args` and `kwargs`.
             spacing_mm: size of a voxel along X, Y, Z, for a plain tensor.
-            kwargs: further keywords of the network.
-
-        Returns:
-            (1, 1 or K, X, Y, Z), see `output`; on the device of the inputs, with their metadata.
 
         Raises:
             UsageError: more than one volume, or no geometry.
@@ -144,7 +139,7 @@ class VolumeInferer(Inferer):
             network: as in the call, with its `args` and `kwargs`.
 
         Yields:
-            The place of a slab in (X, Y, Z), and the probabilities (K, ...) there, on the network's device.
+            The index of a slab in (X, Y, Z), and the probabilities (K, ...) there, on the network's device.
         """
         device = self._device(network, volume)
         across = grid.axes[0]
@@ -210,14 +205,9 @@ class VolumeInferer(Inferer):
 
 
 def window_overlap(side: int, size: int, least: float) -> float:
-    """Overlap of evenly spaced windows, an odd number of them, so that one lies in the middle of the canvas.
+    """Overlap, at least `least`, of an odd number of evenly spaced windows of `size` pixels on a canvas of `side`.
 
-    There the body is, and a network trained on centered bodies is at its best.
-
-    Args:
-        side: of the canvas, in pixels.
-        size: of the windows.
-        least: share of a window that it has in common with its neighbor, at the least.
+    One of them then lies in the middle of the canvas, where the body is: the network was trained on centered bodies.
     """
     if side <= size:
         return least
@@ -226,10 +216,7 @@ def window_overlap(side: int, size: int, least: float) -> float:
 
 
 def largest(maps: torch.Tensor) -> torch.Tensor:
-    """Index of the largest of K maps (K, ...) at every place, the first of equal ones; int16.
-
-    What `argmax(0)` gives, some ten times faster where the maps lie one after the other.
-    """
+    """`maps.argmax(0)` of (K, ...), the first of equal ones, as int16; about ten times faster on contiguous maps."""
     best, index = maps[0], torch.zeros_like(maps[0], dtype=torch.int16)
     for k in range(1, len(maps)):
         index.masked_fill_(maps[k] > best, k)

@@ -58,7 +58,7 @@ def write_labels(
     image: str | Path | SpatialImage | None = None,
     affine: np.ndarray | None = None,
 ) -> Path:
-    """Write a label map, and beside it `<case>.json` with the name of each value.
+    """Write a label map, and beside it `<case>.json` with the name of each value; returns the path.
 
     A NIfTI gets the header of the scan where that is NIfTI, so affine, shape and form codes are the scan's own, bit for
     bit. The label map is put in place last, in one step: where it exists, the case is finished.
@@ -68,10 +68,7 @@ def write_labels(
         labels: (X, Y, Z) class indices in the axis order of the scan's file.
         classes: names of the classes, background first.
         image: the scan's file (or DICOM folder), or the scan as a nibabel image.
-        affine: (4, 4) voxel index to RAS mm; needed where `image` is no NIfTI.
-
-    Returns:
-        The path written.
+        affine: (4, 4) voxel index to RAS mm; needed where `image` is not NIfTI.
     """
     path = Path(path)
     labels = labels.astype(np.uint8 if len(classes) <= 255 else np.uint16, copy=False)
@@ -103,13 +100,8 @@ def write_probabilities(
 ) -> Path:
     """Write class probabilities as one NIfTI (X, Y, Z, K), float32.
 
-    NIfTI, because it keeps the grid and opens in every viewer; float32, because NIfTI has no half precision.
-
-    Args:
-        path: `.nii.gz`.
-        probabilities: (K, X, Y, Z) in the axis order of the scan's file.
-        image: the scan's file, or the scan as a nibabel image.
-        affine: (4, 4), see :func:`write_labels`.
+    NIfTI keeps the grid and opens in every viewer, but has no half precision. `probabilities` are (K, X, Y, Z) in the
+    axis order of the scan's file; `image` and `affine` are as in :func:`write_labels`.
     """
     path = Path(path)
     maps = np.moveaxis(probabilities.astype(np.float32, copy=False), 0, -1)
@@ -121,20 +113,15 @@ def write_probabilities(
 def label_image(
     array: np.ndarray, image: str | Path | SpatialImage | None = None, affine: np.ndarray | None = None
 ) -> Any:
-    """A NIfTI image of `array` on the grid of a scan; affine and form codes are the scan's own where it is NIfTI.
-
-    Args:
-        array: (X, Y, Z) in the axis order of the scan's file; further dimensions may follow.
-        image: the scan's file, or the scan as a nibabel image.
-        affine: (4, 4), see :func:`write_labels`.
+    """A NIfTI image of `array` (X, Y, Z, ...) on the grid of a scan, see :func:`write_labels`.
 
     Raises:
-        InputError: the scan has other voxels than the array.
+        InputError: the scan and the array differ in shape.
     """
     source: Any = _nifti_of(image)
     if source is None:
         if affine is None:
-            raise UsageError("an affine is needed to write a NIfTI for a scan that is none")
+            raise UsageError("an affine is needed to write a NIfTI for a scan of another format")
         result = nib.Nifti1Image(array, affine)
         for set_form in (result.set_sform, result.set_qform):
             set_form(affine, code="scanner")

@@ -158,7 +158,7 @@ def test_what_cannot_be_compared_is_listed(tmp_path: Path, task: Task, caplog: p
     words = {
         "shape": "11 x 14 x 8 voxels",
         "place": "0.50 mm from",
-        "class": "holds 9, which is no class index",
+        "class": "holds 9",
         "fraction": "fractions",
         "broken": "cannot be read",
         "unpredicted": "no prediction",
