@@ -83,7 +83,7 @@ def test_names_all_and_none() -> None:
     assert override(task, "all").largest_only == override(task, True).largest_only == (1, 2)
     assert override(task, "none").largest_only == override(task, False).largest_only == ()
     assert override(task, "liver, spleen").largest_only == (1, 2) and override(task, ["liver"]).largest_only == (1,)
-    with pytest.raises(UsageError, match="keep_largest .*'livr'.* did you mean 'liver"):
+    with pytest.raises(UsageError, match=r"keep_largest .*'livr'.* did you mean 'liver"):
         override(task, "livr")
     with pytest.raises(UsageError, match="empty name"):
         override(task, "liver,")
