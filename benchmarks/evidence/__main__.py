@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evidence that can be run again: adapters, few labels, receptive fields, rivals.
+"""Evidence on real patients that can be run again: methods, few labels, rivals, ablations, receptive fields.
 
-    python -m benchmarks.evidence                        every part, then docs/evidence.md
-    python -m benchmarks.evidence --parts encoder        one part
-    python -m benchmarks.evidence --minutes 30           half an hour for each part
-    python -m benchmarks.evidence --page                 only the page, from the results that are there
+    python -m benchmarks.evidence --data FOLDER                        every part, then docs/evidence.md
+    python -m benchmarks.evidence --data FOLDER --parts hippocampus    one part
+    python -m benchmarks.evidence --data FOLDER --minutes 30           half an hour for each part
+    python -m benchmarks.evidence --page                               only the pages, from the results that are there
 
-Each run is stored in `benchmarks/results/` when it ends, and not measured again as long as its settings stay;
-stopped at any moment, the same command goes on. What a budget left out is said here and on the page.
+FOLDER holds the data sets that docs/evidence.md lists, each in a folder of its name. Each run is stored in
+`benchmarks/results/evidence` when it ends, and not measured again as long as its settings stay; stopped at any moment,
+the same command goes on. What a budget left out is said here and on the page.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 import os
 import sys
@@ -20,34 +22,41 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
-from .page import write_page
-from .parts import PARTS, measure
+from .apart import NotRun
+from .page import write_pages
 from .results import missing, store
+from .runs import PARTS, measure
 
 
 def main() -> None:
-    """Measure what is missing, then write the page."""
+    """Measure what is missing, then write the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="the data sets; not needed for demo, fields, peft")
     parser.add_argument("--parts", default=",".join(PARTS), help="with commas between; default %(default)s")
     parser.add_argument(
         "--minutes", type=float, default=120, metavar="N", help="after which a part begins no run; default %(default)s"
     )
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N", help="default: one a core")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N", help="default: one per core")
     parser.add_argument("--page", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
     for part in parts:
         if part not in PARTS:
             parser.error(f"there is no part {part!r}; choose from {', '.join(PARTS)}")
-    failed = [complete(part, arguments.minutes, arguments.processes) for part in ([] if arguments.page else parts)]
-    write_page()
-    if sum(failed):
-        raise SystemExit(f"{sum(failed)} runs failed, see above; the same command tries them again")
+    if arguments.data is not None and not arguments.data.is_dir():
+        parser.error(f"there is no folder {arguments.data}")
+    one = functools.partial(measure, root=arguments.data)
+    chosen = [] if arguments.page else parts
+    failed = sum(complete(part, arguments.minutes, arguments.processes, one) for part in chosen)
+    write_pages()
+    if failed:
+        raise SystemExit(f"{failed} runs failed, see above; the same command tries them again")
 
 
-def complete(part: str, minutes: float, processes: int, measure: Callable[[dict], dict] = measure) -> int:
+def complete(part: str, minutes: float, processes: int, measure: Callable[[dict], dict]) -> int:
     """Measure the runs of a part that have no row yet, until the time is up; how many of them failed."""
     todo, failed = missing(part), 0
     end = time.monotonic() + 60 * minutes
@@ -63,16 +72,17 @@ def complete(part: str, minutes: float, processes: int, measure: Callable[[dict]
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 run = running.pop(future)
                 try:
-                    row = future.result()
+                    store(part, future.result())
                 except BrokenProcessPool:
                     print(f"{part} {run}: its process was killed, perhaps for lack of memory", file=sys.stderr)
                     return failed + 1 + len(running)
                 except Exception as error:
-                    print(f"{part} {run}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                     failed += 1
-                    continue
-                store(part, row)
-                print(f"{part} {run}: Dice {row.get('dice')}", file=sys.stderr, flush=True)
+                    print(f"{part} {run}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                    if isinstance(error, NotRun):
+                        store(part, run | {"not_run": str(error)})
+                else:
+                    print(f"{part} {run}: done", file=sys.stderr, flush=True)
     if todo:
         print(f"{part}: {len(todo)} runs left out, its {minutes:g} minutes are spent", file=sys.stderr)
     return failed

@@ -1,89 +1,126 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods that are compared, by name: their adapters, and the rate at which these learn."""
+"""The methods of the evidence: samda as its user has it, by its commands, and networks from scratch.
+
+Everybody gets the same cases, one thread and the same CPU seconds; samda pays the encoding from them. A method trains
+on the training section of a data list and leaves one label map for each test case of every list in a folder.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-__all__ = ["ABLATIONS", "ENCODER", "FRESH", "FROZEN", "METHODS", "Method"]
+from samda.io import write_json
+
+from .apart import run_there
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """Adapters (name -> settings) on the class head.
+    """samda with a class head and adapters.
 
     Attributes:
-        adapters: see :func:`samda.adapters.build_configs`.
-        rate: of the adapters, or of the base where a baseline trains it.
-        encoder: does every step encode its slices, in views that no step before has seen? Otherwise they are encoded
-            once, in the few views of :mod:`.protocol`.
+        adapters: names of overlays, as `samda train --adapter` takes them; or an overlay's content, with "adapters".
+        settings: further keys of train.json.
     """
 
-    adapters: Mapping[str, Mapping[str, Any]]
-    rate: float = 1e-3
-    encoder: bool = True
+    adapters: str | Mapping[str, Any]
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _kernel(size: int, **settings: Any) -> dict[str, dict[str, Any]]:
-    """DKA with one kernel: width, place and activation of DKA."""
-    return {f"dka_{size}": {"type": "lka", "kernel_size": size, "width": 16, "bias": False, "act": "post"} | settings}
-
-
+# head `pyramid` is the default; `sam` reads SAM's own mask tokens, as in the papers
 METHODS: dict[str, Method] = {
-    "head": Method({"head": {}}, encoder=False),
-    "decoder": Method({"decoder": {}}, 5e-4, encoder=False),
-    "sam_da": Method({"sam_da": {}}, 3e-3, encoder=False),
-    "head_fresh": Method({"head": {}}),  # what fresh views alone are worth
-    "sam_da_fresh": Method({"sam_da": {}}, 3e-3),
-    "bottleneck": Method({"bottleneck": {}}),
-    "bottleneck_16": Method({"bottleneck": {"width": 16, "bias": False}}),  # DKA without its kernels
-    "lora": Method({"lora": {}}, 3e-3),
-    "salt": Method({"salt": {}}, 3e-3),
-    "s_sam": Method({"salt": {"r": 1.0}}, 3e-3),
-    "lka": Method({"lka": {}}),
-    "dka": Method({"dka": {}}),
-    "dka_51": Method(_kernel(51, placement="after")),
-    "dka_5": Method(_kernel(5, placement="after")),
-    "salt+sam_da": Method({"salt": {}, "sam_da": {}}, 3e-3),
-    "salt+dka+sam_da": Method({"salt": {}, "dka": {}, "sam_da": {}}),
-    "full": Method({"full": {}}, 3e-4),
+    "pyramid": Method("head"),
+    "pyramid + SAM-DA": Method("sam_da"),
+    "pyramid + SALT": Method("salt"),
+    "pyramid + LoRA": Method("lora"),
+    "pyramid + DKA": Method("dka"),
+    "pyramid + SALT + DKA + SAM-DA": Method("flagship"),
+    "pyramid, full fine-tuning": Method("full"),
+    "sam + SAM-DA": Method("sam_da", {"head": "sam"}),
 }
-FROZEN = tuple(name for name, method in METHODS.items() if not method.encoder)
-FRESH = ("head_fresh", "sam_da_fresh")
-ENCODER = tuple(name for name, method in METHODS.items() if method.encoder and name not in FRESH)  # these change it
+ENCODER = tuple(name for name in METHODS if any(word in name for word in ("SALT", "LoRA", "DKA", "full")))
+ABLATIONS: dict[str, Method] = {  # beside "pyramid + SALT": r = k - 8 in attention, d = 4
+    "SALT, r = k (S-SAM)": Method({"adapters": {"salt": {"r": 1.0}}}),
+    "SALT, r = 0, d = 4": Method({"adapters": {"salt": {"r": 0}}}),
+    "SALT, r = 0, d = 16": Method({"adapters": {"salt": {"r": 0, "rank": 16}}}),
+    "SALT, no ReLU": Method({"adapters": {"salt": {"activation": None}}}),
+    "DKA, large kernel alone": Method(
+        {"adapters": {"dka_51": {"type": "lka", "kernel_size": 51, "width": 16, "bias": False, "act": "post"}}}
+    ),
+    "bottleneck of DKA's width": Method({"adapters": {"bottleneck": {"width": 16, "bias": False}}}),
+    "LKA": Method("lka"),
+}
+RIVALS = ("DynUNet 2-D", "DynUNet 3-D", "nnU-Net 2d", "nnU-Net 3d_fullres")
 
-# ablation -> row -> method; a row that the main table has stands there under its own name
-ABLATIONS: dict[str, dict[str, Method]] = {
-    "LKA, kernel and placement": {
-        "kernel 7, parallel": METHODS["lka"],
-        "kernel 3": Method({"lka": {"kernel_size": 3}}),
-        "kernel 5": Method({"lka": {"kernel_size": 5}}),
-        "kernel 11": Method({"lka": {"kernel_size": 11}}),
-        "kernel 31": Method({"lka": {"kernel_size": 31}}),
-        "kernel 7, after the sum": Method({"lka": {"placement": "after"}}),
-    },
-    "DKA, kernels": {
-        "51 + 5": METHODS["dka"],
-        "31 + 5": Method({"dka": {"large_kernel": 31}}),
-        "51 alone": METHODS["dka_51"],
-        "5 alone": METHODS["dka_5"],
-        "none (bottleneck of the same width)": METHODS["bottleneck_16"],
-    },
-    "SALT, r, d and ReLU": {
-        "r = k - 8, d = 4": METHODS["salt"],
-        "r = k (S-SAM)": METHODS["s_sam"],
-        "r = 0, d = 4": Method({"salt": {"r": 0}}, 3e-3),
-        "r = k - 8, d = 1": Method({"salt": {"rank": 1}}, 3e-3),
-        "r = 0, d = 16": Method({"salt": {"r": 0, "rank": 16}}, 3e-3),
-        "r = k - 8, d = 4, no ReLU": Method({"salt": {"activation": None}}, 3e-3),
-    },
-    "SAM-DA, side and prompts": {
-        "image, 2 prompts": METHODS["sam_da"],
-        "token, 2 prompts": Method({"sam_da": {"side": "token"}}, 3e-3, encoder=False),
-        "both, 2 prompts": Method({"sam_da": {"side": "both"}}, 3e-3, encoder=False),
-        "image, 8 prompts": Method({"sam_da": {"num_prompts": 8}}, 3e-3, encoder=False),
-        "image, 64 prompts": Method({"sam_da": {"num_prompts": 64}}, 3e-3, encoder=False),
-    },
-}
+
+def rivals_of(dimensions: int) -> tuple[str, ...]:
+    """The networks from scratch that can read the data."""
+    return tuple(name for name in RIVALS if dimensions == 3 or "2" in name)
+
+
+def train_and_predict(
+    name: str, lists: Sequence[Path], folder: Path, budget: int, seed: int, classes: tuple[str, ...]
+) -> dict[str, Any]:
+    """Train for `budget` CPU seconds, then predict.
+
+    Args:
+        name: of `METHODS`, `ABLATIONS` or `RIVALS`.
+        lists: data lists; the training section of the first trains, the test section of each is predicted into
+            `folder`/predictions.
+        folder: work folder, empty.
+        budget: CPU seconds of the training; planning and preprocessing of nnU-Net and all predictions do not count.
+        seed: of everything random.
+        classes: background first.
+
+    Returns:
+        {"cpu_seconds": of the training, "parameters": trained ones, ...}
+
+    Raises:
+        NotRun: a program failed; the message ends with its last line.
+    """
+    if name.startswith("DynUNet"):
+        from .unet import train_unet
+
+        return train_unet(lists, folder / "predictions", classes, budget, seed, dimensions=3 if "3" in name else 2)
+    if name.startswith("nnU-Net"):
+        from .nnunet import train_nnunet
+
+        return train_nnunet(lists, folder, classes, budget, seed, configuration=name.split()[-1])
+    row = train_samda((METHODS | ABLATIONS)[name], lists[0], folder, budget, seed)
+    for file in lists:
+        words = ["-m", folder / "model", "-i", file, "-o", folder / "predictions", "--quiet", "--device", "cpu"]
+        run_there([sys.executable, "-m", "samda", "predict", *words], timeout=None)
+    return row
+
+
+def train_samda(method: Method, data: Path, folder: Path, budget: int, seed: int) -> dict[str, Any]:
+    """`samda train` with the task that `samda check` suggests; the model goes to `folder`/model."""
+    adapters = method.adapters
+    if not isinstance(adapters, str):
+        write_json(folder / "overlay.yaml", adapters)  # JSON is YAML
+        adapters = str(folder / "overlay.yaml")
+    words = ["-d", data, "-o", folder / "model", "--adapter", adapters, "--seed", seed, "--minutes", budget / 60]
+    for key, value in method.settings.items():
+        words += ["--set", f"{key}={value}"]
+    words += ["--device", "cpu", "--tracking", "none", "--quiet", "--json"]
+    before = _cpu_seconds_of_children()
+    result = json.loads(run_there([sys.executable, "-m", "samda", "train", *words], timeout=None))
+    spent = _cpu_seconds_of_children() - before
+    counts = result["parameters"]
+    return {
+        "cpu_seconds": round(spent, 1),
+        "parameters": counts["trainable"],
+        "without_head": counts["trainable"] - counts["head"],
+    }
+
+
+def _cpu_seconds_of_children() -> float:
+    """Of the programs that have ended; a process measures one run at a time."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime

@@ -1,63 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nnU-Net v2 itself, from its own package and by its own commands, on the same slices and in the same CPU time.
+"""nnU-Net v2 itself, from its own package and by its own commands, on the same cases and in the same CPU time.
 
-The training slices become one volume (nnU-Net's 2D configuration trains on its slices) and so do the scored ones, at
-the grid and in the intensities that samda's network sees. nnU-Net plans, preprocesses, augments, trains and predicts;
-only the length of the training is ours (`nnunet_trainer/cpu_budget.py`). It lives in an environment of its own, which
-is made on the first call (`nnunet.txt`).
+nnU-Net plans, preprocesses, augments, trains and predicts; only the length of the training is ours
+(`nnunet_trainer/cpu_budget.py`). It lives in an environment of its own, which is made on the first call (`nnunet.txt`).
+Volumes are linked; pictures become NIfTI files of one slice in the work folder, a file a channel.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
 
-from .apart import HERE, Exam, NotRun, interpreter, run_there
+from samda.data.readers import read_scan
+from samda.inference import Prediction
+from samda.io import write_json
 
-__all__ = ["read_volume", "train_nnunet", "write_dataset", "write_volume"]
+from .apart import HERE, interpreter, run_there
 
-CHANNEL = "CT"  # nnU-Net's name of the modality, which decides how intensities are normalized
-ID, NAME = 1, "Dataset001_Slices"
-PIXEL_MM, SLICE_MM = 1.0, 10.0  # of the volumes; slices far apart, so that their axis is the one that 2D leaves out
-TRAINERS = {True: "CpuBudgetTrainer", False: "CpuBudgetTrainerNoMirroring"}
-MINUTES = 20  # wall time of each command, on top of the budget
+ID, NAME = 1, "Dataset001_Evidence"
+TRAINER = "CpuBudgetTrainerNoMirroring"  # sides differ: left and right eyes, front and back of the hippocampus
+MINUTES = 60  # wall time of each command, on top of the budget
 
 
-def train_nnunet(exam: Exam, cpu_seconds: float, seed: int, mirroring: bool = True) -> dict[str, Any]:
-    """Train nnU-Net's 2D configuration on some slices until the CPU time is spent; score others.
+def train_nnunet(
+    lists: Sequence[Path], folder: Path, classes: tuple[str, ...], cpu_seconds: float, seed: int, configuration: str
+) -> dict[str, Any]:
+    """Train a configuration on the first list until the CPU time is spent; write label maps of all test cases.
 
     Args:
-        exam: the slices.
-        cpu_seconds: CPU time of the training steps, with nnU-Net's augmentation; planning, preprocessing and prediction
-            do not count.
+        lists: data lists; the test section of each goes to `folder`/predictions.
+        folder: work folder.
+        classes: background first.
+        cpu_seconds: of the training steps, with nnU-Net's augmentation; planning and preprocessing do not count.
         seed: of weights, sampling and augmentation.
-        mirroring: as nnU-Net does by default, in training and prediction; False is its trainer without.
+        configuration: "2d" or "3d_fullres".
 
     Returns:
-        {"status": "run", "dice": per foreground class, "mean", "steps", "parameters", "batch_size", "patch_size",
-        "cpu_seconds", "losses", "mirroring"}, or {"status": "not run", "reason": why}.
+        {"cpu_seconds", "steps", "parameters", "batch_size", "patch_size", "losses"}
+
+    Raises:
+        NotRun: a command failed.
     """
-    try:
-        python = interpreter("nnunet")
-        with tempfile.TemporaryDirectory() as folder:
-            predicted, budget = _run(python, Path(folder), exam, cpu_seconds, seed, mirroring)
-    except NotRun as error:
-        return {"status": "not run", "reason": str(error)}
-    return {"status": "run", **exam.scores(predicted), **budget, "mirroring": mirroring}
-
-
-def _run(
-    python: Path, folder: Path, exam: Exam, cpu_seconds: float, seed: int, mirroring: bool
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Predicted class indices (N, H, W) of the scored slices, and what the trainer counted."""
-    write_dataset(folder / "raw" / NAME, exam)
-    write_volume(exam.images[exam.test, 0], folder / "scored" / "test_0000.nii.gz")
+    python = interpreter("nnunet")
+    contents = [json.loads(file.read_text(encoding="utf-8")) for file in lists]
+    write_dataset(folder / "raw" / NAME, contents[0]["training"], classes)
     surroundings = {
         "nnUNet_raw": str(folder / "raw"),
         "nnUNet_preprocessed": str(folder / "preprocessed"),
@@ -68,43 +59,54 @@ def _run(
         "SAMDA_CPU_SECONDS": str(cpu_seconds),
         "SAMDA_SEED": str(seed),
     }
-    trainer, wait = TRAINERS[mirroring], 60 * MINUTES
-    prepare = ["-d", str(ID), "-c", "2d", "-np", "1", "-npfp", "1", "--verify_dataset_integrity"]
+    wait = 60 * MINUTES
+    prepare = ["-d", ID, "-c", configuration, "-np", 1, "-npfp", 1, "--verify_dataset_integrity"]
     run_there([python.with_name("nnUNetv2_plan_and_preprocess"), *prepare], wait, **surroundings)
     surroundings["nnUNet_n_proc_DA"] = "0"  # augmentation in the process whose CPU time is counted
-    learn = [str(ID), "2d", "all", "-tr", trainer, "-device", "cpu"]
-    run_there([python.with_name("nnUNetv2_train"), *learn], wait + 5 * cpu_seconds, **surroundings)
-    predict = ["-i", folder / "scored", "-o", folder / "predicted", "-d", str(ID), "-c", "2d", "-f", "all"]
-    predict += ["-tr", trainer, "-device", "cpu", "-npp", "1", "-nps", "1", "--disable_progress_bar"]
-    run_there([python.with_name("nnUNetv2_predict"), *predict], wait, **surroundings)
-    counted = folder / "results" / NAME / f"{trainer}__nnUNetPlans__2d" / "fold_all" / "budget.json"
-    return read_volume(folder / "predicted" / "test.nii.gz").long(), json.loads(counted.read_text(encoding="utf-8"))
+    learn = [ID, configuration, "all", "-tr", TRAINER, "-device", "cpu"]
+    run_there([python.with_name("nnUNetv2_train"), *learn], wait + 10 * cpu_seconds, **surroundings)
+    for number, content in enumerate(contents):
+        source, target = folder / f"scans{number}", folder / f"maps{number}"
+        for case in content["test"]:
+            write_case(case, source)
+        predict = ["-i", source, "-o", target, "-d", ID, "-c", configuration, "-f", "all", "-tr", TRAINER]
+        predict += ["-device", "cpu", "-npp", 1, "-nps", 1, "--disable_progress_bar"]
+        run_there([python.with_name("nnUNetv2_predict"), *predict], wait, **surroundings)
+        for case in content["test"]:
+            labels = np.asarray(nib.load(target / f"{case['id']}.nii.gz").dataobj).astype(np.uint8)
+            affine = read_scan(case["image"], None).affine
+            Prediction(case["id"], labels, affine, classes, Path(case["image"])).save(folder / "predictions")
+    counted = folder / "results" / NAME / f"{TRAINER}__nnUNetPlans__{configuration}" / "fold_all" / "budget.json"
+    row = json.loads(counted.read_text(encoding="utf-8"))
+    return row | {"losses": row["losses"][-1:]}
 
 
-def write_dataset(folder: Path, exam: Exam) -> None:
-    """nnU-Net's raw data set of one case that holds exactly the slices that train, in their order in the scan.
-
-    Args:
-        folder: where it goes, `.../DatasetXXX_NAME`.
-        exam: the slices.
-    """
-    chosen = sorted(exam.train)
-    write_volume(exam.images[chosen, 0], folder / "imagesTr" / "train_0000.nii.gz")
-    write_volume(exam.labels[chosen, 0], folder / "labelsTr" / "train.nii.gz")
-    names = {"background": 0} | {f"class_{k}": k for k in range(1, exam.num_classes)}
-    content = {"channel_names": {"0": CHANNEL}, "labels": names, "numTraining": 1, "file_ending": ".nii.gz"}
-    (folder / "dataset.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+def write_dataset(folder: Path, cases: Sequence[dict[str, str]], classes: tuple[str, ...]) -> None:
+    """nnU-Net's raw data set of the training cases: `imagesTr`, `labelsTr` and `dataset.json`."""
+    channels = max(write_case(case, folder / "imagesTr", folder / "labelsTr") for case in cases)
+    names = {str(k): f"channel {k}" for k in range(channels)}  # no name that nnU-Net knows: each scan is standardized
+    labels = {name: k for k, name in enumerate(classes)}
+    content = {"channel_names": names, "labels": labels, "numTraining": len(cases), "file_ending": ".nii.gz"}
+    write_json(folder / "dataset.json", content)
 
 
-def write_volume(slices: torch.Tensor, file: Path) -> None:
-    """Slices (N, H, W) as a NIfTI volume (W, H, N): whole numbers as uint8, others as float32."""
-    values = slices.permute(2, 1, 0).numpy()
-    values = values.astype(np.float32 if slices.is_floating_point() else np.uint8)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(values, np.diag([PIXEL_MM, PIXEL_MM, SLICE_MM, 1.0])), file)
-
-
-def read_volume(file: Path) -> torch.Tensor:
-    """The slices (N, H, W) of a volume that :func:`write_volume` or nnU-Net wrote, in the file's own type."""
-    image: Any = nib.load(file)
-    return torch.from_numpy(np.asarray(image.dataobj).transpose(2, 1, 0).copy())
+def write_case(case: dict[str, str], images: Path, labels: Path | None = None) -> int:
+    """Link or convert a case; how many channels it has."""
+    images.mkdir(parents=True, exist_ok=True)
+    files = [(case["image"], images, "_{:04d}")]
+    if labels is not None:
+        labels.mkdir(parents=True, exist_ok=True)
+        files.append((case["label"], labels, ""))
+    counts = []
+    for path, folder, suffix in files:
+        if path.endswith(".nii.gz"):
+            (folder / f"{case['id']}{suffix.format(0)}.nii.gz").symlink_to(path)
+            counts.append(1)
+            continue
+        scan = read_scan(path, None)
+        array = scan.array if scan.array.ndim == 4 else scan.array[..., None]
+        for k in range(array.shape[-1]):
+            plain = nib.Nifti1Image(np.ascontiguousarray(array[..., k].astype(np.uint8)), scan.affine)
+            nib.save(plain, folder / f"{case['id']}{suffix.format(k)}.nii.gz")
+        counts.append(array.shape[-1])
+    return counts[0]

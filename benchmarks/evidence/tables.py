@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of docs/evidence.md from stored rows: means, spreads, and differences of pairs."""
+"""Tables from stored rows: means over patients, spread over seeds, and differences paired by patient.
+
+A run gives each held-out patient one number, the mean over the classes. A cell is the mean over patients and seeds, with
+the standard deviation of the seeds' means. Two methods are compared patient by patient: first the mean over the seeds
+that both have, then the difference, its mean over the patients and Student's 95 % interval.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +15,12 @@ from typing import Any
 
 from scipy import stats
 
-from .methods import ABLATIONS, FROZEN, METHODS
-from .parts import COUNTS, ENCODER_COUNTS, ENCODER_SEEDS, RATED, RATES
-
-__all__ = [
-    "ablation",
-    "adaptation",
-    "cost",
-    "encoder",
-    "few_labels",
-    "fields",
-    "findings",
-    "markdown",
-    "peft",
-    "rates",
-    "rivals",
-    "spread",
-]
+from .datasets import ALL, DATASETS, SPLITS
+from .methods import ABLATIONS, METHODS, RIVALS
+from .runs import BASELINE, LONG, SCORES, SHORT
 
 Row = dict[str, Any]
 NOTHING = "-"
-ORDERED = sorted(ENCODER_COUNTS, key=lambda n: n or math.inf)  # all of them last
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -39,209 +29,191 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
 
 
+def pick(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """The rows that ran, with these values."""
+    return [r for r in rows if "not_run" not in r and all(r.get(key) == value for key, value in wanted.items())]
+
+
+def patients(row: Row, score: str = "dice", data: str | None = None) -> dict[str, float]:
+    """Patient -> mean over the classes that have a value; of the data set itself or of another that was tested."""
+    found = {}
+    for patient, classes in row["test"][data or row["data"]].items():
+        values = [c[SCORES.index(score)] for c in classes.values() if c[SCORES.index(score)] is not None]
+        if values:
+            found[patient] = statistics.fmean(values)
+    return found
+
+
+def mean(row: Row, score: str = "dice", data: str | None = None) -> float:
+    """Over the patients of a run."""
+    return statistics.fmean(patients(row, score, data).values())
+
+
 def spread(values: Sequence[float], sign: str = "") -> str:
     """Mean and standard deviation, "0.512 ± 0.031"; fewer than three values are counted, "0.512 (1)"."""
     if not values:
         return NOTHING
-    mean = format(statistics.fmean(values), f"{sign}.3f")
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{mean}{deviation}{f' ({len(values)})' if len(values) < 3 else ''}"
+    return f"{statistics.fmean(values):{sign}.3f}{deviation}{f' ({len(values)})' if len(values) < 3 else ''}"
+
+
+def paired(mine: list[Row], others: list[Row], data: str | None = None) -> list[float]:
+    """Differences of Dice patient by patient, each the mean over the seeds that both have."""
+    theirs = {row["seed"]: patients(row, data=data) for row in others}
+    found: dict[str, list[float]] = {}
+    for row in mine:
+        for patient, dice in patients(row, data=data).items():
+            if patient in theirs.get(row["seed"], {}):
+                found.setdefault(patient, []).append(dice - theirs[row["seed"]][patient])
+    return [statistics.fmean(found[patient]) for patient in sorted(found)]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Student's 95 % interval of the mean; unbounded with fewer than two values."""
+    if len(values) < 2:
+        return -math.inf, math.inf
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values) - half, statistics.fmean(values) + half
 
 
 def difference(values: Sequence[float]) -> str:
-    """Mean and standard deviation of paired differences, bold where the 95 % interval of the mean leaves out zero."""
-    text = spread(values, "+")
-    return f"**{text}**" if told_apart(values) else text
+    """Mean and interval, "+0.020 (+0.010 to +0.030)", bold where the interval leaves out zero."""
+    if len(values) < 2:
+        return NOTHING
+    low, high = interval(values)
+    text = f"{statistics.fmean(values):+.3f} ({low:+.3f} to {high:+.3f})"
+    return f"**{text}**" if low > 0 or high < 0 else text
 
 
-def told_apart(values: Sequence[float]) -> bool:
-    """Does Student's 95 % interval of the mean, mean ± t s / sqrt(n), leave out zero? Never with fewer than three."""
-    if len(values) < 3:
-        return False
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return abs(statistics.fmean(values)) > half
+def count_name(count: int) -> str:
+    """Words for a number of training patients."""
+    return "all" if count == ALL else str(count)
 
 
-def labels_name(count: int) -> str:
-    """Words for a number of labeled slices."""
-    return "all" if count == 0 else str(count)
+def _methods_of(rows: list[Row]) -> list[str]:
+    return [name for name in (*METHODS, *RIVALS, *ABLATIONS) if any(row.get("method") == name for row in rows)]
 
 
-def pick(rows: Iterable[Row], **wanted: Any) -> list[Row]:
-    """The rows with these values."""
-    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
-
-
-def few_labels(rows: list[Row], task: str) -> str:
-    """Dice of the methods that leave the encoder alone, over labeled slices."""
+def scores(rows: list[Row], data: str) -> str:
+    """Dice of each method over training patients, in both budgets; NSD and HD95 with the most patients."""
+    counts = DATASETS[data].counts
+    columns = [(n, budget) for budget in (SHORT, LONG) for n in counts if pick(rows, patients=n, budget=budget)]
+    if not columns:
+        return f"not measured; `python -m benchmarks.evidence --data FOLDER --parts {data}`"
+    unit = "mm" if DATASETS[data].dimensions == 3 else "px"
+    head = ["Dice", *(f"{count_name(n)}, {budget} s" for n, budget in columns), "NSD, last", f"HD95 ({unit}), last"]
     lines = []
-    for method in FROZEN:
-        cells = [spread([r["dice"] for r in pick(rows, task=task, method=method, labels=n)]) for n in COUNTS]
-        lines.append([f"`{method}`", *cells])
-    return markdown(["Dice", *(labels_name(n) for n in COUNTS)], lines)
-
-
-def encoder(rows: list[Row], task: str, methods: Sequence[str] = tuple(METHODS)) -> str:
-    """Dice of all methods, and the gain over the head alone, seed by seed, where both are there."""
-    head = ["method"]
-    for n in ORDERED:
-        head += [f"Dice, {labels_name(n)} slices", f"over `head`, {labels_name(n)}"]
-    lines = []
-    for method in methods:
-        cells: list[str] = []
-        for n in ORDERED:
-            mine = [r for r in pick(rows, task=task, method=method, labels=n) if r["seed"] < ENCODER_SEEDS]
-            cells += [spread([r["dice"] for r in mine]), difference(gains(mine, pick(rows, method="head")))]
-        if any(cell != NOTHING for cell in cells):
-            lines.append([f"`{method}`", *cells])
+    for method in _methods_of(rows):
+        found = [pick(rows, method=method, patients=n, budget=budget) for n, budget in columns]
+        cells = [spread([mean(row) for row in part]) for part in found]
+        last = next((part for part in reversed(found) if part), [])
+        for score, digits in (("nsd", 3), ("hd95_mm", 1)):
+            values = [mean(row, score) for row in last]
+            cells.append(f"{statistics.fmean(values):.{digits}f}" if values else NOTHING)
+        reasons = [row["not_run"] for row in rows if row.get("method") == method and "not_run" in row]
+        name = method if last or not reasons else f"{method}, not run: {reasons[0]}"
+        lines.append([name, *cells])
     return markdown(head, lines)
 
 
-def gains(mine: list[Row], others: list[Row]) -> list[float]:
-    """What the rows of a method have over those of another of the same task, slices and seed."""
-    found = []
-    for row in mine:
-        same = pick(others, **{key: row[key] for key in ("task", "labels", "seed")})
-        found += [row["dice"] - other["dice"] for other in same]
-    return found
+def compared(rows: list[Row], data: str, base: str = BASELINE, where: str | None = None) -> str:
+    """What each method has over `base`, paired by patient, per number of training patients."""
+    lines = []
+    columns = [(n, b) for b in (SHORT, LONG) for n in DATASETS[data].counts if pick(rows, patients=n, budget=b)]
+    for method in _methods_of(rows):
+        cells = []
+        for n, budget in columns:
+            mine, others = (pick(rows, method=name, patients=n, budget=budget) for name in (method, base))
+            cells.append(difference(paired(mine, others, where)))
+        if method != base and any(cell != NOTHING for cell in cells):
+            lines.append([f"{method} - {base}", *cells])
+    if not lines:
+        return "not measured"
+    return markdown(["difference of Dice", *(f"{count_name(n)}, {budget} s" for n, budget in columns)], lines)
 
 
-def cost(rows: list[Row], task: str, compared: list[Row]) -> str:
-    """Parameters, seconds and megabytes of each method; the head is known from the rivals."""
-    lines, head = [], NOTHING
-    for rival in (row for row in compared if "parameters" in row and row["rival"] in METHODS):
-        for twin in pick(rows, task=task, method=rival["rival"])[:1]:
-            head = f"{rival['parameters'] - twin['parameters']:,}"
-    for method in METHODS:
-        mine = pick(rows, task=task, method=method)
+def elsewhere(rows: list[Row], data: str) -> str:
+    """Dice of the same models on another data set."""
+    other = DATASETS[data].elsewhere
+    columns = [(n, b) for b in (SHORT, LONG) for n in DATASETS[data].counts if pick(rows, patients=n, budget=b)]
+    lines = []
+    for method in _methods_of(rows):
+        parts = [pick(rows, method=method, patients=n, budget=budget) for n, budget in columns]
+        lines.append([method, *(spread([mean(row, data=other) for row in part]) for part in parts)])
+    head = [f"Dice on {other}", *(f"{count_name(n)}, {budget} s" for n, budget in columns)]
+    return markdown(head, lines) if lines else "not measured"
+
+
+def cost(rows: list[Row]) -> str:
+    """Trained parameters of each method, and the CPU seconds that its training took."""
+    lines = []
+    for method in _methods_of(rows):
+        mine = pick(rows, method=method, budget=SHORT)
         if mine:
-            seconds = statistics.median(r["seconds"] for r in mine)
-            lines.append([f"`{method}`", f"{mine[0]['parameters']:,}", f"{seconds:.0f}", f"{mine[0]['megabytes']:.2f}"])
-    table = markdown(["method", "trained parameters, without head", "CPU seconds (median)", "MB"], lines)
-    return f"{table}\n\nThe head has {head} parameters more, with every method."
+            own = mine[0].get("without_head")
+            seconds = statistics.median(row["cpu_seconds"] for row in mine)
+            cells = [f"{mine[0]['parameters']:,}", NOTHING if own is None else f"{own:,}", f"{seconds:.0f}"]
+            lines.append([method, *cells])
+    head = ["", "trained parameters", "of them adapters", f"CPU seconds, budget {SHORT} (median)"]
+    return markdown(head, lines) if lines else "not measured"
 
 
-def rates(rows: list[Row]) -> str:
-    """Dice of each method at each rate, on the slices that serve this choice only."""
+def demo(rows: list[Row]) -> str:
+    """Mean Dice over the organs that a scan shows, for each seed of `samda demo`."""
+    rows = pick(rows)
+    if not rows:
+        return "not measured; `python -m benchmarks.evidence --parts demo`"
     lines = []
-    for method in RATED:
-        scale = 0.1 if method == "full" else 1.0
-        found = [pick(rows, method=method, rate=rate * scale) for rate in RATES]
-        cells = [f"{r[0]['dice']:.3f}" if r else NOTHING for r in found]
-        lines.append([f"`{method}`" + (", a tenth of these" if method == "full" else ""), *cells])
-    return markdown(["learning rate", *(f"{rate:g}" for rate in RATES)], lines)
-
-
-def ablation(name: str, rows: list[Row], main: list[Row]) -> str:
-    """One dial: Dice on eight slices, and the difference to the first row seed by seed."""
-    found = {row: ablated(name, row, rows, main) for row in ABLATIONS[name]}
-    first = next(iter(found.values()))
-    lines = []
-    for row, mine in found.items():
-        count = f"{mine[0]['parameters']:,}" if mine else NOTHING
-        against = "" if mine is first else difference(gains(mine, first))
-        lines.append([row, count, spread([r["dice"] for r in mine]), against])
-    return markdown(["", "parameters", "Dice", "against the first row"], lines)
-
-
-def ablated(name: str, row: str, rows: list[Row], main: list[Row]) -> list[Row]:
-    """The runs of a row of an ablation; one that the main table has is found there."""
-    method = ABLATIONS[name][row]
-    twin = next((key for key, value in METHODS.items() if value is method), None)
-    mine = pick(main, task="abdomen", method=twin, labels=8) if twin else pick(rows, ablation=name, row=row)
-    return [r for r in mine if r["seed"] < ENCODER_SEEDS]
+    for what in rows[0]["dice"]:
+        values = [statistics.fmean(row["dice"][what].values()) for row in rows]
+        lines.append([what, *(f"{value:.3f}" for value in values), spread(values)])
+    lines.append(["seconds", *(str(row["seconds"]) for row in rows), ""])
+    return markdown(["Dice", *(f"seed {row['seed']}" for row in rows), "mean"], lines)
 
 
 def fields(rows: list[Row], tap: str) -> str:
     """Share of the image's area that holds 20, 50 and 99 % of the influence, on three scales."""
     scales, shares = ("mass", "normalized", "log"), ("0.2", "0.5", "0.99")
-    head = [f"`{tap}`", *(f"{scale}, {round(100 * float(share))} %" for scale in scales for share in shares)]
+    head = [f"tap `{tap}`", *(f"{scale}, {round(100 * float(share))} %" for scale in scales for share in shares)]
     lines = []
     for row in rows:
         areas = [row[tap]["areas"][scale][share] for scale in scales for share in shares]
-        name = "frozen SAM" if row["network"] == "head" else row["network"]
-        lines.append([name, *(NOTHING if area is None else f"{100 * area:.1f} %" for area in areas)])
+        lines.append([row["network"], *(NOTHING if area is None else f"{100 * area:.1f} %" for area in areas)])
     return markdown(head, lines)
-
-
-def rivals(rows: list[Row]) -> str:
-    """Dice of everybody for the same slices and CPU seconds."""
-    counts = [8, 0]
-    lines = []
-    for budget, name in dict.fromkeys((row["budget"], row["rival"]) for row in rows if row["rival"] != "peft"):
-        mine = pick(rows, rival=name, budget=budget)
-        done = [row for row in mine if "dice" in row]
-        parts = [pick(done, labels=n) for n in counts]
-        steps = [str(round(statistics.median(row["steps"] for row in part))) if part else NOTHING for part in parts]
-        words = f"{done[0]['parameters']:,}" if done else f"not run: {mine[0]['reason']}"
-        dice = [spread([row["dice"] for row in part]) for part in parts]
-        lines.append([f"`{name}`", str(budget), words, " / ".join(steps), *dice])
-    return markdown(
-        ["", "CPU seconds", "trained parameters", "steps, 8 / all", "Dice, 8 slices", "Dice, all slices"], lines
-    )
 
 
 def peft(rows: list[Row]) -> str:
     """HF peft's LoRA and ours, from the same random A and B: the largest differences."""
-    found = pick(rows, rival="peft")
-    if not found:
-        return "not measured"
-    row = found[0]
-    if row["status"] != "run":
-        return f"not run: {row['reason']}"
+    if not pick(rows):
+        return f"not run: {rows[0]['not_run']}" if rows else "not measured"
+    row = pick(rows)[0]
+    seconds = row["step_seconds"]
     lines = [
         ["logits before the first step", f"{row['outputs']:.1e}"],
-        [f"loss, over {row['steps']} steps", f"{row['losses']:.1e}"],
+        ["loss, over the steps", f"{row['losses']:.1e}"],
         ["A and B after the last step", f"{row['weights']:.1e} (they moved by {row['changed']:.1e})"],
         ["logits after the last step", f"{row['logits']:.1e}"],
-        ["seconds of a step, peft / samda", f"{row['peft']['step_seconds']:.2f} / {row['samda']['step_seconds']:.2f}"],
+        ["seconds of a step, peft / samda", f"{seconds['peft']:.2f} / {seconds['samda']:.2f}"],
     ]
     return markdown([f"{row['layers']} linear layers, {row['parameters']:,} parameters", "largest difference"], lines)
 
 
-def adaptation(runs: list[Row]) -> str:
-    """Mean Dice on B and M over the source models: plain, the last iterate, and what the guard lets pass."""
-    cases = ("B", "M")
-    head = ["objective", "seeds"]
-    for case in cases:
-        head += [f"{case} plain", f"{case} alone", f"{case} guarded", "smallest gain"]
+def one_patient(kept: dict[str, Any]) -> str:
+    """Mean Dice of the first version's methods, on slices of a patient's abdomen and of a chest CT."""
+    columns = [(task, n) for task in ("abdomen", "chest") for n in ("2", "8", "0")]
+    head = ["labeled slices", *(f"{task}, {'all' if n == '0' else n}" for task, n in columns)]
     lines = []
-    for method in dict.fromkeys(run["method"] for run in runs):
-        seeds = len({run["seed"] for run in pick(runs, method=method)})
-        cells = [f"`{method}`", str(seeds)]
-        for case in cases:
-            scores = [run["mean_dice"] for run in pick(runs, method=method, case=case)]
-            cells += [f"{statistics.fmean(s[key] for s in scores):.3f}" for key in ("source", "last", "final")]
-            cells.append(f"{min(s['final'] - s['source'] for s in scores):+.3f}")
-        lines.append(cells)
+    for method in kept["abdomen"]:
+        found = [kept[task].get(method, {}).get(n, []) for task, n in columns]
+        lines.append([f"`{method}`", *(f"{statistics.fmean(dice):.3f}" if dice else NOTHING for dice in found)])
     return markdown(head, lines)
 
 
-def findings(rows: list[Row]) -> str:
-    """What the papers claim, and what each claim compares, pair by pair."""
-    claims = [
-        ("SALT beats LoRA", "salt", "lora"),
-        ("SALT beats S-SAM", "salt", "s_sam"),
-        ("LKA beats a plain bottleneck of its width (8)", "lka", "bottleneck"),
-        ("DKA beats a plain bottleneck of its width (16)", "dka", "bottleneck_16"),
-        ("DKA beats its large kernel alone", "dka", "dka_51"),
-        ("DKA beats its small kernel alone", "dka", "dka_5"),
-        ("plain adapters fall below the head when labels are few", "head_fresh", "bottleneck"),
-        ("", "head_fresh", "lora"),
-        ("kernels save them", "dka", "head_fresh"),
-        ("SAM-DA rivals full fine-tuning", "sam_da_fresh", "full"),
-        ("SAM-DA beats the whole decoder", "sam_da", "decoder"),
-        ("adapters of encoder and decoder add up", "salt+sam_da", "salt"),
-        ("", "salt+sam_da", "sam_da_fresh"),
-        ("fresh views, not what the method adds", "head_fresh", "head"),
-        ("", "sam_da_fresh", "sam_da"),
-    ]
+def sources() -> str:
+    """The data sets, who is held out, and where they come from."""
     lines = []
-    for claim, better, worse in claims:
-        mine, others = (pick(rows, task="abdomen", method=name) for name in (better, worse))
-        found = [gains(pick(mine, labels=n), others) for n in ORDERED]
-        every = [d for differences in found for d in differences]
-        won = f"{sum(d > 0 for d in every)} of {len(every)}"
-        lines.append([claim, f"`{better}` - `{worse}`", *(difference(d) for d in found), won])
-    names = [f"{labels_name(n)} slices" for n in ORDERED]
-    return markdown(["claim", "difference", *names, "pairs above zero"], lines)
+    for name, entry in DATASETS.items():
+        held = f"{len(SPLITS[name]['train'])} / {len(SPLITS[name]['test'])}" if name in SPLITS else "0 / all"
+        lines.append(f"| `{name}` | {entry.about} | {held} | {', '.join(entry.classes[1:])} | {entry.source} |")
+    head = "| folder | what | patients: may train / held out | classes | source and license |\n|---|---|---|---|---|"
+    return "\n".join([head, *lines])

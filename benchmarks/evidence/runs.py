@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: the runs of each part, each a dict of what tells it from others, and how one of them is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from samda.task import Task
+
+from .apart import run_there
+from .datasets import ALL, DATASETS, SPLITS, split, write_list
+from .fields import NETWORKS
+from .methods import ABLATIONS, ENCODER, METHODS, rivals_of, train_and_predict
+
+SHORT, LONG = 300, 1800  # CPU seconds
+SEEDS, DEMO_SEEDS = 3, 5
+FROZEN = tuple(name for name in METHODS if name not in ENCODER)
+BASELINE = "pyramid"  # what adapters are compared with
+SCORES = ("dice", "nsd", "hd95_mm")
+
+Run = dict[str, Any]
+
+
+def planned(part: str) -> list[Run]:
+    """The runs of a part, the most telling ones first, each with the fingerprint of its settings.
+
+    Raises:
+        KeyError: there is no such part.
+    """
+    runs = PARTS[part]()
+    for run in runs:
+        run["setup"] = _setup(run)
+    return runs
+
+
+def _setup(run: Run) -> str:
+    """Changes with what was set for a run, so that rows of another protocol are not taken for this one's."""
+    name = run.get("method", "")
+    settings = [DATASETS.get(run.get("data", "")), (METHODS | ABLATIONS).get(name, name)]
+    if run.get("data") in SPLITS:
+        settings.append(SPLITS[run["data"]])
+    text = json.dumps(settings, default=dataclasses.asdict, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _trainings(data: str) -> list[Run]:
+    """Everybody at every count; adapters of the encoder where there are patients for them; some with more time."""
+    entry = DATASETS[data]
+    everybody = (*FROZEN, *rivals_of(entry.dimensions))
+    some = [n for n in entry.counts if n in (10, 30)] or [ALL]
+    runs = []
+    for seed in range(SEEDS):
+        for count in (*some, *(n for n in entry.counts if n not in some)):
+            methods = everybody + (ENCODER if count in some and (seed == 0 or data == "hippocampus") else ())
+            runs += [_training(data, count, method, seed, SHORT) for method in methods]
+        if seed == 0:
+            long = ([30] if 30 in entry.counts else []) + [ALL]
+            methods = ("pyramid", "pyramid + SAM-DA", "pyramid, full fine-tuning", *rivals_of(entry.dimensions))
+            runs += [_training(data, count, method, seed, LONG) for count in long for method in methods]
+    return runs
+
+
+def _training(data: str, count: int, method: str, seed: int, budget: int) -> Run:
+    return {"data": data, "patients": count, "method": method, "seed": seed, "budget": budget}
+
+
+def _ablations() -> list[Run]:
+    return [_training("hippocampus", 10, name, seed, SHORT) for seed in range(SEEDS) for name in ABLATIONS]
+
+
+PARTS: dict[str, Callable[[], list[Run]]] = {
+    **{name: lambda name=name: _trainings(name) for name in DATASETS if name in SPLITS},
+    "demo": lambda: [{"demo": "A, B, M", "seed": seed} for seed in range(DEMO_SEEDS)],
+    "ablations": _ablations,
+    "fields": lambda: [{"network": name} for name in NETWORKS],
+    "peft": lambda: [{"compared": "LoRA of peft and of samda"}],
+}
+
+
+def measure(run: Run, root: Path | None) -> Run:
+    """The run with its results; in a process whose calculations take one core.
+
+    Args:
+        run: of :func:`planned`.
+        root: folder of the data sets.
+
+    Raises:
+        NotRun: a program cannot run here.
+        FileNotFoundError: `root` lacks the data set, or is None.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="samda-evidence-") as folder:
+        if "data" in run:
+            if root is None:
+                raise FileNotFoundError(f"{run['data']} needs --data FOLDER; docs/evidence.md names the sources")
+            return run | _measure_training(run, root, Path(folder))
+        if "demo" in run:
+            return run | _measure_demo(run["seed"], Path(folder) / "demo")
+    if "network" in run:
+        from .fields import measure_network
+
+        return run | measure_network(run["network"])
+    from .peft_lora import compare
+
+    return run | compare()
+
+
+def _measure_training(run: Run, root: Path, folder: Path) -> Run:
+    from samda import evaluate
+
+    data, lists = run["data"], []
+    for name in filter(None, (data, DATASETS[data].elsewhere)):
+        training, test = split(name, root, run["patients"], run["seed"])
+        lists.append(write_list(name, training, test, folder / f"{name}.json"))
+    entry = DATASETS[data]
+    row = train_and_predict(run["method"], lists, folder, run["budget"], run["seed"], entry.classes)
+    row["test"] = {}
+    for file in lists:
+        task = Task(name=file.stem, classes=entry.classes)
+        found = evaluate(folder / "predictions", file, task, None, DATASETS[file.stem].tolerance, "test")
+        if found.failed:
+            raise RuntimeError(f"{file.stem}: {len(found.failed)} cases without scores: {next(iter(found.failed.values()))}")
+        patient = {case["id"]: case["patient"] for case in json.loads(file.read_text(encoding="utf-8"))["test"]}
+        row["test"][file.stem] = by_patient(found.cases, patient, entry.classes[1:])
+    if run["method"] in ENCODER and (data, run["patients"], run["seed"]) == ("hippocampus", 10, 0):
+        row["field"] = _field_of(folder / "model", lists[0])
+    return row
+
+
+def by_patient(cases: Mapping[str, Any], patient: Mapping[str, str], classes: tuple[str, ...]) -> dict[str, Any]:
+    """Patient -> class -> [Dice, NSD, HD95], the mean over the patient's cases that have a value, else None."""
+    rows: dict[str, Any] = {}
+    for name in sorted(set(patient.values())):
+        mine = [scores for case, scores in cases.items() if patient[case] == name]
+        rows[name] = {}
+        for k, label in enumerate(classes):
+            values = [[getattr(scores[k], score) for scores in mine] for score in SCORES]
+            known = [[v for v in column if not math.isnan(v)] for column in values]
+            rows[name][label] = [round(statistics.fmean(column), 4) if column else None for column in known]
+    return rows
+
+
+def _field_of(model: Path, data: Path) -> dict[str, Any]:
+    from samda import load_model
+    from samda.inference import body_slices, find_cases
+
+    from .fields import IMAGES, measure
+
+    network, task, _ = load_model(model)
+    return measure(network, body_slices(find_cases(data), task, IMAGES))
+
+
+def _measure_demo(seed: int, folder: Path) -> Run:
+    """`samda demo`: Dice of each organ that the scan shows, over all its slices together, plain and adapted."""
+    run_there([sys.executable, "-m", "samda", "demo", "-o", folder, "--seed", seed, "--quiet"], timeout=None)
+    content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    dice = {}
+    for part, suffix in (("scores", ""), ("adapted", ", adapted")):
+        for what, score in content[part].items():
+            shown = {name for case in score["cases"].values() for name, s in case.items() if s["label_ml"] > 0}
+            classes = score["summary"]["classes"]
+            dice[what + suffix] = {n: round(e["pooled_dice"], 4) for n, e in classes.items() if n in shown}
+    return {"seconds": content["seconds"], "dice": dice}
