@@ -4,12 +4,13 @@
 #   make test                              the whole test suite
 #   make integration                       MONAI Label and MLflow, each in an environment of its own
 #   make bench                             speed against named rivals, side by side; tables of docs/performance.md
-#   make evidence                          adapters, few labels, receptive fields, rivals; hours, goes on where it stopped
+#   make evidence DATA=FOLDER              methods and rivals on real patients (docs/evidence.md); resumable, takes hours
 #   make test PYTHON=python3.12 VENV=env   another interpreter, another folder for the environment
 
 PYTHON ?= python3
 VENV   ?= .venv
 DEMO   ?= demo
+DATA   ?=
 TESTS  ?= tests
 
 python := $(VENV)/bin/python
@@ -43,12 +44,11 @@ integration: $(stamp)
 	$(python) -m pytest integration
 
 bench: $(stamp)
-	$(python) benchmarks/speed.py
-	$(python) benchmarks/scaling.py
-	$(python) benchmarks/performance_page.py
+	$(python) -m benchmarks.speed
+	$(python) -m benchmarks.scaling
 
 evidence: $(stamp)
-	$(python) -m benchmarks.evidence
+	$(python) -m benchmarks.evidence $(if $(DATA),--data $(DATA),)
 
 # after a change of options, docstrings or settings
 docs: $(stamp)

@@ -72,20 +72,6 @@ def predict(scan: Path, output: Path, network_name: str, classes: int, budget: f
     return {"peak_gb": peak, "before_gb": round(before, 2), "seconds": seconds, "weights": weights}
 
 
-def measure(args: argparse.Namespace) -> dict:
-    """Write the scan, then predict it in a fresh process."""
-    with tempfile.TemporaryDirectory() as folder:
-        scan = Path(folder) / "ct.nii.gz"
-        write_ct(scan, tuple(args.shape))
-        command = [sys.executable, __file__, "--scan", str(scan), "--network", args.network]
-        command += ["--classes", str(args.classes), "--budget", str(args.budget), "--batch-size", str(args.batch_size)]
-        run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        saved = nib.load(Path(folder) / "labels" / "ct.nii.gz")
-        if saved.shape != tuple(args.shape):
-            raise SystemExit(f"the label map has shape {saved.shape}, expected {tuple(args.shape)}")
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 def main() -> int:
     """Run; the exit code is 1 where the peak exceeds the limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,7 +87,16 @@ def main() -> int:
         folder = args.scan.parent / "labels"
         print(json.dumps(predict(args.scan, folder, args.network, args.classes, args.budget, args.batch_size)))
         return 0
-    result = measure(args)
+    with tempfile.TemporaryDirectory() as folder:  # in a fresh process
+        scan = Path(folder) / "ct.nii.gz"
+        write_ct(scan, tuple(args.shape))
+        command = [sys.executable, __file__, *sys.argv[1:], "--scan", str(scan)]
+        result = json.loads(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+        )
+        saved = nib.load(Path(folder) / "labels" / "ct.nii.gz")
+        if saved.shape != tuple(args.shape):
+            raise SystemExit(f"the label map has shape {saved.shape}, expected {tuple(args.shape)}")
     size = " x ".join(map(str, args.shape))
     print(f"{args.network}, {size}, {args.classes} classes, weights {result['weights']}:")
     print(f"peak {result['peak_gb']} GB ({result['before_gb']} GB before the scan), {result['seconds']} s")

@@ -1,45 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the tables of docs/performance.md from the results in `benchmarks/results`; the text around them is by hand:
 
-python benchmarks/performance_page.py [--check]
+python -m benchmarks.performance_page
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from filling import fill
-from harness import Row, table
-
 from samda.io import write_text
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results"
-MISSING = "not measured; `{command}`"
+from .timing import RESULTS, Row, duration, fill, markdown, table
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
-    """The page with its tables made anew, see :func:`filling.fill`."""
+    """The page with its tables made anew."""
     return fill(text, blocks(results))
 
 
 def blocks(results: Path) -> dict[str, str]:
-    """Every table by its name."""
-    speed, scaling = (_read(results / f"{name}_cpu.json") for name in ("speed", "scaling"))
-    cuda = _read(results / "speed_cuda.json")
+    """Every table by its name; one without results says how to measure it."""
+    speed, scaling, cuda = (_read(results / f"{name}.json") for name in ("speed_cpu", "scaling_cpu", "speed_cuda"))
+    measured = {
+        "machine": ("make bench", _machine, speed),
+        "speed": ("make bench", _speed, speed),
+        "cuda": ("python -m benchmarks.speed --device cuda", _speed, cuda),
+        "machine_of_the_rest": ("python -m benchmarks.scaling", _machine, scaling),
+        "growth": ("python -m benchmarks.scaling --parts growth", _growth, scaling.get("growth")),
+        "profile": ("python -m benchmarks.scaling --parts profile", _profile, scaling.get("profile")),
+        "floor": ("python -m benchmarks.scaling --parts profile", _floor, scaling.get("profile")),
+        "options": ("python -m benchmarks.scaling --parts options", _options, scaling.get("options")),
+    }
     return {
-        "machine": _machine(speed, "make bench"),
-        "speed": _speed(speed, "make bench"),
-        "cuda": _speed(cuda, "python benchmarks/speed.py --device cuda"),
-        "machine_of_the_rest": _machine(scaling, "python benchmarks/scaling.py"),
-        "growth": _growth(scaling.get("growth")),
-        "profile": _profile(scaling.get("profile")),
-        "floor": _floor(scaling.get("profile")),
-        "options": _options(scaling.get("options")),
+        name: write(found) if found else f"not measured; `{command}`"
+        for name, (command, write, found) in measured.items()
     }
 
 
@@ -47,9 +45,7 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _machine(results: dict[str, Any], command: str) -> str:
-    if not results:
-        return MISSING.format(command=command)
+def _machine(results: dict[str, Any]) -> str:
     facts = results["machine"]
     return (
         f"Measured on: {facts['processor']}, {facts['cores']} cores, {facts['threads']} threads of PyTorch "
@@ -58,85 +54,56 @@ def _machine(results: dict[str, Any], command: str) -> str:
     )
 
 
-def _speed(results: dict[str, Any], command: str) -> str:
-    if not results:
-        return MISSING.format(command=command)
+def _speed(results: dict[str, Any]) -> str:
     return table([Row(**row) for rows in results["rows"].values() for row in rows])
 
 
-def _growth(curves: dict[str, Any] | None) -> str:
-    if not curves:
-        return MISSING.format(command="python benchmarks/scaling.py --parts growth")
-    lines = ["| what grows | measured on | seconds |", "|---|---|---|"]
+def _growth(curves: dict[str, Any]) -> str:
+    lines = []
     for name, curve in curves.items():
-        points = ", ".join(f"{value}: {_seconds(took)}" for value, took in curve["seconds"].items())
-        lines.append(f"| {name} | {curve['fixed']} | {points} |")
-    return "\n".join(lines)
+        points = ", ".join(f"{value}: {duration(took)}" for value, took in curve["seconds"].items())
+        lines.append([name, curve["fixed"], points])
+    return markdown(["what grows", "measured on", "seconds"], lines)
 
 
-def _profile(jobs: dict[str, Any] | None) -> str:
-    if not jobs:
-        return MISSING.format(command="python benchmarks/scaling.py --parts profile")
-    kinds = sorted({k for job in jobs.values() for k in job["shares"]}, key=lambda k: -_largest(jobs, k))
-    lines = ["| share of the time | " + " | ".join(jobs) + " |", "|---|" + "--:|" * len(jobs)]
-    for kind in kinds:
-        shares = [f"{100 * job['shares'].get(kind, 0.0):.0f} %" for job in jobs.values()]
-        lines.append(f"| {kind} | {' | '.join(shares)} |")
-    return "\n".join(lines)
+def _profile(jobs: dict[str, Any]) -> str:
+    largest: dict[str, float] = {}
+    for job in jobs.values():
+        for kind, share in job["shares"].items():
+            largest[kind] = max(share, largest.get(kind, 0.0))
+    lines = []
+    for kind in sorted(sorted(largest), key=lambda kind: -largest[kind]):
+        lines.append([kind, *(f"{100 * job['shares'].get(kind, 0.0):.0f} %" for job in jobs.values())])
+    return markdown(["share of the time", *jobs], lines, texts=1)
 
 
-def _largest(jobs: dict[str, Any], kind: str) -> float:
-    return max(job["shares"].get(kind, 0.0) for job in jobs.values())
-
-
-def _floor(jobs: dict[str, Any] | None) -> str:
-    if not jobs:
-        return MISSING.format(command="python benchmarks/scaling.py --parts profile")
-    lines = [
-        "| job | measured | GFLOP | floor of arithmetic | GB moved | floor of memory | measured / larger floor |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
+def _floor(jobs: dict[str, Any]) -> str:
+    head = ["job", "measured", "GFLOP", "floor of arithmetic", "GB moved", "floor of memory"]
+    lines = []
     for name, job in jobs.items():
         floors, peak = job["floor_seconds"], job["peak"]
-        lines.append(
-            f"| {name} | {_seconds(job['seconds'])} | {job['gflop']:.1f} | {_seconds(floors['compute'])} at "
-            f"{peak['flop_per_s'] / 1e9:.0f} GFLOP/s | {job['gbyte']:.2f} | {_seconds(floors['memory'])} at "
-            f"{peak['bytes_per_s'] / 1e9:.1f} GB/s | {job['of_floor']:.1f} |"
-        )
-    return "\n".join(lines)
+        compute = f"{duration(floors['compute'])} at {peak['flop_per_s'] / 1e9:.0f} GFLOP/s"
+        memory = f"{duration(floors['memory'])} at {peak['bytes_per_s'] / 1e9:.1f} GB/s"
+        cells = [name, duration(job["seconds"]), f"{job['gflop']:.1f}", compute, f"{job['gbyte']:.2f}", memory]
+        lines.append([*cells, f"{job['of_floor']:.1f}"])
+    return markdown([*head, "measured / larger floor"], lines, texts=1)
 
 
-def _options(found: dict[str, Any] | None) -> str:
-    if not found:
-        return MISSING.format(command="python benchmarks/scaling.py --parts options")
-    lines = ["| option | measured on | without | with | first call |", "|---|---|--:|--:|--:|"]
+def _options(found: dict[str, Any]) -> str:
+    lines = []
     for name, row in found.items():
         if "failed" in row:
-            lines.append(f"| {name} | failed: {row['failed']} | | | |")
+            lines.append([name, f"failed: {row['failed']}", "", "", ""])
             continue
-        first = _seconds(row["first_call"]) if "first_call" in row else ""
-        lines.append(f"| {name} | {row['what']} | {_seconds(row['without'])} | {_seconds(row['with'])} | {first} |")
-    return "\n".join(lines)
+        first = duration(row["first_call"]) if "first_call" in row else ""
+        lines.append([name, row["what"], duration(row["without"]), duration(row["with"]), first])
+    return markdown(["option", "measured on", "without", "with", "first call"], lines, texts=2)
 
 
-def _seconds(value: float) -> str:
-    return f"{1e3 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
-
-
-def main() -> int:
-    """Write the page, or with --check say whether it is up to date."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is out of date")
-    arguments = parser.parse_args()
-    old = PAGE.read_text(encoding="utf-8")
-    new = filled(old)
-    if not arguments.check:
-        write_text(PAGE, new)
-    elif new != old:
-        print(f"{PAGE} does not show the results; run python benchmarks/performance_page.py", file=sys.stderr)
-        return 1
-    return 0
+def write_page() -> None:
+    """The page, made anew."""
+    write_text(PAGE, filled(PAGE.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    write_page()

@@ -13,8 +13,6 @@ from timm.models.tiny_vit import MBConv, PatchEmbed, PatchMerging, TinyVitBlock
 from samda.models.sam_file import to_segment_anything
 from samda.networks.tiny_vit import TinyViT
 
-__all__ = ["OriginalTinyViT", "RebuiltSalt", "SliceBySlice", "sam_with_original_encoder", "written_out_attention"]
-
 
 class OriginalTinyViT(nn.Module):
     """MobileSAM's encoder of timm's own blocks, with the weights of ours: NCHW maps, padded windows, batch norms apart.
@@ -114,20 +112,21 @@ class RebuiltSalt(nn.Module):
 
     Args:
         salt: our adapter, whose values it takes.
-        bias: of the layer.
+        bias: of the layer, where the call gives none.
     """
 
-    def __init__(self, salt: nn.Module, bias: torch.Tensor) -> None:
+    def __init__(self, salt: nn.Module, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.u, self.s, self.vt, self.bias, self.r = salt.u, salt.s, salt.vt, bias, salt.r
         self.alpha = nn.Parameter(1 + salt.scale.detach().clone())
         self.beta = nn.Parameter(salt.shift.detach().clone())
         self.left, self.right = (nn.Parameter(t.detach().clone()) for t in (salt.left, salt.right))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         top = torch.diag(self.alpha * self.s[: self.r] + self.beta)
         tail = torch.diag(self.s[self.r :]) + self.left @ self.right
-        return F.linear(x, self.u @ torch.block_diag(top, tail).relu() @ self.vt, self.bias)
+        bias = self.bias if bias is None else bias
+        return F.linear(x, self.u @ torch.block_diag(top, tail).relu() @ self.vt, bias)
 
 
 def written_out_attention(q, k, v, table_h, table_w, formulation=None) -> torch.Tensor:

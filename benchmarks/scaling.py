@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """How cost grows, where time goes, and how far the hardware's floor is:
 
-    python benchmarks/scaling.py [--parts growth,profile,options] [--repeats 3] [--device cuda]
+    python -m benchmarks.scaling [--parts growth,profile,options] [--repeats 3] [--device cuda]
 
 Growth: seconds against image size, slices, classes and adapter width. Profile: training steps and predictions by kind
 of operation, with the floor of each: its FLOP at the speed of a large matrix product on this machine, and its bytes
 (each operation reads its inputs and writes its output once) at the speed of a large copy. Options: `torch.compile` and
-activation checkpointing. Writes `benchmarks/results/scaling_<device>.json`; parts not asked for stay as they are.
+activation checkpointing. Writes `benchmarks/results/scaling_<device>.json`, in which parts not asked for stay as they
+are, and docs/performance.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -20,18 +22,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import interleave, machine, median
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
-from samda.inference.volume import VolumeInferer
+from samda import SamSegmenter, Task, VolumeInferer
 from samda.io import write_json
-from samda.networks.segmenter import SamSegmenter
-from samda.task import Task
 
-RESULTS = Path(__file__).parent / "results"
+from .performance_page import write_page
+from .timing import RESULTS, in_training, interleave, machine, median
+
 KINDS = {  # kind of operation -> parts of the names of PyTorch's operations; the first that fits
     "attention": ("scaled_dot_product", "flash"),
     "matrix products": ("addmm", "mm", "bmm", "baddbmm", "linear"),
@@ -56,11 +57,7 @@ def training_step(model: SamSegmenter, size: int, batch: int, device: str) -> Ca
     """One step on random slices: forward, cross entropy, backward, AdamW."""
     image = torch.rand(batch, 1, size, size, device=device)
     label = torch.randint(0, model.num_classes, (batch, size, size), device=device)
-    optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-5)
-    with torch.no_grad():  # as in the midst of training: nothing is zero any more
-        for name, parameter in model.named_parameters():
-            if ".adapters." in name:
-                parameter.add_(torch.randn_like(parameter) * 1e-3)
+    optimizer = torch.optim.AdamW([p for p in in_training(model.train()).parameters() if p.requires_grad], lr=1e-5)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -70,8 +67,15 @@ def training_step(model: SamSegmenter, size: int, batch: int, device: str) -> Ca
     return step
 
 
+@torch.no_grad()
+def forward(model: Callable[..., object], image: torch.Tensor, amp: bool = False) -> object:
+    """A forward pass without gradients, with `amp` in bfloat16."""
+    with torch.autocast(image.device.type, torch.bfloat16, enabled=amp):
+        return model(image)
+
+
 def growth(device: str, repeats: int) -> dict[str, Any]:
-    """Curves: name -> {"x", "points": {value: seconds}, "unit", "fixed"}."""
+    """Curves: name -> {"x", "fixed", "seconds": {value: seconds}}."""
     curves: dict[str, dict[str, Any]] = {}
 
     def curve(name: str, x: str, fixed: str, runs: dict[str, Callable[[], object]]) -> None:
@@ -80,23 +84,11 @@ def growth(device: str, repeats: int) -> dict[str, Any]:
         curves[name] = {"x": x, "fixed": fixed, "seconds": points}
         print(name, points, flush=True)
 
-    def forward(model: SamSegmenter, size: int) -> Callable[[], object]:
-        image = torch.rand(1, 1, size, size, device=device)
-
-        def run() -> object:
-            with torch.no_grad():
-                return model.eval()(image)
-
-        return run
-
     for backbone, sizes in (("vit_t", (128, 256, 512, 1024)), ("vit_b", (128, 256, 512))):
-        model = network(backbone, device=device)
-        curve(
-            f"image size, {backbone}",
-            "pixels",
-            "forward pass of one slice, 7 classes",
-            {str(size): forward(model, size) for size in sizes},
-        )
+        model = network(backbone, device=device).eval()
+        images = {str(size): torch.rand(1, 1, size, size, device=device) for size in sizes}
+        runs = {size: functools.partial(forward, model, image) for size, image in images.items()}
+        curve(f"image size, {backbone}", "pixels", "forward pass of one slice, 7 classes", runs)
 
     def volume(slices: int, classes: int) -> Callable[[], object]:
         names = ("background", *(f"class {k}" for k in range(1, classes)))
@@ -106,18 +98,10 @@ def growth(device: str, repeats: int) -> dict[str, Any]:
         inferer, model = VolumeInferer(task, device=device), network("vit_t", classes, device)
         return lambda: inferer(scan, model, spacing_mm=(1.5, 1.5, 3.0))
 
-    curve(
-        "slices",
-        "slices",
-        "prediction of a volume, vit_t at 256 px, 7 classes",
-        {str(n): volume(n, 7) for n in (8, 16, 32, 64)},
-    )
-    curve(
-        "classes",
-        "classes",
-        "prediction of 16 slices, vit_t at 256 px",
-        {str(k): volume(16, k) for k in (2, 7, 25, 105)},
-    )
+    runs = {str(n): volume(n, 7) for n in (8, 16, 32, 64)}
+    curve("slices", "slices", "prediction of a volume, vit_t at 256 px, 7 classes", runs)
+    runs = {str(k): volume(16, k) for k in (2, 7, 25, 105)}
+    curve("classes", "classes", "prediction of 16 slices, vit_t at 256 px", runs)
     for name, key, values in (
         ("salt", "rank", (1, 4, 64, 256)),
         ("lora", "rank", (1, 4, 64, 128)),
@@ -175,14 +159,6 @@ def profiles(device: str, repeats: int) -> dict[str, Any]:
     model = network("vit_t", device=device).eval()
     image = torch.rand(8, 1, 256, 256, device=device)
     embedding = torch.rand(8, 256, 16, 16, device=device)
-
-    def predict(amp: bool) -> Callable[[], object]:
-        def run() -> object:
-            with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=amp):
-                return model(image)
-
-        return run
-
     label = torch.randint(0, 7, (8, 256, 256), device=device)
     head = network("vit_t", device=device)
 
@@ -191,8 +167,8 @@ def profiles(device: str, repeats: int) -> dict[str, Any]:
 
     flagship = network("vit_t", device=device, salt={}, dka={}, sam_da={})
     jobs = {
-        "prediction, vit_t, 8 slices of 256 px, fp32": (predict(False), torch.float32),
-        "prediction, vit_t, 8 slices of 256 px, bf16": (predict(True), torch.bfloat16),
+        "prediction, vit_t, 8 slices of 256 px, fp32": (lambda: forward(model, image), torch.float32),
+        "prediction, vit_t, 8 slices of 256 px, bf16": (lambda: forward(model, image, True), torch.bfloat16),
         "training step on embeddings, vit_t, 8 slices": (on_embeddings, torch.float32),
         "training step with SALT + DKA + SAM-DA, vit_t, 2 slices of 256 px": (
             training_step(flagship, 256, 2, device),
@@ -236,29 +212,21 @@ def options(device: str, repeats: int) -> dict[str, Any]:
     compiled = torch.compile(model)
     start = time.perf_counter()
     try:
-        with torch.no_grad():
-            compiled(image)
+        forward(compiled, image)
     except Exception as error:  # no C++ compiler, for instance
         result["torch.compile"] = {"failed": str(error).splitlines()[0]}
     else:
         first = time.perf_counter() - start
-
-        def run(what: Callable) -> Callable[[], object]:
-            def forward() -> object:
-                with torch.no_grad():
-                    return what(image)
-
-            return forward
-
-        seconds = interleave({"without": run(model), "with": run(compiled)}, repeats, device=device)
+        runs = {"without": lambda: forward(model, image), "with": lambda: forward(compiled, image)}
+        seconds = interleave(runs, repeats, device=device)
         result["torch.compile"] = {key: median(values) for key, values in seconds.items()} | {"first_call": first}
         result["torch.compile"]["what"] = "prediction, vit_t, 8 slices of 256 px"
-    runs = {}
+    steps = {}
     for name, checkpointing in (("without", False), ("with", True)):
-        model = network("vit_b", device=device, salt={}, dka={}, sam_da={})
-        model.image_encoder.checkpointing = checkpointing
-        runs[name] = training_step(model, 256, 1, device)
-    result["checkpointing"] = {k: median(v) for k, v in interleave(runs, repeats, device=device).items()}
+        flagship = network("vit_b", device=device, salt={}, dka={}, sam_da={})
+        flagship.image_encoder.checkpointing = checkpointing
+        steps[name] = training_step(flagship, 256, 1, device)
+    result["checkpointing"] = {k: median(v) for k, v in interleave(steps, repeats, device=device).items()}
     result["checkpointing"]["what"] = "training step, SALT + DKA + SAM-DA, ViT-B at 256 px (memory: see above)"
     print(result, flush=True)
     return result
@@ -283,6 +251,7 @@ def main() -> None:
     for name in names:
         content[name] = PARTS[name](arguments.device, arguments.repeats)
         write_json(path, content | {"machine": machine(arguments.device), "repeats": arguments.repeats})
+    write_page()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data sets of the evidence: where their files lie, who trains and who is held out.
 
-They lie in one folder, which is not part of this repository; docs/evidence.md names the sources. `splits.json` holds the
-held-out patients of each, the patients that may train, and for each seed the first of them in a random order: one
+They lie in one folder, which is not part of this repository; docs/evidence.md names the sources. `splits.json` holds
+the held-out patients of each, the patients that may train, and for each seed the first of them in a random order: one
 patient is among the three, the three among the ten, and every method sees the same ones.
 """
 
@@ -57,7 +57,7 @@ def _pictures(folder: str) -> tuple[tuple[str, str], ...]:
 DATASETS = {
     "hippocampus": DataSet(
         "T1 MR crops, 1 mm",
-        "Medical Segmentation Decathlon, Task04 (medicaldecathlon.com), Vanderbilt University Medical Center, CC BY-SA 4.0",
+        "Medical Segmentation Decathlon, Task04 (medicaldecathlon.com), Vanderbilt University, CC BY-SA 4.0",
         ("background", "Anterior", "Posterior"),
         (("hippocampus/imagesTr", "hippocampus/labelsTr"),),
         r"hippocampus_\d+",

@@ -16,7 +16,7 @@ from typing import Any
 
 from samda.io import replacing, write_text
 
-from ..filling import fill
+from ..timing import fill
 from . import tables
 from .datasets import ALL, DATASETS, SPLITS
 from .methods import METHODS
@@ -69,11 +69,12 @@ def blocks(name: str) -> dict[str, str]:
         found[data] = tables.scores(rows[data], data)
         found[f"{data}_paired"] = tables.compared(rows[data], data)
     found["elsewhere"] = tables.elsewhere(rows["vessels_chase"], "vessels_chase")
-    ablations = read("ablations") + tables.pick(
-        rows["hippocampus"], patients=10, budget=SHORT, method="pyramid + SALT"
-    )
+    ablations = read("ablations") + tables.pick(rows["hippocampus"], patients=10, budget=SHORT, method="pyramid + SALT")
     found["ablations"] = tables.compared(ablations, "hippocampus", base="pyramid + SALT")
-    found["peft"], found["one_patient"] = tables.peft(read("peft")), tables.one_patient(json.loads(ONE_PATIENT.read_text()))
+    found["peft"], found["one_patient"] = (
+        tables.peft(read("peft")),
+        tables.one_patient(json.loads(ONE_PATIENT.read_text())),
+    )
     return found | {f"fields_{tap}": tables.fields(fields(), tap) for tap in TAPS}
 
 
@@ -101,7 +102,9 @@ def _goals(rows: dict[str, list[Row]]) -> str:
     for data in list(SPLITS)[1:]:
         for count in DATASETS[data].counts[:2]:
             ahead(data, count, 0.0)
-    best = [tables.mean(r) for r in tables.pick(rows["hippocampus"], patients=ALL, budget=LONG) if r["method"] in METHODS]
+    best = [
+        tables.mean(r) for r in tables.pick(rows["hippocampus"], patients=ALL, budget=LONG) if r["method"] in METHODS
+    ]
     at_least(f"hippocampus, all patients, {LONG} s: best of samda", 0.87, best, max)
     vessels = tables.pick(rows["vessels_chase"], patients=ALL, method="pyramid")
     at_least("vessels_chase, all children: pyramid", 0.78, [tables.mean(row) for row in vessels], max)

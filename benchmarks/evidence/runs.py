@@ -45,7 +45,11 @@ def planned(part: str) -> list[Run]:
 def _setup(run: Run) -> str:
     """Changes with what was set for a run, so that rows of another protocol are not taken for this one's."""
     name = run.get("method", "")
-    settings = [DATASETS.get(run.get("data", "")), (METHODS | ABLATIONS).get(name, name)]
+    settings = [
+        DATASETS.get(run.get("data", "")),
+        (METHODS | ABLATIONS).get(name, name),
+        NETWORKS.get(run.get("network")),
+    ]
     if run.get("data") in SPLITS:
         settings.append(SPLITS[run["data"]])
     text = json.dumps(settings, default=dataclasses.asdict, sort_keys=True)
@@ -130,7 +134,9 @@ def _measure_training(run: Run, root: Path, folder: Path) -> Run:
         task = Task(name=file.stem, classes=entry.classes)
         found = evaluate(folder / "predictions", file, task, None, DATASETS[file.stem].tolerance, "test")
         if found.failed:
-            raise RuntimeError(f"{file.stem}: {len(found.failed)} cases without scores: {next(iter(found.failed.values()))}")
+            raise RuntimeError(
+                f"{file.stem}: {len(found.failed)} cases without scores: {next(iter(found.failed.values()))}"
+            )
         patient = {case["id"]: case["patient"] for case in json.loads(file.read_text(encoding="utf-8"))["test"]}
         row["test"][file.stem] = by_patient(found.cases, patient, entry.classes[1:])
     if run["method"] in ENCODER and (data, run["patients"], run["seed"]) == ("hippocampus", 10, 0):

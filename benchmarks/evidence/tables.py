@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables from stored rows: means over patients, spread over seeds, and differences paired by patient.
 
-A run gives each held-out patient one number, the mean over the classes. A cell is the mean over patients and seeds, with
-the standard deviation of the seeds' means. Two methods are compared patient by patient: first the mean over the seeds
-that both have, then the difference, its mean over the patients and Student's 95 % interval.
+A run gives each held-out patient one number, the mean over the classes. A cell is the mean over patients and seeds,
+with the standard deviation of the seeds' means. Two methods are compared patient by patient: first the mean over the
+seeds that both have, then the difference, its mean over the patients and Student's 95 % interval.
 """
 
 from __future__ import annotations

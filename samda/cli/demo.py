@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `samda demo`."""
     parser.add_argument("-o", "--output", type=Path, default=Path("demo"), metavar="FOLDER", help="default demo")
     parser.add_argument("--epochs", type=positive, default=300, metavar="N", help="number of epochs; default 300")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed; default 0")
     add_shared(parser, "--quiet", "--device")
 
 
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
     say(f"[2/6] training on {device}")
     # a run of a few epochs sees a view or two, and validates at its end
     overrides = {"epochs": args.epochs} | {key: min(value, args.epochs) for key, value in RECIPE.items()}
+    overrides["seed"] = args.seed
     trained = train(
         parts[0].dataset, output / "model", task, "sam_da", "vit_t", overrides, overwrite=True, device=device
     )

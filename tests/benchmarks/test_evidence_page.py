@@ -1,63 +1,90 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/evidence.md shows what benchmarks/results/evidence holds."""
+"""docs/evidence.md and docs/adapters.md show what benchmarks/results holds, in tables and in words."""
 
 from __future__ import annotations
 
-import importlib
-import statistics
-from pathlib import Path
-from types import ModuleType
+import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ENCODER = ("bottleneck", "bottleneck_16", "lora", "salt", "s_sam", "lka", "dka", "dka_51", "dka_5")
+COUNTS = ("2", "8", "0")
 
 
-@pytest.fixture
-def page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script that writes the page."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    return importlib.import_module("benchmarks.evidence.page")
+class Rows:
+    """What was measured, read without the code that writes the page."""
+
+    def __init__(self) -> None:
+        from benchmarks.evidence import page
+        from benchmarks.evidence.results import read
+
+        self.peft = next(iter(read("peft")), None)
+        self.areas = {row["network"]: row["block"]["areas"]["mass"]["0.5"] for row in read("fields")}
+        self.old: dict[str, Any] = json.loads(page.ONE_PATIENT.read_text())["abdomen"]
+
+    def gains(self, method: str, base: str, count: str) -> list[float]:
+        """Of the first version: the same slices and seed."""
+        return [a - b for a, b in zip(self.old[method][count], self.old[base][count], strict=True)]
 
 
-def test_the_page_shows_the_results(page: ModuleType) -> None:
-    text = page.PAGE.read_text(encoding="utf-8")
-    assert page.filled(text) == text, "run python -m benchmarks.evidence --page"
+def apart(found: list[float]) -> bool:
+    """Does mean ± t s / sqrt(n) leave out zero? t = 4.303 for three values."""
+    import statistics
+
+    return abs(statistics.fmean(found)) > 4.303 * statistics.stdev(found) / 3**0.5
 
 
-def test_the_figures_were_drawn_from_the_results(page: ModuleType) -> None:
-    drawn = {page.LABELS_FIGURE: page.main_rows() + page.read("chest"), page.FIELDS_FIGURE: page.read("fields")}
-    for figure, rows in drawn.items():
-        assert page.figures.checksum(rows) in figure.read_text(encoding="utf-8")
+CLAIMS: dict[str, Callable[[Rows], bool]] = {
+    "peft's LoRA and ours are the same numbers": lambda rows: (
+        max(rows.peft[key] for key in ("outputs", "losses", "weights", "logits")) < 1e-6 < rows.peft["changed"]
+    ),
+    "Large kernels widen the receptive field of a ViT-B with random weights": lambda rows: (
+        rows.areas["vit_b, random, DKA"] > rows.areas["vit_b, random, small kernel"] > 2 * rows.areas["vit_b, random"]
+        and rows.areas["vit_b, random, bottleneck"] <= rows.areas["vit_b, random"]
+    ),
+    "adapters of the encoder gained over the head alone in every single pair": lambda rows: all(
+        gain > 0 for m in ENCODER for n in COUNTS for gain in rows.gains(m, "head_fresh", n)
+    ),
+    "SALT beat S-SAM, and not LoRA": lambda rows: (
+        all(apart(rows.gains("salt", "s_sam", n)) for n in COUNTS)
+        and not any(apart(rows.gains("salt", "lora", n)) for n in COUNTS)
+    ),
+    "what DKA had over a narrow bottleneck was mostly width": lambda rows: (
+        not any(apart(rows.gains("dka", "bottleneck_16", n)) for n in COUNTS)
+    ),
+}
 
 
-def test_claims_ablations_and_rivals_by_hand(page: ModuleType) -> None:
-    tables = page.tables
-    run = {"task": "abdomen", "labels": 8, "parameters": 7}
-    dice = {"salt": (0.5, 0.6, 0.7), "lora": (0.4, 0.5, 0.6), "s_sam": (0.1, 0.65, 0.2)}
-    rows = [run | {"method": m, "seed": s, "dice": d} for m, values in dice.items() for s, d in enumerate(values)]
-    lines = tables.findings(rows).splitlines()
-    assert "| SALT beats LoRA | `salt` - `lora` | - | **+0.100 ± 0.000** | - | 3 of 3 |" in lines
-    # 0.4, -0.05, 0.5: mean 0.283, s 0.293, half of the interval 4.303 s / sqrt(3) = 0.728
-    assert "| SALT beats S-SAM | `salt` - `s_sam` | - | +0.283 ± 0.293 | - | 2 of 3 |" in lines
-    dial = [run | {"ablation": "SALT, r, d and ReLU", "row": "r = 0, d = 4", "seed": 1, "dice": 0.9}]
-    lines = tables.ablation("SALT, r, d and ReLU", dial, rows).splitlines()
-    assert "| r = k - 8, d = 4 | 7 | 0.600 ± 0.100 |  |" in lines
-    assert "| r = 0, d = 4 | 7 | 0.900 (1) | +0.300 (1) |" in lines
-    common = {"rival": "dynunet", "budget": 120, "parameters": 5, "seed": 0}
-    steps = [common | {"labels": 8, "dice": 0.25, "steps": 60}, common | {"labels": 0, "dice": 0.5, "steps": 62}]
-    refused = common | {"rival": "nnunet", "labels": 8, "status": "not run", "reason": "pip failed"}
-    del refused["parameters"]
-    lines = tables.rivals([*steps, refused]).splitlines()
-    assert "| `dynunet` | 120 | 5 | 60 / 62 | 0.250 (1) | 0.500 (1) |" in lines
-    assert "| `nnunet` | 120 | not run: pip failed | - / - | - | - |" in lines
+@pytest.mark.parametrize("name", ["evidence", "adapters"])
+def test_the_page_shows_the_results(name: str) -> None:
+    from benchmarks.evidence import page
+
+    text = page.PAGES[name].read_text(encoding="utf-8")
+    assert page.filled(name, text) == text, "run python -m benchmarks.evidence --page"
 
 
-def test_means_and_gains_of_the_page_by_hand(page: ModuleType) -> None:
-    rows = [row for row in page.main_rows() if row["labels"] == 2 and row["seed"] < 3]
-    dice = {(row["method"], row["seed"]): row["dice"] for row in rows}
-    seeds = [seed for seed in range(3) if ("lora", seed) in dice and ("head", seed) in dice]
-    assert seeds
-    line = next(line for line in page.blocks()["methods"].splitlines() if line.startswith("| `lora`"))
-    assert f"{statistics.mean(dice['lora', seed] for seed in seeds):.3f}" in line
-    assert f"{statistics.mean(dice['lora', s] - dice['head', s] for s in seeds):+.3f}" in line
+def test_the_figures_were_drawn_from_the_results() -> None:
+    from benchmarks.evidence import page
+
+    for name, rows in (("labels", page.trained()), ("fields", page.fields())):
+        assert page.checksum(rows) in page.FIGURES[name].read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("words", CLAIMS)
+def test_what_the_page_says_in_words_holds(words: str) -> None:
+    from benchmarks.evidence import page
+
+    text = " ".join(page.PAGES["evidence"].read_text(encoding="utf-8").split())
+    assert words in text, "the sentence is gone: delete its claim here"
+    assert CLAIMS[words](Rows())
+
+
+def test_every_paragraph_of_the_outcome_has_a_claim() -> None:
+    from benchmarks.evidence import page
+
+    text = page.PAGES["evidence"].read_text(encoding="utf-8")
+    outcome = text.partition("## What came out")[2].partition("\n## ")[0]
+    for paragraph in outcome.split("\n* ")[1:]:
+        assert any(words in " ".join(paragraph.split()) for words in CLAIMS), paragraph

@@ -4,29 +4,23 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def page() -> ModuleType:
     """The script that writes the page."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("filling", "harness", "performance_page"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import performance_page
+    from benchmarks import performance_page
 
     return performance_page
 
 
 def test_the_page_shows_the_results(page: ModuleType) -> None:
     text = page.PAGE.read_text(encoding="utf-8")
-    assert page.filled(text) == text, "run python benchmarks/performance_page.py"
+    assert page.filled(text) == text, "run python -m benchmarks.performance_page"
 
 
 def test_every_figure_of_a_row_is_on_the_page(page: ModuleType) -> None:
@@ -42,7 +36,7 @@ def test_every_figure_of_a_row_is_on_the_page(page: ModuleType) -> None:
 def test_without_results_the_page_says_how_to_measure(page: ModuleType, tmp_path: Path) -> None:
     text = page.filled(page.PAGE.read_text(encoding="utf-8"), tmp_path)
     assert text.count("not measured; `") == 8
-    assert "not measured; `python benchmarks/speed.py --device cuda`" in text
+    assert "not measured; `python -m benchmarks.speed --device cuda`" in text
 
 
 def test_markers_that_fit_no_table_are_refused(page: ModuleType) -> None:

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rivals get the same slices and are scored alike; nothing of theirs has to be installed for it."""
+"""Networks from scratch get the same cases; nothing of nnU-Net has to be installed for it."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,124 +12,88 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`benchmarks`, from the root of the repository."""
-    monkeypatch.syspath_prepend(str(ROOT))
+from samda.inference import evaluate
+from samda.task import Task
 
 
 @pytest.fixture
-def slices() -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and labels of five slices of different sides."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(5, 1, 16, 24, generator=generator)
-    return images, torch.randint(0, 3, (5, 1, 16, 24), generator=generator).to(torch.uint8)
+def pictures(nuclei: Path, tmp_path: Path) -> Path:
+    """A data list of two training and two test pictures."""
+    from benchmarks.evidence.datasets import split, write_list
+
+    return write_list("nuclei_stain", *split("nuclei_stain", nuclei, 2, 0), tmp_path / "list.json")
 
 
-def test_nnunet_gets_exactly_the_chosen_slices(slices: tuple[torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
-    from benchmarks.evidence.apart import Exam
-    from benchmarks.evidence.nnunet import read_volume, write_dataset
-
-    images, labels = slices
-    write_dataset(tmp_path, Exam(images, labels, [4, 1], [0], num_classes=3))
-    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")} == {
-        "dataset.json", "imagesTr/train_0000.nii.gz", "labelsTr/train.nii.gz",
-    }  # fmt: skip
-    image: Any = nib.load(tmp_path / "imagesTr" / "train_0000.nii.gz")
-    label: Any = nib.load(tmp_path / "labelsTr" / "train.nii.gz")
-    assert image.shape == label.shape == (24, 16, 2)
-    assert np.array_equal(image.affine, label.affine)
-    for position, index in enumerate((1, 4)):
-        assert np.array_equal(image.get_fdata()[..., position].T, images[index, 0].double().numpy())
-        assert np.array_equal(label.get_fdata()[..., position].T, labels[index, 0].numpy())
-    assert torch.equal(read_volume(tmp_path / "labelsTr" / "train.nii.gz"), labels[[1, 4], 0])
-    content = json.loads((tmp_path / "dataset.json").read_text())
-    assert content["labels"] == {"background": 0, "class_1": 1, "class_2": 2}
-    assert content["numTraining"] == 1 and content["channel_names"] == {"0": "CT"}
+@pytest.fixture
+def volumes(tmp_path: Path) -> Path:
+    """A data list of one training and one test volume of different sizes."""
+    dice, cases = np.random.default_rng(0), []
+    for name, shape in (("a", (20, 25, 18)), ("b", (17, 22, 20))):
+        label = np.zeros(shape, np.uint8)
+        label[4:12, 4:15, 4:14] = 1
+        scan = dice.normal(0, 10, shape).astype(np.float32) + 100 * label
+        for kind, array in (("image", scan), ("label", label)):
+            nib.save(nib.Nifti1Image(array, np.diag([1.0, 1.0, 2.0, 1.0])), tmp_path / f"{name}_{kind}.nii.gz")
+        paths = {kind: str(tmp_path / f"{name}_{kind}.nii.gz") for kind in ("image", "label")}
+        cases.append({"id": name, "patient": name} | paths)
+    content = {"labels": {"background": 0, "x": 1}, "training": cases[:1], "test": cases[1:]}
+    (tmp_path / "volumes.json").write_text(json.dumps(content))
+    return tmp_path / "volumes.json"
 
 
-@pytest.mark.parametrize(
-    ("program", "reason"),
-    [
-        (["no_such_program"], "no_such_program cannot be started"),
-        (
-            [sys.executable, "-c", "print('fine'); raise ValueError('too small')"],
-            r"failed \(1\): ValueError: too small",
-        ),
-        ([sys.executable, "-c", "import time; time.sleep(60)"], "took longer than 1 s"),
-    ],
-)
-def test_a_program_that_does_not_run_says_why(program: list[str], reason: str) -> None:
-    from benchmarks.evidence.apart import NotRun, run_there
+@pytest.mark.parametrize(("kind", "dimensions"), [("pictures", 2), ("volumes", 2), ("volumes", 3)])
+def test_the_u_net_trains_for_its_budget(kind: str, dimensions: int, tmp_path: Path, request) -> None:
+    from benchmarks.evidence.unet import train_unet
 
-    with pytest.raises(NotRun, match=reason):
-        run_there(program, timeout=1 if "sleep" in program[-1] else 60)
+    data, classes = request.getfixturevalue(kind), ("background", "nucleus" if kind == "pictures" else "x")
+    row = train_unet([data], tmp_path / "maps", classes, cpu_seconds=0.3, seed=0, dimensions=dimensions)
+    assert row["steps"] >= 1 and row["cpu_seconds"] >= 0.3 and len(row["patch"]) == dimensions
+    found = evaluate(tmp_path / "maps", data, Task(classes=classes), section="test")
+    assert not found.failed and len(found.cases) == (2 if kind == "pictures" else 1), "maps lie on the scans' own grids"
 
 
-def test_dice_is_pooled_over_the_slices(slices: tuple[torch.Tensor, torch.Tensor]) -> None:
-    from benchmarks.evidence.apart import Exam
+def test_patches_and_batches() -> None:
+    from benchmarks.evidence.unet import batch_of, patch_of
 
-    images, labels = slices
-    predicted = labels[:, 0].flip(0)
-    expected = []
-    for k in (1, 2):
-        a, b = predicted.numpy() == k, labels[:, 0].numpy() == k
-        expected.append(2 * (a & b).sum() / (a.sum() + b.sum()))
-    row = Exam(images, labels, [], list(range(5)), num_classes=4).scores(predicted)
-    assert row["dice"] == [pytest.approx(expected[0], abs=5e-5), pytest.approx(expected[1], abs=5e-5), None]
-    assert row["mean"] == pytest.approx(sum(expected) / 2, abs=5e-5)
+    items = [{"image": torch.zeros(1, *size)} for size in ((35, 51, 35), (30, 40, 47))]
+    assert patch_of(items, 3) == (48, 64, 48) and batch_of((48, 64, 48)) == 2
+    assert patch_of([{"image": torch.zeros(3, 999, 960)}], 2) == (256, 256) and batch_of((256, 256)) == 2
+    assert batch_of((48, 64)) == 16
 
 
-@pytest.mark.parametrize(
-    ("side", "filters"), [(256, [32, 64, 128, 256, 512, 512, 512]), (48, [32, 64, 128, 256]), (30, [32, 64])]
-)
-def test_levels_of_the_u_net(side: int, filters: list[int]) -> None:
-    from benchmarks.evidence.dynunet import plan
+def test_every_class_has_its_share_of_the_patches() -> None:
+    from benchmarks.evidence.unet import build_augmentation
 
-    levels = plan(side)
-    assert levels["filters"] == filters
-    assert levels["strides"] == [1] + [2] * (len(filters) - 1)
+    label = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    label[0, :4, :4], label[0, -4:, -4:] = 1, 2
+    augmentation = build_augmentation((16, 16), 3)
+    augmentation.set_random_state(seed=0)
+    drawn = [augmentation({"image": torch.zeros(1, 64, 64), "label": label})[0]["label"] for _ in range(200)]
+    for k in (1, 2):  # by chance a patch of 16 x 16 rarely shows a corner
+        assert sum(bool((patch == k).any()) for patch in drawn) > 15
+    assert all(patch.shape == (1, 16, 16) for patch in drawn)
 
 
 def test_rate_falls_to_zero_with_the_budget() -> None:
-    from benchmarks.evidence.dynunet import rate
+    from benchmarks.evidence.unet import RATE, rate
 
-    assert rate(0) == 0.01
-    assert rate(0.5) == pytest.approx(0.01 * 0.5**0.9)
-    assert rate(1) == rate(1.2) == 0
+    assert rate(0) == RATE and rate(0.5) == pytest.approx(RATE * 0.5**0.9) and rate(1) == rate(1.2) == 0
 
 
-def test_heads_are_weighted_by_their_level() -> None:
-    from benchmarks.evidence.dynunet import SupervisedHeads
+def test_nnunet_gets_exactly_the_training_cases(pictures: Path, volumes: Path, tmp_path: Path) -> None:
+    from benchmarks.evidence.nnunet import write_dataset
 
-    loss = SupervisedHeads()
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 3, 4, 8, 8, generator=generator)
-    label = torch.randint(0, 4, (2, 1, 8, 8), generator=generator)
-    one, two, three = (float(loss.loss(logits[:, level], label)) for level in range(3))
-    assert float(loss(logits, label)) == pytest.approx((4 * one + 2 * two + three) / 7, rel=1e-6)
-
-
-def test_the_u_net_sees_every_class(slices: tuple[torch.Tensor, torch.Tensor]) -> None:
-    from benchmarks.evidence.apart import Exam
-    from benchmarks.evidence.dynunet import batches
-
-    images, labels = slices
-    labels = torch.zeros_like(labels)
-    labels[1, 0, :4], labels[2, 0, 4:] = 1, 2
-    drawn = list(itertools.islice(batches(Exam(images, labels, [0, 1, 2, 3], [4], 3), batch_size=2, seed=0), 400))
-    assert {first for first, _ in drawn} == {0, 1, 2, 3}
-    assert {second for _, second in drawn} == {1, 2} and abs(sum(second == 1 for _, second in drawn) - 200) < 50
-
-
-def test_the_u_net_trains_for_its_budget(slices: tuple[torch.Tensor, torch.Tensor]) -> None:
-    from benchmarks.evidence.apart import Exam
-    from benchmarks.evidence.dynunet import train_dynunet
-
-    images, labels = (torch.nn.functional.pad(values, (0, 0, 0, 8)) for values in slices)
-    row = train_dynunet(Exam(images, labels, [0, 1, 2], [3, 4], 3), cpu_seconds=0.3, seed=0)
-    assert row["steps"] >= 1 and row["cpu_seconds"] >= 0.3
-    assert len(row["dice"]) == 2 and all(0 <= value <= 1 for value in row["dice"])
+    for data, names in ((pictures, {"stain_a", "stain_b"}), (volumes, {"a"})):
+        folder = tmp_path / data.stem
+        write_dataset(folder, json.loads(data.read_text())["training"], ("background", "x"))
+        content = json.loads((folder / "dataset.json").read_text())
+        channels = len(content["channel_names"])
+        assert channels == (3 if data == pictures else 1) and content["labels"] == {"background": 0, "x": 1}
+        assert content["numTraining"] == len(names) and content["file_ending"] == ".nii.gz"
+        found = {path.name for path in (folder / "imagesTr").iterdir()}
+        assert found == {f"{name}_{k:04d}.nii.gz" for name in names for k in range(channels)}
+        assert {path.name for path in (folder / "labelsTr").iterdir()} == {f"{name}.nii.gz" for name in names}
+    image: Any = nib.load(tmp_path / "list" / "imagesTr" / "stain_a_0000.nii.gz")
+    label: Any = nib.load(tmp_path / "list" / "labelsTr" / "stain_a.nii.gz")
+    assert image.shape == label.shape == (48, 40, 1) and np.array_equal(image.affine, label.affine)
+    assert int(np.asarray(label.dataobj).sum()) == 16 * 20

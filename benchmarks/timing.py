@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Side-by-side timing: candidates run in turn within one process, so that a busy minute hurts all of them alike."""
+"""Side-by-side timing: candidates run in turn within one process, so that a busy minute hurts all of them alike; and
+pages whose tables are written by a script.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import platform
-import statistics
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
-__all__ = ["Options", "Row", "interleave", "machine", "median", "relative_error", "spread", "table"]
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,22 +70,22 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
         return ((value.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
 
 
-def median(values: list[float]) -> float:
-    """The middle figure."""
-    return statistics.median(values)
-
-
-def spread(values: list[float]) -> str:
-    """`median (min to max)` in milliseconds or seconds, whichever reads better."""
-    scale, unit = (1e3, "ms") if median(values) < 1 else (1, "s")
-    low, middle, high = (f"{value * scale:.3g}" for value in (min(values), median(values), max(values)))
-    return f"{middle} {unit} ({low} to {high})"
+def in_training(network: torch.nn.Module, scale: float = 1e-3) -> torch.nn.Module:
+    """The network with noise on what it trains: as in the midst of training, nothing is zero any more."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * scale)
+    return network
 
 
 def machine(device: str) -> dict[str, Any]:
     """What the figures were measured on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     facts = {
-        "processor": _processor(),
+        "processor": names[0] if names else platform.processor() or "unknown",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -90,24 +93,48 @@ def machine(device: str) -> dict[str, Any]:
         "system": platform.system(),
         "load": round(os.getloadavg()[0], 1),  # when the measurement ended, itself included
     }
-    if device == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name()
-    return facts
+    return facts | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
+def duration(value: float) -> str:
+    """In milliseconds or seconds, whichever reads better."""
+    return f"{1e3 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def spread(values: list[float]) -> str:
+    """`median (min to max)`."""
+    scale = 1e3 if median(values) < 1 else 1
+    return f"{duration(median(values))} ({min(values) * scale:.3g} to {max(values) * scale:.3g})"
+
+
+def markdown(head: list[str], lines: list[list[str]], texts: int | None = None) -> str:
+    """A Markdown table; columns after the first `texts` ones hold numbers."""
+    left = len(head) if texts is None else texts
+    rules = ["---"] * left + ["--:"] * (len(head) - left)
+    return "\n".join([f"| {' | '.join(head)} |", f"|{'|'.join(rules)}|", *(f"| {' | '.join(c)} |" for c in lines)])
 
 
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| what | rival | goal | measured | times (median, min to max) |", "|---|---|---|---|---|"]
+    lines = []
     for row in rows:
         times = "; ".join(f"{name} {spread(values)}" for name, values in row.seconds.items() if values)
         mark = {True: "", False: " (missed)", None: ""}[row.reached]
         notes = f"{times}. {row.notes}" if row.notes and times else times or row.notes
-        lines.append(f"| {row.what} | {row.rival} | {row.goal} | {row.result}{mark} | {notes} |")
-    return "\n".join(lines)
+        lines.append([row.what, row.rival, row.goal, row.result + mark, notes])
+    return markdown(["what", "rival", "goal", "measured", "times (median, min to max)"], lines)
+
+
+def fill(text: str, tables: Mapping[str, str]) -> str:
+    """The page with its tables: everything between `<!-- NAME -->` and `<!-- end -->` is made anew.
+
+    Raises:
+        ValueError: a marker names no table, or a table has no marker.
+    """
+    named = re.findall(r"<!-- (\w+) -->\n", text)
+    if sorted(named) != sorted([*tables, *["end"] * len(tables)]):
+        raise ValueError(f"the page has the markers {named}, tables are {', '.join(tables)}")
+    for name, content in tables.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->\n)"
+        text = re.sub(pattern, lambda found, content=content: f"{found[1]}{content}\n{found[2]}", text, flags=re.DOTALL)
+    return text
