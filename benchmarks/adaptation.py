@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Test-time adaptation: every objective, the same protocol, several source models, labels for scoring alone.
 
-    python benchmarks/adaptation.py -o /tmp/adaptation                 everything; hours on two cores, resumable
-    python benchmarks/adaptation.py -o /tmp/adaptation --cases B M --methods none tent default --seeds 0 1
-    python benchmarks/adaptation.py -o /tmp/adaptation --table         print what is there
-    python benchmarks/adaptation.py -o /tmp/plain --plain --cases B M --methods none   another source recipe
+    python -m benchmarks.adaptation -o /tmp/adaptation                 everything; hours on two cores, resumable
+    python -m benchmarks.adaptation -o /tmp/adaptation --cases B M --methods none tent default --seeds 0 1
+    python -m benchmarks.adaptation -o /tmp/adaptation --table         print what is there
+    python -m benchmarks.adaptation -o /tmp/plain --plain --cases B M --methods none   another source recipe
 
 Scores go to FOLDER/summary.json, or where `--results` says; `benchmarks/results/adaptation.json` was written so.
 
@@ -32,18 +32,19 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from shifts import Shift, shifts
 
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.objectives import OBJECTIVES
 from samda.adaptation.outcome import decide
-from samda.data.transforms import build_preprocessing
+from samda.data import build_preprocessing
 from samda.examples import Examples, fetch_examples
 from samda.io import write_json
 from samda.models.folder import load_model
 from samda.networks.segmenter import SamSegmenter
 from samda.provenance import now, sha256_of, versions
 from samda.task import Task
+
+from .shifts import Shift, shifts
 
 SLABS = ((60, 86), (86, 112))  # slices of A that hold organs, in two halves: slabs miss whole organs
 METHODS = tuple(OBJECTIVES)
@@ -227,9 +228,9 @@ def _cell(rows: list[dict[str, Any]]) -> str:
 
 def cost(model: Path, examples: Examples) -> dict[str, float]:
     """Seconds for patient A: the plain prediction, and the default from scan to maps, in turns."""
-    from harness import interleave, median
-
     from samda.inference.predict import Predictor
+
+    from .timing import interleave, median
 
     network, task, record = load_model(model)
     predictor = Predictor(network, task)

@@ -31,7 +31,7 @@ from samda.adapters.base import modules
 from samda.adapters.kernel import depthwise
 from samda.adapters.sites import LinearSite, SiteInfo
 from samda.cli.demo import hold_out
-from samda.data.transforms import build_preprocessing
+from samda.data import build_preprocessing
 from samda.io import write_json
 from samda.models import load_model
 from samda.networks import vit

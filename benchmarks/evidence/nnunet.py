@@ -16,7 +16,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from samda.data.readers import read_scan
+from samda.data import read_scan
 from samda.inference import Prediction
 from samda.io import write_json
 

@@ -22,7 +22,7 @@ from monai.losses import DiceCELoss
 from samda import SamSegmenter, fetch_examples
 from samda.adapters import LoraConfig, sites
 from samda.adapters.sites import Site
-from samda.data.transforms import build_preprocessing
+from samda.data import build_preprocessing
 from samda.training import SliceDataset, build_schedule
 
 STEPS, SLICES, BATCH = 20, 8, 4

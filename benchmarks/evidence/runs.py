@@ -159,7 +159,8 @@ def by_patient(cases: Mapping[str, Any], patient: Mapping[str, str], classes: tu
 
 def _field_of(model: Path, data: Path) -> dict[str, Any]:
     from samda import load_model
-    from samda.inference import body_slices, find_cases
+    from samda.data import find_cases
+    from samda.inference import body_slices
 
     from .fields import IMAGES, measure
 

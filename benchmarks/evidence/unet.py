@@ -32,7 +32,7 @@ from monai.transforms import (
     SpatialPadd,
 )
 
-from samda.data.readers import read_scan
+from samda.data import read_scan
 from samda.inference import Prediction
 
 FILTERS = {2: (32, 64, 128, 256, 256), 3: (24, 48, 96, 192)}
