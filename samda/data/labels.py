@@ -73,6 +73,20 @@ def _refuse_disagreement(task: Task, dataset_labels: Mapping[str, tuple[int, ...
             )
 
 
+def id_range(array: np.ndarray, name: str) -> tuple[int, int]:
+    """The smallest and the largest id of a label file, refusing values that cannot be class ids."""
+    low, high = float(array.min()), float(array.max())
+    if not np.isfinite(high - low):
+        bad = int((~np.isfinite(array)).sum())
+        raise InputError(f"{name} holds {bad} NaN or infinite values, not class ids; set them to an id")
+    if high - low > LARGEST_RANGE:
+        raise InputError(f"{name} holds values from {low:g} to {high:g}, not class ids; is it a label map?")
+    bad = int((array != np.rint(array)).sum()) if array.dtype.kind == "f" else 0
+    if bad:
+        raise InputError(f"{name} holds {bad} fractions, not class ids; resample labels with nearest neighbor")
+    return int(low), int(high)
+
+
 class MapLabelsd(MapTransform):
     """Ids of label files (1, X, Y, Z) -> class indices, uint8; see :func:`label_map`."""
 
@@ -93,11 +107,8 @@ class MapLabelsd(MapTransform):
 
     def _map(self, label: MetaTensor, name: str) -> torch.Tensor:
         values = label.as_tensor() if isinstance(label, MetaTensor) else label
-        low, high = (float(v) for v in values.aminmax())
-        if not (np.isfinite(low) and np.isfinite(high)) or high - low > LARGEST_RANGE:
-            raise InputError(f"{name} holds values from {low:g} to {high:g}, not class ids; is it a label map?")
-        first = int(np.floor(low))
-        table = torch.full((int(np.ceil(high)) - first + 1,), UNKNOWN if self.map.rest is None else self.map.rest)
+        first, last = id_range(values.numpy(), name)
+        table = torch.full((last - first + 1,), UNKNOWN if self.map.rest is None else self.map.rest)
         for i, index in self.map.ids.items():
             if 0 <= i - first < len(table):
                 table[i - first] = index
@@ -105,11 +116,7 @@ class MapLabelsd(MapTransform):
         flat = values.reshape(-1)
         mapped = torch.empty(flat.shape, dtype=torch.uint8)
         for start in range(0, len(flat), CHUNK):  # indices are int64: eight times the memory of a label
-            part = flat[start : start + CHUNK]
-            ids = part.long()
-            if part.is_floating_point() and not torch.equal(ids.to(part.dtype), part):
-                raise InputError(f"{name} holds fractions, not class ids; resample labels with nearest neighbor")
-            mapped[start : start + CHUNK] = table[ids - first]
+            mapped[start : start + CHUNK] = table[flat[start : start + CHUNK].long() - first]
         if self.map.rest is None and (mapped == UNKNOWN).any():
             self._refuse(flat[mapped == UNKNOWN], name)
         return mapped.reshape(values.shape)

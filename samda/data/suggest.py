@@ -91,18 +91,15 @@ def suggest_task(report: DataReport) -> Suggestion:
     cases = report.labeled
     if not cases:
         raise InputError(f"{report.path}: no case with a readable image and label, so no task can be suggested")
-    values: dict[str, Any] = {"name": report.path.resolve().stem.replace(" ", "_") or "segmentation"}
-    reasons: dict[str, str] = {}
-    for part in (_classes(report, cases), _modality(report, cases)):
-        values |= {key: value for key, (value, _) in part.items()}
-        reasons |= {key: reason for key, (_, reason) in part.items()}
+    choices = {**_classes(report, cases), **_modality(report, cases)}
+    modality, labels = choices["modality"][0], choices["labels"][0]
+    choices |= _geometry(cases, modality)
+    if modality == "CT":
+        choices |= _window(cases, [i for ids in labels.values() for i in np.atleast_1d(ids)])
+    values = {key: value for key, (value, _) in choices.items()}
+    values["name"] = report.path.resolve().stem.replace(" ", "_") or "segmentation"
     values["in_channels"] = min(3, Counter(case.channels for case in cases).most_common(1)[0][0])
-    geometry = dict(_geometry(cases, values["modality"]))
-    if values["modality"] == "CT":
-        geometry |= _window(cases, [i for ids in values["labels"].values() for i in np.atleast_1d(ids)])
-    values |= {key: value for key, (value, _) in geometry.items()}
-    reasons |= {key: reason for key, (_, reason) in geometry.items()}
-    return Suggestion(Task.from_dict(values), {key: reason for key, reason in reasons.items() if reason})
+    return Suggestion(Task.from_dict(values), {key: reason for key, (_, reason) in choices.items() if reason})
 
 
 Choices = Mapping[str, tuple[Any, str]]  # key -> value and reason

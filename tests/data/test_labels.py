@@ -82,7 +82,7 @@ def test_fractions_are_refused():
 
 @pytest.mark.parametrize("values", [[0.0, float("nan")], [-1e9, 1e9]])
 def test_values_that_are_no_ids_are_refused(values):
-    with pytest.raises(InputError, match="is it a label map"):
+    with pytest.raises(InputError, match="not class ids"):
         mapped(values, LISTED, dtype=torch.float32)
 
 
