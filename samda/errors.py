@@ -52,16 +52,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def check_keys(given: Iterable[str], valid: Iterable[str], where: str) -> None:
-    """Refuse unknown keys.
-
-    Args:
-        given: keys received.
-        valid: keys allowed.
-        where: what the keys belong to, for the message ("adapter 'salt'").
-
-    Raises:
-        UsageError: naming the first unknown key and the nearest valid one.
-    """
+    """Refuse unknown keys; `where` names in the message what the keys belong to ("adapter 'salt'")."""
     valid = list(valid)
     for key in given:
         if key not in valid:
@@ -81,7 +72,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def is_finite(value: Any) -> bool:
-    """Is it a finite real number? True and False are none: who writes `strength: true` means something else."""
+    """Is it a finite real number? True and False are not: `strength: true` is a mistake."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
     try:
@@ -91,15 +82,7 @@ def is_finite(value: Any) -> bool:
 
 
 def check_numbers(settings: Any, where: str) -> None:
-    """Refuse anything but a finite number in the fields of a dataclass whose defaults are numbers.
-
-    Args:
-        settings: the dataclass.
-        where: what it belongs to, for the message ("guard").
-
-    Raises:
-        UsageError: naming the field, the value and the default.
-    """
+    """Refuse anything but a finite number in the fields of a dataclass whose defaults are numbers."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if is_finite(field.default) and not is_finite(value):
@@ -124,7 +107,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def disk_trouble(error: BaseException) -> str | None:
-    """What a person can do about an error of the disk, in one line: full, read-only, not allowed. Else None."""
+    """The remedy for an error of the disk (full, read-only, no permission) in one line, or None for other errors."""
     for known in _chain(error):
         if isinstance(known, OSError) and known.errno in DISK_ERRORS:
             where = known.filename or "a file"

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bars with the time left: on a terminal only, from one process, and only where nobody asked for quiet. In pipes and
-files nothing."""
+"""Progress bars with the time left: on a terminal only, from one process, and not with `--quiet`."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ _outer: list[Cases] = []  # the bar of the whole job, while there is one
 
 
 def is_quiet() -> bool:
-    """Did somebody ask for no bars and no messages but warnings and errors?"""
+    """Are only warnings and errors shown?"""
     return _quiet
 
 
@@ -34,15 +33,7 @@ def quiet(on: bool = True) -> Iterator[None]:
 
 
 def bar(what: str, total: float, unit: str, initial: float = 0, **settings: Any) -> tqdm:
-    """A bar on standard error with count, rate and time left; nothing at all where that is no terminal.
-
-    Args:
-        what: is done.
-        total: how much of it.
-        unit: of the total.
-        initial: how much is done already.
-        settings: further ones of tqdm.
-    """
+    """A progress bar of tqdm on standard error with count, rate and time left; nothing where that is not a terminal."""
     return tqdm(
         desc=what,
         total=total,
@@ -56,23 +47,20 @@ def bar(what: str, total: float, unit: str, initial: float = 0, **settings: Any)
 
 
 def line(text: str) -> None:
-    """Write a line to standard error without tearing the bar that may stand there."""
+    """Write a line to standard error above the progress bar, if there is one."""
     tqdm.write(text, file=sys.stderr)
 
 
 def share(of_case: float) -> None:
-    """Say how much of the present case is done, in [0, 1]; nothing happens where no :class:`Cases` is open."""
+    """Report the finished share, in [0, 1], of the current case; ignored where no :class:`Cases` is open."""
     if _outer:
         _outer[-1].within(of_case)
 
 
 class Cases:
-    """One bar over the cases of a job, which moves within a case, too.
+    """One bar over the `total` cases of a job, which also moves within a case (:func:`share`).
 
-    Args:
-        what: is done with them.
-        total: number of cases.
-        shown: False shows nothing, and leaves bars within a case to themselves.
+    With `shown` False it shows nothing and does not suppress bars within a case.
     """
 
     def __init__(self, what: str, total: int, shown: bool = True) -> None:
@@ -92,12 +80,12 @@ class Cases:
         self._bar.close()
 
     def next(self) -> None:
-        """A case is finished."""
+        """Count a finished case."""
         self._done += 1
         self._move(self._done)
 
     def within(self, share: float) -> None:
-        """This share of the present case is done; it never goes back."""
+        """Show this share of the current case as finished; the bar never moves back."""
         self._move(max(self._bar.n, self._done + min(max(share, 0.0), 0.999)))
 
     def _move(self, to: float) -> None:

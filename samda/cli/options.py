@@ -101,11 +101,7 @@ def add_shared(parser: argparse.ArgumentParser, *names: str, **changes: Any) -> 
 
 
 def pick_device(name: str) -> str:
-    """The torch device that `name` means on this machine; every process of torchrun has a GPU of its own.
-
-    Raises:
-        UsageError: no such device, or not on this machine.
-    """
+    """The torch device that `name` means on this machine, refused if absent; each process of torchrun has its GPU."""
     import torch
 
     if name == "auto":
@@ -128,22 +124,14 @@ def pick_device(name: str) -> str:
 
 
 def existing(path: Path, what: str) -> Path:
-    """`path`, if it exists.
-
-    Raises:
-        InputError: it does not.
-    """
+    """`path`, refused if it does not exist."""
     if not path.exists():
         raise InputError(f"{what} {str(path)!r} does not exist; check the path")
     return path
 
 
 def check_file(path: Path, option: str) -> None:
-    """Refuse a file that cannot be written, before the work; its folder is made if missing.
-
-    Raises:
-        UsageError: it is a folder, or its own folder cannot be made or written to.
-    """
+    """Refuse a file that cannot be written, before the work; its folder is made if missing."""
     from samda.io import try_writing
 
     if path.is_dir():
@@ -164,12 +152,7 @@ def positive(text: str) -> int:
 
 
 def task_file(name: str) -> Path:
-    """The file of a task: a path, or the name of one that samda ships.
-
-    Raises:
-        UsageError: no such name.
-        InputError: no such file.
-    """
+    """The file of a task: a path, or the name of one that samda ships; refused if there is none."""
     ours = shipped_tasks()
     if name in ours:
         return ours[name]
@@ -179,11 +162,7 @@ def task_file(name: str) -> Path:
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
-    """Read `KEY=VALUE` texts (`--set`): values are YAML, see :func:`samda.io.load_yaml`.
-
-    Raises:
-        UsageError: a text without `=` or key, a value that is no YAML, or a key given twice.
-    """
+    """Read `KEY=VALUE` texts (`--set`): values are YAML, see :func:`samda.io.load_yaml`; no key may occur twice."""
     import yaml
 
     from samda.io import load_yaml
@@ -224,7 +203,7 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 
 def say(line: str) -> None:
-    """Tell the person something that is not the result: standard error, so that `--json` output stays clean."""
+    """Print a message that is not part of the result to standard error, unless `--quiet`."""
     from samda import progress
 
     if not progress.is_quiet():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--report run.json`: what ran on what, how long, how much memory, and how it ended, also where it failed.
+"""`--report run.json`: what ran on what, how long, with how much memory, and how it ended, also on failure.
 
 `samda adapt` writes a record per case instead (run.jsonl); keys that both have mean the same and are made the same way.
 As there, files are named by the hash of their content, not by names that may be those of patients.
@@ -30,12 +30,7 @@ class RunReport:
             with report.stage("load"):
                 ...
 
-    Args:
-        args: of the command line; `args.report` None writes nothing and hashes nothing.
-        command: its name.
-
-    Attributes:
-        wanted: is there a file to write?
+    Where `args.report` is None nothing is written or hashed, and `wanted` is False.
 
     Raises:
         UsageError: the file cannot be written.
@@ -85,27 +80,25 @@ class RunReport:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + own, 3)
 
     def add_input(self, case: str, **files: Image | None) -> None:
-        """Hash the files of a case: `add_input("a", image=..., label=...)`; what is not there has no hash."""
+        """Hash the files of a case: `add_input("a", image=..., label=...)`; a missing file has no hash."""
         if not self.wanted:
             return
         from samda.provenance import path_sha256, pseudonym, sha256_of
 
+        known = {kind: image for kind, image in files.items() if image is not None}
         hashes: dict[str, str | None] = {}
-        for kind, path in files.items():
-            if path is None:
-                continue
-            try:
-                found = path_sha256(path)
-            except OSError:
-                found = None
-            hashes["input_sha256" if kind == "image" else f"{kind}_sha256"] = found
+        for kind, image in known.items():
+            key = "input_sha256" if kind == "image" else f"{kind}_sha256"
+            hashes[key] = None
+            with contextlib.suppress(OSError):
+                hashes[key] = path_sha256(image)
         case_id = pseudonym(next((value for value in hashes.values() if value), None) or sha256_of(case))
-        given = [str(path) for image in files.values() if image is not None for path in files_of(image)]
+        given = [str(path) for image in known.values() for path in files_of(image)]
         self.names |= {text: case_id for text in (*given, *(Path(path).name for path in given), case)}
         self.inputs[case] = {"case_id": case_id, **hashes}
 
     def set_outcome(self, case: str, outcome: str, seconds: float | None = None) -> None:
-        """What became of a case: "done", "empty", "skipped" or why it failed."""
+        """Record the outcome of a case: "done", "empty", "skipped" or the reason of its failure."""
         if self.wanted:
             entry = self.inputs.setdefault(case, {"case_id": "unknown"})
             entry["outcome"] = outcome
@@ -113,7 +106,7 @@ class RunReport:
                 entry["seconds"] = round(seconds, 3)
 
     def set_outcomes(self, result: Mapping[str, Any]) -> None:
-        """What became of cases that other processes did; `result` as FolderResult gives it."""
+        """Record the outcomes of cases of another process, as `FolderResult.to_dict` gives them."""
         for outcome in ("done", "skipped", "empty"):
             for case in result[outcome]:
                 self.set_outcome(case, outcome)
@@ -121,7 +114,7 @@ class RunReport:
             self.set_outcome(case, reason)
 
     def add(self, **values: Any) -> None:
-        """Further keys: plain values."""
+        """Add keys of plain values."""
         self.content |= values
 
     def add_model(self, folder: str | Path) -> None:
