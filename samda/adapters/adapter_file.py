@@ -146,21 +146,22 @@ def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) 
     extra = sorted(set(tensors) - set(own))
     if extra:
         raise AdapterError(f"{source}: holds {extra[0]}, which this model lacks; attach the adapters of the file")
-    states = {path: (adapter, _below(path, staged)) for path, _, adapter in modules(model)}
-    for adapter, state in states.values():
+    states = [
+        (adapter, {key: staged.pop(f"{path}.{key}") for key in adapter.state_dict()})
+        for path, _, adapter in modules(model)
+    ]
+    for adapter, state in states:
         adapter.check_state(state, source)
     unmerge(model)
-    for path, (adapter, state) in states.items():
+    for adapter, state in states:
         adapter.load_state_dict(state)
-        for key in state:
-            del staged[f"{path}.{key}"]
     with torch.no_grad():
-        for name, tensor in staged.items():
+        for name, tensor in staged.items():  # class head, and what a baseline trained
             own[name].copy_(tensor)
 
 
 def _fit(name: str, own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: str) -> torch.Tensor:
-    """The stored tensor in the type of the model's, if it has its place there."""
+    """The stored tensor in the type of the model's; refused where name, shape or values do not fit."""
     if name not in tensors:
         raise AdapterError(f"{source}: lacks {name}; build the network with the adapters and classes of the file")
     shape, expected = tuple(tensors[name].shape), tuple(own[name].shape)
@@ -174,13 +175,8 @@ def _fit(name: str, own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch
     return tensor
 
 
-def _below(path: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    start = path + "."
-    return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
-
-
 def _check_settings(present: Mapping[str, AdapterConfig], file: AdapterFile) -> None:
-    if list(present) != list(file.adapters) and set(present) != set(file.adapters):
+    if set(present) != set(file.adapters):
         names = (", ".join(adapters) or "none" for adapters in (file.adapters, present))
         raise AdapterError("{}: holds the adapters {}, this model has {}; attach those".format(file.source, *names))
     for name, config in file.adapters.items():
