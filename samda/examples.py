@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from samda.errors import InputError, nearest
-from samda.io import cache_dir, packaged, replacing
+from samda.io import cache_dir, file_sha256, packaged, replacing
 from samda.task import Task
 
 PACKAGE, VERSION = "totalsegmentator", "2.18.0"
@@ -119,8 +119,7 @@ def datalist_text(name: str) -> str:
 
 def _complete(folder: Path, files: Mapping[str, Mapping[str, str]]) -> bool:
     return all(
-        (folder / path).is_file() and _sha256((folder / path).read_bytes()) == entry["sha256"]
-        for path, entry in files.items()
+        (folder / path).is_file() and file_sha256(folder / path) == entry["sha256"] for path, entry in files.items()
     )
 
 
@@ -129,14 +128,14 @@ def _fetch_abdomen(folder: Path, files: Mapping[str, Mapping[str, str]]) -> None
         archive = folder / ARCHIVE
         if not archive.is_file():
             archive = _download(Path(temporary), archive)
-        if _sha256(archive.read_bytes()) != ARCHIVE_SHA256:
+        if file_sha256(archive) != ARCHIVE_SHA256:
             raise InputError(f"{archive} is not {ARCHIVE} of sha256 {ARCHIVE_SHA256}; delete it and fetch it again")
         with tarfile.open(archive) as tar:
             for path, entry in files.items():
                 # only file contents leave the archive, never its names, links or modes
                 member = tar.extractfile(MEMBERS + entry["member"])
                 content = member.read() if member is not None else b""
-                if _sha256(content) != entry["sha256"]:
+                if hashlib.sha256(content).hexdigest() != entry["sha256"]:
                     raise InputError(f"{entry['member']} in {archive} is not the expected file; fetch {ARCHIVE} again")
                 _write(folder / path, content)
 
@@ -168,14 +167,10 @@ def _copy_chest(folder: Path, files: Mapping[str, Mapping[str, str]]) -> bool:
     source = Path(spec.origin).parent / "data"
     for path, entry in files.items():
         file = source / entry["member"]
-        if not file.is_file() or _sha256(file.read_bytes()) != entry["sha256"]:
+        if not file.is_file() or file_sha256(file) != entry["sha256"]:
             return False
         _write(folder / path, file.read_bytes())
     return True
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -85,7 +85,7 @@ def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _itk_array(image: sitk.Image) -> np.ndarray:
-    """The voxels as (X, Y, Z[, C]); ITK hands them out as ([T,] Z, Y, X[, C])."""
+    """The voxels as (X, Y, Z[, C]); ITK returns ([T,] Z, Y, X[, C])."""
     array = sitk.GetArrayFromImage(image)
     axes = list(range(image.GetDimension()))[::-1]
     array = array.transpose(axes + list(range(len(axes), array.ndim)))

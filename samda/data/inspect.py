@@ -436,7 +436,7 @@ def _has_foreground(case: CaseFacts, labels: Mapping[str, Iterable[int]] | None,
 
 
 def task_problems(report: DataReport, task: Task) -> Iterator[Problem]:
-    """What a task cannot use: intensities that it cannot tell apart, voxels of another scale, slices out of range."""
+    """What a task cannot use: intensities that it maps to one value, voxels of another scale, slices out of range."""
     low, high = task.window
     entries = [entry for cases in report.data.cases.values() for entry in cases]
     for case, entry in zip(report.cases, entries, strict=True):

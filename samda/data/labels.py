@@ -16,7 +16,7 @@ from monai.transforms import MapTransform
 from samda.errors import InputError, UsageError, nearest
 from samda.task import Task
 
-UNKNOWN = 255  # class index of an id that nobody names
+UNKNOWN = 255  # class index of an id without a name
 CHUNK = 1 << 22  # voxels mapped at once
 LARGEST_RANGE = 1 << 20  # between the smallest and the largest id of a label file
 

@@ -20,7 +20,7 @@ from samda.data.body import body_box
 from samda.errors import InputError
 from samda.task import Task
 
-FARTHEST = 64  # times that pixels may be finer or coarser than voxels; beyond it somebody took another unit
+FARTHEST = 64  # times that pixels may be finer or coarser than voxels; beyond it the units differ
 
 
 def plane_axes(task: Task) -> tuple[int, int]:

@@ -137,7 +137,7 @@ class ScaleBodyIntensityd(MapTransform):
         return scaled
 
     def _limits(self, image: torch.Tensor, spacing_mm: np.ndarray, name: str) -> tuple[float, float]:
-        """The intensities that become 0 and 1, refusing an image that they do not tell apart."""
+        """The intensities that become 0 and 1, refusing an image that they map to one value."""
         smallest, largest = (float(v) for v in image.aminmax())  # NaN, if any voxel is NaN
         if not (np.isfinite(smallest) and np.isfinite(largest)):
             raise InputError(f"{name} holds NaN or infinite values; replace them before use")
