@@ -35,7 +35,6 @@ from monai.data import MetaTensor
 
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.objectives import OBJECTIVES
-from samda.adaptation.outcome import decide
 from samda.data import build_preprocessing
 from samda.examples import Examples, fetch_examples
 from samda.io import write_json
@@ -155,10 +154,10 @@ def run_case(
         if prepared is None:
             prepared = engine.prepare_data(data, target.name)
         begin = time.perf_counter()
-        outcome = decide(engine, prepared)
+        outcome = engine.decide(prepared)
         run = outcome.run
         final = outcome.adapted if outcome.accepted and outcome.adapted is not None else prepared.source
-        last = engine.predict(prepared, run.last) if run is not None and engine.steps else prepared.source
+        last = engine.predict(prepared, run.last) if run is not None and engine.settings.steps else prepared.source
         predictions = {"source": prepared.source, "last": last, "final": final}
         scores = {what: dice(p.labels, label, task.classes) for what, p in predictions.items()}
         row = {

@@ -32,7 +32,7 @@ RESULTS = (  # what the public functions return
     "samda.inference.predict.Prediction",
     "samda.inference.predict.FolderResult",
     "samda.inference.evaluate.Evaluation",
-    "samda.adaptation.outcome.AdaptedCase",
+    "samda.adaptation.AdaptedCase",
 )
 HEAD = """\
 # Reference

@@ -1,46 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The audit record: one JSON object per case, without pixel data and without names.
-
-`record.schema.json` beside this file is its published schema. A record names the input, the model and the configuration
-by sha256, so that adapting the same files again gives the same label map (`labels_sha256`), whoever does it.
-"""
+"""Where a result came from: sha256 of files, tensors and plain values, versions, times, and names without patients."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from samda.errors import InputError
-from samda.io import Image, file_sha256, files_of, plain, write_text
+from samda.io import Image, file_sha256, files_of, plain
 from samda.version import __version__
-
-RECORD_VERSION = 1
-
-
-def schema() -> dict[str, Any]:
-    """The JSON schema of a record (draft 2020-12)."""
-    return json.loads(Path(__file__).with_name("record.schema.json").read_text(encoding="utf-8"))
-
-
-def validate_record(record: Mapping[str, Any]) -> None:
-    """Check a record against the published schema.
-
-    Raises:
-        InputError: naming the field and what is wrong with it.
-    """
-    import jsonschema
-
-    try:
-        jsonschema.validate(dict(record), schema())
-    except jsonschema.ValidationError as error:
-        place = ".".join(str(part) for part in error.absolute_path) or "the record"
-        raise InputError(f"record of case {record.get('case_id')!r}: {place}: {error.message}") from error
 
 
 def canonical_json(value: Any) -> str:
@@ -99,39 +72,24 @@ def versions() -> dict[str, str]:
     return {"samda": __version__, "torch": str(torch.__version__), "monai": str(monai.__version__)}
 
 
-def read_record(path: str | Path) -> dict[str, Any]:
-    """Read the record of a case.
-
-    Raises:
-        InputError: not JSON, or not a record.
-    """
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable record ({error}); delete its folder and run again") from error
-    if not isinstance(value, dict) or "record_version" not in value:
-        raise InputError(f"{path}: not a record of samda adapt; delete its folder and run again")
-    return value
-
-
-def write_lines(path: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write one line per record."""
-    write_text(path, "".join(canonical_json(record) + "\n" for record in records))
-
-
 def conceal(value: Any, names: Mapping[str, str]) -> Any:
     """Plain values with every name in their texts replaced: files and cases may be named after patients.
 
+    A name counts where no letter or digit adjoins it. One of one or two characters may be a word of a message, so it
+    counts only in quotes, after "case ", and where it is the whole text.
+
     Args:
         value: texts, alone or in mappings and lists; anything else stays.
-        names: name -> what stands for it. One of one or two letters is replaced only where it is the whole text.
+        names: name -> what stands for it.
     """
     if isinstance(value, Mapping):
         return {conceal(key, names): conceal(entry, names) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [conceal(entry, names) for entry in value]
-    if isinstance(value, str):
-        for name in sorted(names, key=len, reverse=True):
-            if value == name or (len(name) > 2 and name in value):
-                value = value.replace(name, names[name])
-    return value
+    if not isinstance(value, str) or value in names:
+        return names.get(value, value) if isinstance(value, str) else value
+    patterns = []
+    for name in sorted(filter(None, names), key=len, reverse=True):  # of a path before its file
+        whole = rf"(?<![^\W_]){re.escape(name)}(?![^\W_])"
+        patterns.append(whole if len(name) > 2 else rf"""(?:(?<=['"])|(?<=\bcase )){whole}""")
+    return re.sub("|".join(patterns), lambda found: names[found.group()], value) if patterns else value

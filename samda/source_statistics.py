@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the labels and intensities of the training scans look like, slice by slice: stored with a model, so that a later
-prediction on another site can be judged without labels.
+"""What the training slices looked like: stored with a model, so that predictions of another site can be judged, and
+features of another scanner aligned, without labels.
 
-Everything is a distribution over slices, since scans differ in how much of the body they show; no value belongs to one
-patient. The same collector measures the slices and predictions of a new scan, so the two compare entry by entry.
+Shapes and intensities: for each class, quantiles over the slices that hold it, since scans differ in how much of the
+body they show; no value belongs to one patient. A prediction of a new scan is measured in the same way, so the two
+compare entry by entry.
 
-What the decoder makes of images: mean and spread of every channel after each of its layers, class by class.
-
-A model stores them for its training slices, so that a later adaptation can bring the features of a strange scanner back
-to where the class head expects them. By class, since a scan may show other organs than the training slices did.
+Features: mean and spread of each channel after each layer of the decoder, for each class, since a scan may show other
+organs than the training slices did.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -32,6 +31,8 @@ QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 BINS = 256  # of the intensity histograms over [0, 1]: quantiles are exact to 1 / 256
 COARSE_MM = 3.0  # step of the grid on which the body is searched
 VERSION = 1
+MOST = 256  # slices whose features are measured: enough for moments of 256 channels over 16 x 16 places or more
+EPS = 1e-6
 
 FEATURES = {
     "area_mm2": "area in a slice",
@@ -42,6 +43,8 @@ FEATURES = {
     "row": "centroid in the box of the body, 0 its first and 1 its last row",
     "column": "the same for columns",
 }
+Box = tuple[slice, slice]  # rows, columns
+ClassFeatures = dict[str, list[float]]  # feature -> its value in each slice that holds the class
 
 
 class SliceStatistics:
@@ -54,7 +57,7 @@ class SliceStatistics:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.cases = self.slices = 0
-        self.features: list[dict[str, list[float]]] = [{name: [] for name in FEATURES} for _ in task.classes]
+        self.features: list[ClassFeatures] = [{name: [] for name in FEATURES} for _ in task.classes]
         self.histograms = np.zeros((task.num_classes, task.in_channels, BINS), np.int64)
         self.body_areas: list[float] = []
         self.body_histogram = np.zeros((task.in_channels, BINS), np.int64)
@@ -64,20 +67,21 @@ class SliceStatistics:
 
         Args:
             images: (n, C, H, W) in [0, 1], neighboring slices of one scan in their order.
-            labels: (n, H, W) class indices; a label or a prediction.
+            labels: (n, H, W) class indices.
 
         Raises:
-            InputError: shapes that do not belong together, or a label that is no class.
+            InputError: shapes that do not belong together, or a label that is not a class.
         """
         images, labels = np.asarray(images), np.asarray(labels)
         self._check(images, labels)
-        pixel_mm2 = self.task.spacing**2
-        for image, label, body in zip(images, labels, self._body(images), strict=True):
-            box = _box(body)
-            for k in np.unique(label[label > 0]):
-                self._measure(int(k), label == k, box, pixel_mm2)
+        bodies = body_masks(images, self.task)
+        measured = shape_features(labels, [_box(body) for body in bodies], self.task)
+        for features, added in zip(self.features, measured, strict=True):
+            for name, values in added.items():
+                features[name] += values
+        for image, label, body in zip(images, labels, bodies, strict=True):
             self._count(image, label, body)
-            self.body_areas.append(float(body.sum()) * pixel_mm2)
+            self.body_areas.append(float(body.sum()) * self.task.spacing**2)
         self.cases, self.slices = self.cases + 1, self.slices + len(images)
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,17 +100,16 @@ class SliceStatistics:
                 entry |= {feature: _quantiles(values) for feature, values in self.features[k].items()}
                 entry["intensity"] = [_histogram_quantiles(h) for h in self.histograms[k]]
                 classes[name] = entry
-        body = {
-            "area_mm2": _quantiles(self.body_areas),
-            "intensity": [_histogram_quantiles(h) for h in self.body_histogram],
-        }
         return {
             "version": VERSION,
             "cases": self.cases,
             "slices": self.slices,
             "spacing_mm": self.task.spacing,
             "quantiles": list(QUANTILES),
-            "body": body,
+            "body": {
+                "area_mm2": _quantiles(self.body_areas),
+                "intensity": [_histogram_quantiles(h) for h in self.body_histogram],
+            },
             "classes": classes,
         }
 
@@ -119,17 +122,6 @@ class SliceStatistics:
             last = self.task.num_classes - 1
             raise InputError(f"labels hold {labels.min()} to {labels.max()}, the classes are 0 to {last}")
 
-    def _body(self, images: np.ndarray) -> np.ndarray:
-        """(n, H, W) bool, the body as :mod:`samda.data.body` finds it; everything for pictures."""
-        values = images.mean(axis=1)
-        if self.task.modality == "image":
-            return np.ones(values.shape, bool)
-        step = max(1, int(COARSE_MM // self.task.spacing))
-        small = values[:, ::step, ::step].transpose(1, 2, 0)  # slices last, as axial planes lie in a volume
-        spacing_mm = np.array([step * self.task.spacing] * 2 + [COARSE_MM])
-        mask = body_mask(small, spacing_mm, body_threshold(small, self.task, scaled=True)).transpose(2, 0, 1)
-        return mask.repeat(step, 1).repeat(step, 2)[:, : values.shape[1], : values.shape[2]]
-
     def _count(self, image: np.ndarray, label: np.ndarray, body: np.ndarray) -> None:
         """Add the intensities of a slice (C, H, W) to the histograms."""
         for channel, values in enumerate(image):
@@ -138,54 +130,75 @@ class SliceStatistics:
             self.histograms[:, channel] += joint.reshape(-1, BINS)
             self.body_histogram[channel] += np.bincount(bins[body], minlength=BINS)
 
-    def _measure(self, k: int, mask: np.ndarray, box: tuple[slice, slice], pixel_mm2: float) -> None:
-        rows, columns = np.nonzero(mask)
-        compactness, elongation = ellipse_moments(rows, columns)
-        measured = {
-            "area_mm2": len(rows) * pixel_mm2,
-            "components": ndimage.label(mask)[1],
-            "compactness": compactness,
-            "elongation": elongation,
-            "row": _relative(rows.mean(), box[0]),
-            "column": _relative(columns.mean(), box[1]),
-        }
-        for name, value in measured.items():
-            self.features[k][name].append(float(value))
-
 
 def slice_statistics(
     cases: Iterable[tuple[torch.Tensor | np.ndarray, torch.Tensor | np.ndarray]], task: Task
 ) -> dict[str, Any]:
-    """Statistics of several cases at once, see :meth:`SliceStatistics.to_dict`.
-
-    Args:
-        cases: per case the images (n, C, H, W) and labels (n, H, W), see :meth:`SliceStatistics.update`.
-        task: the task.
-    """
+    """Statistics of several cases (images, labels) at once, see :class:`SliceStatistics`."""
     statistics = SliceStatistics(task)
     for images, labels in cases:
         statistics.update(images, labels)
     return statistics.to_dict()
 
 
+def body_masks(images: np.ndarray, task: Task) -> np.ndarray:
+    """The body in neighboring slices, (n, C, H, W) -> (n, H, W), see :mod:`samda.data.body`; all of a picture."""
+    values = images.mean(axis=1)
+    if task.modality == "image":
+        return np.ones(values.shape, bool)
+    step = max(1, int(COARSE_MM // task.spacing))
+    small = values[:, ::step, ::step].transpose(1, 2, 0)  # slices last, as axial planes lie in a volume
+    spacing_mm = np.array([step * task.spacing] * 2 + [COARSE_MM])
+    mask = body_mask(small, spacing_mm, body_threshold(small, task, scaled=True)).transpose(2, 0, 1)
+    return mask.repeat(step, 1).repeat(step, 2)[:, : values.shape[1], : values.shape[2]]
+
+
+def body_boxes(images: torch.Tensor, task: Task) -> list[Box]:
+    """The box of the body in each of the neighboring slices (n, C, H, W)."""
+    return [_box(mask) for mask in body_masks(np.asarray(images), task)]
+
+
+def shape_features(labels: np.ndarray, boxes: Sequence[Box], task: Task) -> list[ClassFeatures]:
+    """Features of each class, background included, in the slices of (n, H, W) labels that hold it.
+
+    Args:
+        labels: class indices.
+        boxes: of the body in each slice.
+        task: classes and spacing.
+    """
+    found: list[ClassFeatures] = [{name: [] for name in FEATURES} for _ in task.classes]
+    for label, box in zip(labels, boxes, strict=True):
+        for k in np.unique(label[label > 0]):
+            mask = label == k
+            rows, columns = np.nonzero(mask)
+            compactness, elongation = ellipse_moments(rows, columns)
+            measured = {
+                "area_mm2": len(rows) * task.spacing**2,
+                "components": ndimage.label(mask)[1],
+                "compactness": compactness,
+                "elongation": elongation,
+                "row": _relative(rows.mean(), box[0]),
+                "column": _relative(columns.mean(), box[1]),
+            }
+            for name, value in measured.items():
+                found[int(k)][name].append(float(value))
+    return found
+
+
 def ellipse_moments(rows: np.ndarray, columns: np.ndarray) -> tuple[float, float]:
-    """Compactness and elongation of a set of pixels from its second moments, see `FEATURES`.
+    """Compactness and elongation of a set of pixels, (N,) rows and columns, from its second moments, see `FEATURES`.
 
     S is the covariance of all points of the pixels: that of their centers, plus 1/12 in both directions as pixels are
     unit squares. The ellipse of equal moments has the area 4 pi sqrt(det S); its axes are as the roots of S's
     eigenvalues.
-
-    Args:
-        rows: (N,) row of each pixel.
-        columns: (N,) column of each pixel.
     """
     covariance = np.cov(np.stack([rows, columns]).astype(float), bias=True) + np.eye(2) / 12
     small, large = np.linalg.eigvalsh(covariance)
     return len(rows) / (4 * np.pi * np.sqrt(small * large)), float(np.sqrt(large / small))
 
 
-def _box(mask: np.ndarray) -> tuple[slice, slice]:
-    """Bounding box (rows, columns) of a mask, or the whole of it where it is empty."""
+def _box(mask: np.ndarray) -> Box:
+    """Bounding box of a mask, or the whole of it where it is empty."""
     found = ndimage.find_objects(mask.astype(np.uint8))
     return found[0] if found else (slice(0, mask.shape[0]), slice(0, mask.shape[1]))
 
@@ -212,15 +225,8 @@ def _short(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-MOST = 256  # slices measured: moments of 256 channels over their 16 x 16 places or more are exact enough
-EPS = 1e-6
-
-
 class FeatureTap:
     """Collects the image side of the decoder's sites, with gradients, while it is open.
-
-    Args:
-        network: the segmenter.
 
     Attributes:
         features: per decoder layer the outputs (B, HW, C) of every pass since :meth:`clear`.
@@ -259,15 +265,9 @@ class FeatureTap:
 
 
 def class_shares(labels: torch.Tensor, num_classes: int, grid: tuple[int, int]) -> torch.Tensor:
-    """Share of each class in each place of the decoder's grid.
+    """Share of each class in each place of the decoder's grid: labels (B, H, W) -> (B, h w, K), summing to 1 over K.
 
-    Args:
-        labels: (B, H, W) class indices.
-        num_classes: K.
-        grid: (h, w) of the features; H and W are multiples of them.
-
-    Returns:
-        (B, h w, K), summing to 1 over K.
+    `grid` is (h, w); H and W are multiples of them.
     """
     rows, columns = labels.shape[1] // grid[0], labels.shape[2] // grid[1]
     maps = F.one_hot(labels.long(), num_classes).movedim(-1, 1).float()
@@ -296,11 +296,13 @@ def feature_statistics(
         Per layer {"mean", "std"}: K rows of C values each, None for a class that no slice holds; plain values for JSON.
     """
     step = max(1, -(-len(indices) // MOST))
+    chosen = [items[i] for i in list(indices)[::step]]
     sums: list[list[torch.Tensor]] = []
     device = network.pixel_mean.device
     network.eval()
     with FeatureTap(network) as tap:
-        for batch in _batches([items[i] for i in list(indices)[::step]], batch_size):
+        for start in range(0, len(chosen), batch_size):
+            batch = chosen[start : start + batch_size]
             embedded = "embedding" in batch[0]
             inputs = torch.stack([item["embedding" if embedded else "image"] for item in batch]).to(device)
             embedding = inputs if embedded else network.encode(inputs)
@@ -309,12 +311,10 @@ def feature_statistics(
             labels = torch.stack([item["label"][0] for item in batch]).to(device)
             shares = class_shares(labels, network.num_classes, (embedding.shape[2], embedding.shape[3])).double()
             found = [list(class_sums(torch.cat(kept).double(), shares)) for kept in tap.features]
-            sums = [_added(*pair) for pair in zip(sums, found, strict=True)] if sums else found
+            if sums:
+                found = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, found, strict=True)]
+            sums = found
     return [_moments(*layer) for layer in sums]
-
-
-def _added(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [x + y for x, y in zip(a, b, strict=True)]
 
 
 def _moments(weight: torch.Tensor, total: torch.Tensor, square: torch.Tensor) -> dict[str, Any]:
@@ -322,16 +322,6 @@ def _moments(weight: torch.Tensor, total: torch.Tensor, square: torch.Tensor) ->
     std = (square / weight[:, None] - mean.square()).clamp_min(EPS**2).sqrt()
     there = (weight > 0).tolist()
     return {
-        name: [_few_slices(row) if held else None for row, held in zip(rows, there, strict=True)]
+        name: [[_short(v) for v in row.tolist()] if known else None for row, known in zip(rows, there, strict=True)]
         for name, rows in (("mean", mean), ("std", std))
     }
-
-
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def _few_slices(values: torch.Tensor) -> list[float]:
-    """Five significant digits: more would only make the file longer."""
-    return [float(f"{value:.5g}") for value in values.tolist()]

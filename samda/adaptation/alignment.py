@@ -1,25 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Alignment of features: the scan's features get the moments that the training slices had.
+"""A scan against the statistics of the training slices (:mod:`samda.source_statistics`): features and predictions.
 
-Another scanner shifts and stretches the channels that the class head reads. Networks with batch norm re-estimate their
-moments at test time; SAM has none, so the adapter is asked to restore them, in the way of activation matching
-(ActMAD, arXiv 2211.12870). A scan may show other organs than the training slices, so the source's moments are kept by
-class and mixed in the proportions that the source model sees. Unlike entropy it has no trivial answer, and no brake is
-needed.
+Alignment of features: the scan's features get the moments that the training slices had. Another scanner shifts and
+stretches the channels that the class head reads. Networks with batch norm re-estimate their moments at test time; SAM
+has none, so the adapter is asked to restore them, in the way of activation matching (ActMAD, arXiv 2211.12870). A scan
+may show other organs than the training slices, so the source's moments are kept by class and mixed in the proportions
+that the source model sees. Unlike entropy it has no trivial minimum, and no regularizer is needed.
+
+Plausibility of a prediction: for every class the model folder has the quantiles over training slices of area, number of
+pieces, compactness, elongation and position in the body. They hold for a slab as for a whole body, since only slices in
+which the class appears are compared. A feature scores 1 inside the source's 5 % to 95 % range and falls off outside
+like a Gaussian whose width is the distance from the median to that end. A class scores the mean over its slices,
+weighted by area, of the geometric mean of its features: one organ of the usual size at the usual place is near 1,
+specks and leaks into the neighborhood are near 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
+from samda.adaptation.case import PreparedCase, Segmentation
+from samda.adaptation.guard import Evidence
 from samda.adaptation.objectives import most_likely
 from samda.errors import InputError
-from samda.source_statistics import FeatureTap, class_shares, class_sums
+from samda.source_statistics import FEATURES, Box, FeatureTap, class_shares, class_sums, shape_features
+from samda.task import Task
 
-LEAST = 1e-8  # variance
+LEAST_VARIANCE = 1e-8
 FEW = 8.0  # places of the grid that a class must fill to be aligned by itself
+# least width of a feature's fall-off: one patient's slices do not show how far patients differ
+LEAST = {"area_mm2": 0.4, "components": 1.0, "compactness": 0.1, "elongation": 0.2, "row": 0.06, "column": 0.06}
+LOGARITHMIC = ("area_mm2", "elongation")  # compared as ratios
+ONE_SIDED = {"components": 1, "compactness": -1}  # fewer pieces or a rounder shape is not penalized
 
 
 class FeatureAlignment:
@@ -34,10 +51,7 @@ class FeatureAlignment:
 
     Args:
         source: per layer {"mean", "std"} with a row per class, see :func:`samda.source_statistics.feature_statistics`.
-        num_classes: K.
-
-    Raises:
-        InputError: not these classes.
+        num_classes: K; InputError where `source` has another number.
     """
 
     def __init__(self, source: Sequence[Mapping[str, Sequence[Sequence[float] | None]]], num_classes: int) -> None:
@@ -55,7 +69,7 @@ class FeatureAlignment:
             self.square.append(std.square() + mean.square())
 
     def shares(self, labels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Shares (B, h w, K) of the classes in each place; of a class that the source never saw, the background's."""
+        """Shares (B, h w, K) of the classes in each place; a class that the source never saw counts as background."""
         unknown = torch.tensor([not known for known in self.known], device=labels.device)
         return class_shares(labels.masked_fill(unknown[labels.long()], 0), self.num_classes, grid)
 
@@ -111,5 +125,85 @@ class CaseAlignment:
 
 def _distance(mean: torch.Tensor, square: torch.Tensor, mean0: torch.Tensor, square0: torch.Tensor) -> torch.Tensor:
     """d of the class's docstring from first and second moments (..., C), averaged over the rows."""
-    variance, variance0 = ((s - m.square()).clamp_min(LEAST) for m, s in ((mean, square), (mean0, square0)))
+    variance, variance0 = ((s - m.square()).clamp_min(LEAST_VARIANCE) for m, s in ((mean, square), (mean0, square0)))
     return ((mean - mean0).abs() / variance0.sqrt()).mean() + 0.5 * (variance / variance0).log().abs().mean()
+
+
+def feature_score(name: str, values: np.ndarray, quantiles: Mapping[float, float]) -> np.ndarray:
+    """Score of a feature's (n,) values, 0 to 1, see the module; `quantiles` has 0.05, 0.5 and 0.95 of the source."""
+    low, middle, high = (quantiles[q] for q in (0.05, 0.5, 0.95))
+    if name in LOGARITHMIC:
+        values = np.log(np.maximum(values, 1e-6))
+        low, middle, high = (math.log(max(v, 1e-6)) for v in (low, middle, high))
+    below = np.maximum(0.0, low - values) / max(middle - low, LEAST[name])
+    above = np.maximum(0.0, values - high) / max(high - middle, LEAST[name])
+    side = ONE_SIDED.get(name, 0)
+    departure = above if side > 0 else below if side < 0 else below + above
+    return np.exp(-0.5 * departure**2)
+
+
+def class_plausibility(
+    measured: Mapping[str, Sequence[float]], source: Mapping[str, Any], quantiles: Sequence[float]
+) -> float | None:
+    """Plausibility of one class; None where no slice holds it.
+
+    Args:
+        measured: feature -> (n,) values over the slices that hold the class.
+        source: the class's entry of the model's statistics.
+        quantiles: which quantiles that entry lists.
+    """
+    areas = np.asarray(measured["area_mm2"], float)
+    if not len(areas):
+        return None
+    if source.get("area_mm2") is None:
+        return 0.0  # the training data never showed this class
+    logs = []
+    for name in FEATURES:
+        known = dict(zip(quantiles, source[name], strict=True))
+        logs.append(np.log(np.maximum(feature_score(name, np.asarray(measured[name], float), known), 1e-9)))
+    scores = np.exp(np.mean(logs, axis=0))
+    return float(np.average(scores, weights=areas))
+
+
+class Judge:
+    """Turns predictions into evidence for the guard; its :attr:`alignment` measures features.
+
+    Args:
+        task: the task.
+        record: the model folder's record; InputError where it lacks the statistics of this task.
+    """
+
+    def __init__(self, task: Task, record: Mapping[str, Any]) -> None:
+        self.task = task
+        statistics = record.get("statistics")
+        if not statistics:
+            raise InputError("the model folder holds no source statistics, which the guard judges by; train it again")
+        self.quantiles = statistics["quantiles"]
+        self.classes: dict[str, Any] = statistics["classes"]
+        missing = [name for name in task.classes[1:] if name not in self.classes]
+        if missing:
+            raise InputError(f"the model's source statistics lack the class {missing[0]!r}; train it again")
+        features = statistics.get("features")
+        if not features:
+            raise InputError("the model's source statistics lack its features, which are aligned to; train it again")
+        self.alignment = FeatureAlignment(features, task.num_classes)
+
+    def evidence(
+        self, case: PreparedCase, prediction: Segmentation, agreement: float, entropy: float, drift: float = math.nan
+    ) -> Evidence:
+        """Evidence of a prediction of all slices."""
+        labels = torch.from_numpy(prediction.labels.astype(np.uint8, copy=False))[None]
+        plausibility = self.plausibility(case.grid.extract_labels(labels, range(case.grid.num_slices)), case.boxes)
+        voxel_ml = float(np.prod(case.grid.spacing_mm)) / 1000.0
+        counts = np.bincount(prediction.labels.ravel(), minlength=self.task.num_classes)
+        volumes = {name: int(counts[k]) * voxel_ml for k, name in enumerate(self.task.classes) if k}
+        return Evidence(volumes, plausibility, agreement, entropy, drift)
+
+    def plausibility(self, labels: torch.Tensor, boxes: Sequence[Box]) -> dict[str, float | None]:
+        """Plausibility of each foreground class in predicted slices (n, H, W), whose body lies in `boxes`."""
+        measured = shape_features(np.asarray(labels), boxes, self.task)
+        return {
+            name: class_plausibility(measured[k], self.classes[name], self.quantiles)
+            for k, name in enumerate(self.task.classes)
+            if k
+        }

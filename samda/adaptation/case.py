@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn as nn
+from nibabel.spatialimages import SpatialImage
 
 from samda.adaptation.views import View, apply_view
 from samda.data.slices import SliceGrid
 from samda.inference.postprocessing import keep_largest
 from samda.inference.volume import VolumeInferer, largest
-from samda.task import Task
+from samda.source_statistics import Box
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,33 +39,39 @@ class PreparedCase:
 
     Attributes:
         name: of the case.
-        input_sha256: of its file, or of its preprocessed values where it came as an object.
+        input_sha256: of its files, or of its preprocessed values where it came as an object.
         data: the preprocessed case; "image" (C, X, Y, Z) in [0, 1], RAS.
         grid: its slices.
+        boxes: box of the body in each slice.
         replay: the network that the inferer runs, with the embeddings of all slices.
         source: the source model's prediction.
         slices: the slices adapted on.
         images: (m, C, H, W) their windows in [0, 1], as they are.
+        image_boxes: box of the body in each window.
         views: their views.
         inputs: (V, m, 256, h, w) embeddings of the views where the encoder stays as it is, else (V, m, C, H, W) images.
-        embedded: are `inputs` embeddings?
         seed: of the views.
+        started: when its preparation began, UTC.
         seconds: time spent, by stage.
+        scan: the scan's file or DICOM folder, or the nibabel image that it came as.
     """
 
     name: str
     input_sha256: str
     data: dict[str, Any]
     grid: SliceGrid
+    boxes: list[Box]
     replay: EmbeddingReplay
     source: Segmentation
     slices: list[int]
     images: torch.Tensor
+    image_boxes: list[Box]
     views: list[View]
     inputs: torch.Tensor
-    embedded: bool
     seed: int
+    started: str
     seconds: dict[str, float]
+    scan: Path | SpatialImage | None = None
 
 
 class EmbeddingReplay:
@@ -197,8 +205,3 @@ def slice_areas(labels: np.ndarray, num_classes: int, axis: int) -> np.ndarray:
     """Voxels of each foreground class in each slice, (K - 1, n); `axis` is the one across the slices."""
     planes = np.moveaxis(labels, axis, 0).reshape(labels.shape[axis], -1)
     return np.stack([(planes == k).sum(1) for k in range(1, num_classes)]).astype(float)
-
-
-def slice_axis(task: Task) -> int:
-    """The axis of an RAS volume across the slices."""
-    return task.slice_axis

@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from monai.data import MetaTensor
 from nibabel.spatialimages import SpatialImage
 from torch.utils.checkpoint import checkpoint
 
-from samda import provenance as records
-from samda.adaptation.agreement import mean_agreement
-from samda.adaptation.alignment import CaseAlignment
+from samda.adaptation.agreement import class_agreement, foreground_entropy, mean_agreement
+from samda.adaptation.alignment import CaseAlignment, Judge
 from samda.adaptation.case import (
     EmbeddingReplay,
     PreparedCase,
@@ -34,64 +35,85 @@ from samda.adaptation.case import (
     encode_views,
     segment,
     slice_areas,
-    slice_axis,
 )
-from samda.adaptation.guard import mean_plausibility
-from samda.adaptation.loop import Trajectory, descend, held, keep_last, load
-from samda.adaptation.objectives import log_probabilities, most_likely
-from samda.adaptation.outcome import AdaptedCase, finish
-from samda.adaptation.plausibility import Judge
-from samda.adaptation.settings import check_settings
-from samda.adaptation.views import FAMILIES, make_views, mirrored_classes, restore_view, seed_of
+from samda.adaptation.guard import Decision, Evidence, after, before, mean_plausibility
+from samda.adaptation.loop import NotFinite, OutOfTime, Trajectory, keep_last, load, optimize, restoring
+from samda.adaptation.objectives import check_settings, log_probabilities, most_likely
+from samda.adaptation.record import Outcome, case_record
+from samda.adaptation.views import make_views, mirrored_classes, restore_view, seed_of
 from samda.adapters.adapter_file import state_tensors
-from samda.adapters.attach import scope_parameters
+from samda.adapters.attach import available_scopes, scope_parameters
 from samda.adapters.base import changes_encoder, unmerge
 from samda.data.formats import name_of, scan_path
 from samda.data.slices import SliceGrid, center_channels
 from samda.data.transforms import build_preprocessing
-from samda.errors import AdapterError
-from samda.inference.postprocessing import override
+from samda.errors import AdapterError, SamdaError
+from samda.inference.postprocessing import override, own_grid
 from samda.inference.volume import VolumeInferer
+from samda.inference.writer import label_image
 from samda.networks.segmenter import SamSegmenter
 from samda.progress import share
-from samda.source_statistics import FeatureTap
+from samda.provenance import now, path_sha256, sha256_of, tensors_sha256
+from samda.source_statistics import FeatureTap, body_boxes
 from samda.task import Task
 
 GRADIENT_PIXELS = 1 << 15  # embedding pixels decoded at once with gradients: about 1 GB
+Scan = str | Path | SpatialImage | Mapping[str, Any]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class AdaptedCase:
+    """What became of one scan, on the scan's own grid and in the axis order of its file.
+
+    Attributes:
+        case: name of the case.
+        labels: (X, Y, Z) the map to use: the adapted one where it was accepted, else the source's byte for byte.
+        source: (X, Y, Z) the plain prediction.
+        uncertainty: (X, Y, Z) float32 in [0, 1], normalized entropy of the prediction in `labels`.
+        affine: (4, 4) voxel index to RAS mm.
+        record: the audit record.
+        scan: the scan's file or DICOM folder, or the nibabel image that it came as.
+        tensors: the adapted parameters, where accepted.
+    """
+
+    case: str
+    labels: np.ndarray
+    source: np.ndarray
+    uncertainty: np.ndarray
+    affine: np.ndarray
+    record: dict[str, Any]
+    scan: Path | SpatialImage | None = None
+    tensors: dict[str, torch.Tensor] | None = None
+
+    @property
+    def image(self) -> SpatialImage:
+        """The map to use as a nibabel image; affine and form codes are the scan's own."""
+        return label_image(self.labels, self.scan, self.affine)
+
+    @property
+    def difference(self) -> np.ndarray:
+        """(X, Y, Z) uint8: 0 as before, 1 foreground removed, 2 foreground added, 3 another class."""
+        old, new = self.source > 0, self.labels > 0
+        change = np.where(old & new, 3, np.where(old, 1, 2))
+        return np.where(self.source == self.labels, 0, change).astype(np.uint8)
 
 
 class Adaptation:
-    """Adapts a trained model to scans, one at a time. None takes a setting's default, whichever it is.
+    """Adapts a trained model to scans, one at a time.
 
     Args:
         network: a trained segmenter; its base and class head never move.
         task: what it segments.
         record: the model folder's record; its "statistics" are what the guard judges by.
-        method: name of an objective, see :data:`samda.adaptation.objectives.OBJECTIVES`.
-        scope: what moves, see :mod:`samda.adapters.attach`.
-        steps: optimizer steps; None takes the objective's own.
-        lr: learning rate; None takes the objective's own.
-        views: number of views, the slice itself included.
-        families: kinds of views, or one of them, see :mod:`samda.adaptation.views`.
-        strength: multiplies how far views depart from the slice, 0 to 10.
-        flips: mirror every second view; organs have sides, so not by default.
-        slices: number of slices that are adapted on; all are predicted.
-        seed: of the views, together with the input.
-        keep: "best" keeps the latest iterate of nearly the highest :meth:`merit`, "last" the last one.
-        objective: further settings of the objective.
-        guard: thresholds of the guard, see :class:`samda.adaptation.guard.GuardSettings`.
-        time_limit_s: seconds after which a case falls back; None sets no limit.
-        batch_size: slices in one call of the encoder.
-        memory_mb: memory for kept embeddings (MB); beyond it slices are encoded again.
-        modality: "CT" or "MR" where the scans are of another kind than those of the training; it decides how
-            intensities are mapped to [0, 1].
-        keep_largest: classes of which every prediction keeps only the largest piece, instead of the task's; see
-            :func:`samda.inference.postprocessing.override`.
         device: torch device.
         version: name of the model's version, for the record.
+        settings: of :class:`samda.adaptation.settings.AdaptationSettings`, for instance `steps=4`; None takes the
+            default.
 
     Raises:
-        UsageError: an unknown name, or a value of the wrong type or out of range.
+        UsageError: an unknown setting or name, or a value of the wrong type or out of range.
         AdapterError: the model lacks the scope, or was never trained.
         InputError: the model carries no source statistics.
 
@@ -106,73 +128,49 @@ class Adaptation:
         network: SamSegmenter,
         task: Task,
         record: Mapping[str, Any],
-        method: str = "default",
-        scope: str = "decoder",
-        steps: int | None = None,
-        lr: float | None = None,
-        views: int = 8,
-        families: Sequence[str] = FAMILIES,
-        strength: float = 1.0,
-        flips: bool = False,
-        slices: int = 12,
-        seed: int = 0,
-        keep: str = "best",
-        objective: Mapping[str, Any] | None = None,
-        guard: Mapping[str, Any] | None = None,
-        time_limit_s: float | None = None,
-        batch_size: int = 8,
-        memory_mb: float = 2048.0,
-        modality: str | None = None,
-        keep_largest: bool | str | Sequence[str] | None = None,
+        *,
         device: torch.device | str = "cpu",
         version: str = "source",
+        **settings: Any,
     ) -> None:
-        self.objective, self.guard, values = check_settings(
-            {"method": method, "objective": objective, "scope": scope, "guard": guard, "steps": steps, "lr": lr}
-            | {"views": views, "families": families, "strength": strength, "flips": flips, "slices": slices}
-            | {"seed": seed, "keep": keep, "time_limit_s": time_limit_s, "batch_size": batch_size}
-            | {"memory_mb": memory_mb}
-        )
-        self.view_settings = {key: values[key] for key in ("families", "strength", "flips")}
-        task = override(task, keep_largest, modality)
+        self.settings, self.objective = check_settings(settings)
+        self.guard = self.settings.thresholds
+        task = override(task, self.settings.keep_largest, self.settings.modality)
         unmerge(network)  # a merged adapter has no parameters of its own to move
         self.network, self.task, self.device = network.to(device).eval(), task, torch.device(device)
-        self.version, self.memory_mb, self.time_limit_s = version, values["memory_mb"], time_limit_s
-        self.scope: str = values["scope"]
-        self.parameters = scope_parameters(network, self.scope)
+        self.version = version
+        self.parameters = scope_parameters(network, self.settings.scope)
         _check_trained(network, self.parameters)
         self.judge = Judge(task, record)
-        self.steps, self.lr, self.seed = values["steps"], values["lr"], values["seed"]
-        self.views, self.slices, self.keep = values["views"], values["slices"], values["keep"]
-        self.batch_size = values["batch_size"]
         self.embedded = not changes_encoder(network, self.parameters)  # then views are encoded once
         self.mirror = mirrored_classes(task.classes)
         self.preprocessing = build_preprocessing(task, labels=False)
-        self.inferer = VolumeInferer(task, self.batch_size, device=device)
+        self.inferer = VolumeInferer(task, self.settings.batch_size, device=device)
         self.hashes = {
-            "model_sha256": records.tensors_sha256(network.full_state()),
-            "adapter_sha256": records.tensors_sha256(state_tensors(network)),
+            "model_sha256": tensors_sha256(network.full_state()),
+            "adapter_sha256": tensors_sha256(state_tensors(network)),
         }
 
     @property
     def config(self) -> dict[str, Any]:
         """Every setting that decides the outcome, resolved; plain values."""
+        values = self.settings.to_dict() | {"objective": self.objective.settings(), "modality": self.task.modality}
+        del values["keep_largest"]  # the task's own is not a setting
+        return values | ({"keep_largest": self.task.to_dict()["keep_largest"]} if self.task.largest_only else {})
+
+    def describe(self) -> dict[str, Any]:
+        """Model and settings as a record has them."""
+        config = self.config
         return {
-            "method": self.objective.name,
-            "objective": self.objective.settings(),
-            "scope": self.scope,
-            "steps": self.steps,
-            "lr": self.lr,
-            "views": self.views,
-            **{key: list(v) if isinstance(v, tuple) else v for key, v in self.view_settings.items()},
-            "slices": self.slices,
-            "seed": self.seed,
-            "modality": self.task.modality,
-            "keep": self.keep,
-            "guard": self.guard.to_dict(),
-            "time_limit_s": self.time_limit_s,
-            "batch_size": self.batch_size,
-        } | ({"keep_largest": self.task.to_dict()["keep_largest"]} if self.task.largest_only else {})
+            **self.hashes,
+            "model_version": self.version,
+            "config": config,
+            "config_sha256": sha256_of(config),
+            "method": self.settings.method,
+            "scope": self.settings.scope,
+            "device": str(self.device),
+            "parameters_moved": sum(p.numel() for p in self.parameters.values()),
+        }
 
     @classmethod
     def from_record(
@@ -181,12 +179,9 @@ class Adaptation:
         """The adaptation that a case's record describes; adapting the same scan again gives the same label map.
 
         Args:
-            network, task, record: the model.
+            network, task, record: the model; AdapterError where it is not the one of the case.
             case: the record of the case.
-            settings: what decides nothing: device, memory_mb.
-
-        Raises:
-            AdapterError: the model is not the one of the record.
+            settings: those without influence on the result: device, memory_mb.
         """
         adaptation = cls(network, task, record, version=case["model_version"], **case["config"], **settings)
         for key, value in adaptation.hashes.items():
@@ -196,7 +191,7 @@ class Adaptation:
                 )
         return adaptation
 
-    def adapt(self, image: str | Path | SpatialImage | Mapping[str, Any]) -> AdaptedCase:
+    def adapt(self, image: Scan) -> AdaptedCase:
         """Adapt to one scan and decide; afterwards the model is as it was, bit for bit.
 
         Args:
@@ -207,161 +202,257 @@ class Adaptation:
         Raises:
             InputError: the scan cannot be read or used. Errors while adapting do not raise: the case falls back.
         """
-        started = records.now()
-        result = finish(self, self.prepare(image), started)
-        scan = image["image"] if isinstance(image, Mapping) else image
-        return dataclasses.replace(result, scan=scan) if isinstance(scan, SpatialImage) else result
+        case = self.prepare(image)
+        outcome = self.decide(case)
+        return self.restore(case, outcome)
 
-    def prepare(self, image: str | Path | SpatialImage | Mapping[str, Any]) -> PreparedCase:
-        """Everything of a case that does not depend on the objective: source prediction, chosen slices, encoded views.
+    def decide(self, case: PreparedCase) -> Outcome:
+        """Adapt to a prepared case and let the guard decide; whatever goes wrong while adapting ends in a fallback."""
+        outcome = self.judge_source(case)
+        if outcome.decision is not None:
+            return outcome
+        try:
+            outcome.run = self.optimize(case)
+            outcome.source = dataclasses.replace(outcome.source, drift=outcome.run.drift[0])
+            if outcome.run.best_step > 0:
+                outcome.adapted = self.predict(case, outcome.run.tensors)
+                outcome.evidence = self.judge_adapted(case, outcome.run, outcome.adapted)
+            outcome.decision = self.compare(case, outcome)
+        except Exception as error:
+            outcome.adapted = None
+            outcome.decision, outcome.error = _fallback(error), f"{type(error).__name__}: {error}"
+            logger.debug("case fell back", exc_info=True)
+        return outcome
 
-        A prepared case serves every objective of the same scope, views, slices and seed.
+    def prepare(self, image: Scan) -> PreparedCase:
+        """Everything that precedes the steps: read, predict, choose slices, make their views and encode them.
+
+        A case may bring the "input_sha256" of its files, which are hashed otherwise. InputError where the scan cannot
+        be used.
         """
-        case = {k: image[k] for k in image if k != "label"} if isinstance(image, Mapping) else {"image": image}
-        begin = time.perf_counter()
-        with scan_path(case["image"]) as path:
-            sha256 = records.path_sha256(path)
+        started, begin = now(), time.perf_counter()
+        case: dict[str, Any] = {"image": image}
+        if isinstance(image, Mapping):
+            case = {key: value for key, value in image.items() if key != "label"}
+        scan, sha256 = case["image"], case.pop("input_sha256", None)
+        with scan_path(scan) as path:
+            sha256 = sha256 or path_sha256(path)
             data = self.preprocessing(case | {"image": path})
-        read = time.perf_counter()
-        return self._prepared(str(case.get("id") or name_of(case["image"])), sha256, data, {"read": read - begin})
+        seconds = {"read": time.perf_counter() - begin}
+        name = str(case.get("id") or name_of(scan))
+        prepared = self._prepared(name, sha256, data, started, seconds)
+        return dataclasses.replace(prepared, scan=scan) if isinstance(scan, SpatialImage) else prepared
 
     def prepare_data(self, data: Mapping[str, Any], name: str) -> PreparedCase:
         """As :meth:`prepare`, for a case that is preprocessed already: {"image": MetaTensor (C, X, Y, Z) in [0, 1]}."""
-        image = data["image"]
-        return self._prepared(name, records.sha256_of(np.asarray(image.as_tensor().cpu())), dict(data), {})
+        sha256 = sha256_of(np.asarray(data["image"].as_tensor().cpu()))
+        return self._prepared(name, sha256, dict(data), now(), {})
 
-    def _prepared(self, name: str, sha256: str, data: dict[str, Any], seconds: dict[str, float]) -> PreparedCase:
+    def _prepared(
+        self, name: str, sha256: str, data: dict[str, Any], started: str, seconds: dict[str, float]
+    ) -> PreparedCase:
+        task, settings = self.task, self.settings
         volume = data["image"].as_tensor()
         begin = time.perf_counter()
-        grid = SliceGrid.from_volume(volume, data["image"].affine, self.task)
-        replay = EmbeddingReplay(self.network, self.memory_mb if self.embedded else 0.0)
+        grid = SliceGrid.from_volume(volume, data["image"].affine, task)
+        replay = EmbeddingReplay(self.network, settings.memory_mb if self.embedded else 0.0)
         source = segment(self.inferer, data, grid, replay)
         predicted = time.perf_counter()
         share(0.2)
-        axis = slice_axis(self.task)
-        areas = slice_areas(source.labels, self.task.num_classes, axis)
-        others = tuple(a for a in range(3) if a != axis)
-        slices = choose_slices(areas, source.uncertainty.sum(axis=others), self.slices)
-        seed = seed_of(sha256, self.seed)
-        views = make_views(self.views, seed, **self.view_settings)
+        areas = slice_areas(source.labels, task.num_classes, grid.axes[0])
+        slices = choose_slices(areas, source.uncertainty.sum(axis=grid.axes[1:]), settings.slices)
+        seed = seed_of(sha256, settings.seed)
+        views = make_views(settings.views, seed, settings.families, settings.strength, settings.flips)
         labels = torch.from_numpy(source.labels)[None]
-        images = cut_windows(grid.inputs(volume, slices), grid.extract_labels(labels, slices), self.task.image_size)
+        images = cut_windows(grid.inputs(volume, slices), grid.extract_labels(labels, slices), task.image_size)
         encode = self.network.encode if self.embedded else None
-        inputs = encode_views(images, slices, views, encode, self.batch_size, self.device)
+        inputs = encode_views(images, slices, views, encode, settings.batch_size, self.device)
         seconds |= {"predict": predicted - begin, "views": time.perf_counter() - predicted}
+        file = data["image"].meta.get("filename_or_obj")
         return PreparedCase(
-            name, sha256, data, grid, replay, source, slices, images, views, inputs, self.embedded, seed, seconds
+            name=name,
+            input_sha256=sha256,
+            data=data,
+            grid=grid,
+            boxes=body_boxes(grid.extract(volume, range(grid.num_slices)), task),
+            replay=replay,
+            source=source,
+            slices=slices,
+            images=images,
+            image_boxes=body_boxes(center_channels(images, task), task),
+            views=views,
+            inputs=inputs,
+            seed=seed,
+            started=started,
+            seconds=seconds,
+            scan=Path(file) if file else None,
         )
 
-    def logits(self, prepared: PreparedCase) -> torch.Tensor:
-        """Logits (V, m, K, h, w) of all views of the chosen slices at the present parameters, views mapped back."""
-        return self._restored(prepared, self._seen(prepared))
+    def judge_source(self, case: PreparedCase) -> Outcome:
+        """Evidence of the source prediction, and the decision where there is a reason not to adapt at all."""
+        with torch.no_grad():
+            logits = self.logits(case).float()
+        shown = class_agreement(logits)
+        source = self.judge.evidence(case, case.source, mean_agreement(shown), foreground_entropy(logits))
+        return Outcome(source, before(source, bool(shown), self.guard))
 
-    def _seen(self, prepared: PreparedCase) -> torch.Tensor:
-        """The same, views as they are."""
-        inputs = prepared.inputs.flatten(0, 1)
-        chunks = inputs.split(self._chunk(inputs))
-        if len(chunks) > 1 and torch.is_grad_enabled():  # bounds memory at the price of a second forward pass
-            parts = [checkpoint(self._decode, chunk, use_reentrant=False) for chunk in chunks]
-        else:
-            parts = [self._decode(chunk) for chunk in chunks]
-        return torch.cat(parts).unflatten(0, prepared.inputs.shape[:2])
-
-    def _restored(self, prepared: PreparedCase, logits: torch.Tensor) -> torch.Tensor:
-        if not any(view.flip for view in prepared.views):
-            return logits
-        return torch.stack(
-            [restore_view(view, part, self.mirror) for view, part in zip(prepared.views, logits, strict=True)]
-        )
-
-    def _decode(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.network.decode(inputs if self.embedded else self.network.encode(inputs))
-
-    def _chunk(self, inputs: torch.Tensor) -> int:
-        """Slices in one pass with gradients."""
-        if not self.embedded:
-            return self.batch_size
-        return max(1, GRADIENT_PIXELS // (inputs.shape[-2] * inputs.shape[-1]))
-
-    def optimize(self, prepared: PreparedCase) -> Trajectory:
+    def optimize(self, case: PreparedCase) -> Trajectory:
         """Adapt to a prepared case; the model is as it was afterwards, the result is in the trajectory.
 
         Raises:
             NotFinite, OutOfTime: the case should fall back.
         """
         begin = time.perf_counter()
-        deadline = None if self.time_limit_s is None else time.monotonic() + self.time_limit_s
-        with held(self.network, self.parameters), FeatureTap(self.network) as tap:
-            merit = keep_last if self.keep == "last" else functools.partial(self.merit, prepared)
-
-            align = CaseAlignment(self.judge.alignment, tap, prepared.inputs.shape[:2], self._shown(prepared))
+        limit = self.settings.time_limit_s
+        with restoring(self.network, self.parameters), FeatureTap(self.network) as tap:
+            align = CaseAlignment(self.judge.alignment, tap, case.inputs.shape[:2], self._shown(case))
             seen: list[torch.Tensor] = []  # the latest logits, flips not undone
 
             def logits() -> torch.Tensor:
                 tap.clear()
-                seen[:] = [self._seen(prepared)]
-                return self._restored(prepared, seen[0])
+                seen[:] = [self._seen(case)]
+                return self._restored(case, seen[0])
 
-            run = descend(
+            run = optimize(
                 logits,
                 self.parameters,
                 self.objective,
-                self.steps,
-                self.lr,
-                merit,
-                deadline,
-                lambda: align(seen[0]),
+                self.settings.steps or 0,
+                self.settings.lr or 0.0,
+                merit=keep_last if self.settings.keep == "last" else functools.partial(self.merit, case),
+                deadline=None if limit is None else time.monotonic() + limit,
+                alignment=lambda: align(seen[0]),
             )
-        prepared.seconds["adapt"] = time.perf_counter() - begin
+        case.seconds["adapt"] = time.perf_counter() - begin
         return run
 
-    def _shown(self, prepared: PreparedCase) -> list[int]:
-        """Which chosen slices show foreground, as the slices did whose features the model remembers; all, if few do."""
-        areas = slice_areas(prepared.source.labels, self.task.num_classes, slice_axis(self.task)).sum(0)
-        shown = [place for place, index in enumerate(prepared.slices) if areas[index]]
-        return shown if 2 * len(shown) >= len(prepared.slices) else list(range(len(prepared.slices)))
+    def predict(self, case: PreparedCase, tensors: Mapping[str, torch.Tensor]) -> Segmentation:
+        """Predict all slices of a prepared case with other values of the scope's parameters; they are put back."""
+        begin = time.perf_counter()
+        with restoring(self.network, self.parameters):
+            load(self.parameters, tensors)
+            adapted = segment(self.inferer, case.data, case.grid, case.replay)
+        case.seconds["predict_adapted"] = time.perf_counter() - begin
+        return adapted
 
-    def merit(self, prepared: PreparedCase, logits: torch.Tensor, by_class: Mapping[int, float]) -> float:
+    def judge_adapted(self, case: PreparedCase, run: Trajectory, adapted: Segmentation) -> Evidence:
+        """Evidence of the kept iterate."""
+        best = run.best_step
+        return self.judge.evidence(case, adapted, run.agreement[best], run.entropy[best], run.drift[best])
+
+    def compare(self, case: PreparedCase, outcome: Outcome) -> Decision:
+        """The guard's decision on what was adapted."""
+        run, adapted, evidence = outcome.run, outcome.adapted, outcome.evidence
+        if run is None or adapted is None or evidence is None:
+            return Decision.of("accepted_unchanged", "no iterate was better than the source model")
+        if np.array_equal(adapted.labels, case.source.labels):
+            return Decision.of("accepted_unchanged", "the adapted model predicts the same voxel by voxel")
+        # one set of classes for all: an organ that is found again must not lower the mean over those shown
+        best = run.best_step
+        classes = {*run.by_class[0], *run.by_class[best], *run.by_class[-1]}
+        was, now_, last = (mean_agreement(run.by_class[i], classes) for i in (0, best, -1))
+        return after(
+            dataclasses.replace(outcome.source, agreement=was),
+            dataclasses.replace(evidence, agreement=now_),
+            self.guard,
+            (last, run.entropy[-1]),
+        )
+
+    def restore(self, case: PreparedCase, outcome: Outcome) -> AdaptedCase:
+        """Bring the maps back to the scan's own grid, and write the record."""
+        begin = time.perf_counter()
+        final = outcome.adapted if outcome.accepted and outcome.adapted is not None else case.source
+        source, affine = self._own_grid(case, case.source.labels)
+        labels = source.copy() if final is case.source else self._own_grid(case, final.labels)[0]
+        uncertainty = self._own_grid(case, final.uncertainty)[0]
+        case.seconds["restore"] = time.perf_counter() - begin
+        record = case_record(self.describe(), case, outcome, self.guard.absent, self.task.classes)
+        record["labels_sha256"] = {"source": sha256_of(source), "final": sha256_of(labels)}
+        tensors = outcome.run.tensors if outcome.accepted and outcome.run is not None else None
+        return AdaptedCase(case.name, labels, source, uncertainty, affine, record, case.scan, tensors)
+
+    def _own_grid(self, case: PreparedCase, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A map in RAS order in the axis order of the scan's file, and its affine."""
+        data: dict[Any, Any] = {"image": case.data["image"], "pred": MetaTensor(torch.from_numpy(values)[None])}
+        restored = own_grid(self.preprocessing)(data)["pred"]
+        return restored.as_tensor()[0].numpy().astype(values.dtype, copy=False), np.asarray(restored.affine, float)
+
+    def logits(self, case: PreparedCase) -> torch.Tensor:
+        """Logits (V, m, K, h, w) of all views of the chosen slices at the present parameters, views mapped back."""
+        return self._restored(case, self._seen(case))
+
+    def _seen(self, case: PreparedCase) -> torch.Tensor:
+        """The same, views as they are."""
+        inputs = case.inputs.flatten(0, 1)
+        if self.embedded:  # slices in one pass with gradients
+            chunk = max(1, GRADIENT_PIXELS // (inputs.shape[-2] * inputs.shape[-1]))
+        else:
+            chunk = self.settings.batch_size
+        chunks = inputs.split(chunk)
+        if len(chunks) > 1 and torch.is_grad_enabled():  # bounds memory at the price of a second forward pass
+            parts = [checkpoint(self._decode, chunk, use_reentrant=False) for chunk in chunks]
+        else:
+            parts = [self._decode(chunk) for chunk in chunks]
+        return torch.cat(parts).unflatten(0, case.inputs.shape[:2])
+
+    def _restored(self, case: PreparedCase, logits: torch.Tensor) -> torch.Tensor:
+        if not any(view.flip for view in case.views):
+            return logits
+        return torch.stack(
+            [restore_view(view, part, self.mirror) for view, part in zip(case.views, logits, strict=True)]
+        )
+
+    def _decode(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.network.decode(inputs if self.embedded else self.network.encode(inputs))
+
+    def _shown(self, case: PreparedCase) -> list[int]:
+        """Which chosen slices show foreground, as the slices did whose features the model remembers; all, if few do."""
+        areas = slice_areas(case.source.labels, self.task.num_classes, case.grid.axes[0]).sum(0)
+        shown = [place for place, index in enumerate(case.slices) if areas[index]]
+        return shown if 2 * len(shown) >= len(case.slices) else list(range(len(case.slices)))
+
+    def merit(self, case: PreparedCase, logits: torch.Tensor, by_class: Mapping[int, float]) -> float:
         """Plausibility^2 x agreement of the chosen slices: it decides which iterates may be kept. No objective sees it.
 
-        Either alone can be fooled: views agree perfectly on one big blob, and a speck at the right place looks fine.
+        Either alone can be misled: views agree perfectly on one big blob, and a speck at the right place looks fine.
         Agreement rises with every step of most objectives, so plausibility counts twice. Where slices exceed the field
         of view, their windows are judged.
 
         Args:
-            prepared: the case.
+            case: the case.
             logits: (V, m, K, h, w), the slice itself first.
             by_class: agreement of the classes shown; a class of the task that no view shows counts 0.
 
         Returns:
             A number in [0, 1]; with a single view plausibility^2 alone.
         """
-        images = prepared.images
-        labels = most_likely(log_probabilities(F.interpolate(logits[0], images.shape[-2:], mode="bilinear")))
-        plausibility = self.judge.plausibility(center_channels(images, self.task), labels.cpu())
+        scores = F.interpolate(logits[0], case.images.shape[-2:], mode="bilinear")
+        plausibility = self.judge.plausibility(most_likely(log_probabilities(scores)).cpu(), case.image_boxes)
         agreed = mean_agreement(by_class, range(1, self.task.num_classes))
         return mean_plausibility(plausibility, self.guard.absent) ** 2 * (1.0 if math.isnan(agreed) else agreed)
 
-    def predict(self, prepared: PreparedCase, tensors: Mapping[str, torch.Tensor]) -> Segmentation:
-        """Predict all slices of a prepared case with other values of the scope's parameters; they are put back."""
-        begin = time.perf_counter()
-        with held(self.network, self.parameters):
-            load(self.parameters, tensors)
-            adapted = segment(self.inferer, prepared.data, prepared.grid, prepared.replay)
-        prepared.seconds["predict_adapted"] = time.perf_counter() - begin
-        return adapted
+
+def _fallback(error: Exception) -> Decision:
+    """The reason code of an exception."""
+    text = " ".join(str(error).split())
+    if isinstance(error, NotFinite):
+        return Decision.of("fallback_nonfinite", f"not finite: {text}")
+    if isinstance(error, OutOfTime):
+        return Decision.of("fallback_timeout", f"the time limit passed at {text}")
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+        return Decision.of("fallback_oom", "memory ran out while adapting; lower slices or views")
+    if isinstance(error, SamdaError) and "not finite" in text:
+        return Decision.of("fallback_nonfinite", text)
+    return Decision.of("fallback_error", f"{type(error).__name__} while adapting: {text}")
 
 
 def _check_trained(network: SamSegmenter, parameters: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a class head that still has SAM's equal mask tokens, and SAM-DA tensors whose gates never opened.
-
-    Raises:
-        AdapterError: naming what was never trained.
-    """
+    """Refuse a class head that still has SAM's equal mask tokens, and SAM-DA tensors whose gates never opened."""
     tokens = network.mask_decoder.mask_tokens.weight
     if bool((tokens == tokens[0]).all()):
         raise AdapterError("the class head was never trained; train the model before adapting it")
-    gates = [parameter for name, parameter in parameters.items() if name.endswith((".gate", ".residual"))]
+    known = scope_parameters(network, "gate") if "gate" in available_scopes(network) else {}
+    gates = [parameter for name, parameter in known.items() if name in parameters]
     if gates and not any(bool(gate.any()) for gate in gates):
         raise AdapterError(
             "the SAM-DA adapter was never trained (its gates are zero); train the model before adapting it"

@@ -27,21 +27,21 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from samda import provenance as records
-from samda.adaptation.engine import Adaptation
-from samda.adaptation.outcome import AdaptedCase, failed_record
-from samda.data.datalists import find_cases
+from samda.adaptation.engine import Adaptation, AdaptedCase
+from samda.adaptation.record import failed_record, read_record, validate_record, write_lines
+from samda.data.datalists import Case
 from samda.errors import InputError, SamdaError, UsageError
 from samda.inference.predict import refuse_own_folder
 from samda.inference.writer import check_output_folder, label_path, write_labels, write_probabilities
 from samda.io import files_of, replacing, write_json, write_text
 from samda.processes import Shard
 from samda.progress import Cases
+from samda.provenance import conceal, now, path_sha256
 
 logger = logging.getLogger(__name__)
 
 CHANGES = ("unchanged", "removed", "added", "renamed")  # values of the difference map
-SAME = ("input_sha256", "model_sha256", "adapter_sha256", "config_sha256")  # what makes a record that of a rerun
+SAME = {"config_sha256": "settings", "adapter_sha256": "model", "model_sha256": "model"}  # of a rerun; what they tell
 
 
 @dataclasses.dataclass
@@ -79,10 +79,9 @@ def details_folder(output: str | Path, case: str) -> Path:
 
 def adapt_folder(
     adaptation: Adaptation,
-    inputs: str | Path,
+    cases: Sequence[Case],
     output: str | Path,
     report: str | Path | None = None,
-    section: str | None = None,
     dry_run: bool = False,
     keep_names: bool = False,
     keep_tensors: bool = False,
@@ -90,18 +89,17 @@ def adapt_folder(
     part: Shard | None = None,
     on_case: Callable[[str, Mapping[str, Any]], None] | None = None,
 ) -> AdaptRun:
-    """Adapt to every scan of a folder; finished cases are left out, so an interrupted run goes on where it stopped.
+    """Adapt to every case; finished ones are skipped, so an interrupted run continues where it stopped.
 
     Args:
         adaptation: what to do with each.
-        inputs: a scan, a folder of scans or DICOM series, or a data set (labels in it are not read).
+        cases: of :func:`samda.data.datalists.find_cases`; labels in them are not read.
         output: folder of the results.
         report: file of the records; None takes `output`/run.jsonl.
-        section: of a data set, see :func:`samda.data.datalists.find_cases`.
         dry_run: decide and record, but write no label map except the source's.
         keep_names: records carry the names of the files instead of pseudonyms.
         keep_tensors: keep the adapted parameters of accepted cases, from which a site version is distilled.
-        overwrite: do finished cases again, also those of other settings.
+        overwrite: reprocess finished cases, also those of other settings.
         part: the cases that this process does; None does all. The lists then hold what all parts have finished so far.
         on_case: called with name and record of each case.
 
@@ -111,7 +109,6 @@ def adapt_folder(
     Raises:
         UsageError: `output` holds results of another model or other settings, or cannot be written to; `overwrite` is
             asked of a part.
-        InputError: there are no scans.
         SamdaError: the disk is full; finished cases stay.
     """
     if part is not None and overwrite:
@@ -119,7 +116,6 @@ def adapt_folder(
             f"part {part} cannot overwrite: results of before would count as those of the other parts; choose another "
             "output folder"
         )
-    cases = find_cases(inputs, section)
     folder = check_output_folder(output)
     refuse_own_folder(cases, folder)
     job = _Job(adaptation, folder, dry_run, keep_names, keep_tensors)
@@ -129,7 +125,7 @@ def adapt_folder(
     try:
         mine = part.of(cases) if part else cases
         with Cases("adapting", len(mine)) as progress:
-            for case in mine:
+            for case in map(_hashed, mine):
                 name = case["id"]
                 finished = None if overwrite else job.finished(case)
                 if finished is not None:
@@ -154,102 +150,105 @@ def adapt_folder(
 
 
 def collect(
-    adaptation: Adaptation, inputs: str | Path, output: str | Path, section: str | None = None, dry_run: bool = False
+    adaptation: Adaptation, cases: Sequence[Case], output: str | Path, dry_run: bool = False
 ) -> AdaptRun | None:
-    """What became of all cases, whichever process did them; None while any is missing.
-
-    Args:
-        adaptation, inputs, output, section, dry_run: as :func:`adapt_folder` was given them.
-    """
-    cases = find_cases(inputs, section)
-    found = _Job(adaptation, Path(output), dry_run, False, False).records(cases)
+    """What became of all cases, whichever process did them; None while any is missing."""
+    found = _Job(adaptation, Path(output), dry_run).records(cases)
     if len(found) < len(cases):
         return None
     failed = {name: record["error"] for name, record in found.items() if record["decision"] == "failed"}
     return AdaptRun(Path(output), found, failed=failed)
 
 
+def _hashed(case: Case) -> dict[str, Any]:
+    """The case with the hash of its files; without it where they cannot be read, which the adaptation will report."""
+    try:
+        return {**case, "input_sha256": path_sha256(case["image"])}
+    except OSError:
+        return dict(case)
+
+
 class _Job:
     """One case at a time, from scan to files."""
 
     def __init__(
-        self, adaptation: Adaptation, folder: Path, dry_run: bool, keep_names: bool, keep_tensors: bool
+        self,
+        adaptation: Adaptation,
+        folder: Path,
+        dry_run: bool,
+        keep_names: bool = False,
+        keep_tensors: bool = False,
     ) -> None:
         self.adaptation, self.folder, self.dry_run = adaptation, folder, dry_run
         self.keep_names, self.keep_tensors = keep_names, keep_tensors
+        self.about = adaptation.describe()
 
     def stored(self, case: Mapping[str, Any]) -> dict[str, Any] | None:
         """The record that lies there for this case."""
         path = details_folder(self.folder, case["id"]) / "record.json"
-        return records.read_record(path) if path.exists() else None
+        return read_record(path) if path.exists() else None
+
+    def other(self, record: Mapping[str, Any]) -> list[str]:
+        """What differs from the adaptation of a record."""
+        return [what for key, what in SAME.items() if record[key] != self.about[key]]
+
+    def complete(self, case: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+        """Is there what belongs to the record of a case that did not fail, the map to use included?"""
+        final = label_path(self.folder, case["id"], case["image"])
+        return record["dry_run"] == self.dry_run and (self.dry_run or final.exists())
 
     def refuse_other_settings(self, cases: Sequence[Mapping[str, Any]]) -> None:
         """Results of two configurations in one folder could not be told apart later."""
-        own = self.adaptation.hashes | {"config_sha256": records.sha256_of(self.adaptation.config)}
         for case in cases:
             record = self.stored(case)
-            if record is None or record["decision"] == "failed":
-                continue
-            for key, what in (
-                ("config_sha256", "settings"),
-                ("adapter_sha256", "a model"),
-                ("model_sha256", "a model"),
-            ):
-                if record[key] != own[key]:
-                    raise UsageError(
-                        f"{self.folder} holds results of other {what.removeprefix('a ')} (case {case['id']!r}); choose "
-                        "another output folder, or overwrite them"
-                    )
+            if record is not None and record["decision"] != "failed" and (other := self.other(record)):
+                raise UsageError(
+                    f"{self.folder} holds results of other {other[0]} (case {case['id']!r}); choose another output "
+                    "folder, or overwrite them"
+                )
 
     def records(self, cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """The records that lie there, of these settings: of cases with their label map, and of those that failed."""
-        own = self.adaptation.hashes | {"config_sha256": records.sha256_of(self.adaptation.config)}
         found = {}
         for case in cases:
             try:
                 record = self.stored(case)
             except InputError:  # another process is just replacing it
                 continue
-            if record is None or record["dry_run"] != self.dry_run or any(record[key] != own[key] for key in own):
+            if record is None or record["dry_run"] != self.dry_run or self.other(record):
                 continue
-            final = label_path(self.folder, case["id"], case["image"])
-            if record["decision"] == "failed" or self.dry_run or final.exists():
+            if record["decision"] == "failed" or self.complete(case, record):
                 found[case["id"]] = record
         return found
 
     def finished(self, case: Mapping[str, Any]) -> dict[str, Any] | None:
         """The record of a case that needs nothing more."""
         record = self.stored(case)
-        if record is None or record["decision"] == "failed":
+        if record is None or record["decision"] == "failed" or not self.complete(case, record) or self.other(record):
             return None
-        final = label_path(self.folder, case["id"], case["image"])
-        if record["dry_run"] != self.dry_run or not (self.dry_run or final.exists()):
-            return None
-        own = self.adaptation.hashes | {"config_sha256": records.sha256_of(self.adaptation.config)}
-        own["input_sha256"] = records.path_sha256(case["image"])
         details = details_folder(self.folder, case["id"])
-        complete = all((details / file).exists() for file in record["output_files"].values())
-        return record if complete and all(record[key] == own[key] for key in SAME) else None
+        there = all((details / file).exists() for file in record["output_files"].values())
+        return record if there and record["input_sha256"] == case.get("input_sha256") else None
 
     def do(self, case: Mapping[str, Any]) -> dict[str, Any]:
         """Adapt to a case and write its files; an unusable scan gives a record that says why."""
-        started = records.now()
-        name, sha256 = case["id"], None
+        started, name = now(), case["id"]
+        paths = files_of(case["image"])
         try:
-            sha256 = records.path_sha256(case["image"])
             result = self.adaptation.adapt(case)
             record, write = result.record, lambda place: self._write_maps(place, result)
         except Exception as error:
             logger.error("case %s: %s", name, " ".join(str(error).split()))
             logger.debug("case %s failed", name, exc_info=True)
             result, write = None, lambda place: {}
-            record = failed_record(self.adaptation, sha256, str(files_of(case["image"])[0]), error, started)
+            record = failed_record(self.about, case.get("input_sha256"), str(paths[0]), error, started)
         record["dry_run"] = self.dry_run
         if self.keep_names:
             record["case_id"] = name
         else:
-            paths = files_of(case["image"])
-            _conceal(record, [*map(str, paths), *(path.name for path in paths), name])
+            for key in ("error", "explanation"):  # messages name files; a record that leaves the hospital must not
+                names = (*map(str, paths), *(path.name for path in paths), name)
+                record[key] = conceal(record[key], dict.fromkeys(names, record["case_id"]))
         try:
             self._publish(case, record, write)
             if result is not None and not self.dry_run:
@@ -273,7 +272,7 @@ class _Job:
         try:
             partial.chmod(0o755)
             record["output_files"] = write(partial)
-            records.validate_record(record)
+            validate_record(record)
             write_json(partial / "record.json", record)
             if place.exists():
                 shutil.rmtree(place)
@@ -309,14 +308,6 @@ class _Job:
                 shutil.copyfile(origin, temporary)
 
 
-def _conceal(record: dict[str, Any], names: Sequence[str]) -> None:
-    """Messages name files; a record that leaves the hospital must not."""
-    for key in ("error", "explanation"):
-        for name in names:
-            if record[key] and name:
-                record[key] = record[key].replace(name, record["case_id"])
-
-
 def _write_shared_lists(job: _Job, cases: Sequence[Mapping[str, Any]], report: Path) -> None:
     """The lists of all parts. Whoever writes looks again afterwards, so the last lists miss no case."""
     written = None
@@ -326,7 +317,7 @@ def _write_shared_lists(job: _Job, cases: Sequence[Mapping[str, Any]], report: P
 
 
 def _write_lists(folder: Path, found: Mapping[str, dict[str, Any]], report: Path) -> None:
-    records.write_lines(report, list(found.values()))
+    write_lines(report, list(found.values()))
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow(["case_id", "case", "decision", "reason"])

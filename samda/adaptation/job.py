@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,23 +10,16 @@ from typing import Any
 import torch
 
 from samda.adaptation.engine import Adaptation
-from samda.adaptation.folder import AdaptRun, adapt_folder, collect, details_folder
-from samda.adaptation.page import write_page
-from samda.adaptation.settings import check_settings
+from samda.adaptation.folder import AdaptRun, adapt_folder, collect
+from samda.adaptation.objectives import check_settings
+from samda.adaptation.page import mean_dice, score_run, write_page
 from samda.adaptation.site import check_site, distill
-from samda.data.datalists import find_pairs
-from samda.data.labels import MapLabelsd
-from samda.errors import SamdaError, UsageError
-from samda.inference.evaluate import score_files
+from samda.data.datalists import find_cases
+from samda.errors import UsageError
 from samda.models.versions import list_versions, load_version
 from samda.processes import Shard, exchange, is_main, rank_and_world
-from samda.task import Task
-
-logger = logging.getLogger(__name__)
-
 
 UNFINISHED = {"page": None, "dice": None, "site": None}  # other parts are at work
-CaseScores = dict[str, dict[str, tuple[float, float]]]  # case -> class -> Dice of the source and of the final map
 
 
 def run_adaptation(
@@ -53,11 +44,13 @@ def run_adaptation(
 
     Args:
         model: a model folder.
-        inputs: scans, see :func:`samda.adaptation.folder.adapt_folder`; as are section, dry_run, keep_names, overwrite.
-        output: folder of the results.
-        settings: arguments of :class:`samda.adaptation.engine.Adaptation`.
+        inputs: a scan, a folder of scans or DICOM series, or a data set; see
+            :func:`samda.data.datalists.find_cases`, as for section.
+        output: folder of the results, see :func:`samda.adaptation.folder.adapt_folder`; as are dry_run, keep_names and
+            overwrite.
+        settings: of :class:`samda.adaptation.settings.AdaptationSettings`.
         report: file of the records.
-        labels: label files or a data set with labels: read when everything is decided, for the page alone.
+        labels: label files or a data set with labels: read when everything is decided, for the report only.
         site: name of a candidate version to distill from the accepted cases.
         weights: base weights; None takes those of the training.
         version: of the model; None takes the active one.
@@ -73,19 +66,19 @@ def run_adaptation(
     Raises:
         SamdaError: as the parts do; what is finished stays.
     """
-    check_settings(settings or {})  # reading the weights of a large model takes a while
+    check_settings(settings)  # reading the weights of a large model takes a while
     if site is not None:
         if dry_run:
             raise UsageError("a site version needs adapted cases; do without the dry run")
         check_site(model, site)
     network, task, record, version = load_version(model, version, weights)
     adaptation = Adaptation(network, task, record, device=device, version=version, **dict(settings or {}))
+    cases = find_cases(inputs, section)
     run = adapt_folder(
         adaptation,
-        inputs,
+        cases,
         output,
         report=report,
-        section=section,
         dry_run=dry_run,
         keep_names=keep_names,
         keep_tensors=site is not None,
@@ -96,12 +89,12 @@ def run_adaptation(
     exchange(None)  # processes of torchrun wait for one another here, jobs of an array do not
     own = run
     if part is not None:
-        whole = collect(adaptation, inputs, output, section, dry_run) if is_main() else None
+        whole = collect(adaptation, cases, output, dry_run) if is_main() else None
         if whole is None:
             return own.to_dict() | UNFINISHED | {"version": version, "failed": own.failed, "part": str(part)}
         run = whole
     scores = score_run(run, labels, task) if labels is not None and not dry_run else None
-    page = write_page(adaptation, run, inputs, section=section, scores=scores, keep_names=keep_names)
+    page = write_page(adaptation, run, cases, scores=scores, keep_names=keep_names)
     distilled = None if site is None else _distill_once(adaptation, model, run, site, part)
     if rank_and_world()[1] == 1:  # a job of an array answers for its own cases
         run = own
@@ -125,38 +118,3 @@ def _distill_once(
         if part is None or site not in list_versions(model):
             raise
         return None
-
-
-def score_run(run: AdaptRun, labels: str | Path, task: Task) -> CaseScores:
-    """Dice before and after of every case that has a label, for each foreground class; NaN where neither has it.
-
-    Raises:
-        InputError: no label belongs to any case.
-    """
-    pairs, dataset_labels = find_pairs(run.output, labels)
-    mapping = MapLabelsd("label", task, dataset_labels)
-    scores: CaseScores = {}
-    for case, (final, label) in pairs.items():
-        record = run.records.get(case)
-        if final is None or record is None or "source" not in record["output_files"]:
-            continue
-        source = details_folder(run.output, case) / record["output_files"]["source"]
-        try:
-            both = [score_files(path, label, task, task.nsd_tolerance, mapping) for path in (source, final)]
-        except SamdaError as error:  # a label that does not fit must not cost the page of a finished run
-            logger.error("case %s was not scored: %s", case, error)
-            continue
-        scores[case] = {
-            name: (before.dice, after.dice) for name, before, after in zip(task.classes[1:], *both, strict=True)
-        }
-    return scores
-
-
-def mean_dice(score: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
-    """Mean over the classes that prediction or label have, before and after."""
-    columns = list(zip(*score.values(), strict=True))
-    means = []
-    for column in columns:
-        values = [value for value in column if not math.isnan(value)]
-        means.append(sum(values) / len(values) if values else math.nan)
-    return means[0], means[1]

@@ -51,7 +51,7 @@ class Trajectory:
 
 
 @contextlib.contextmanager
-def held(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, torch.Tensor]]:
+def restoring(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, torch.Tensor]]:
     """Let exactly `parameters` take gradients; afterwards they hold their former values bit for bit, whatever happened.
 
     Yields:
@@ -83,7 +83,7 @@ def load(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Ten
         parameters[name].copy_(tensor)
 
 
-def descend(
+def optimize(
     logits_of: Callable[[], torch.Tensor],
     parameters: Mapping[str, nn.Parameter],
     objective: Objective,

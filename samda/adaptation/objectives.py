@@ -20,6 +20,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
+from samda.adaptation.settings import AdaptationSettings
+from samda.adapters.attach import check_scope
 from samda.errors import UsageError, check_numbers, from_mapping, nearest
 from samda.inference.volume import largest
 
@@ -376,11 +378,29 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def build_objective(name: str, settings: Mapping[str, Any] | None = None) -> Objective:
-    """The objective of that name, its settings checked.
-
-    Raises:
-        UsageError: unknown name or setting, with the nearest valid one, or a value of a setting that cannot be.
-    """
+    """The objective of that name; a wrong name, key or value is refused (UsageError)."""
     if not isinstance(name, str) or name not in OBJECTIVES:
         raise UsageError(f"unknown method {name!r}; {nearest(str(name), OBJECTIVES)}")
     return from_mapping(OBJECTIVES[name], {} if settings is None else settings, f"method {name!r}")
+
+
+def check_settings(settings: Mapping[str, Any] | None = None) -> tuple[AdaptationSettings, Objective]:
+    """Refuse settings that suit no model, before one is loaded: `initialize` of adapt.json calls it, too.
+
+    Returns:
+        The settings with the objective's own steps and learning rate where none are given and scopes in the order of
+        :data:`samda.adapters.attach.SCOPES`; and the objective.
+
+    Raises:
+        UsageError: an unknown key or name, or a value of the wrong type or out of range. Whether modality and
+            keep_largest suit, only the model's task can tell.
+    """
+    given = AdaptationSettings.from_values(settings or {})
+    objective = build_objective(given.method, given.objective)
+    resolved = dataclasses.replace(
+        given,
+        scope="+".join(check_scope(given.scope)),
+        steps=objective.steps if given.steps is None else given.steps,
+        lr=objective.lr if given.lr is None else given.lr,
+    )
+    return resolved, objective

@@ -3,21 +3,25 @@
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from monai.transforms import EnsureChannelFirstd, Orientationd
 
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.folder import AdaptRun, details_folder
-from samda.data.datalists import find_cases
+from samda.adaptation.record import CURVES
+from samda.data.datalists import Case, find_pairs
+from samda.data.labels import MapLabelsd
 from samda.data.slices import SliceGrid
-from samda.data.transforms import build_preprocessing
+from samda.data.transforms import RAS_LABELS, CheckSameGridd, LoadScand, Preprocessing
 from samda.errors import SamdaError
+from samda.inference.evaluate import score_files
 from samda.inference.writer import label_path
 from samda.io import Image
 from samda.report import (
@@ -34,21 +38,53 @@ from samda.report import (
     table,
 )
 from samda.report import write_page as write_document
+from samda.task import Task
 
-if TYPE_CHECKING:
-    from samda.adaptation.job import CaseScores
-
+logger = logging.getLogger(__name__)
 
 SHOWN = 12  # cases with pictures
 WORSE = 0.01  # loss of Dice that counts as worse
-CURVES = ("loss", "merit", "agreement", "drift", "entropy", "param_displacement")
+CaseScores = dict[str, dict[str, tuple[float, float]]]  # case -> class -> Dice of the source and of the final map
+
+
+def score_run(run: AdaptRun, labels: str | Path, task: Task) -> CaseScores:
+    """Dice before and after of every case that has a label, for each foreground class; NaN where neither has it.
+
+    Raises:
+        InputError: no label belongs to any case.
+    """
+    pairs, dataset_labels = find_pairs(run.output, labels)
+    mapping = MapLabelsd("label", task, dataset_labels)
+    scores: CaseScores = {}
+    for case, (final, label) in pairs.items():
+        record = run.records.get(case)
+        if final is None or record is None or "source" not in record["output_files"]:
+            continue
+        source = details_folder(run.output, case) / record["output_files"]["source"]
+        try:
+            both = [score_files(path, label, task, task.nsd_tolerance, mapping) for path in (source, final)]
+        except SamdaError as error:  # a label that does not fit must not cost the page of a finished run
+            logger.error("case %s was not scored: %s", case, error)
+            continue
+        scores[case] = {
+            name: (before.dice, after.dice) for name, before, after in zip(task.classes[1:], *both, strict=True)
+        }
+    return scores
+
+
+def mean_dice(score: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
+    """Mean over the classes that prediction or label have, before and after."""
+    means = []
+    for column in zip(*score.values(), strict=True):
+        values = [value for value in column if not math.isnan(value)]
+        means.append(sum(values) / len(values) if values else math.nan)
+    return means[0], means[1]
 
 
 def write_page(
     adaptation: Adaptation,
     run: AdaptRun,
-    inputs: str | Path,
-    section: str | None = None,
+    cases: Sequence[Case],
     scores: CaseScores | None = None,
     keep_names: bool = False,
 ) -> Path:
@@ -57,14 +93,13 @@ def write_page(
     Args:
         adaptation: what the cases were adapted with.
         run: of these cases.
-        inputs: where the scans are, as the run was given.
-        section: of a data set, as the run was given.
+        cases: where their scans are.
         scores: Dice before and after, where labels were given.
         keep_names: show the names of the files instead of pseudonyms.
     """
     shown = {case: case if keep_names else record["case_id"] for case, record in run.records.items()}
     order = look_first(run.records)
-    images = {case["id"]: case["image"] for case in find_cases(inputs, section)}
+    images = {case["id"]: case["image"] for case in cases}
     parts = [_summary(adaptation, run), _first(run, order[:SHOWN], shown)]
     if scores:
         parts.append(_scores(scores, shown))
@@ -72,7 +107,8 @@ def write_page(
     for case in order[:SHOWN]:
         parts.append(_case(adaptation, run, case, images.get(case), shown[case]))
     record = next(iter(run.records.values()), {})
-    about = {"method": adaptation.objective.name, "scope": adaptation.scope, "model version": adaptation.version}
+    settings = adaptation.settings
+    about = {"method": settings.method, "scope": settings.scope, "model version": adaptation.version}
     about |= {"settings": record.get("config_sha256", "")[:12], **record.get("versions", {})}
     return write_document(run.output / "report.html", page("Adaptation to a site", parts, about))
 
@@ -132,14 +168,10 @@ def _why(record: Mapping[str, Any]) -> str:
 
 
 def _scores(scores: CaseScores, shown: Mapping[str, str]) -> str:
-    rows, means = [], []
-    for case, score in scores.items():
-        values = [[v for v in column if not math.isnan(v)] for column in zip(*score.values(), strict=True)]
-        before, after = (sum(v) / len(v) if v else math.nan for v in values)
-        means.append((before, after))
-        rows.append([shown[case], before, after, after - before])
-    known = [(b, a) for b, a in means if not math.isnan(b - a)]
-    worse = sum(a < b - WORSE for b, a in known)
+    means = {case: mean_dice(score) for case, score in scores.items()}
+    rows = [[shown[case], before, after, after - before] for case, (before, after) in means.items()]
+    known = [(before, after) for before, after in means.values() if not math.isnan(after - before)]
+    worse = sum(after < before - WORSE for before, after in known)
     average = [sum(column) / len(known) for column in zip(*known, strict=True)] if known else [math.nan] * 2
     text = f"{worse} of {len(known)} cases lost more than {WORSE} of mean Dice. Labels decided nothing."
     rows.append(["mean", *average, average[1] - average[0]])
@@ -179,11 +211,11 @@ def _case(adaptation: Adaptation, run: AdaptRun, case: str, image: Image | None,
 
 def _overlays(adaptation: Adaptation, run: AdaptRun, case: str, image: Image) -> list[str]:
     """Before, after, changed: three slices, those that changed most among them."""
-    details = details_folder(run.output, case)
+    source = details_folder(run.output, case) / run.records[case]["output_files"]["source"]
     final = label_path(run.output, case, image)
-    source = details / run.records[case]["output_files"]["source"]
-    slices, before = _slices(adaptation, image, source)
-    after = _slices(adaptation, image, final)[1] if final.exists() else before
+    maps = {"before": source, "after": final} if final.exists() else {"before": source}
+    slices, labels = _slices(adaptation, image, maps)
+    before, after = labels["before"], labels.get("after", labels["before"])
     amount = (before != after).reshape(len(before), -1).sum(1)
     chosen = set(pick_slices(np.maximum(before, after), 3 if not amount.any() else 1))
     chosen |= {int(i) for i in np.argsort(-amount, kind="stable")[:2] if amount[i]}
@@ -198,11 +230,19 @@ def _overlays(adaptation: Adaptation, run: AdaptRun, case: str, image: Image) ->
     return pieces
 
 
-def _slices(adaptation: Adaptation, image: Image, labels: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Slices (n, C, H, W) of a scan and (n, H, W) of a label map on its grid, as the network sees them."""
-    task = adaptation.task
-    task = dataclasses.replace(task, labels={name: (k,) for k, name in enumerate(task.classes) if k})
-    data = build_preprocessing(task, labels=True)({"image": image, "label": str(labels)})
-    grid = SliceGrid.from_volume(data["image"], data["image"].affine, task)
+def _slices(adaptation: Adaptation, image: Image, maps: Mapping[str, Path]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Slices (n, C, H, W) of a scan and (n, H, W) of label maps on its grid, as the network sees them."""
+    data = adaptation.preprocessing({"image": image} | {key: str(path) for key, path in maps.items()})
+    keys = list(maps)
+    steps = [
+        LoadScand(keys),
+        EnsureChannelFirstd(keys),
+        Orientationd(keys, axcodes="RAS", labels=RAS_LABELS),
+        CheckSameGridd(keys),
+    ]
+    data = Preprocessing(steps)(data)
+    grid = SliceGrid.from_volume(data["image"], data["image"].affine, adaptation.task)
     every = range(grid.num_slices)
-    return grid.extract(data["image"], every).numpy(), grid.extract_labels(data["label"], every).numpy()
+    return grid.extract(data["image"], every).numpy(), {
+        key: grid.extract_labels(data[key], every).numpy() for key in keys
+    }

@@ -1,85 +1,161 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be known of the settings of an adaptation without a model: names, keys and ranges."""
+"""Settings of an adaptation: the one list that the options of `samda adapt`, the keys of adapt.json and the `config` of
+a record derive from. This module does not import PyTorch, so `samda adapt --help` stays fast."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 from samda.adaptation.guard import GuardSettings
-from samda.adaptation.objectives import Objective, build_objective
-from samda.adaptation.views import FAMILIES, make_views
-from samda.adapters.attach import check_scope
-from samda.errors import UsageError, check_keys, from_mapping, is_finite
+from samda.errors import UsageError, check_keys, from_mapping, is_finite, nearest
 
-DEFAULTS: dict[str, Any] = {  # of Adaptation; what else it takes is None where it is not given
-    "method": "default",
-    "scope": "decoder",
-    "views": 8,
-    "families": FAMILIES,
-    "strength": 1.0,
-    "flips": False,
-    "slices": 12,
-    "seed": 0,
-    "keep": "best",
-    "batch_size": 8,
-    "memory_mb": 2048.0,
-}
-OPTIONAL = ("steps", "lr", "objective", "guard", "time_limit_s", "modality", "keep_largest")
-LEAST = {"steps": 0, "views": 1, "slices": 1, "batch_size": 1, "seed": 0}  # whole numbers
-POSITIVE = {"lr": "the learning rate (lr)", "time_limit_s": "time_limit_s"}  # name -> how a person reads it
-MOST = {"strength": 10.0, "memory_mb": math.inf}  # numbers from 0; stronger views overflow
+FAMILIES = ("window", "gamma", "noise", "blur", "bias")  # of samda.adaptation.views
+METHODS = (  # of samda.adaptation.objectives
+    "none",
+    "tent",
+    "memo",
+    "tpt",
+    "sam_da",
+    "class_entropy",
+    "consistency",
+    "pseudo_label",
+    "anchored",
+    "default",
+)
+SCOPES = ("gate", "decoder", "norm", "encoder")  # of samda.adapters.attach
 
 
-def check_settings(settings: Mapping[str, Any]) -> tuple[Objective, GuardSettings, dict[str, Any]]:
-    """Refuse what no model could be adapted with: :class:`samda.adaptation.engine.Adaptation` asks it first, and
-    whoever loads a model for it asks before that.
+def _whole(default: int | None, least: int, text: str = "", **option: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"least": least, "type": int, "help": text, **option})
+
+
+def _number(default: float | None, text: str = "", **option: Any) -> Any:
+    """`most` allows 0 to that number; without it the number must be above 0."""
+    return dataclasses.field(default=default, metadata={"type": float, "help": text, **option})
+
+
+def _value(default: Any, text: str = "", **option: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, **option})
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptationSettings:
+    """Settings of :class:`samda.adaptation.engine.Adaptation`.
+
+    A field with a `flag` in its metadata is an option of the command line, the others are keys of `--set`.
 
     Args:
-        settings: arguments of :class:`samda.adaptation.engine.Adaptation`; what is missing or None is as there. Scans
-            and models decide about `modality` and `keep_largest`; they are not looked at.
-
-    Returns:
-        The objective, the thresholds of the guard, and all settings that are not None, defaults included, in one
-        spelling: scopes in the order of :data:`samda.adapters.attach.SCOPES`, families as a tuple.
-
-    Raises:
-        UsageError: an unknown key or name, or a value of the wrong type or out of range.
+        method: name of an objective, see :data:`samda.adaptation.objectives.OBJECTIVES`.
+        scope: which parameters move; scopes join by "+", see :mod:`samda.adapters.attach`.
+        steps: optimizer steps; None takes the objective's own.
+        lr: learning rate; None takes the objective's own.
+        views: number of views, the slice itself included.
+        slices: number of slices that are adapted on; all are predicted.
+        seed: of the views, together with the input.
+        families: kinds of views, or one of them, see :mod:`samda.adaptation.views`.
+        flips: mirror every second view; organs have sides, so not by default.
+        strength: multiplies how far views depart from the slice, 0 to 10.
+        guard: thresholds of the guard, see :class:`samda.adaptation.guard.GuardSettings`.
+        objective: further settings of the objective.
+        keep: "best" keeps the latest iterate of nearly the highest merit, "last" the last one.
+        time_limit_s: seconds after which a case falls back; None sets no limit.
+        batch_size: slices in one call of the encoder.
+        memory_mb: memory for kept embeddings (MB); beyond it slices are encoded again.
+        modality: "CT" or "MR" where the scans are of another kind than those of the training; it decides how
+            intensities are mapped to [0, 1].
+        keep_largest: classes of which every prediction keeps only the largest piece, instead of the task's; see
+            :func:`samda.inference.postprocessing.override`.
     """
-    check_keys(settings, (*DEFAULTS, *OPTIONAL), "settings of the adaptation")
-    values = DEFAULTS | {key: value for key, value in settings.items() if value is not None}
-    objective = build_objective(values["method"], values.get("objective"))
-    guard = from_mapping(GuardSettings, values.get("guard", {}), "guard")
-    values["scope"] = "+".join(check_scope(values["scope"]))
-    values = {"steps": objective.steps, "lr": objective.lr} | values
-    for name, least in LEAST.items():
-        value = values[name]
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-            raise UsageError(f"{name} must be at least {least} and whole, got {value!r}")
-    for name, words in POSITIVE.items():
-        value = values.get(name, 1)
-        if not is_finite(value) or value <= 0:
-            raise UsageError(f"{words} must be positive, got {value!r}")
-    for name, most in MOST.items():
-        value = values[name]
-        if not is_finite(value) or not 0 <= value <= most:
-            limit = "at least 0" if most == math.inf else f"from 0 to {most:g}"
+
+    method: str = _value(
+        "default",
+        f"objective to minimize: {', '.join(METHODS)}; the last is the default",
+        flag="--method",
+        metavar="NAME",
+    )
+    scope: str = _value(
+        "decoder",
+        f"parameters to adapt: {', '.join(SCOPES)}; join several by +; default: decoder, for models with sam_da",
+        flag="--scope",
+        metavar="NAME[+NAME]",
+    )
+    steps: int | None = _whole(None, 0, "optimizer steps; default: the objective's", flag="--steps")
+    lr: float | None = _number(
+        None, "learning rate; default: the objective's", flag="--learning-rate", words="the learning rate (lr)"
+    )
+    views: int = _whole(8, 1, "views of each slice; default 8", flag="--views")
+    slices: int = _whole(12, 1, "slices to adapt on; default 12", flag="--slices")
+    seed: int = _whole(0, 0, "random seed of the views; default 0", flag="--seed")
+    families: str | Sequence[str] = FAMILIES
+    flips: bool = False
+    strength: float = _number(1.0, most=10.0)  # stronger views overflow
+    guard: Mapping[str, Any] | None = None
+    objective: Mapping[str, Any] | None = None
+    keep: str = "best"
+    time_limit_s: float | None = _number(None)
+    batch_size: int = _whole(8, 1)
+    memory_mb: float = _number(2048.0, most=math.inf)
+    modality: str | None = None
+    keep_largest: bool | str | Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, str) or self.method not in METHODS:
+            raise UsageError(f"unknown method {self.method!r}; {nearest(str(self.method), METHODS)}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None or field.default is not None:
+                _check(field, value)
+        if not isinstance(self.flips, bool):
+            raise UsageError(f"flips must be true or false, got {self.flips!r}")
+        if self.keep not in ("best", "last"):
+            raise UsageError(f"keep must be best or last, got {self.keep!r}")
+        object.__setattr__(self, "families", _families(self.families, self.views))
+        _ = self.thresholds  # refuses wrong ones now
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> AdaptationSettings:
+        """Settings of a command line, a config or a record; None takes the default, unknown keys are refused."""
+        check_keys(values, [field.name for field in dataclasses.fields(cls)], "settings of the adaptation")
+        return cls(**{key: value for key, value in values.items() if value is not None})
+
+    @property
+    def thresholds(self) -> GuardSettings:
+        """Thresholds of the guard."""
+        return from_mapping(GuardSettings, {} if self.guard is None else self.guard, "guard")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the record; without `memory_mb`, which does not change the result."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["memory_mb"]
+        return values | {"families": list(self.families), "guard": self.thresholds.to_dict()}
+
+
+def _check(field: dataclasses.Field, value: Any) -> None:
+    """Refuse a number of the wrong type or out of the range in the field's metadata."""
+    rule, name = field.metadata, field.name
+    if rule.get("type") is int:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < rule["least"]:
+            raise UsageError(f"{name} must be at least {rule['least']} and whole, got {value!r}")
+    elif "most" in rule:
+        if not is_finite(value) or not 0 <= value <= rule["most"]:
+            limit = "at least 0" if rule["most"] == math.inf else f"from 0 to {rule['most']:g}"
             raise UsageError(f"{name} must be a number {limit}, got {value!r}")
-    if not isinstance(values["flips"], bool):
-        raise UsageError(f"flips must be true or false, got {values['flips']!r}")
-    if values["keep"] not in ("best", "last"):
-        raise UsageError(f"keep must be best or last, got {values['keep']!r}")
-    values["families"] = _families(values["families"])
-    # refuses unknown families now and not in the first case
-    make_views(values["views"], 0, values["families"])
-    return objective, guard, values
+    elif rule.get("type") is float and (not is_finite(value) or value <= 0):
+        raise UsageError(f"{rule.get('words', name)} must be positive, got {value!r}")
 
 
-def _families(value: Any) -> tuple[str, ...]:
-    """The kinds of views; one may come without its list."""
+def _families(value: Any, views: int) -> tuple[str, ...]:
+    """The kinds of views; a single one may come without its list."""
     families = [value] if isinstance(value, str) else value
     if not isinstance(families, Sequence) or not all(isinstance(family, str) for family in families):
         raise UsageError(f"families must be a list of {', '.join(FAMILIES)}, got {value!r}")
+    for family in families:
+        if family not in FAMILIES:
+            raise UsageError(f"unknown view family {family!r}; {nearest(family, FAMILIES)}")
+    if views > 1 and not families:
+        raise UsageError(f"{views} views need at least one family of {', '.join(FAMILIES)}")
     return tuple(families)

@@ -18,43 +18,35 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from samda import provenance as records
 from samda.adaptation.agreement import displacement
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.folder import AdaptRun, details_folder
-from samda.adaptation.loop import held, load
+from samda.adaptation.loop import load, restoring
 from samda.adapters.adapter_file import read_adapters, save_adapters
 from samda.errors import InputError, UsageError
 from samda.models.versions import SOURCE, check_name, list_versions, version_folder
+from samda.provenance import now, versions
 
 
 def check_site(model: str | Path, name: str) -> None:
-    """Refuse, before any work is done, a name that is no name or is taken.
-
-    Raises:
-        UsageError: either.
-    """
+    """Refuse, before any work is done, a name that cannot name a version or is taken."""
     check_name(name)
     if name in list_versions(model):
         raise UsageError(f"{model} has a version {name!r} already; choose another name")
 
 
 def distill(adaptation: Adaptation, model: str | Path, run: AdaptRun, name: str, min_cases: int = 3) -> dict[str, Any]:
-    """Write the mean of the accepted cases' parameters as a candidate version; nothing becomes active.
+    """Write the mean of the accepted cases' parameters as a candidate version; it does not become active.
 
     Args:
         adaptation: what the cases were adapted with.
         model: the model folder.
         run: of these cases, adapted with `keep_tensors`.
-        name: of the version.
-        min_cases: fewest accepted cases that may speak for a site.
+        name: of the version; UsageError where it is taken.
+        min_cases: InputError where fewer cases were accepted.
 
     Returns:
         The record of the version.
-
-    Raises:
-        UsageError: the name is taken.
-        InputError: too few cases were accepted.
     """
     check_site(model, name)
     chosen = {case: r for case, r in run.records.items() if "adapter" in r["output_files"]}
@@ -63,9 +55,8 @@ def distill(adaptation: Adaptation, model: str | Path, run: AdaptRun, name: str,
             f"{len(chosen)} of {len(run.records)} cases were accepted with a change; a site version needs at least "
             f"{min_cases}"
         )
-    order = sorted(
-        chosen, key=lambda case: (chosen[case]["input_sha256"], case)
-    )  # so that rounding cannot depend on it
+    # a fixed order, so that rounding cannot depend on that of the cases
+    order = sorted(chosen, key=lambda case: (chosen[case]["input_sha256"], case))
     start = {key: parameter.detach().cpu().clone() for key, parameter in adaptation.parameters.items()}
     total = {key: torch.zeros_like(tensor, dtype=torch.float64) for key, tensor in start.items()}
     for case in order:
@@ -75,7 +66,7 @@ def distill(adaptation: Adaptation, model: str | Path, run: AdaptRun, name: str,
     mean = {key: (tensor / len(order)).to(start[key].dtype) for key, tensor in total.items()}
     about = {
         "name": name,
-        "created": records.now(),
+        "created": now(),
         "from_version": adaptation.version,
         "rule": "mean of the accepted cases' parameters",
         "cases": [chosen[case]["case_id"] for case in order],
@@ -84,7 +75,7 @@ def distill(adaptation: Adaptation, model: str | Path, run: AdaptRun, name: str,
         "parameters": sorted(mean),
         "param_displacement": displacement(mean, start),
         "decisions": run.counts,
-        "versions": records.versions(),
+        "versions": versions(),
     }
     _write(adaptation, Path(model), name, mean, about)
     return about
@@ -100,7 +91,7 @@ def _write(
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=place.parent))
     try:
         partial.chmod(0o755)
-        with held(adaptation.network, adaptation.parameters):
+        with restoring(adaptation.network, adaptation.parameters):
             load(adaptation.parameters, tensors)
             sections = {"network": file.network, "base": file.base, "task": file.task}
             save_adapters(adaptation.network, partial, **sections, record=file.record | {"version": about})

@@ -29,9 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from samda.errors import UsageError, nearest
-
-FAMILIES = ("window", "gamma", "noise", "blur", "bias")
+from samda.adaptation.settings import FAMILIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +67,6 @@ def make_views(
         strength: multiplies how far a view departs from the identity.
         flips: mirror every second view left to right.
     """
-    if count < 1:
-        raise UsageError(f"views must be at least 1 (the slice itself), got {count}")
-    for family in families:
-        if family not in FAMILIES:
-            raise UsageError(f"unknown view family {family!r}; {nearest(family, FAMILIES)}")
-    if count > 1 and not families:
-        raise UsageError(f"{count} views need at least one family of {', '.join(FAMILIES)}")
     generator = torch.Generator().manual_seed(seed)
     start = 1 if torch.rand((), generator=generator) < 0.5 else -1
     views = [View()]

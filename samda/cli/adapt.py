@@ -15,64 +15,48 @@ run that was interrupted goes on when the same command is given again.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from samda.adaptation.settings import AdaptationSettings
 from samda.cli.options import add_shared, check_file, existing, parse_settings, pick_device, positive, print_json, say
 from samda.errors import InputError, UsageError, check_keys
 from samda.processes import is_main, join_for_cases, leave, read_part
 
-# arguments of Adaptation: those with an option of their own, and the others
-OPTIONS = ("method", "scope", "steps", "lr", "views", "slices", "seed", "modality", "keep_largest")
-METHODS = (  # of samda.adaptation.objectives, which imports PyTorch: --help must not
-    "none",
-    "tent",
-    "memo",
-    "tpt",
-    "sam_da",
-    "class_entropy",
-    "consistency",
-    "pseudo_label",
-    "anchored",
-    "default",
+FIELDS = dataclasses.fields(AdaptationSettings)
+# settings that are set with --set; the others have an option
+SETTINGS = tuple(
+    field.name for field in FIELDS if "flag" not in field.metadata and field.name not in ("modality", "keep_largest")
 )
-SCOPES = ("gate", "decoder", "norm", "encoder")  # of samda.adapters.attach
-SETTINGS = ("families", "flips", "strength", "guard", "objective", "keep", "time_limit_s", "batch_size", "memory_mb")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `samda adapt`."""
+    """The options of `samda adapt`; those of the adaptation itself are the fields of its settings."""
     parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="a model folder")
     parser.add_argument("-i", "--input", type=Path, required=True, metavar="SCANS", help="a scan, a folder, a data set")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder of the results")
-    parser.add_argument(
-        "--method",
-        default="default",
-        metavar="NAME",
-        help=f"what is minimized: {', '.join(METHODS)}; the last is the default",
-    )
-    parser.add_argument(
-        "--scope",
-        default="decoder",
-        metavar="NAME[+NAME]",
-        help=f"what moves: {', '.join(SCOPES)}; several join by +; default: decoder, for models with sam_da",
-    )
-    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps; default: the objective's")
-    parser.add_argument(
-        "--learning-rate", dest="lr", type=float, metavar="X", help="of a step; default: the objective's"
-    )
-    parser.add_argument("--views", type=positive, default=8, metavar="N", help="views of each slice; default 8")
-    parser.add_argument("--slices", type=positive, default=12, metavar="N", help="slices adapted on; default 12")
+    for field in FIELDS:
+        rule = field.metadata
+        if "flag" in rule:
+            kind = rule.get("type", str)
+            parser.add_argument(
+                rule["flag"],
+                dest=field.name,
+                type=positive if rule.get("least") == 1 else kind,
+                default=field.default,
+                metavar=rule.get("metavar", "N" if kind is int else "X"),
+                help=rule["help"],
+            )
     add_shared(parser, "--modality", "--keep-largest")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the views; default 0")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"any of {', '.join(SETTINGS)}")
     parser.add_argument("--records", type=Path, metavar="FILE", help="file of the records; default OUT/run.jsonl")
-    parser.add_argument("--labels", type=Path, metavar="FOLDER", help="label maps, used for nothing but the report")
+    parser.add_argument("--labels", type=Path, metavar="FOLDER", help="label maps, for the report only")
     parser.add_argument("--site", metavar="NAME", help="distill accepted cases into a candidate version of this name")
     parser.add_argument("--dry-run", action="store_true", help="decide and record; write no map but the source's")
     parser.add_argument("--keep-names", action="store_true", help="file names instead of pseudonyms in the records")
-    parser.add_argument("--overwrite", action="store_true", help="do finished cases again")
+    parser.add_argument("--overwrite", action="store_true", help="reprocess finished cases")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="base weights; default: those of the training")
     parser.add_argument("--version", metavar="NAME", help="version of the model; default: the active one")
     parser.add_argument(
@@ -138,11 +122,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of Adaptation that the options set.
-
-    Raises:
-        UsageError: an unknown key.
-    """
+    """The settings of the adaptation that the options give; an unknown key of `--set` is refused."""
     settings = parse_settings(args.set)
     check_keys(settings, SETTINGS, "--set")
-    return {key: getattr(args, key) for key in OPTIONS} | settings
+    return {field.name: getattr(args, field.name) for field in FIELDS if field.name not in SETTINGS} | settings

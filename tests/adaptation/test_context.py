@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from samda.adaptation.agreement import class_agreement
+from samda.adaptation.agreement import class_agreement, mean_agreement
 from samda.adaptation.engine import Adaptation
+from samda.adaptation.guard import mean_plausibility
 from samda.errors import UsageError
 from samda.inference.postprocessing import keep_largest, override
 from samda.inference.predict import Predictor
 from samda.networks.segmenter import SamSegmenter
+from samda.source_statistics import body_boxes
 from tests.adaptation.conftest import ALWAYS, TASK
 from tests.conftest import TINY_TINYVIT
 
@@ -45,12 +47,11 @@ def test_neighbors_reach_views_and_the_guard_measures_the_slice(
     assert torch.equal(prepared.images, expected)
     logits = adaptation.logits(prepared).detach()
     labels = torch.nn.functional.interpolate(logits[0], (64, 64), mode="bilinear").softmax(1).argmax(1)
-    judged = adaptation.judge.plausibility(expected[:, 1:2], labels)
-    seen: list[Any] = []
-    original = adaptation.judge.plausibility
-    adaptation.judge.plausibility = lambda images, maps: seen.append((images, maps)) or original(images, maps)
-    assert 0 <= adaptation.merit(prepared, logits, class_agreement(logits)) <= 1
-    assert torch.equal(seen[0][0], expected[:, 1:2]) and original(*seen[0]) == pytest.approx(judged, abs=1e-6)
+    assert prepared.image_boxes == body_boxes(expected[:, 1:2], WIDE)
+    plausible = mean_plausibility(adaptation.judge.plausibility(labels, prepared.image_boxes), 0.3)
+    agreed = class_agreement(logits)
+    expected_merit = plausible**2 * mean_agreement(agreed, (1, 2))
+    assert adaptation.merit(prepared, logits, agreed) == pytest.approx(expected_merit)
 
     before = {name: value.clone() for name, value in wide_network.state_dict().items()}
     result = adaptation.adapt(path)

@@ -10,8 +10,8 @@ import pytest
 
 import samda.adaptation.guard as guard_module
 from samda.adaptation.guard import REASONS, Decision, Evidence, GuardSettings, after, before
+from samda.adaptation.record import schema
 from samda.errors import UsageError
-from samda.provenance import schema
 
 SETTINGS = GuardSettings()
 

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 
 import nibabel as nib
@@ -15,9 +17,9 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from safetensors.torch import load_file
 
-from samda.adaptation.job import mean_dice, run_adaptation
-from samda.adaptation.page import look_first
-from samda.adaptation.settings import DEFAULTS, OPTIONAL
+from samda.adaptation.job import run_adaptation
+from samda.adaptation.page import look_first, mean_dice
+from samda.adaptation.settings import AdaptationSettings
 from samda.adaptation.site import describe_versions
 from samda.cli.main import main
 from samda.errors import InputError, UsageError, cause_of
@@ -50,6 +52,18 @@ def job(model: Path, scans: Path, tmp_path: Path) -> Callable[..., dict]:
     return run
 
 
+def links(page: str) -> list[str]:
+    """What the page refers to: the value of every src and href."""
+    found: list[str] = []
+
+    class Links(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            found.extend(value or "" for name, value in attrs if name in ("src", "href"))
+
+    Links().feed(page)
+    return found
+
+
 def test_page_and_scores(job: Callable, scans: Path, tmp_path: Path) -> None:
     result = job(labels=scans / "labels")
     assert result["counts"]["accepted"] == 4 and result["version"] == "source" and result["failed"] == {}
@@ -67,8 +81,8 @@ def test_page_and_scores(job: Callable, scans: Path, tmp_path: Path) -> None:
     worse = sum(b - a > 0.01 for b, a in result["dice"].values())
     assert f"{worse} of 4 cases lost more than 0.01" in page
     assert f"<td>mean</td><td>{before:.4g}</td><td>{after:.4g}</td>" in page
-    assert len(re.findall("<img ", page)) >= 3 * 4  # overlays and curves, inside the page
-    assert "http" not in page.replace("http-equiv", "")
+    pictures = links(page)
+    assert len(pictures) >= 3 * 4 and all(link.startswith("data:") for link in pictures)  # nothing outside the page
 
 
 def test_a_label_that_does_not_fit_costs_only_its_score(job: Callable, scans: Path, tmp_path: Path) -> None:
@@ -221,26 +235,26 @@ def test_bundle_config_refuses_unknown_keys(model: Path) -> None:
 def test_bundle_config_has_every_setting() -> None:
     config = ConfigParser.load_config_file(ADAPT)
     assert config["settings"] == {key: f"@{key}" for key in config["settings"]}
-    assert set(config["settings"]) == {*DEFAULTS, *OPTIONAL}
-    values = {key: config[key] for key in config["settings"] if config[key] is not None}
-    assert values == {key: value for key, value in DEFAULTS.items() if key != "families"}
+    defaults = {field.name: field.default for field in dataclasses.fields(AdaptationSettings)}
+    assert {key: config[key] for key in config["settings"]} == defaults | {"families": None}
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "words"),
     [
-        ({"method": "tnet"}, "unknown method 'tnet'; did you mean 'tent'?"),
-        ({"scope": "decoder+x"}, "there is no scope 'x'; choose from decoder, encoder, gate, norm"),
-        ({"steps": -1}, "steps must be at least 0 and whole, got -1"),
-        ({"steps": "$2 * 3", "lr": "x"}, "the learning rate (lr) must be positive, got 'x'"),
-        ({"families": ["gama"]}, "unknown view family 'gama'; did you mean 'gamma'?"),
-        ({"guard": {"tolerance": "x"}}, "guard: tolerance must be a finite number, got 'x'; the default is 0.1"),
-        ({"settings::keep": "first"}, "keep must be best or last, got 'first'"),
-        ({"seed": -1}, "config key 'seed' must be at least 0, got -1"),
+        ({"method": "tnet"}, "'tnet'.*'tent'"),
+        ({"scope": "decoder+x"}, "'x'.*decoder, encoder, gate, norm"),
+        ({"steps": -1}, "steps.*-1"),
+        ({"steps": "$2 * 3", "lr": "x"}, r"\(lr\).*'x'"),
+        ({"families": ["gama"]}, "'gama'.*'gamma'"),
+        ({"guard": {"tolerance": "x"}}, "guard.*tolerance.*'x'"),
+        ({"settings::keep": "first"}, "keep.*'first'"),
+        ({"seed": -1}, "'seed'.*-1"),
     ],
 )
-def test_bundle_config_refuses_wrong_settings_before_the_run(change: dict, message: str) -> None:
+def test_bundle_config_refuses_wrong_settings_before_the_run(change: dict, words: str) -> None:
     workflow = ConfigWorkflow(ADAPT, workflow_type=None, logging_file=False, **change)
     with pytest.raises(Exception) as error:
         workflow.initialize()
-    assert str(cause_of(error.value)) == message
+    cause = cause_of(error.value)
+    assert isinstance(cause, UsageError) and re.search(words, str(cause))

@@ -3,42 +3,69 @@
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
 
-from samda.adaptation.engine import Adaptation
-from samda.adaptation.guard import GuardSettings
-from samda.adaptation.objectives import OBJECTIVES
-from samda.adaptation.settings import DEFAULTS, OPTIONAL, check_settings
+from samda.adaptation import OBJECTIVES, Adaptation, AdaptationSettings, GuardSettings, check_settings
+from samda.adaptation.settings import METHODS, SCOPES
+from samda.adapters.attach import SCOPES as KNOWN_SCOPES
 from samda.errors import UsageError
 
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(AdaptationSettings)}
 
-def test_the_defaults_are_those_of_the_signature() -> None:
-    defaults = {key: value.default for key, value in inspect.signature(Adaptation).parameters.items()}
-    own = ("network", "task", "record", "device", "version")  # the model, and what decides nothing
-    expected = {key: value for key, value in defaults.items() if key not in own}
-    assert expected == DEFAULTS | dict.fromkeys(OPTIONAL)
+
+def test_the_settings_need_no_pytorch_and_name_what_there_is() -> None:
+    code = "import sys, samda.adaptation.settings; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert tuple(OBJECTIVES) == METHODS and KNOWN_SCOPES == SCOPES
+    assert METHODS[-1] == DEFAULTS["method"]  # as the help says
 
 
 def test_none_takes_the_default() -> None:
-    objective, guard, values = check_settings(dict.fromkeys([*DEFAULTS, *OPTIONAL]))
-    assert (objective, guard) == (OBJECTIVES["default"](), GuardSettings())
-    assert values == DEFAULTS | {"steps": 8, "lr": 3e-4} == check_settings({})[2]
+    found, objective = check_settings(dict.fromkeys(DEFAULTS))
+    assert (objective, found.thresholds) == (OBJECTIVES["default"](), GuardSettings())
+    assert vars(found) == DEFAULTS | {"steps": 8, "lr": 3e-4} == vars(check_settings({})[0])
 
 
 def test_an_adaptation_resolves_what_it_is_given(make_adaptation: Callable[..., Adaptation]) -> None:
     plain = make_adaptation()
-    assert make_adaptation(**dict.fromkeys(k for k in DEFAULTS if k not in ("views", "slices"))).config == plain.config
+    assert make_adaptation(**dict.fromkeys(k for k in DEFAULTS if k not in ("views", "slices", "steps"))).config == (
+        plain.config
+    )
     other = make_adaptation(families="gamma", memory_mb=None, views=None, batch_size=None, scope="decoder+gate")
-    assert (other.memory_mb, other.batch_size, other.inferer.batch_size) == (2048.0, 8, 8)
+    assert (other.settings.memory_mb, other.settings.batch_size, other.inferer.batch_size) == (2048.0, 8, 8)
     assert other.config == plain.config | {"families": ["gamma"], "views": 8, "scope": "gate+decoder"}
 
 
-def test_unknown_settings_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"settings of the adaptation: unknown key 'vews'; did you mean 'views'\?"):
-        check_settings({"vews": 3})
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"vews": 3}, "'vews'.*'views'"),
+        ({"method": "tentt"}, "'tentt'.*'tent'"),
+        ({"scope": "decodr"}, "'decodr'.*'decoder'"),
+        ({"keep": "worst"}, "keep.*'worst'"),
+        ({"views": 0}, "views.*at least 1.*0"),
+        ({"slices": 0}, "slices.*at least 1.*0"),
+        ({"steps": -1}, "steps.*at least 0.*-1"),
+        ({"objective": {"steps": -1}}, "steps.*at least 0.*-1"),
+        ({"lr": 0.0}, r"\(lr\).*0\.0"),
+        ({"lr": float("nan")}, r"\(lr\).*nan"),
+        ({"batch_size": "x"}, "batch_size.*'x'"),
+        ({"time_limit_s": "x"}, "time_limit_s.*'x'"),
+        ({"time_limit_s": 0}, "time_limit_s.*0"),
+        ({"families": ("gama",)}, "'gama'.*'gamma'"),
+        ({"families": []}, "8 views.*family"),
+        ({"guard": {"tolerence": 1}}, "'tolerence'.*'tolerance'"),
+        ({"objective": {"anker": 1}}, "'anker'.*'anchor'"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        check_settings(settings)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

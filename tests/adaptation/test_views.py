@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from samda.adaptation.views import FAMILIES, View, apply_view, make_views, mirrored_classes, restore_view, seed_of
-from samda.errors import UsageError
 
 
 def slices(count: int = 3) -> torch.Tensor:
@@ -155,12 +154,3 @@ def test_seed_of_is_stable() -> None:
     # first 8 bytes of sha256(b"a\x1f1"), shifted right by one bit
     assert seed_of("a", 1) == int.from_bytes(__import__("hashlib").sha256(b"a\x1f1").digest()[:8], "big") >> 1
     assert seed_of("a", 1) != seed_of("a", 2)
-
-
-def test_wrong_arguments_are_refused() -> None:
-    with pytest.raises(UsageError, match="at least 1"):
-        make_views(0, 0)
-    with pytest.raises(UsageError, match="did you mean 'gamma'"):
-        make_views(3, 0, families=["gama"])
-    with pytest.raises(UsageError, match="at least one family"):
-        make_views(3, 0, families=[])

@@ -318,15 +318,6 @@ def test_refusals(
         assert word in last
 
 
-def test_adapt_names_the_methods_and_scopes_that_there_are() -> None:
-    from samda.adaptation import OBJECTIVES
-    from samda.adapters import SCOPES
-    from samda.cli import adapt
-
-    assert tuple(OBJECTIVES) == adapt.METHODS and adapt.SCOPES == SCOPES
-    assert adapt.METHODS[-1] == "default"  # as the help says
-
-
 def test_export_names_the_formats_that_there_are() -> None:
     from samda.cli.export import FORMATS
     from samda.models import export

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from samda.adaptation.loop import NotFinite, OutOfTime, descend, held
+from samda.adaptation.loop import NotFinite, OutOfTime, optimize, restoring
 from samda.adaptation.objectives import Objective, build_objective
 
 
@@ -37,8 +37,8 @@ def logits() -> torch.Tensor:
 
 
 def run(network: Scaler, logits: torch.Tensor, name: str = "tent", steps: int = 4, **options: object):
-    with held(network, network.moving()) as start:
-        trajectory = descend(lambda: network(logits), network.moving(), build_objective(name), steps, 0.05, **options)
+    with restoring(network, network.moving()) as start:
+        trajectory = optimize(lambda: network(logits), network.moving(), build_objective(name), steps, 0.05, **options)
         inside = {k: v.detach().clone() for k, v in network.moving().items()}
     return trajectory, start, inside
 
@@ -114,9 +114,9 @@ def test_everything_is_restored_after_an_exception(logits: torch.Tensor, error: 
 def test_only_what_is_named_moves(logits: torch.Tensor) -> None:
     network = Scaler()
     moving = {"scale": network.scale}
-    with held(network, moving):
+    with restoring(network, moving):
         assert not network.shift.requires_grad
-        trajectory = descend(lambda: network(logits), moving, build_objective("tent"), 2, 0.05)
+        trajectory = optimize(lambda: network(logits), moving, build_objective("tent"), 2, 0.05)
         assert torch.equal(network.shift, torch.full((3, 1, 1), 0.1)) and network.shift.grad is None
     assert set(trajectory.tensors) == {"scale"} and network.shift.requires_grad
 
@@ -134,22 +134,22 @@ class Steep(Objective):
 @pytest.mark.parametrize("objective", [Broken(), Steep()])
 def test_not_finite_is_reported(logits: torch.Tensor, objective: Objective) -> None:
     network = Scaler()
-    with pytest.raises(NotFinite), held(network, network.moving()):
-        descend(lambda: network(logits), network.moving(), objective, 2, 0.05)
+    with pytest.raises(NotFinite), restoring(network, network.moving()):
+        optimize(lambda: network(logits), network.moving(), objective, 2, 0.05)
     assert torch.equal(network.scale, torch.ones(3, 1, 1))
 
 
 def test_out_of_time(logits: torch.Tensor) -> None:
     network = Scaler()
-    with pytest.raises(OutOfTime), held(network, network.moving()):
-        descend(lambda: network(logits), network.moving(), build_objective("tent"), 2, 0.05, deadline=time.monotonic())
+    with pytest.raises(OutOfTime), restoring(network, network.moving()):
+        optimize(lambda: network(logits), network.moving(), build_objective("tent"), 2, 0.05, deadline=time.monotonic())
 
 
 def test_the_anchor_holds_back(logits: torch.Tensor) -> None:
     free, _, _ = run(Scaler(), logits, "class_entropy", steps=6, merit=lambda z, agreed: float("nan"))
     network = Scaler()
-    with held(network, network.moving()):
-        tied = descend(
+    with restoring(network, network.moving()):
+        tied = optimize(
             lambda: network(logits),
             network.moving(),
             build_objective("class_entropy", {"anchor": 100.0}),

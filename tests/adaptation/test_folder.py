@@ -14,8 +14,9 @@ import pytest
 
 from samda.adaptation import folder as run_module
 from samda.adaptation.folder import adapt_folder, details_folder
+from samda.adaptation.record import validate_record
+from samda.data.datalists import find_cases
 from samda.errors import SamdaError, UsageError
-from samda.provenance import validate_record
 from tests.adaptation.conftest import ALWAYS, save, scan
 
 CHANGED = {"method": "class_entropy", "lr": 0.02, "steps": 1, "views": 2, "slices": 2, "keep": "last", "guard": ALWAYS}
@@ -44,7 +45,7 @@ def lines(path: Path) -> list[dict]:
 
 def test_what_is_written(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run = adapt_folder(make_adaptation(**CHANGED), inputs, out)
+    run = adapt_folder(make_adaptation(**CHANGED), find_cases(inputs), out)
     assert run.counts == {"accepted": 2, "fallback": 0, "skipped": 0, "failed": 1} and list(run.failed) == ["bert"]
     found = {p.name for p in details_folder(out, "anna").iterdir()}
     assert found == {
@@ -65,7 +66,7 @@ def test_what_is_written(make_adaptation: Callable, inputs: Path, tmp_path: Path
 
 def test_records_are_valid_and_without_names(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    adapt_folder(make_adaptation(steps=1), inputs, out, report=tmp_path / "audit" / "run.jsonl")
+    adapt_folder(make_adaptation(steps=1), find_cases(inputs), out, report=tmp_path / "audit" / "run.jsonl")
     records = lines(tmp_path / "audit" / "run.jsonl")
     assert len(records) == 3
     for record in records:
@@ -80,13 +81,13 @@ def test_records_are_valid_and_without_names(make_adaptation: Callable, inputs: 
 
 
 def test_names_are_kept_on_request(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:
-    run = adapt_folder(make_adaptation(steps=0), inputs, tmp_path / "out", keep_names=True)
+    run = adapt_folder(make_adaptation(steps=0), find_cases(inputs), tmp_path / "out", keep_names=True)
     assert [r["case_id"] for r in run.records.values()] == ["anna", "bert", "carl"]
 
 
 def test_a_fallback_is_the_source_file_byte_for_byte(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run = adapt_folder(make_adaptation(guard={"skip_agreement": 2.0}, lr=1e30, steps=4), inputs, out)
+    run = adapt_folder(make_adaptation(guard={"skip_agreement": 2.0}, lr=1e30, steps=4), find_cases(inputs), out)
     assert run.records["anna"]["reason"] == "fallback_nonfinite"
     assert (out / "anna.nii.gz").read_bytes() == (details_folder(out, "anna") / "source.nii.gz").read_bytes()
     assert json.loads((out / "anna.json").read_text())["labels"] == {"background": 0, "liver": 1, "spleen": 2}
@@ -94,40 +95,40 @@ def test_a_fallback_is_the_source_file_byte_for_byte(make_adaptation: Callable, 
 
 def test_a_rerun_does_only_what_is_missing(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    adapt_folder(make_adaptation(**CHANGED), inputs, out)
+    adapt_folder(make_adaptation(**CHANGED), find_cases(inputs), out)
     before = files(out)
-    again = adapt_folder(make_adaptation(**CHANGED), inputs, out)
+    again = adapt_folder(make_adaptation(**CHANGED), find_cases(inputs), out)
     assert again.resumed == ["anna", "carl"]  # what failed is tried again
     after = files(out)
     same = {name for name in before if before[name] == after[name]}
     assert set(before) == set(after) and set(before) - same <= {"run.jsonl", "details/bert/record.json"}
     (out / "carl.nii.gz").unlink()
-    assert adapt_folder(make_adaptation(**CHANGED), inputs, out).resumed == ["anna"]
+    assert adapt_folder(make_adaptation(**CHANGED), find_cases(inputs), out).resumed == ["anna"]
     assert (out / "carl.nii.gz").read_bytes() == before["carl.nii.gz"]
 
 
 def test_a_changed_scan_is_done_again(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    adapt_folder(make_adaptation(steps=0), inputs, out)
+    adapt_folder(make_adaptation(steps=0), find_cases(inputs), out)
     save(inputs / "anna.nii.gz", scan(7)[0])
-    assert adapt_folder(make_adaptation(steps=0), inputs, out).resumed == ["carl"]
+    assert adapt_folder(make_adaptation(steps=0), find_cases(inputs), out).resumed == ["carl"]
 
 
 def test_other_settings_need_another_folder(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    adapt_folder(make_adaptation(steps=0), inputs, out)
+    adapt_folder(make_adaptation(steps=0), find_cases(inputs), out)
     with pytest.raises(UsageError, match="results of other settings"):
-        adapt_folder(make_adaptation(steps=1), inputs, out)
-    run = adapt_folder(make_adaptation(steps=1), inputs, out, overwrite=True)
+        adapt_folder(make_adaptation(steps=1), find_cases(inputs), out)
+    run = adapt_folder(make_adaptation(steps=1), find_cases(inputs), out, overwrite=True)
     assert run.resumed == [] and run.records["anna"]["config"]["steps"] == 1
 
 
 def test_dry_run_writes_no_map_but_the_source(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    dry = adapt_folder(make_adaptation(**CHANGED), inputs, out, dry_run=True)
+    dry = adapt_folder(make_adaptation(**CHANGED), find_cases(inputs), out, dry_run=True)
     assert dry.records["anna"]["reason"] == "accepted" and dry.records["anna"]["dry_run"]
     assert [p.name for p in sorted(out.rglob("*.nii.gz"))] == ["source.nii.gz", "source.nii.gz"]
-    wet = adapt_folder(make_adaptation(**CHANGED), inputs, out)  # a dry run does not count as done
+    wet = adapt_folder(make_adaptation(**CHANGED), find_cases(inputs), out)  # a dry run does not count as done
     assert wet.resumed == [] and (out / "anna.nii.gz").exists()
     assert wet.records["anna"]["labels_sha256"] == dry.records["anna"]["labels_sha256"]
 
@@ -156,21 +157,33 @@ def test_half_a_case_leaves_nothing(
     monkeypatch.setattr(run_module, place, fail)
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else SamdaError
     with pytest.raises(expected, match=None if expected is KeyboardInterrupt else "disk of .* is full"):
-        adapt_folder(make_adaptation(**CHANGED), inputs, out)
+        adapt_folder(make_adaptation(**CHANGED), find_cases(inputs), out)
     assert (out / "anna.nii.gz").exists() and not (out / "carl.nii.gz").exists()
     assert [p.name for p in (out / "details").iterdir()] == ["anna"]
     assert len(lines(out / "run.jsonl")) == 1
     monkeypatch.setattr(run_module, place, real)
-    again = adapt_folder(make_adaptation(**CHANGED), inputs, out)
+    again = adapt_folder(make_adaptation(**CHANGED), find_cases(inputs), out)
     assert again.resumed == ["anna"] and (out / "carl.nii.gz").exists() and len(lines(out / "run.jsonl")) == 2
 
 
 def test_results_never_go_to_the_scans(make_adaptation: Callable, inputs: Path) -> None:
     with pytest.raises(UsageError, match="is the folder of the scan"):
-        adapt_folder(make_adaptation(), inputs, inputs)
+        adapt_folder(make_adaptation(), find_cases(inputs), inputs)
 
 
 def test_adapted_parameters_are_kept_on_request(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:
-    run = adapt_folder(make_adaptation(**CHANGED), inputs, tmp_path / "out", keep_tensors=True)
+    run = adapt_folder(make_adaptation(**CHANGED), find_cases(inputs), tmp_path / "out", keep_tensors=True)
     assert run.records["anna"]["output_files"]["adapter"] == "adapter.safetensors"
     assert (details_folder(tmp_path / "out", "anna") / "adapter.safetensors").stat().st_size > 4 * 395_522
+
+
+def test_a_scan_named_by_one_letter_does_not_spoil_the_message(
+    make_adaptation: Callable, inputs: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "short"
+    folder.mkdir()
+    (inputs / "bert.nii.gz").rename(folder / "a.nii.gz")
+    record = adapt_folder(make_adaptation(steps=0), find_cases(folder), tmp_path / "out").records["a"]
+    assert "NaN" in record["error"] and "a.nii.gz" not in record["error"]
+    assert record["error"].count(record["case_id"]) == 1
+    assert record["explanation"] == "the scan cannot be used"
