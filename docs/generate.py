@@ -33,6 +33,7 @@ RESULTS = (  # what the public functions return
     "samda.inference.predict.FolderResult",
     "samda.inference.evaluate.Evaluation",
     "samda.adaptation.AdaptedCase",
+    "samda.adaptation.AdaptationSettings",
 )
 HEAD = """\
 # Reference

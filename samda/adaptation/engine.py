@@ -42,8 +42,8 @@ from samda.adaptation.objectives import check_settings, log_probabilities, most_
 from samda.adaptation.record import Outcome, case_record
 from samda.adaptation.views import make_views, mirrored_classes, restore_view, seed_of
 from samda.adapters.adapter_file import state_tensors
-from samda.adapters.attach import available_scopes, scope_parameters
-from samda.adapters.base import changes_encoder, unmerge
+from samda.adapters.attach import scope_parameters
+from samda.adapters.base import changes_encoder, modules, unmerge
 from samda.data.formats import name_of, scan_path
 from samda.data.slices import SliceGrid, center_channels
 from samda.data.transforms import build_preprocessing
@@ -451,8 +451,10 @@ def _check_trained(network: SamSegmenter, parameters: Mapping[str, torch.Tensor]
     tokens = network.mask_decoder.mask_tokens.weight
     if bool((tokens == tokens[0]).all()):
         raise AdapterError("the class head was never trained; train the model before adapting it")
-    known = scope_parameters(network, "gate") if "gate" in available_scopes(network) else {}
-    gates = [parameter for name, parameter in known.items() if name in parameters]
+    known = [
+        f"{path}.{name}" for path, _, adapter in modules(network) for name in adapter.scope_params().get("gate", ())
+    ]
+    gates = [parameters[name] for name in known if name in parameters]
     if gates and not any(bool(gate.any()) for gate in gates):
         raise AdapterError(
             "the SAM-DA adapter was never trained (its gates are zero); train the model before adapting it"
