@@ -58,7 +58,8 @@ def test_a_message_without_names_keeps_its_words(text: str, names: tuple[str, ..
     assert records.conceal({"error": [text]}, dict.fromkeys(names, "X")) == {"error": [expected]}
 
 
-def test_records.conceal() -> None:
+def test_longer_names_come_first() -> None:
     names = {"/data/jane_doe.nii.gz": "case-1", "jane_doe": "case-1", "jane_doe_2": "case-2", "b": "case-3"}
     value = {"jane_doe": ["cannot read /data/jane_doe.nii.gz", "b", "bad jane_doe_2"], "n": 3, "none": None}
-    assert records.conceal(value, names) == {"case-1": ["cannot read case-1", "case-3", "bad case-2"], "n": 3, "none": None}
+    expected = {"case-1": ["cannot read case-1", "case-3", "bad case-2"], "n": 3, "none": None}
+    assert records.conceal(value, names) == expected
