@@ -38,6 +38,7 @@ from samda.adaptation.objectives import OBJECTIVES
 from samda.data import build_preprocessing
 from samda.examples import Examples, fetch_examples
 from samda.io import write_json
+from samda.metrics import confusion_matrix
 from samda.models.folder import load_model
 from samda.networks.segmenter import SamSegmenter
 from samda.provenance import now, sha256_of, versions
@@ -121,14 +122,11 @@ def source_model(folder: Path, seed: int, examples: Examples, epochs: int, tissu
     return model
 
 
-def dice(prediction: np.ndarray, label: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
+def dice(prediction: np.ndarray, label: np.ndarray, task: Task) -> dict[str, float]:
     """Dice of each class that the label holds."""
-    scores = {}
-    for k, name in enumerate(classes):
-        a, b = prediction == k, label == k
-        if k and b.any():
-            scores[name] = 2.0 * float((a & b).sum()) / float(a.sum() + b.sum())
-    return scores
+    counts = confusion_matrix(prediction, label, task.num_classes)
+    shown = [(k, name) for k, name in enumerate(task.classes) if k and counts[k].any()]
+    return {name: float(2 * counts[k, k] / (counts[k].sum() + counts[:, k].sum())) for k, name in shown}
 
 
 def run_case(
@@ -159,7 +157,7 @@ def run_case(
         final = outcome.adapted if outcome.accepted and outcome.adapted is not None else prepared.source
         last = engine.predict(prepared, run.last) if run is not None and engine.settings.steps else prepared.source
         predictions = {"source": prepared.source, "last": last, "final": final}
-        scores = {what: dice(p.labels, label, task.classes) for what, p in predictions.items()}
+        scores = {what: dice(p.labels, label, task) for what, p in predictions.items()}
         row = {
             "case": target.name,
             "family": target.family,
@@ -225,21 +223,6 @@ def _cell(rows: list[dict[str, Any]]) -> str:
     return f"{means[0]:.3f}   {means[1]:.3f}   {means[2]:.3f} {min(gains):+.3f} {bad:3d}"
 
 
-def cost(model: Path, examples: Examples) -> dict[str, float]:
-    """Seconds for patient A: the plain prediction, and the default from scan to maps, in turns."""
-    from samda.inference.predict import Predictor
-
-    from .timing import interleave, median
-
-    network, task, record = load_model(model)
-    predictor = Predictor(network, task)
-    engine = Adaptation(network, task, record, guard={"skip_agreement": 2.0})
-    image = examples["A"].image
-    seconds = interleave({"plain": lambda: predictor.predict(image), "default": lambda: engine.adapt(image)}, 3, 0)
-    plain, adapted = (median(seconds[name]) for name in ("plain", "default"))
-    return {"plain_s": plain, "default_s": adapted, "ratio": adapted / plain}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -251,16 +234,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--plain", action="store_true", help="train the source models without random tissue contrasts")
     parser.add_argument("--results", type=Path, metavar="FILE", help="default FOLDER/summary.json")
     parser.add_argument("--table", action="store_true", help="print only")
-    parser.add_argument("--cost", action="store_true", help="time patient A instead")
     args = parser.parse_args(argv)
     if not args.table:
         examples = fetch_examples()
         models = {
             seed: source_model(args.output, seed, examples, args.epochs, float(not args.plain)) for seed in args.seeds
         }
-        if args.cost:
-            print(json.dumps(cost(next(iter(models.values())), examples), indent=1))
-            return
         chosen = [t for t in targets(examples) if not args.cases or {t.name, t.family} & set(args.cases)]
         for target in chosen:
             data, memo = target.make(), None

@@ -57,12 +57,12 @@ def spread(values: Sequence[float], sign: str = "") -> str:
     return f"{statistics.fmean(values):{sign}.3f}{deviation}{f' ({len(values)})' if len(values) < 3 else ''}"
 
 
-def paired(mine: list[Row], others: list[Row], data: str | None = None) -> list[float]:
+def paired(mine: list[Row], others: list[Row]) -> list[float]:
     """Differences of Dice patient by patient, each the mean over the seeds that both have."""
-    theirs = {row["seed"]: patients(row, data=data) for row in others}
+    theirs = {row["seed"]: patients(row) for row in others}
     found: dict[str, list[float]] = {}
     for row in mine:
-        for patient, dice in patients(row, data=data).items():
+        for patient, dice in patients(row).items():
             if patient in theirs.get(row["seed"], {}):
                 found.setdefault(patient, []).append(dice - theirs[row["seed"]][patient])
     return [statistics.fmean(found[patient]) for patient in sorted(found)]
@@ -94,15 +94,22 @@ def _methods_of(rows: list[Row]) -> list[str]:
     return [name for name in (*METHODS, *RIVALS, *ABLATIONS) if any(row.get("method") == name for row in rows)]
 
 
+def _columns(rows: list[Row], data: str) -> list[tuple[int, int]]:
+    """Training patients and budget of each column that has a row."""
+    columns = [(n, budget) for budget in (SHORT, LONG) for n in DATASETS[data].counts]
+    return [(n, budget) for n, budget in columns if pick(rows, patients=n, budget=budget)]
+
+
+def _head(first: str, columns: list[tuple[int, int]], *more: str) -> list[str]:
+    return [first, *(f"{count_name(n)}, {budget} s" for n, budget in columns), *more]
+
+
 def scores(rows: list[Row], data: str) -> str:
     """Dice of each method over training patients, in both budgets; NSD and HD95 with the most patients."""
-    counts = DATASETS[data].counts
-    columns = [(n, budget) for budget in (SHORT, LONG) for n in counts if pick(rows, patients=n, budget=budget)]
+    columns = _columns(rows, data)
     if not columns:
         return f"not measured; `python -m benchmarks.evidence --data FOLDER --parts {data}`"
-    unit = "mm" if DATASETS[data].dimensions == 3 else "px"
-    head = ["Dice", *(f"{count_name(n)}, {budget} s" for n, budget in columns), "NSD, last", f"HD95 ({unit}), last"]
-    lines = []
+    unit, lines = "mm" if DATASETS[data].dimensions == 3 else "px", []
     for method in _methods_of(rows):
         found = [pick(rows, method=method, patients=n, budget=budget) for n, budget in columns]
         cells = [spread([mean(row) for row in part]) for part in found]
@@ -113,35 +120,29 @@ def scores(rows: list[Row], data: str) -> str:
         reasons = [row["not_run"] for row in rows if row.get("method") == method and "not_run" in row]
         name = method if last or not reasons else f"{method}, not run: {reasons[0]}"
         lines.append([name, *cells])
-    return markdown(head, lines)
+    return markdown(_head("Dice", columns, "NSD, last", f"HD95 ({unit}), last"), lines)
 
 
-def compared(rows: list[Row], data: str, base: str = BASELINE, where: str | None = None) -> str:
+def compared(rows: list[Row], data: str, base: str = BASELINE) -> str:
     """What each method has over `base`, paired by patient, per number of training patients."""
-    lines = []
-    columns = [(n, b) for b in (SHORT, LONG) for n in DATASETS[data].counts if pick(rows, patients=n, budget=b)]
+    columns, lines = _columns(rows, data), []
     for method in _methods_of(rows):
         cells = []
         for n, budget in columns:
             mine, others = (pick(rows, method=name, patients=n, budget=budget) for name in (method, base))
-            cells.append(difference(paired(mine, others, where)))
+            cells.append(difference(paired(mine, others)))
         if method != base and any(cell != NOTHING for cell in cells):
             lines.append([f"{method} - {base}", *cells])
-    if not lines:
-        return "not measured"
-    return markdown(["difference of Dice", *(f"{count_name(n)}, {budget} s" for n, budget in columns)], lines)
+    return markdown(_head("difference of Dice", columns), lines) if lines else "not measured"
 
 
 def elsewhere(rows: list[Row], data: str) -> str:
     """Dice of the same models on another data set."""
-    other = DATASETS[data].elsewhere
-    columns = [(n, b) for b in (SHORT, LONG) for n in DATASETS[data].counts if pick(rows, patients=n, budget=b)]
-    lines = []
+    other, columns, lines = DATASETS[data].elsewhere, _columns(rows, data), []
     for method in _methods_of(rows):
         parts = [pick(rows, method=method, patients=n, budget=budget) for n, budget in columns]
         lines.append([method, *(spread([mean(row, data=other) for row in part]) for part in parts)])
-    head = [f"Dice on {other}", *(f"{count_name(n)}, {budget} s" for n, budget in columns)]
-    return markdown(head, lines) if lines else "not measured"
+    return markdown(_head(f"Dice on {other}", columns), lines) if lines else "not measured"
 
 
 def cost(rows: list[Row]) -> str:
