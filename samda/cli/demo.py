@@ -2,8 +2,8 @@
 """Train on one real scan, predict others, adapt to them, write a report.
 
 Fetches the base weights (vit_t) and three abdominal scans, trains the default adapter on six organs of patient A, and
-predicts slices of A that were held out, patient B, who was scanned elsewhere and with contrast medium, and patient M,
-an MR scan. Then the model adapts itself to B and to M, without their labels. All labels are predictions of another
+predicts held-out slices of A, patient B (another scanner, contrast medium), and patient M (MR). Then the model adapts
+to B and to M, without their labels. All labels are predictions of another
 model and there is one patient of each kind: a demonstration, not a benchmark.
 
   samda demo            into the folder demo
@@ -125,11 +125,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def new_folder(folder: Path) -> Path:
-    """The folder of the demo, made if missing; one with other things in it is left alone.
-
-    Raises:
-        UsageError: it holds files that no demo wrote.
-    """
+    """The folder of the demo, made if missing; one with files of other origin is refused."""
     from samda.inference.writer import check_output_folder
 
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "data" / "dataset.json").is_file():
@@ -138,12 +134,9 @@ def new_folder(folder: Path) -> Path:
 
 
 def hold_out(scan: Example, folder: Path) -> Path:
-    """A data set of one scan: slices to train on, slices to choose the best epoch by, and slices kept for the end.
+    """Write a datalist, `folder`/dataset.json, of one scan: training, validation and test slices.
 
-    The last are cut out as scans of their own, so that nothing else can see them.
-
-    Returns:
-        The datalist: `folder`/dataset.json.
+    The test slices are cut out as scans of their own, so that no other step reads them.
     """
     import nibabel as nib
     import numpy as np
