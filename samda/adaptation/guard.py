@@ -2,7 +2,7 @@
 """The guard: may the adapted prediction replace the plain one? A pure function of a few numbers, no images, no labels.
 
 Both predictions are judged alike, by how far they agree with what the model saw at training time (`plausibility`, see
-:mod:`samda.adaptation.plausibility`) and by how far the views of a slice agree with each other. So a fifty-fold growth
+:mod:`samda.adaptation.alignment`) and by how far the views of a slice agree with each other. So a fifty-fold growth
 of an organ passes where it leads to an organ of the usual size at the usual place, and an entropy that falls because
 everything became background does not.
 
