@@ -16,6 +16,7 @@ from typing import Any
 
 from samda.task import Task
 
+from .adaptation import real_targets, simulated_targets
 from .apart import run_there
 from .datasets import ALL, DATASETS, SPLITS, split, write_list
 from .fields import NETWORKS
@@ -85,6 +86,8 @@ PARTS: dict[str, Callable[[], list[Run]]] = {
     **{name: lambda name=name: _trainings(name) for name in DATASETS if name in SPLITS},
     "demo": lambda: [{"demo": "A, B, M", "seed": seed} for seed in range(DEMO_SEEDS)],
     "ablations": _ablations,
+    "adaptation": real_targets,
+    "shifts": simulated_targets,
     "fields": lambda: [{"network": name} for name in NETWORKS],
     "peft": lambda: [{"compared": "LoRA of peft and of samda"}],
 }
@@ -111,6 +114,10 @@ def measure(run: Run, root: Path | None) -> Run:
             return run | _measure_training(run, root, Path(folder))
         if "demo" in run:
             return run | _measure_demo(run["seed"], Path(folder) / "demo")
+    if "objective" in run:
+        from .adaptation import adapt
+
+        return run | adapt(run["case"], run["objective"], run["seed"])
     if "network" in run:
         from .fields import measure_network
 

@@ -172,6 +172,34 @@ def demo(rows: list[Row]) -> str:
     return markdown(["Dice", *(f"seed {row['seed']}" for row in rows), "mean"], lines)
 
 
+def adaptation(rows: list[Row]) -> str:
+    """Mean Dice over the source models: plain, the last iterate, and what the guard lets pass."""
+    rows = pick(rows)
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    lines = []
+    for objective in dict.fromkeys(row["objective"] for row in rows):
+        cells = []
+        for case in cases:
+            dice = [row["dice"] for row in pick(rows, objective=objective, case=case)]
+            cells += [spread([one[key] for one in dice]) for key in ("source", "last", "final")]
+            cells.append(f"{min(one['final'] - one['source'] for one in dice):+.3f}" if dice else NOTHING)
+        lines.append([f"`{objective}`", *cells])
+    head = [f"{case}, {what}" for case in cases for what in ("plain", "alone", "guarded", "smallest gain")]
+    return markdown(["objective", *head], lines) if lines else "not measured"
+
+
+def shifted(rows: list[Row]) -> str:
+    """What the default does under simulated shifts, per family."""
+    lines = []
+    for family in dict.fromkeys(row["family"] for row in pick(rows)):
+        dice = [row["dice"] for row in pick(rows, family=family)]
+        gains = [one["final"] - one["source"] for one in dice]
+        means = [f"{statistics.fmean(one[key] for one in dice):.3f}" for key in ("source", "final")]
+        lines.append([family, str(len(dice)), *means, f"{min(gains):+.3f}", f"{max(gains):+.3f}"])
+    head = ["shifts of patient A", "cases", "plain", "guarded", "smallest gain", "largest gain"]
+    return markdown(head, lines) if lines else "not measured"
+
+
 def fields(rows: list[Row], tap: str) -> str:
     """Share of the image's area that holds 20, 50 and 99 % of the influence, on three scales."""
     scales, shares = ("mass", "normalized", "log"), ("0.2", "0.5", "0.99")
