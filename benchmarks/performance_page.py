@@ -63,7 +63,7 @@ def _growth(curves: dict[str, Any]) -> str:
     for name, curve in curves.items():
         points = ", ".join(f"{value}: {duration(took)}" for value, took in curve["seconds"].items())
         lines.append([name, curve["fixed"], points])
-    return markdown(["what grows", "measured on", "seconds"], lines)
+    return markdown(["what grows", "measured on", "seconds"], lines, texts=3)
 
 
 def _profile(jobs: dict[str, Any]) -> str:
@@ -74,7 +74,7 @@ def _profile(jobs: dict[str, Any]) -> str:
     lines = []
     for kind in sorted(sorted(largest), key=lambda kind: -largest[kind]):
         lines.append([kind, *(f"{100 * job['shares'].get(kind, 0.0):.0f} %" for job in jobs.values())])
-    return markdown(["share of the time", *jobs], lines, texts=1)
+    return markdown(["share of the time", *jobs], lines)
 
 
 def _floor(jobs: dict[str, Any]) -> str:
@@ -86,7 +86,7 @@ def _floor(jobs: dict[str, Any]) -> str:
         memory = f"{duration(floors['memory'])} at {peak['bytes_per_s'] / 1e9:.1f} GB/s"
         cells = [name, duration(job["seconds"]), f"{job['gflop']:.1f}", compute, f"{job['gbyte']:.2f}", memory]
         lines.append([*cells, f"{job['of_floor']:.1f}"])
-    return markdown([*head, "measured / larger floor"], lines, texts=1)
+    return markdown([*head, "measured / larger floor"], lines)
 
 
 def _options(found: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -107,10 +107,9 @@ def spread(values: list[float]) -> str:
     return f"{duration(median(values))} ({min(values) * scale:.3g} to {max(values) * scale:.3g})"
 
 
-def markdown(head: list[str], lines: list[list[str]], texts: int | None = None) -> str:
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]], texts: int = 1) -> str:
     """A Markdown table; columns after the first `texts` ones hold numbers."""
-    left = len(head) if texts is None else texts
-    rules = ["---"] * left + ["--:"] * (len(head) - left)
+    rules = ["---"] * texts + ["--:"] * (len(head) - texts)
     return "\n".join([f"| {' | '.join(head)} |", f"|{'|'.join(rules)}|", *(f"| {' | '.join(c)} |" for c in lines)])
 
 
@@ -122,7 +121,7 @@ def table(rows: list[Row]) -> str:
         mark = {True: "", False: " (missed)", None: ""}[row.reached]
         notes = f"{times}. {row.notes}" if row.notes and times else times or row.notes
         lines.append([row.what, row.rival, row.goal, row.result + mark, notes])
-    return markdown(["what", "rival", "goal", "measured", "times (median, min to max)"], lines)
+    return markdown(["what", "rival", "goal", "measured", "times (median, min to max)"], lines, texts=5)
 
 
 def fill(text: str, tables: Mapping[str, str]) -> str:

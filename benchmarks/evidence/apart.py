@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+from integration.environments import environment, surroundings
 
 HERE = Path(__file__).resolve().parent
 
@@ -24,29 +24,30 @@ def interpreter(name: str) -> Path:
         NotRun: pip cannot install it.
     """
     try:
-        return _environments().environment(name, HERE)
+        return environment(name, HERE)
     except subprocess.TimeoutExpired as error:
         raise NotRun(f"{name} cannot be installed: {error}") from error
     except subprocess.CalledProcessError as error:
         raise NotRun(f"{name} cannot be installed: {_last_line(error.stderr) or error}") from error
 
 
-def run_there(command: Sequence[Any], timeout: float | None, **surroundings: str) -> str:
+def run_there(command: Sequence[Any], timeout: float | None, **variables: str) -> str:
     """Standard output of a program, run on one thread with this checkout importable.
 
     Args:
         command: the program and its arguments.
         timeout: s of wall time; None waits.
-        surroundings: further environment variables.
+        variables: further environment variables.
 
     Raises:
         NotRun: it failed or took too long; the message ends with its last line.
     """
     words = [str(word) for word in command]
     name = " ".join(words[2:4]) if words[1:2] == ["-m"] else Path(words[0]).name
-    env = _environments().surroundings(**surroundings)
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=env, check=False)
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=timeout, env=surroundings(**variables), check=False
+        )
     except subprocess.TimeoutExpired as error:
         raise NotRun(f"{name} took longer than {timeout:.0f} s") from error
     except OSError as error:
@@ -54,15 +55,6 @@ def run_there(command: Sequence[Any], timeout: float | None, **surroundings: str
     if done.returncode:
         raise NotRun(f"{name} failed ({done.returncode}): {_last_line(done.stderr) or _last_line(done.stdout)}")
     return done.stdout
-
-
-def _environments() -> ModuleType:
-    """The integration tests' helper, which is not part of a package."""
-    file = HERE.parents[1] / "integration" / "environments.py"
-    spec: Any = importlib.util.spec_from_file_location("samda_environments", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _last_line(text: str | bytes | None) -> str:

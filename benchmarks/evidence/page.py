@@ -16,7 +16,7 @@ from typing import Any
 
 from samda.io import replacing, write_text
 
-from ..timing import fill
+from ..timing import fill, markdown
 from . import tables
 from .datasets import ALL, DATASETS, SPLITS
 from .methods import METHODS
@@ -116,7 +116,7 @@ def _goals(rows: dict[str, list[Row]]) -> str:
     for part, least in (("patient A", 0.87), ("patient B", 0.60), ("patient M", 0.40)):
         values = next((v for what, v in plain.items() if part in what and "adapted" not in what), [])
         at_least(f"demo, {part}: mean over the seeds", least, values)
-    return tables.markdown(["goal", "wanted", "reached", "met"], lines)
+    return markdown(["goal", "wanted", "reached", "met"], lines)
 
 
 def _done() -> str:
@@ -124,7 +124,7 @@ def _done() -> str:
     for part in PARTS:
         wanted, left = len(planned(part)), len(missing(part))
         lines.append([part, str(wanted), str(wanted - left), f"{left}, not made yet" if left else "none"])
-    return tables.markdown(["part", "runs planned", "done", "left out"], lines)
+    return markdown(["part", "runs planned", "done", "left out"], lines)
 
 
 def checksum(rows: Any) -> str:

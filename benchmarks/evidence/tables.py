@@ -15,18 +15,13 @@ from typing import Any
 
 from scipy import stats
 
+from ..timing import markdown
 from .datasets import ALL, DATASETS, SPLITS
 from .methods import ABLATIONS, METHODS, RIVALS
 from .runs import BASELINE, LONG, SCORES, SHORT
 
 Row = dict[str, Any]
 NOTHING = "-"
-
-
-def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
-    rule = ["---", *["--:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
 
 
 def pick(rows: Iterable[Row], **wanted: Any) -> list[Row]:
@@ -243,6 +238,6 @@ def sources() -> str:
     lines = []
     for name, entry in DATASETS.items():
         held = f"{len(SPLITS[name]['train'])} / {len(SPLITS[name]['test'])}" if name in SPLITS else "0 / all"
-        lines.append(f"| `{name}` | {entry.about} | {held} | {', '.join(entry.classes[1:])} | {entry.source} |")
-    head = "| folder | what | patients: may train / held out | classes | source and license |\n|---|---|---|---|---|"
-    return "\n".join([head, *lines])
+        lines.append([f"`{name}`", entry.about, held, ", ".join(entry.classes[1:]), entry.source])
+    head = ["folder", "what", "patients: may train / held out", "classes", "source and license"]
+    return markdown(head, lines, texts=len(head))
