@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Embeddings computed once: training that leaves the image encoder unchanged pays for it once, not every epoch.
+"""Feature pyramids computed once: training that leaves the encoder unchanged pays for it once, not in every epoch.
 
 Every slice is encoded in a fixed number of augmented views before the first step; an epoch then draws one view of each
 slice. All choices are functions of (seed, epoch, index), so a resumed training sees what an uninterrupted one sees.
@@ -8,11 +8,12 @@ slice. All choices are functions of (seed, epoch, index), so a resumed training 
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +23,11 @@ import torch.nn as nn
 from torch.utils.data import Dataset
 
 from samda.errors import InputError, UsageError
+from samda.networks.head import Pyramid, map_levels
 from samda.processes import exchange, rank_and_world
 from samda.progress import bar
+
+HALF = torch.float16  # of the kept levels
 
 logger = logging.getLogger(__name__)
 
@@ -71,44 +75,52 @@ def allocate(
     Raises:
         InputError: neither memory nor disk have the room.
     """
-    bytes_needed = int(np.prod(shape)) * dtype.itemsize
-    if bytes_needed <= memory_mb * 1e6:
+    needed = math.prod(shape) * dtype.itemsize
+    if needed <= memory_mb * 1e6:
         return torch.empty(shape, dtype=dtype)
+    check_disk(needed, memory_mb, folder)
     folder = folder or tempfile.gettempdir()
-    free = shutil.disk_usage(folder).free
-    if bytes_needed > free:  # a mapped file on a full disk ends the process without a word
-        raise InputError(
-            f"{bytes_needed / 1e9:.1f} GB do not fit into memory_mb={memory_mb:g} nor on the disk of {folder} "
-            f"({free / 1e9:.1f} GB free); raise memory_mb, lower views or set TMPDIR to a larger disk"
-        )
     kind = torch.empty(0, dtype=dtype).numpy().dtype
     file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - the mapping keeps it open
     return torch.from_numpy(np.memmap(file, dtype=kind, mode="w+", shape=shape))  # type: ignore[call-overload]
 
 
-class EmbeddingDataset(Dataset):
-    """Slices as the frozen encoder sees them: {"embedding": (256, h, w), "label": (1, H, W), ...}.
+def check_disk(needed: int, memory_mb: float, folder: str | Path | None) -> None:
+    """Refuse a disk without room for `needed` bytes: a mapped file on a full disk ends the process without a message."""
+    folder = folder or tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"{needed / 1e9:.1f} GB do not fit into memory_mb={memory_mb:g} nor on the disk of {folder} "
+            f"({free / 1e9:.1f} GB free); raise memory_mb, lower views or set TMPDIR to a larger disk"
+        )
 
-    `dataset[index]` is the slice without augmentation; `dataset[epoch, index]` the view that this epoch draws. Each
-    slice runs through its views in turn, from a start of its own, so a view returns after `views` epochs. Connected
-    processes share the encoding, batch by batch, and each keeps all of it: an epoch deals out its slices anew.
+
+class EmbeddingDataset(Dataset):
+    """Slices as the frozen encoder sees them: {"pyramid": {level: (C, h, w)}, "label": (1, H, W), ...}.
+
+    The pyramid holds the levels that the network's class head reads, in half precision. `dataset[index]` is the slice
+    without augmentation; `dataset[epoch, index]` the view that this epoch draws. Each slice runs through its views in
+    turn, from a start of its own, so a view returns after `views` epochs. Connected processes share the encoding, batch
+    by batch, and each keeps all of it: an epoch deals out its slices anew.
 
     Args:
         slices: what is encoded; see :class:`Views`. Its further entries (numbers, for instance the case) pass through.
-        network: has `encode(image) -> embedding`; `encoder_adapted` must not be true.
+        network: has `encode(image) -> pyramid`; `encoder_adapted` must not be true.
         views: views of each slice, the unchanged one included.
         seed: of the choice of views.
         batch_size: slices encoded at once.
-        device: where the encoder runs; the embeddings stay in main memory.
-        memory_mb: size beyond which the embeddings lie on disk (MB).
-        folder: folder of that file; None takes the system's temporary folder.
-        amp: encode under bfloat16 autocast (CUDA only); embeddings are kept in fp32.
+        device: where the encoder runs; the pyramids stay in main memory.
+        memory_mb: size beyond which the pyramids lie on disk (MB).
+        folder: folder of these files; None takes the system's temporary folder.
+        amp: encode under bfloat16 autocast (CUDA only).
 
     Attributes:
         cost: what it took: {"seconds", "megabytes", "slices", "views", "on_disk"}.
 
     Raises:
         UsageError: an adapter changes the encoder, or `views` is below 1.
+        InputError: neither memory nor disk have the room, or a level is not finite.
     """
 
     def __init__(
@@ -139,16 +151,21 @@ class EmbeddingDataset(Dataset):
             self._fill(network.encode, batch_size, device, memory_mb, folder)  # type: ignore[arg-type]
         self.cost = {
             "seconds": round(time.perf_counter() - start, 3),
-            "megabytes": round(self.embeddings.nbytes / 1e6, 3),
+            "megabytes": round(self.nbytes / 1e6, 3),
             "slices": len(slices),
             "views": views,
-            "on_disk": self.embeddings.nbytes > memory_mb * 1e6,
+            "on_disk": self.nbytes > memory_mb * 1e6,
         }
         logger.info("encoded %(slices)d slices x %(views)d views in %(seconds).1f s: %(megabytes).0f MB", self.cost)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pyramids."""
+        return sum(level.nbytes for level in self.pyramids.values())
+
     def _fill(
         self,
-        encode: Callable[[torch.Tensor], torch.Tensor],
+        encode: Callable[[torch.Tensor], Pyramid],
         batch_size: int,
         device: torch.device,
         memory_mb: float,
@@ -160,30 +177,42 @@ class EmbeddingDataset(Dataset):
         rank, world = rank_and_world()
         for first in range(0, len(batches), world):
             own = [self._encode(batch, encode, device) for batch in batches[first + rank : first + rank + 1]]
-            for batch, embeddings, labels, extras in (result for results in exchange(own) for result in results):
+            for batch, pyramid, labels, extras in (result for results in exchange(own) for result in results):
                 if not self.extras:
-                    places = (len(self.slices), self.views)
-                    self.embeddings = allocate(places + tuple(embeddings.shape[1:]), torch.float32, memory_mb, folder)
-                    self.labels = allocate(places + tuple(labels.shape[1:]), labels.dtype, memory_mb, folder)
-                for (index, view), embedding, label in zip(batch, embeddings, labels, strict=True):
-                    self.embeddings[index, view] = embedding
-                    self.labels[index, view] = label
+                    self._allocate(pyramid, labels, memory_mb, folder)
+                for position, (index, view) in enumerate(batch):
+                    for name, level in pyramid.items():
+                        self.pyramids[name][index, view] = level[position]
+                    self.labels[index, view] = labels[position]
                 self.extras += extras
                 progress.update(len(batch))
         progress.close()
 
+    def _allocate(
+        self, pyramid: Pyramid, labels: torch.Tensor, memory_mb: float, folder: str | Path | None
+    ) -> None:
+        """Room for all levels and labels, like those of a first batch: all levels in memory or all on disk."""
+        places = (len(self.slices), self.views)
+        shapes = {name: places + tuple(level.shape[1:]) for name, level in pyramid.items()}
+        needed = sum(math.prod(shape) * HALF.itemsize for shape in shapes.values())
+        limit = memory_mb if needed <= memory_mb * 1e6 else 0.0
+        if not limit:
+            check_disk(needed, memory_mb, folder)
+        self.pyramids = {name: allocate(shape, HALF, limit, folder) for name, shape in shapes.items()}
+        self.labels = allocate(places + tuple(labels.shape[1:]), labels.dtype, memory_mb, folder)
+
     def _encode(
-        self, batch: list[tuple[int, int]], encode: Callable[[torch.Tensor], torch.Tensor], device: torch.device
-    ) -> tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor, list[dict[str, Any]]]:
-        """The batch itself, its embeddings and labels, and the further entries of the slices whose view 0 it holds."""
+        self, batch: list[tuple[int, int]], encode: Callable[[torch.Tensor], Pyramid], device: torch.device
+    ) -> tuple[list[tuple[int, int]], Pyramid, torch.Tensor, list[dict[str, Any]]]:
+        """The batch itself, its pyramid and labels, and the further entries of the slices whose view 0 it holds."""
         items = [self.slices.view(index, view) for index, view in batch]
-        embeddings = encode(torch.stack([item["image"] for item in items]).to(device)).float().cpu()
+        pyramid = map_levels(_halved, encode(torch.stack([item["image"] for item in items]).to(device)))
         extras = [
             {key: value for key, value in item.items() if key not in ("image", "label")}
             for (_, view), item in zip(batch, items, strict=True)
             if view == 0
         ]
-        return batch, embeddings, torch.stack([item["label"] for item in items]), extras
+        return batch, pyramid, torch.stack([item["label"] for item in items]), extras
 
     def choose(self, epoch: int, index: int) -> int:
         """The view of slice `index` in this epoch; epoch 0 is the slice itself."""
@@ -206,4 +235,26 @@ class EmbeddingDataset(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"slice {index} of {len(self)}")
         view = self.choose(epoch, index)
-        return {"embedding": self.embeddings[index, view], "label": self.labels[index, view], **self.extras[index]}
+        pyramid = map_levels(lambda level: level[index, view], self.pyramids)
+        return {"pyramid": pyramid, "label": self.labels[index, view], **self.extras[index]}
+
+
+def labeled_batches(
+    items: Any, indices: Sequence[int], batch_size: int = 8
+) -> Iterator[tuple[torch.Tensor | Pyramid, torch.Tensor]]:
+    """Inputs of a network, images (B, C, H, W) or pyramids, and labels (B, 1, H, W), of some items of a data set."""
+    for start in range(0, len(indices), batch_size):
+        batch = [items[index] for index in indices[start : start + batch_size]]
+        labels = torch.stack([item["label"] for item in batch])
+        if "pyramid" in batch[0]:
+            yield map_levels(lambda *levels: torch.stack(levels), *(item["pyramid"] for item in batch)), labels
+        else:
+            yield torch.stack([item["image"] for item in batch]), labels
+
+
+def _halved(level: torch.Tensor) -> torch.Tensor:
+    """In half precision on the CPU; what exceeds its range is an outlier of a few channels and is clipped."""
+    if not torch.isfinite(level).all():
+        raise InputError("the encoder gives values that are not finite; check the scans and the base weights")
+    limit = torch.finfo(HALF).max
+    return level.clamp(-limit, limit).to(HALF).cpu().contiguous()

@@ -57,8 +57,9 @@ class AdapterFile:
 
 
 def state_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a file holds of `model`, by full name: the trained parameters and the adapters' persistent buffers."""
+    """What a file holds of `model`, by full name: trained parameters, persistent buffers of adapters and class head."""
     found: dict[str, torch.Tensor] = dict(trainable_parameters(model))
+    found |= {name: model.get_buffer(name) for name in getattr(model, "head_buffers", list)()}
     for path, _, adapter in modules(model):
         found |= {f"{path}.{key}": tensor for key, tensor in adapter.state_dict().items()}
     return {name: found[name].detach() for name in sorted(found)}

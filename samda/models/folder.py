@@ -4,8 +4,8 @@
 ====================== ================================================================== =============================
 file                   holds                                                              read by
 ====================== ================================================================== =============================
-`adapter.json`         format version, backbone, base weights and their fingerprint,      samda
-                       adapters and settings, classes, geometry, record
+`adapter.json`         format version, backbone, class head, base weights and their       samda
+                       fingerprint, adapters and settings, classes, geometry, record
 `adapter.safetensors`  adapters and class head of the best validation                     samda
 `base.safetensors`     base weights, where asked for or where they came from no file      samda
 `versions/`            versions that `samda adapt --site` made, each with the first two   samda
@@ -40,7 +40,8 @@ from samda.networks.weights import CONVERTED, KNOWN_FILES, read_state
 from samda.task import Task
 
 BASE = "base.safetensors"
-NETWORK_KEYS = ("backbone", "num_classes", "in_channels")
+NETWORK_KEYS = ("backbone", "num_classes", "in_channels", "head")
+OLD_HEAD = "sam"  # of folders that name none: samda 0.1 had no other
 BASE_KEYS = ("file", "sha256", "fingerprint")
 
 
@@ -68,7 +69,7 @@ def save_model(
     """
     _check_task(network.num_classes, network.in_channels, task, str(folder))
     report = network.base_report
-    settings = (network.config.to_json(), network.num_classes, network.in_channels)
+    settings = (network.config.to_json(), network.num_classes, network.in_channels, network.head_config.to_json())
     base = (report.path.name if report else None, report.sha256 if report else None, network.fingerprint())
     folder = Path(folder)
     if with_base or report is None:
@@ -103,6 +104,7 @@ def load_model(
     """
     folder = Path(folder)
     file = read_adapters(folder)
+    file.network.setdefault("head", OLD_HEAD)
     for section, keys in (("network", NETWORK_KEYS), ("base", BASE_KEYS)):
         values = getattr(file, section)
         check_keys(values, keys, f"{folder}/adapter.json: {section}")

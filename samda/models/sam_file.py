@@ -8,6 +8,7 @@ written to a file of its own.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -85,9 +86,10 @@ def sam_state(network: SamSegmenter) -> State:
 
 
 def class_head(network: SamSegmenter) -> State:
-    """The class head: `mask_tokens.weight` (K, 256) and `output_hypernetworks_mlps.k.*`, as in SAM's mask decoder."""
+    """The tensors of the class head; of the head `sam` under the names that they have in SAM's mask decoder."""
     own = network.full_state()
-    return {name.removeprefix("mask_decoder."): own[name].detach().contiguous() for name in network.head_params()}
+    names = network.head_params() + network.head_buffers()
+    return {re.sub("^(mask_decoder|class_head).", "", name): own[name].detach().contiguous() for name in names}
 
 
 def _refuse_modules(network: SamSegmenter) -> None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch.nn as nn
 
 from samda.errors import UsageError, from_mapping, nearest
+from samda.networks.head import EMBEDDING, Level
 from samda.networks.tiny_vit import TinyViT
 from samda.networks.vit import ImageEncoderViT
 
@@ -28,6 +29,15 @@ class BackboneConfig(ABC):
     @abstractmethod
     def build(self) -> nn.Module:
         """The encoder with fresh weights: (B, 3, H, W) -> (B, out_channels, H / 16, W / 16)."""
+
+    @abstractmethod
+    def levels(self) -> dict[str, Level]:
+        """Levels of the feature pyramid that the encoder hands out (`encoder.pyramid(x, names)`), fine to coarse."""
+
+    @property
+    @abstractmethod
+    def head_levels(self) -> tuple[str, str, str]:
+        """The levels that a class head reads by default, fine to coarse."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -61,6 +71,16 @@ class ViTConfig(BackboneConfig):
     def build(self) -> nn.Module:
         return ImageEncoderViT(**self.sizes())
 
+    def levels(self) -> dict[str, Level]:
+        blocks = {f"block_{index}": Level(self.embed_dim, 16) for index in range(self.depth)}
+        return blocks | {EMBEDDING: Level(self.out_channels, 16)}
+
+    @property
+    def head_levels(self) -> tuple[str, str, str]:
+        """Of SAM's encoders the first two blocks that attend over the whole grid, in general a quarter and a half."""
+        early, middle = (f"block_{max(0, self.depth // part - 1)}" for part in (4, 2))
+        return early, middle, EMBEDDING
+
 
 @dataclasses.dataclass(frozen=True)
 class TinyViTConfig(BackboneConfig):
@@ -75,6 +95,15 @@ class TinyViTConfig(BackboneConfig):
 
     def build(self) -> nn.Module:
         return TinyViT(**self.sizes())
+
+    def levels(self) -> dict[str, Level]:
+        strides = {"4": 4, "8": 8, "16": 16}
+        stages = {name: Level(dim, strides[name]) for name, dim in zip(strides, self.dims, strict=False)}
+        return stages | {EMBEDDING: Level(self.out_channels, 16)}
+
+    @property
+    def head_levels(self) -> tuple[str, str, str]:
+        return "4", "8", EMBEDDING
 
 
 BACKBONES: dict[str, BackboneConfig] = {

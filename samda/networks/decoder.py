@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SAM's mask decoder without prompts: K mask tokens give K class logit maps, for a whole batch of images at once.
+"""SAM's mask decoder without prompts, for a batch of images at once; and the head `sam`: K mask tokens, K class maps.
 
 The layers are segment_anything's own modules. Attention and upscaling run fused, LayerNorms become norm sites, and a
 decoder site follows each two-way layer. The quality (IoU) token and its head are left out.
@@ -7,7 +7,9 @@ decoder site follows each two-way layer. The quality (IoU) token and its head ar
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -17,6 +19,7 @@ from segment_anything.modeling.mask_decoder import MLP
 from segment_anything.modeling.transformer import Attention, TwoWayTransformer
 
 from samda.adapters.sites import DecoderSite, NormSite, SiteInfo
+from samda.networks.head import EMBEDDING, TOKENS, UPSCALED, ClassHead, ClassHeadConfig, Level, Pyramid
 from samda.networks.ops import gelu
 
 DEPTH = 2  # two-way layers
@@ -124,48 +127,85 @@ def _norm_site(name: str, block: int, dim: int) -> NormSite:
 
 
 class ClassDecoder(nn.Module):
-    """Image embeddings to class logits.
+    """SAM's mask decoder up to the masks: one token per class, and the upscaled image features.
 
     Args:
-        num_classes: K, background included; one mask token and one hypernetwork each.
+        num_classes: K mask tokens, background included.
         embed_dim: channels of the embedding.
+        hypernetworks: the class head `sam`, under SAM's name for it; None for another head.
     """
 
-    def __init__(self, num_classes: int, embed_dim: int = 256) -> None:
+    def __init__(self, num_classes: int, embed_dim: int = 256, hypernetworks: SamHead | None = None) -> None:
         super().__init__()
-        self.num_classes = num_classes
         self.transformer = SiteTransformer(DEPTH, embed_dim, NUM_HEADS, MLP_DIM)
         self.mask_tokens = nn.Embedding(num_classes, embed_dim)
         self.output_upscaling = Upscaling(embed_dim)
-        self.output_hypernetworks_mlps = nn.ModuleList(
-            MLP(embed_dim, embed_dim, embed_dim // 8, 3) for _ in range(num_classes)
-        )
+        if hypernetworks is not None:
+            self.output_hypernetworks_mlps = hypernetworks
 
-    def forward(self, embedding: torch.Tensor, image_pe: torch.Tensor, dense_prompt: torch.Tensor) -> torch.Tensor:
-        """Class logits at a quarter of the image's size.
+    def forward(
+        self,
+        embedding: torch.Tensor,
+        image_pe: torch.Tensor,
+        dense_prompt: torch.Tensor,
+        tokens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and image features.
 
         Args:
             embedding: (B, C, h, w).
             image_pe: position encoding of the grid, (1, C, h, w).
             dense_prompt: added to the embedding, (1, C, 1, 1) or (B, C, h, w): SAM's "no mask" vector.
+            tokens: (B, N, C) in place of the mask tokens.
 
         Returns:
-            (B, K, 4h, 4w).
+            Tokens (B, K or N, C) after the transformer, upscaled image features (B, C / 8, 4h, 4w).
         """
-        tokens = self.mask_tokens.weight.expand(len(embedding), -1, -1)
-        tokens, image = self.decode_tokens(embedding, image_pe, dense_prompt, tokens)
-        weights = torch.stack([mlp(tokens[:, k]) for k, mlp in enumerate(self.output_hypernetworks_mlps)], 1)
-        return (weights @ image.flatten(2)).unflatten(2, image.shape[2:])
-
-    def decode_tokens(
-        self, embedding: torch.Tensor, image_pe: torch.Tensor, dense_prompt: torch.Tensor, tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (B, N, C) after the transformer, and the upscaled image features (B, C / 8, 4h, 4w)."""
-        source = embedding + dense_prompt
-        tokens, keys = self.transformer(source, image_pe, tokens)
+        if tokens is None:
+            tokens = self.mask_tokens.weight.expand(len(embedding), -1, -1)
+        tokens, keys = self.transformer(embedding + dense_prompt, image_pe, tokens)
         return tokens, self.output_upscaling(keys.transpose(1, 2).unflatten(2, embedding.shape[2:]))
 
-    def head_params(self) -> list[str]:
-        """Names of the class head's parameters: mask tokens and hypernetworks."""
-        mlps = [f"output_hypernetworks_mlps.{name}" for name, _ in self.output_hypernetworks_mlps.named_parameters()]
-        return ["mask_tokens.weight", *mlps]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamHeadConfig(ClassHeadConfig):
+    """The head `sam` has no settings."""
+
+    type: ClassVar[str] = "sam"
+    learning_rate: ClassVar[float] = 1e-2
+
+    @property
+    def reads_decoder(self) -> bool:
+        return True
+
+    def complete(self, levels: Mapping[str, Level], names: tuple[str, str, str], decoder: bool) -> SamHeadConfig:
+        return self
+
+    def build(self, num_classes: int, levels: Mapping[str, Level]) -> SamHead:
+        return SamHead(num_classes, levels[EMBEDDING].channels)
+
+
+class SamHead(ClassHead, nn.ModuleList):
+    """The head `sam`, SAM's own: hypernetwork k maps token k to the weights of class k for the upscaled features."""
+
+    name = "sam"
+    reads = (EMBEDDING, UPSCALED)
+    stride = 4
+    feature_stride = 16
+
+    def __init__(self, num_classes: int, embed_dim: int) -> None:
+        super().__init__()
+        self.extend(MLP(embed_dim, embed_dim, embed_dim // 8, 3) for _ in range(num_classes))
+
+    def forward(self, pyramid: Pyramid) -> torch.Tensor:
+        """Levels with the decoder's tokens -> class logits (B, K, H / 4, W / 4)."""
+        tokens, image = pyramid[TOKENS], pyramid[UPSCALED]
+        weights = torch.stack([mlp(tokens[:, k]) for k, mlp in enumerate(self)], 1)
+        return (weights @ image.flatten(2)).unflatten(2, image.shape[2:])
+
+    @property
+    def trained(self) -> bool:
+        """Classes start as copies of one of SAM's masks."""
+        first = list(self[0].parameters())
+        others = (zip(first, mlp.parameters(), strict=True) for mlp in list(self)[1:])
+        return not all(torch.equal(a, b) for pairs in others for a, b in pairs)

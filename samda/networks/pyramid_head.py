@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The head `pyramid`: several levels of the frozen encoder, top-down, with fine maps from the image itself.
+
+    coarse (16) -> stage 16 -> up -> + middle -> stage 8 -> up -> + fine + stem [+ SAM's decoder] -> stage 4
+                                                                 -> up -> + stem -> stage 2 -> class logits
+
+Levels are standardized channel by channel with moments of the training slices. Fine stages are narrow: on a CPU the
+number of gradient steps matters more than width. A linear path from the levels to the logits, found in closed form
+(:mod:`samda.networks.closed_form`), makes a usable model before the first gradient step; the stages start at zero
+beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from samda.errors import UsageError, nearest
+from samda.networks.closed_form import RidgeSolution, RidgeStatistics
+from samda.networks.head import IMAGE, UPSCALED, ClassHead, ClassHeadConfig, Level, Pyramid
+
+GROUPS = 8  # of the group norms
+OUTLIER = 8.0  # standard deviations at which levels are clipped
+SCORE_SCALE = 8.0  # logits of a closed-form score of 1
+LINEAR_RATE = 0.05  # the linear path learns so much more slowly than the rest: its start is good
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PyramidHeadConfig(ClassHeadConfig):
+    """Settings of :class:`PyramidHead`."""
+
+    type: ClassVar[str] = "pyramid"
+    learning_rate: ClassVar[float] = 2e-3
+
+    levels: tuple[str, ...] | None = None  # three of the encoder's, fine to coarse; None: those of the backbone
+    widths: tuple[int, ...] = (96, 64, 48, 16)  # channels at strides 16, 8, 4 and 2; multiples of 8
+    stride: int = 2  # of the logits, 2 or 4
+    decoder: bool | None = None  # read SAM's decoder, too; None: where something in it is trained
+
+    def __post_init__(self) -> None:
+        for key in ("levels", "widths"):
+            if isinstance(getattr(self, key), list):
+                object.__setattr__(self, key, tuple(getattr(self, key)))
+        widths = self.widths
+        self._require("widths", isinstance(widths, tuple) and len(widths) == 4, "four numbers of channels")
+        fits = all(isinstance(width, int) and width > 0 and width % GROUPS == 0 for width in widths)
+        self._require("widths", fits, f"positive multiples of {GROUPS}")
+        self._require("stride", self.stride in (2, 4), "2 or 4")
+        self._require("decoder", self.decoder in (None, True, False), "true, false or null")
+        levels = self.levels
+        self._require("levels", levels is None or (isinstance(levels, tuple) and len(levels) == 3), "three names")
+
+    def _require(self, key: str, valid: bool, what: str) -> None:
+        if not valid:
+            raise UsageError(f"head 'pyramid': {key} must be {what}, got {getattr(self, key)!r}")
+
+    @property
+    def reads_decoder(self) -> bool:
+        return bool(self.decoder)
+
+    def complete(self, levels: Mapping[str, Level], names: tuple[str, str, str], decoder: bool) -> PyramidHeadConfig:
+        for name in self.levels or ():
+            if name not in levels:
+                raise UsageError(f"head 'pyramid': there is no level {name!r}; {nearest(str(name), levels)}")
+        reads_decoder = decoder if self.decoder is None else self.decoder
+        return dataclasses.replace(self, levels=self.levels or names, decoder=reads_decoder)
+
+    def build(self, num_classes: int, levels: Mapping[str, Level]) -> PyramidHead:
+        return PyramidHead(self, num_classes, levels)
+
+
+class PyramidHead(ClassHead):
+    """See the module.
+
+    Args:
+        config: with all settings, see :meth:`PyramidHeadConfig.complete`.
+        num_classes: K.
+        levels: channels and strides by name.
+    """
+
+    name = "pyramid"
+    gradient_cost = 4
+    feature_stride = 8
+
+    def __init__(self, config: PyramidHeadConfig, num_classes: int, levels: Mapping[str, Level]) -> None:
+        super().__init__()
+        assert config.levels is not None
+        self.levels, self.stride = config.levels, config.stride  # fine, middle, coarse
+        self.reads = (IMAGE, *self.levels) + ((UPSCALED,) if config.decoder else ())
+        fine, middle, coarse = (levels[name].channels for name in self.levels)
+        w16, w8, w4, w2 = config.widths
+        self.standardize = nn.ModuleList(Standardize(levels[name].channels) for name in self.levels)
+        self.stem = nn.Sequential(conv_block(levels[IMAGE].channels, w2, stride=2), conv_block(w2, w2))
+        self.stem4 = conv_block(w2, w4, stride=2)
+        self.lateral16, self.stage16 = nn.Conv2d(coarse, w16, 1), Stage(w16)
+        self.lateral8, self.down8, self.stage8 = nn.Conv2d(middle, w8, 1), project(w16, w8), Stage(w8)
+        self.lateral4, self.down4, self.stage4 = nn.Conv2d(fine, w4, 1), project(w8, w4), Stage(w4, blocks=2)
+        self.lateral_decoder = None
+        if config.decoder:
+            channels = levels[UPSCALED].channels
+            self.lateral_decoder = nn.Sequential(nn.GroupNorm(GROUPS, channels), project(channels, w4))
+        if self.stride == 2:
+            self.down2, self.stage2 = project(w4, w2), Stage(w2)
+        self.features = nn.Identity()  # the last hidden maps pass here
+        self.read = nn.Conv2d(w2 if self.stride == 2 else w4, num_classes, 1)
+        self.linear = nn.ModuleList(project(levels[name].channels, num_classes) for name in self.levels)
+        self.linear_bias = nn.Parameter(torch.zeros(num_classes))
+        for layer in (self.read, *self.linear):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, pyramid: Pyramid) -> torch.Tensor:
+        """Levels -> class logits (B, K, H / stride, W / stride)."""
+        image = pyramid[IMAGE]
+        s16, s8, s4, s2 = ((image.shape[-2] // s, image.shape[-1] // s) for s in (16, 8, 4, 2))
+        levels = self.standardized(pyramid)
+        fine, middle, coarse = levels
+        stem = self.stem((image - 0.5) * 4)
+        x = self.stage16(resize(self.lateral16(coarse), s16))
+        x = self.stage8(resize(self.lateral8(middle), s8), resize(self.down8(x), s8))
+        maps = [resize(self.lateral4(fine), s4), resize(self.down4(x), s4), self.stem4(stem)]
+        if self.lateral_decoder is not None:
+            maps.append(resize(self.lateral_decoder(pyramid[UPSCALED]), s4))
+        x = self.stage4(*maps)
+        if self.stride == 2:
+            x = self.stage2(resize(self.down2(x), s2), stem)
+        logits = self.read(self.features(x))
+        linear = self.linear_bias.view(1, -1, 1, 1)
+        for layer, level in zip(self.linear, levels, strict=True):
+            linear = linear + resize(layer(level), s4)
+        return logits + LINEAR_RATE * resize(linear, logits.shape[-2:])
+
+    def standardized(self, pyramid: Pyramid) -> list[torch.Tensor]:
+        """The encoder's levels, fine to coarse."""
+        return [layer(pyramid[name]) for layer, name in zip(self.standardize, self.levels, strict=True)]
+
+    @property
+    def trained(self) -> bool:
+        return any(bool(layer.weight.any()) for layer in (self.read, *self.linear))  # type: ignore[operator]
+
+    def closed_form(self, class_counts: torch.Tensor) -> ClosedForm:
+        return ClosedForm(self, class_counts)
+
+    @torch.no_grad()
+    def start(self, solution: RidgeSolution) -> None:
+        """Begin at a solution for the levels, fine to coarse: the linear path is the solution, the stages give zero."""
+        widths = [layer.weight.shape[1] for layer in self.linear]  # type: ignore[union-attr]
+        parts = [part.split(widths) for part in (solution.mean, solution.std, solution.weight)]
+        for standardize, layer, mean, std, weight in zip(self.standardize, self.linear, *parts, strict=True):
+            standardize.mean.copy_(mean.view(1, -1, 1, 1))  # type: ignore[union-attr, operator]
+            standardize.std.copy_(std.view(1, -1, 1, 1))  # type: ignore[union-attr, operator]
+            layer.weight.copy_(weight.T[:, :, None, None] * SCORE_SCALE / LINEAR_RATE)  # type: ignore[union-attr, operator]
+        self.linear_bias.copy_(solution.bias * SCORE_SCALE / LINEAR_RATE)
+        for parameter in self.read.parameters():
+            parameter.zero_()
+
+
+class ClosedForm:
+    """Collects the statistics for :meth:`PyramidHead.start`."""
+
+    def __init__(self, head: PyramidHead, class_counts: torch.Tensor) -> None:
+        self.head, self.statistics = head, RidgeStatistics(class_counts)
+
+    def add(self, pyramid: Pyramid, labels: torch.Tensor) -> None:
+        """Add slices: their levels and labels (B, H, W) of class indices."""
+        size = (labels.shape[-2] // 4, labels.shape[-1] // 4)
+        features = [resize(pyramid[name].float(), size) for name in self.head.levels]
+        self.statistics.add(torch.cat(features, 1), labels)
+
+    def finish(self) -> None:
+        """Solve, and let the head begin there."""
+        self.head.start(self.statistics.solve())
+
+
+class Standardize(nn.Module):
+    """(x - mean) / std of each channel, outliers clipped."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
+        self.register_buffer("std", torch.ones(1, channels, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x - self.mean) / self.std).clamp(-OUTLIER, OUTLIER)
+
+
+class Stage(nn.Module):
+    """The sum of maps of one size, normalized, and residual blocks on it."""
+
+    def __init__(self, width: int, blocks: int = 1) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(GROUPS, width)
+        self.blocks = nn.ModuleList(conv_block(width, width) for _ in range(blocks))
+
+    def forward(self, *maps: torch.Tensor) -> torch.Tensor:
+        x = F.gelu(self.norm(sum(maps)))
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def conv_block(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+    """A 3 x 3 convolution, group norm, GELU."""
+    convolution = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.GroupNorm(GROUPS, out_channels), nn.GELU())
+
+
+def project(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """A linear map of the channels, without bias."""
+    return nn.Conv2d(in_channels, out_channels, 1, bias=False)
+
+
+def resize(maps: torch.Tensor, size: tuple[int, ...] | torch.Size) -> torch.Tensor:
+    """Bilinear interpolation of maps (B, C, h, w) to another grid; pixels are areas."""
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
