@@ -158,12 +158,12 @@ def profiles(device: str, repeats: int) -> dict[str, Any]:
     """Where the time of a step and of a prediction goes, and the floor of both."""
     model = network("vit_t", device=device).eval()
     image = torch.rand(8, 1, 256, 256, device=device)
-    embedding = torch.rand(8, 256, 16, 16, device=device)
+    pyramid = {"embedding": torch.rand(8, 256, 16, 16, device=device)}
     label = torch.randint(0, 7, (8, 256, 256), device=device)
     head = network("vit_t", device=device)
 
     def on_embeddings() -> None:
-        F.cross_entropy(head(embedding, embedded=True), label).backward()
+        F.cross_entropy(head(pyramid), label).backward()
 
     flagship = network("vit_t", device=device, salt={}, dka={}, sam_da={})
     jobs = {

@@ -227,9 +227,9 @@ def merged(options: Options) -> Iterator[Row]:
         attach(model, build_configs({name: settings}))
         in_training(model.to(options.device))
         with torch.no_grad():
-            before, after_model = model.encode(image), copy.deepcopy(model)
+            before, after_model = model.encode(image)["embedding"], copy.deepcopy(model)
             merge(after_model)
-            error = relative_error(after_model.encode(image), before)
+            error = relative_error(after_model.encode(image)["embedding"], before)
             candidates = {"base": base, "attached": model, "merged": after_model}
             runs = {what: lambda m=m: m.encode(image) for what, m in candidates.items()}
             seconds = interleave(runs, options.repeats, device=options.device)
@@ -280,23 +280,23 @@ def embeddings(options: Options) -> Iterator[Row]:
         image = torch.rand(batch, 1, size, size, device=device)
         label = torch.randint(0, 7, (batch, 1, size, size), device=device)
         with torch.no_grad():
-            embedding = network.encode(image)
+            pyramid = network.encode(image)
         optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4)
 
-        def step(x, embedded=True, loss=DiceCELoss, network=network, label=label, optimizer=optimizer) -> None:
+        def step(x, loss=DiceCELoss, network=network, label=label, optimizer=optimizer) -> None:
             optimizer.zero_grad()
-            loss(**LOSS)(network(x, embedded=embedded), label).backward()
+            loss(**LOSS)(network(x), label).backward()
             optimizer.step()
 
         def encoded_by_the_original(step=step, image=image, original=original) -> None:
             with torch.no_grad():
-                embedded = original(image.expand(-1, 3, -1, -1))
-            step(embedded, loss=monai.losses.DiceCELoss)
+                embedding = original(image.expand(-1, 3, -1, -1))
+            step({"embedding": embedding}, loss=monai.losses.DiceCELoss)
 
         runs = {
             "original encoder every step": encoded_by_the_original,
-            "samda's encoder every step": lambda s=step, x=image: s(x, False),
-            "embeddings at hand": lambda s=step, x=embedding: s(x, True),
+            "samda's encoder every step": lambda s=step, x=image: s(x),
+            "embeddings at hand": lambda s=step, x=pyramid: s(x),
         }
         seconds = interleave(runs, options.repeats if size < 1024 else min(options.repeats, 2), device=device)
         slow, own, fast = (median(values) for values in seconds.values())

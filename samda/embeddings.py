@@ -86,7 +86,7 @@ def allocate(
 
 
 def check_disk(needed: int, memory_mb: float, folder: str | Path | None) -> None:
-    """Refuse a disk without room for `needed` bytes: a mapped file on a full disk ends the process without a message."""
+    """Refuse a disk without room for `needed` bytes: writing to a mapped file would end the process."""
     folder = folder or tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -188,9 +188,7 @@ class EmbeddingDataset(Dataset):
                 progress.update(len(batch))
         progress.close()
 
-    def _allocate(
-        self, pyramid: Pyramid, labels: torch.Tensor, memory_mb: float, folder: str | Path | None
-    ) -> None:
+    def _allocate(self, pyramid: Pyramid, labels: torch.Tensor, memory_mb: float, folder: str | Path | None) -> None:
         """Room for all levels and labels, like those of a first batch: all levels in memory or all on disk."""
         places = (len(self.slices), self.views)
         shapes = {name: places + tuple(level.shape[1:]) for name, level in pyramid.items()}

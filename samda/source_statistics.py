@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 from samda.data.body import body_mask, body_threshold
+from samda.embeddings import labeled_batches
 from samda.errors import InputError
+from samda.networks.head import map_levels
 from samda.networks.segmenter import SamSegmenter
 from samda.task import Task
 
@@ -226,19 +228,23 @@ def _short(value: float) -> float:
 
 
 class FeatureTap:
-    """Collects the image side of the decoder's sites, with gradients, while it is open.
+    """Collects a segmenter's features, with gradients, while it is open.
+
+    They are the image side of each decoder layer for the head `sam`, and the last hidden maps of the head `pyramid`,
+    averaged to the head's `feature_stride`.
 
     Attributes:
-        features: per decoder layer the outputs (B, HW, C) of every pass since :meth:`clear`.
+        features: per layer the features (B, h w, C) of every pass since :meth:`clear`.
 
     Example:
         >>> with FeatureTap(network) as tap:  # doctest: +SKIP
-        ...     network.decode(embedding)
+        ...     network.decode(pyramid)
         ...     mean = tap.features[0][0].mean((0, 1))
     """
 
     def __init__(self, network: SamSegmenter) -> None:
-        self.sites = list(network.mask_decoder.transformer.sites)
+        self.sites = network.feature_modules
+        self.pooling = network.head.feature_stride // network.head.stride  # of hidden maps
         self.features: list[list[torch.Tensor]] = [[] for _ in self.sites]
         self._handles: list[Any] = []
 
@@ -251,7 +257,10 @@ class FeatureTap:
         for site, kept in zip(self.sites, self.features, strict=True):
 
             def keep(module: nn.Module, inputs: Any, outputs: Any, kept: list[torch.Tensor] = kept) -> None:
-                kept.append(outputs[1])  # (tokens, image)
+                if isinstance(outputs, tuple):
+                    kept.append(outputs[1])  # (tokens, image)
+                else:
+                    kept.append(F.avg_pool2d(outputs, self.pooling).flatten(2).transpose(1, 2))
 
             self._handles.append(site.register_forward_hook(keep))
         return self
@@ -265,7 +274,7 @@ class FeatureTap:
 
 
 def class_shares(labels: torch.Tensor, num_classes: int, grid: tuple[int, int]) -> torch.Tensor:
-    """Share of each class in each place of the decoder's grid: labels (B, H, W) -> (B, h w, K), summing to 1 over K.
+    """Share of each class in each place of the features' grid: labels (B, H, W) -> (B, h w, K), summing to 1 over K.
 
     `grid` is (h, w); H and W are multiples of them.
     """
@@ -284,11 +293,11 @@ def class_sums(features: torch.Tensor, shares: torch.Tensor) -> tuple[torch.Tens
 def feature_statistics(
     network: SamSegmenter, items: Any, indices: Sequence[int], batch_size: int = 8
 ) -> list[dict[str, Any]]:
-    """Moments of every decoder layer and class over some slices, evenly chosen where there are more than 256.
+    """Moments of every layer and class over some slices, evenly chosen where there are more than 256.
 
     Args:
         network: the trained network.
-        items: `items[i]` holds "label" (1, H, W) class indices, and "embedding" (256, h, w) or "image" (C, H, W).
+        items: `items[i]` holds "label" (1, H, W) class indices, and "pyramid" or "image" (C, H, W).
         indices: which of them; those with foreground, as they are without augmentation.
         batch_size: slices decoded at once.
 
@@ -296,20 +305,19 @@ def feature_statistics(
         Per layer {"mean", "std"}: K rows of C values each, None for a class that no slice holds; plain values for JSON.
     """
     step = max(1, -(-len(indices) // MOST))
-    chosen = [items[i] for i in list(indices)[::step]]
     sums: list[list[torch.Tensor]] = []
     device = network.pixel_mean.device
     network.eval()
     with FeatureTap(network) as tap:
-        for start in range(0, len(chosen), batch_size):
-            batch = chosen[start : start + batch_size]
-            embedded = "embedding" in batch[0]
-            inputs = torch.stack([item["embedding" if embedded else "image"] for item in batch]).to(device)
-            embedding = inputs if embedded else network.encode(inputs)
+        for inputs, labels in labeled_batches(items, list(indices)[::step], batch_size):
             tap.clear()
-            network.decode(embedding)
-            labels = torch.stack([item["label"][0] for item in batch]).to(device)
-            shares = class_shares(labels, network.num_classes, (embedding.shape[2], embedding.shape[3])).double()
+            if isinstance(inputs, dict):
+                network.decode(map_levels(lambda level: level.to(device), inputs))
+            else:
+                network.decode(network.encode(inputs.to(device)))
+            labels = labels[:, 0].to(device)
+            height, width = (side // network.head.feature_stride for side in labels.shape[1:])
+            shares = class_shares(labels, network.num_classes, (height, width)).double()
             found = [list(class_sums(torch.cat(kept).double(), shares)) for kept in tap.features]
             if sums:
                 found = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, found, strict=True)]

@@ -160,29 +160,28 @@ def test_shares_of_the_places_by_hand() -> None:
 
 
 def test_the_tap_sees_what_the_upscaling_reads(network: SamSegmenter) -> None:
-    embedding = network.encode(images(2))
+    embedding = network.encode(images(2))["embedding"]
     decoder = network.mask_decoder
-    tokens = decoder.mask_tokens.weight.expand(2, -1, -1)
     with torch.no_grad(), FeatureTap(network) as tap:
-        _, upscaled = decoder.decode_tokens(embedding, *network.prompts(embedding), tokens)
+        _, upscaled = decoder(embedding, *network.prompts(embedding))
         (last,) = tap.features[-1]
         torch.testing.assert_close(decoder.output_upscaling(last.transpose(1, 2).unflatten(2, (4, 4))), upscaled)
 
 
 def test_the_tap_follows_the_adapter_and_lets_gradients_through(network: SamSegmenter) -> None:
-    embedding = network.encode(images(1)).detach()
+    pyramid = {"embedding": network.encode(images(1))["embedding"].detach()}
     adapter = next(m for name, m in network.named_modules() if name.endswith("sides.image"))
     with FeatureTap(network) as tap:
-        network.decode(embedding)
+        network.decode(pyramid)
         before = tap.features[0][0].detach().clone()
         with torch.no_grad():
             adapter.residual.copy_(torch.eye(256))  # T -> T + T
         tap.clear()
-        network.decode(embedding)
+        network.decode(pyramid)
         torch.testing.assert_close(tap.features[0][0], 2 * before)
         adapter.residual.requires_grad_()
         tap.clear()
-        network.decode(embedding)
+        network.decode(pyramid)
         tap.features[0][0].sum().backward()
     assert adapter.residual.grad.abs().sum() > 0
 
@@ -215,8 +214,9 @@ def test_statistics_are_the_weighted_moments_over_all_slices_whatever_the_batch(
 def test_embeddings_give_the_same_as_images(network: SamSegmenter) -> None:
     items = labeled(3)
     with torch.no_grad():
-        embeddings = network.encode(images(3))
-    embedded = [{"embedding": e, "label": item["label"]} for e, item in zip(embeddings, items, strict=True)]
+        embeddings = network.encode(images(3))["embedding"]
+    pairs = zip(embeddings, items, strict=True)
+    embedded = [{"pyramid": {"embedding": e}, "label": item["label"]} for e, item in pairs]
     a, b = (feature_statistics(network, x, range(3)) for x in (items, embedded))
     for one, other in zip(a, b, strict=True):
         np.testing.assert_allclose(one["mean"][0], other["mean"][0], atol=1e-4)

@@ -40,7 +40,7 @@ ONE_SIDED = {"components": 1, "compactness": -1}  # fewer pieces or a rounder sh
 
 
 class FeatureAlignment:
-    """Distance of features from the source's, for each decoder layer and channel.
+    """Distance of features from the source's, for each layer and channel.
 
     d(mu, sigma; mu0, sigma0) = mean_c [ |mu_c - mu0_c| / sigma0_c + |ln(sigma_c / sigma0_c)| ]
 
@@ -105,17 +105,19 @@ class CaseAlignment:
         tap: open on the network.
         shape: (V, m), views and slices of a pass.
         shown: slices that take part.
+        ratio: places of the logits per place of the features, along each side.
     """
 
     def __init__(
-        self, alignment: FeatureAlignment, tap: FeatureTap, shape: Sequence[int], shown: Sequence[int]
+        self, alignment: FeatureAlignment, tap: FeatureTap, shape: Sequence[int], shown: Sequence[int], ratio: int
     ) -> None:
+        self.ratio = ratio
         self.alignment, self.tap, self.shape, self.shown = alignment, tap, tuple(shape), list(shown)
         self.proportions: torch.Tensor | None = None
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """The distance of the pass that gave `logits` (V, m, K, h, w), views as they were seen (flips not undone)."""
-        grid = (logits.shape[-2] // 4, logits.shape[-1] // 4)
+        grid = (logits.shape[-2] // self.ratio, logits.shape[-1] // self.ratio)
         shares = self.alignment.shares(most_likely(logits.detach())[:, self.shown].flatten(0, 1), grid)
         if self.proportions is None:
             self.proportions = shares.mean((0, 1))

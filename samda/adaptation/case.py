@@ -17,6 +17,7 @@ from samda.adaptation.views import View, apply_view
 from samda.data.slices import SliceGrid
 from samda.inference.postprocessing import keep_largest
 from samda.inference.volume import VolumeInferer, largest
+from samda.networks.head import IMAGE, Pyramid, cat_levels, map_levels
 from samda.source_statistics import Box
 
 
@@ -49,7 +50,7 @@ class PreparedCase:
         images: (m, C, H, W) their windows in [0, 1], as they are.
         image_boxes: box of the body in each window.
         views: their views.
-        inputs: (V, m, 256, h, w) embeddings of the views where the encoder stays as it is, else (V, m, C, H, W) images.
+        inputs: levels (V, m, C, h, w) of the views where the encoder stays as it is, else their images alone.
         seed: of the views.
         started: when its preparation began, UTC.
         seconds: time spent, by stage.
@@ -67,7 +68,7 @@ class PreparedCase:
     images: torch.Tensor
     image_boxes: list[Box]
     views: list[View]
-    inputs: torch.Tensor
+    inputs: Pyramid
     seed: int
     started: str
     seconds: dict[str, float]
@@ -77,17 +78,17 @@ class PreparedCase:
 class EmbeddingReplay:
     """A network that encodes a volume on the first pass and only decodes on every later one.
 
-    The inferer asks for the same batches in the same order on every pass, so embeddings are kept in that order.
+    The inferer asks for the same batches in the same order on every pass, so pyramids are kept in that order.
 
     Args:
         network: the segmenter.
-        memory_mb: embeddings beyond it are not kept but computed again (MB = 10^6 bytes); 0 keeps none, which is what
+        memory_mb: pyramids beyond it are not kept but computed again (MB = 10^6 bytes); 0 keeps none, which is what
             an encoder that is adapted needs.
     """
 
     def __init__(self, network: nn.Module, memory_mb: float) -> None:
         self.network, self.memory_mb = network, memory_mb
-        self.kept: list[torch.Tensor | None] = []
+        self.kept: list[Pyramid | None] = []
         self.next = 0
 
     def rewind(self) -> None:
@@ -97,12 +98,12 @@ class EmbeddingReplay:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         place, self.next = self.next, self.next + 1
         if place < len(self.kept) and self.kept[place] is not None:
-            return self.network(self.kept[place], embedded=True)
-        embedding = self.network.encode(images)  # type: ignore[operator]
+            return self.network(self.kept[place])
+        pyramid = self.network.encode(images)  # type: ignore[operator]
         if place == len(self.kept):
-            used = sum(t.nbytes for t in self.kept if t is not None)
-            self.kept.append(embedding if used + embedding.nbytes <= self.memory_mb * 1e6 else None)
-        return self.network(embedding, embedded=True)
+            needed = sum(level.nbytes for kept in (*self.kept, pyramid) if kept is not None for level in kept.values())
+            self.kept.append(pyramid if needed <= self.memory_mb * 1e6 else None)
+        return self.network(pyramid)
 
 
 @torch.no_grad()
@@ -187,18 +188,19 @@ def encode_views(
     images: torch.Tensor,
     indices: Sequence[int],
     views: Sequence[View],
-    encode: Callable[[torch.Tensor], torch.Tensor] | None,
+    encode: Callable[[torch.Tensor], Pyramid] | None,
     batch_size: int,
     device: torch.device,
-) -> torch.Tensor:
-    """Every view of every chosen slice: (V, m, 256, h, w), or the images (V, m, C, H, W) where `encode` is None."""
+) -> Pyramid:
+    """Every view of every chosen slice: levels (V, m, C, h, w), of the images alone where `encode` is None."""
     stacks = []
     for view in views:
         changed = apply_view(view, images, indices).to(device)
-        if encode is not None:
-            changed = torch.cat([encode(part) for part in changed.split(batch_size)])
-        stacks.append(changed)
-    return torch.stack(stacks)
+        if encode is None:
+            stacks.append({IMAGE: changed})
+        else:
+            stacks.append(cat_levels([encode(part) for part in changed.split(batch_size)]))
+    return map_levels(lambda *levels: torch.stack(levels), *stacks)
 
 
 def slice_areas(labels: np.ndarray, num_classes: int, axis: int) -> np.ndarray:

@@ -51,13 +51,14 @@ from samda.errors import AdapterError, SamdaError
 from samda.inference.postprocessing import override, own_grid
 from samda.inference.volume import VolumeInferer
 from samda.inference.writer import label_image
+from samda.networks.head import IMAGE, Pyramid, map_levels, split_levels
 from samda.networks.segmenter import SamSegmenter
 from samda.progress import share
 from samda.provenance import now, path_sha256, sha256_of, tensors_sha256
 from samda.source_statistics import FeatureTap, body_boxes
 from samda.task import Task
 
-GRADIENT_PIXELS = 1 << 15  # embedding pixels decoded at once with gradients: about 1 GB
+GRADIENT_PIXELS = 1 << 23  # pixels of the slices decoded at once with gradients: about 1 GB for the head `sam`
 Scan = str | Path | SpatialImage | Mapping[str, Any]
 
 logger = logging.getLogger(__name__)
@@ -305,7 +306,9 @@ class Adaptation:
         begin = time.perf_counter()
         limit = self.settings.time_limit_s
         with restoring(self.network, self.parameters), FeatureTap(self.network) as tap:
-            align = CaseAlignment(self.judge.alignment, tap, case.inputs.shape[:2], self._shown(case))
+            head, shape = self.network.head, (len(case.views), len(case.slices))
+            ratio = head.feature_stride // head.stride
+            align = CaseAlignment(self.judge.alignment, tap, shape, self._shown(case), ratio)
             seen: list[torch.Tensor] = []  # the latest logits, flips not undone
 
             def logits() -> torch.Tensor:
@@ -383,17 +386,16 @@ class Adaptation:
 
     def _seen(self, case: PreparedCase) -> torch.Tensor:
         """The same, views as they are."""
-        inputs = case.inputs.flatten(0, 1)
+        chunk = self.settings.batch_size
         if self.embedded:  # slices in one pass with gradients
-            chunk = max(1, GRADIENT_PIXELS // (inputs.shape[-2] * inputs.shape[-1]))
-        else:
-            chunk = self.settings.batch_size
-        chunks = inputs.split(chunk)
+            height, width = case.images.shape[-2:]
+            chunk = max(1, GRADIENT_PIXELS // (height * width * self.network.head.gradient_cost))
+        chunks = split_levels(map_levels(lambda level: level.flatten(0, 1), case.inputs), chunk)
         if len(chunks) > 1 and torch.is_grad_enabled():  # bounds memory at the price of a second forward pass
             parts = [checkpoint(self._decode, chunk, use_reentrant=False) for chunk in chunks]
         else:
             parts = [self._decode(chunk) for chunk in chunks]
-        return torch.cat(parts).unflatten(0, case.inputs.shape[:2])
+        return torch.cat(parts).unflatten(0, (len(case.views), len(case.slices)))
 
     def _restored(self, case: PreparedCase, logits: torch.Tensor) -> torch.Tensor:
         if not any(view.flip for view in case.views):
@@ -402,8 +404,8 @@ class Adaptation:
             [restore_view(view, part, self.mirror) for view, part in zip(case.views, logits, strict=True)]
         )
 
-    def _decode(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.network.decode(inputs if self.embedded else self.network.encode(inputs))
+    def _decode(self, inputs: Pyramid) -> torch.Tensor:
+        return self.network.decode(inputs if self.embedded else self.network.encode(inputs[IMAGE]))
 
     def _shown(self, case: PreparedCase) -> list[int]:
         """Which chosen slices show foreground, as the slices did whose features the model remembers; all, if few do."""
@@ -447,9 +449,8 @@ def _fallback(error: Exception) -> Decision:
 
 
 def _check_trained(network: SamSegmenter, parameters: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a class head that still has SAM's equal mask tokens, and SAM-DA tensors whose gates never opened."""
-    tokens = network.mask_decoder.mask_tokens.weight
-    if bool((tokens == tokens[0]).all()):
+    """Refuse a class head in its initial state, and SAM-DA tensors whose gates never opened."""
+    if not network.head_trained:
         raise AdapterError("the class head was never trained; train the model before adapting it")
     known = [
         f"{path}.{name}" for path, _, adapter in modules(network) for name in adapter.scope_params().get("gate", ())

@@ -7,7 +7,7 @@ format           files                                for
 `sam`            `sam.pth`, `class_head.safetensors`  `segment_anything` (`vit_b`, `vit_l`, `vit_h`) or MobileSAM's
                                                       package (`vit_t`): a SAM with the adapters in its weights. The
                                                       class head, which SAM does not have, lies apart
-`onnx`           `encoder.onnx`, `decoder.onnx`       ONNX runtimes: image to embedding (levels), to class logits 
+`onnx`           `encoder.onnx`, `decoder.onnx`       ONNX runtimes: image to embedding (levels), to class logits
 `torch`          `encoder.pt2`, `decoder.pt2`         `torch.export.load`: the same two graphs
 ================ ==================================== ==============================================================
 
@@ -116,10 +116,11 @@ def write_graphs(network: SamSegmenter, size: int, folder: Path, kind: str) -> d
     about = {}
     with torch.no_grad(), _quiet():
         pyramids = [{IMAGE: probe} | network.encode(probe) for probe in probes]
-        for part in (Encoder(network), Decoder(network)):
-            given = [tuple(pyramid[name] for name in part.inputs) for pyramid in pyramids]
-            expected = [part(*levels) for levels in given]
-            _keep_derived(network)
+        parts = (Encoder(network), Decoder(network))
+        inputs = [[tuple(pyramid[name] for name in part.inputs) for pyramid in pyramids] for part in parts]
+        outputs = [[part(*levels) for levels in given] for part, given in zip(parts, inputs, strict=True)]
+        _keep_derived(network)
+        for part, given, expected in zip(parts, inputs, outputs, strict=True):
             path = folder / f"{type(part).__name__.lower()}{suffix}"
             part.eval()
             with _without(network, part.unused):
@@ -241,7 +242,8 @@ def compare(
         largest = max(float(b.abs().max()) for b in wanted)
         if not difference <= TOLERANCE * largest:
             raise SamdaError(
-                f"{name} differs from the network by {difference:.3g} (largest value {largest:.3g}); nothing was written"
+                f"{name} differs from the network by {difference:.3g} (largest value {largest:.3g}); "
+                "nothing was written"
             )
         if difference * worst["largest"] > worst["difference"] * largest:
             worst = {"difference": difference, "largest": largest}

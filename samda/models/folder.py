@@ -41,7 +41,7 @@ from samda.task import Task
 
 BASE = "base.safetensors"
 NETWORK_KEYS = ("backbone", "num_classes", "in_channels", "head")
-OLD_HEAD = "sam"  # of folders that name none: samda 0.1 had no other
+HEAD = "sam"  # of folders that name none: samda 0.1 had no other, and reads them
 BASE_KEYS = ("file", "sha256", "fingerprint")
 
 
@@ -70,6 +70,7 @@ def save_model(
     _check_task(network.num_classes, network.in_channels, task, str(folder))
     report = network.base_report
     settings = (network.config.to_json(), network.num_classes, network.in_channels, network.head_config.to_json())
+    built = {key: value for key, value in zip(NETWORK_KEYS, settings, strict=True) if value != {"type": HEAD}}
     base = (report.path.name if report else None, report.sha256 if report else None, network.fingerprint())
     folder = Path(folder)
     if with_base or report is None:
@@ -77,7 +78,7 @@ def save_model(
     save_adapters(
         network,
         folder,
-        network=dict(zip(NETWORK_KEYS, settings, strict=True)),
+        network=built,
         base=dict(zip(BASE_KEYS, base, strict=True)),
         task=task.to_dict(),
         record=record,
@@ -104,7 +105,7 @@ def load_model(
     """
     folder = Path(folder)
     file = read_adapters(folder)
-    file.network.setdefault("head", OLD_HEAD)
+    file.network.setdefault("head", HEAD)
     for section, keys in (("network", NETWORK_KEYS), ("base", BASE_KEYS)):
         values = getattr(file, section)
         check_keys(values, keys, f"{folder}/adapter.json: {section}")

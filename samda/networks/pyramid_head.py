@@ -131,7 +131,7 @@ class PyramidHead(ClassHead):
             x = self.stage2(resize(self.down2(x), s2), stem)
         logits = self.read(self.features(x))
         linear = self.linear_bias.view(1, -1, 1, 1)
-        for layer, level in zip(self.linear, levels, strict=True):
+        for (_, layer), level in zip(self._paths(), levels, strict=True):
             linear = linear + resize(layer(level), s4)
         return logits + LINEAR_RATE * resize(linear, logits.shape[-2:])
 
@@ -139,9 +139,13 @@ class PyramidHead(ClassHead):
         """The encoder's levels, fine to coarse."""
         return [layer(pyramid[name]) for layer, name in zip(self.standardize, self.levels, strict=True)]
 
+    def _paths(self) -> list[tuple[Standardize, nn.Conv2d]]:
+        """The parts of the linear path of each level, fine to coarse."""
+        return list(zip(self.standardize, self.linear, strict=True))  # type: ignore[arg-type]
+
     @property
     def trained(self) -> bool:
-        return any(bool(layer.weight.any()) for layer in (self.read, *self.linear))  # type: ignore[operator]
+        return any(bool(layer.weight.any()) for layer in (self.read, *(layer for _, layer in self._paths())))
 
     def closed_form(self, class_counts: torch.Tensor) -> ClosedForm:
         return ClosedForm(self, class_counts)
@@ -149,12 +153,13 @@ class PyramidHead(ClassHead):
     @torch.no_grad()
     def start(self, solution: RidgeSolution) -> None:
         """Begin at a solution for the levels, fine to coarse: the linear path is the solution, the stages give zero."""
-        widths = [layer.weight.shape[1] for layer in self.linear]  # type: ignore[union-attr]
+        paths = self._paths()
+        widths = [layer.in_channels for _, layer in paths]
         parts = [part.split(widths) for part in (solution.mean, solution.std, solution.weight)]
-        for standardize, layer, mean, std, weight in zip(self.standardize, self.linear, *parts, strict=True):
-            standardize.mean.copy_(mean.view(1, -1, 1, 1))  # type: ignore[union-attr, operator]
-            standardize.std.copy_(std.view(1, -1, 1, 1))  # type: ignore[union-attr, operator]
-            layer.weight.copy_(weight.T[:, :, None, None] * SCORE_SCALE / LINEAR_RATE)  # type: ignore[union-attr, operator]
+        for (standardize, layer), mean, std, weight in zip(paths, *parts, strict=True):
+            standardize.mean.copy_(mean.view(1, -1, 1, 1))
+            standardize.std.copy_(std.view(1, -1, 1, 1))
+            layer.weight.copy_(weight.T[:, :, None, None] * SCORE_SCALE / LINEAR_RATE)
         self.linear_bias.copy_(solution.bias * SCORE_SCALE / LINEAR_RATE)
         for parameter in self.read.parameters():
             parameter.zero_()

@@ -116,14 +116,19 @@ class SamSegmenter(nn.Module):
         # what a file fills needs no initialization: built without memory, and no random number is drawn
         with torch.device("meta") if weights is not None else contextlib.nullcontext():
             self.image_encoder = self.config.build()
-            read = self.head_config.reads_decoder
-            self.prompt_encoder, self.mask_decoder = self._build_decoder() if read else (None, None)
+            self.prompt_encoder: PromptEncoder | None = None
+            self.mask_decoder: ClassDecoder | None = None
+            if self.head_config.reads_decoder:
+                self.prompt_encoder, self.mask_decoder = self._build_decoder()
         if self.head_config.type != "sam":
             channels = self.config.out_channels // 8
             levels |= {IMAGE: Level(in_channels, 1), UPSCALED: Level(channels, 4)}
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 self.class_head = self.head_config.build(num_classes, levels)
+        own = [name for name in self.head.reads if name != UPSCALED]
+        own += [EMBEDDING] if self.mask_decoder is not None else []
+        self.levels = tuple(dict.fromkeys(own))  # that :meth:`encode` hands out
         self.image_encoder.checkpointing = checkpointing  # type: ignore[assignment]
         self.register_buffer("pixel_mean", torch.tensor(MEAN).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(STD).view(-1, 1, 1), persistent=False)
@@ -202,12 +207,6 @@ class SamSegmenter(nn.Module):
         # single precision from here: class scores of many windows and slices are summed later
         return upsample(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.head.stride)
 
-    @property
-    def levels(self) -> tuple[str, ...]:
-        """Names of the levels that :meth:`encode` hands out: what the head reads, and what SAM's decoder takes."""
-        own = [name for name in self.head.reads if name != UPSCALED]
-        return tuple(dict.fromkeys(own + ([EMBEDDING] if self.mask_decoder is not None else [])))
-
     def encode(self, image: torch.Tensor) -> Pyramid:
         """Images (B, C, H, W) in [0, 1] -> the levels that :meth:`decode` needs."""
         inner = [name for name in self.levels if name != IMAGE]
@@ -237,7 +236,9 @@ class SamSegmenter(nn.Module):
         return self.head(pyramid)
 
     @torch.no_grad()
-    def fit_closed_form(self, batches: Iterable[tuple[torch.Tensor | Pyramid, torch.Tensor]], counts: torch.Tensor) -> None:
+    def fit_closed_form(
+        self, batches: Iterable[tuple[torch.Tensor | Pyramid, torch.Tensor]], counts: torch.Tensor
+    ) -> None:
         """Start the class head without gradient steps, from one pass over labeled slices.
 
         Args:
@@ -248,11 +249,10 @@ class SamSegmenter(nn.Module):
             InputError: no foreground, no batch, or features that are not finite.
             UsageError: the head has no such start.
         """
-        start = self.head.closed_form(counts)
+        start, device = self.head.closed_form(counts), self.pixel_mean.device
         for inputs, labels in batches:
-            device = self.pixel_mean.device
             pyramid = inputs if isinstance(inputs, dict) else self.encode(inputs.to(device))
-            start.add(map_levels(lambda maps: maps.to(device), pyramid), labels[:, 0].to(device))
+            start.add(map_levels(lambda level: level.to(device), pyramid), labels[:, 0].to(device))
         start.finish()
 
     def prompts(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -272,6 +272,12 @@ class SamSegmenter(nn.Module):
     def head_buffers(self) -> list[str]:
         """Full names of the class head's persistent buffers: saved with its parameters."""
         return [f"{self._head_path}.{name}" for name, _ in self.head.named_buffers()]
+
+    @property
+    def head_trained(self) -> bool:
+        """Has the class head left its initial state?"""
+        tokens = None if self.mask_decoder is None else self.mask_decoder.mask_tokens.weight
+        return self.head.trained or (tokens is not None and bool((tokens != tokens[0]).any()))
 
     @property
     def _head_path(self) -> str:
@@ -317,7 +323,7 @@ HEADS: dict[str, type[ClassHeadConfig]] = {kind.type: kind for kind in (PyramidH
 
 
 def head_config(head: str | Mapping[str, Any] | ClassHeadConfig) -> ClassHeadConfig:
-    """The settings of a class head from its name, or from a mapping {"type": name, settings}; a config passes through."""
+    """The settings of a class head from its name or a mapping {"type": name, settings}; a config passes through."""
     if isinstance(head, ClassHeadConfig):
         return head
     values = dict(head) if isinstance(head, Mapping) else {"type": head}

@@ -22,6 +22,7 @@ from samda.data.slices import SliceGrid, center_channels, with_neighbors
 from samda.embeddings import EmbeddingDataset, allocate, draw, split_key
 from samda.errors import InputError, UsageError, nearest
 from samda.io import files_of
+from samda.networks.head import Pyramid, map_levels
 from samda.processes import rank_and_world
 from samda.progress import bar
 from samda.source_statistics import SliceStatistics
@@ -149,15 +150,18 @@ def build_dataset(
 
 
 def prepare_batch(
-    batch: Mapping[str, torch.Tensor],
+    batch: Mapping[str, Any],
     device: torch.device | str | None = None,
     non_blocking: bool = False,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor, tuple, dict[str, Any]]:
-    """Inputs, labels and the network's keyword for MONAI's engines, from {"embedding" or "image", "label"}."""
-    embedded = "embedding" in batch
-    inputs = batch["embedding" if embedded else "image"].to(device, non_blocking=non_blocking, **kwargs)
-    return inputs, batch["label"].to(device, non_blocking=non_blocking), (), {"embedded": embedded}
+) -> tuple[torch.Tensor | Pyramid, torch.Tensor]:
+    """Inputs and labels for MONAI's engines, from {"pyramid" or "image", "label"}."""
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, non_blocking=non_blocking, **kwargs)
+
+    inputs = map_levels(move, batch["pyramid"]) if "pyramid" in batch else move(batch["image"])
+    return inputs, batch["label"].to(device, non_blocking=non_blocking)
 
 
 def tile_starts(length: int, size: int) -> list[int]:

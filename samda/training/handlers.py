@@ -31,6 +31,7 @@ from monai.utils import version_geq
 
 from samda.errors import InputError, UsageError, nearest
 from samda.io import write_json
+from samda.networks.head import map_levels
 from samda.processes import exchange, is_main
 from samda.progress import bar
 from samda.report import paint
@@ -341,8 +342,11 @@ class TensorBoard(TensorBoardHandler):
         with eval_mode(self.network):
             for index in self.shown:
                 item = self.slices.view(index, 0)
-                inputs = self.dataset[index]["embedding"] if embedded else item["image"]
-                logits = self.network(inputs[None].to(device), embedded=embedded)
+                if embedded:
+                    pyramid = self.dataset[index]["pyramid"]
+                    logits = self.network(map_levels(lambda level: level[None].to(device), pyramid))
+                else:
+                    logits = self.network(item["image"][None].to(device))
                 # the slice without its neighbors; two channels make no color
                 image = item["image"].numpy()[task.context :][: 3 if task.in_channels == 3 else 1]
                 label, predicted = item["label"][0].numpy(), logits[0].argmax(0).cpu().numpy()

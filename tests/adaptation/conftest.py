@@ -95,16 +95,16 @@ def trained(scans: Path, tiny_tinyvit_weights: Path) -> tuple[dict[str, torch.Te
         images, labels = slices_of(*(scans / kind / f"case{seed}.nii.gz" for kind in ("images", "labels")))
         statistics.update(images, labels)
         with torch.no_grad():
-            embeddings.append(network.encode(images))
+            embeddings.append(network.encode(images)["embedding"])
         targets.append(labels.long())
     embedding, target = torch.cat(embeddings), torch.cat(targets)
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=3e-3)
     for _ in range(80):
-        loss = F.cross_entropy(network(embedding, embedded=True), target, torch.tensor([1.0, 3.0, 3.0]))
+        loss = F.cross_entropy(network({"embedding": embedding}), target, torch.tensor([1.0, 3.0, 3.0]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    shown = [{"embedding": e, "label": y[None]} for e, y in zip(embedding, target, strict=True) if y.any()]
+    shown = [{"pyramid": {"embedding": e}, "label": y[None]} for e, y in zip(embedding, target, strict=True) if y.any()]
     known = statistics.to_dict() | {"features": feature_statistics(network, shown, range(len(shown)))}
     return {k: v.clone() for k, v in network.state_dict().items()}, {"statistics": known}
 

@@ -80,7 +80,8 @@ def test_aligning_lowers_the_distance_and_leaves_the_model_as_it_was(
     before = {k: v.clone() for k, v in network.state_dict().items()}
     adaptation = make_adaptation(method="none", objective={"align": 1.0}, steps=6, lr=1e-3, keep="last", flips=flips)
     prepared = adaptation.prepare(scans / "images" / "case2.nii.gz")
-    prepared.inputs = prepared.inputs * 1.3 + 0.2  # another scanner, seen from the decoder
+    # another scanner, seen from the decoder
+    prepared.inputs = {"embedding": prepared.inputs["embedding"] * 1.3 + 0.2}
     run = adaptation.optimize(prepared)
     assert run.loss[-1] < 0.8 * run.loss[0]
     assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
@@ -91,16 +92,18 @@ def test_chunks_with_recomputation_give_the_same_gradients(
 ) -> None:
     adaptation = make_adaptation(method="none", objective={"align": 1.0})
     prepared = adaptation.prepare(scans / "images" / "case2.nii.gz")
-    prepared.inputs = prepared.inputs * 1.3 + 0.2  # far from the source: near it, rounding turns the sign of |x|
+    # far from the source: near it, rounding turns the sign of |x|
+    prepared.inputs = {"embedding": prepared.inputs["embedding"] * 1.3 + 0.2}
 
     def gradients() -> torch.Tensor:
         with restoring(adaptation.network, adaptation.parameters), FeatureTap(adaptation.network) as tap:
-            align = CaseAlignment(adaptation.judge.alignment, tap, prepared.inputs.shape[:2], range(4))
+            shape = prepared.inputs["embedding"].shape[:2]
+            align = CaseAlignment(adaptation.judge.alignment, tap, shape, range(4), ratio=4)
             align(adaptation._seen(prepared)).backward()
             return torch.cat([p.grad.flatten() for p in adaptation.parameters.values() if p.grad is not None])
 
     whole = gradients()
-    monkeypatch.setattr("samda.adaptation.engine.GRADIENT_PIXELS", 32)
+    monkeypatch.setattr("samda.adaptation.engine.GRADIENT_PIXELS", 32 * 256)
     assert float((gradients() - whole).norm()) < 1e-3 * float(whole.norm())
 
 

@@ -63,12 +63,12 @@ class Counter(torch.nn.Module):
         self.gain = torch.nn.Parameter(torch.ones(()))
         self.encoded = 0
 
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
+    def encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         self.encoded += len(images)
-        return images * 2
+        return {"embedding": images * 2}
 
-    def forward(self, x: torch.Tensor, embedded: bool = False) -> torch.Tensor:
-        return self.gain * (x if embedded else self.encode(x))
+    def forward(self, pyramid: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.gain * pyramid["embedding"]
 
 
 def passes(memory_mb: float) -> tuple[int, list[torch.Tensor]]:

@@ -23,8 +23,10 @@ from samda.task import Task
 
 TASK = Task("t", classes=("background", "a", "b"), image_size=64, window=(-100, 200), spacing=2)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "tiny_vit, sam_da": ("tiny_vit", {"sam_da": {"side": "both"}}),
-    "vit, all kinds": (
+    "sam: tiny_vit, sam_da": ("tiny_vit", {"sam_da": {"side": "both"}}),
+    "pyramid: tiny_vit": ("tiny_vit", {"lora": {}}),
+    "pyramid: vit, sam_da": ("vit", {"sam_da": {}}),
+    "sam: vit, all kinds": (
         "vit",
         {"salt": {"rank": 2}, "lka": {}, "dka": {"large_kernel": 7, "conv_backend": "fft"}, "norm": {}, "sam_da": {}},
     ),
@@ -40,38 +42,43 @@ def trained(network: SamSegmenter) -> SamSegmenter:
     return network
 
 
-def run_onnx(path: Path, given: torch.Tensor) -> torch.Tensor:
+def run_onnx(path: Path, given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (name,) = (entry.name for entry in session.get_inputs())
-    return torch.from_numpy(session.run(None, {name: given.numpy()})[0])
+    names = [entry.name for entry in session.get_inputs()]
+    return [torch.from_numpy(result) for result in session.run(None, {name: given[name].numpy() for name in names})]
 
 
-def run_torch(path: Path, given: torch.Tensor) -> torch.Tensor:
-    return torch.export.load(path).module()(given)
+def run_torch(path: Path, given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    return torch.export.load(path).module()(*given.values())
 
 
 RUN = {"onnx": (run_onnx, ".onnx"), "torch": (run_torch, ".pt2")}
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("tiny_vit, sam_da", "onnx"), ("vit, all kinds", "onnx"), ("vit, all kinds", "torch")]
+    ("name", "kind"),
+    [(name, "onnx") for name in CASES] + [("sam: vit, all kinds", "torch"), ("pyramid: vit, sam_da", "torch")],
 )
 @torch.no_grad()
 def test_graphs_give_our_numbers(
     name: str, kind: str, tmp_path: Path, make_segmenter: Callable[..., SamSegmenter]
 ) -> None:
     backbone, adapters = CASES[name]
-    network = trained(make_segmenter(backbone, adapters=adapters))
+    network = trained(make_segmenter(backbone, adapters=adapters, head=name.partition(": ")[0]))
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     image = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(7))
-    embedding, logits = network.encode(image), network(image)
+    pyramid, logits = network.encode(image), network(image)
+    names = {level: f"level_{level}" if level.isdigit() else level for level in network.levels}
 
     about = export_model(network, tmp_path / "out", TASK, kind, version="clinic-a")
     run, suffix = RUN[kind]
-    found = run(tmp_path / "out" / f"encoder{suffix}", image)
-    assert torch.allclose(found, embedding, atol=1e-4 * float(embedding.abs().max()))
-    found = run(tmp_path / "out" / f"decoder{suffix}", found)
-    assert torch.allclose(found, logits, atol=1e-3 * float(logits.abs().max()))
+    found = run(tmp_path / "out" / f"encoder{suffix}", {"image": image})
+    inner = [level for level in network.levels if level != "image"]
+    for level, result in zip(inner, found, strict=True):
+        assert torch.allclose(result, pyramid[level], atol=1e-4 * float(pyramid[level].abs().max()))
+    own = {"image": image} | dict(zip(inner, found, strict=True))
+    (result,) = run(tmp_path / "out" / f"decoder{suffix}", {names[level]: own[level] for level in network.levels})
+    assert torch.allclose(result, logits, atol=1e-3 * float(logits.abs().max()))
 
     assert sorted(path.name for path in tmp_path.joinpath("out").iterdir()) == sorted([*about["files"], "export.json"])
     for file, entry in about["files"].items():
@@ -95,11 +102,11 @@ def test_large_onnx_weights_lie_in_a_file_of_their_own(tmp_path: Path, monkeypat
     monkeypatch.setattr(graphs, "INLINE_BYTES", 1000)
     layer, given = torch.nn.Linear(64, 64), torch.rand(1, 64)
     program = torch.export.export(layer.eval(), (given,))
-    answer = graphs.write_onnx(program, tmp_path / "layer.onnx", ("x", "y"))
+    answer = graphs.write_onnx(program, tmp_path / "layer.onnx", (["x"], ["y"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["layer.onnx", "layer.onnx.data"]
     assert (tmp_path / "layer.onnx.data").stat().st_size >= 4 * 64 * 64
     onnx.checker.check_model(tmp_path / "layer.onnx")
-    assert torch.allclose(answer(given), layer(given), atol=1e-5)
+    assert torch.allclose(answer([given])[0], layer(given), atol=1e-5)
 
 
 def test_what_does_not_agree_is_not_written(tmp_path: Path, make_segmenter: Callable[..., SamSegmenter]) -> None:
@@ -115,8 +122,8 @@ def test_what_does_not_agree_is_not_written(tmp_path: Path, make_segmenter: Call
     ("found", "differs"), [(1.0, False), (1.0009, False), (1.002, True), (float("nan"), True), (float("inf"), True)]
 )
 def test_compare_allows_a_thousandth(found: float, differs: bool) -> None:
-    expected = [torch.tensor([0.5, -1.0])]
-    other = [torch.tensor([0.5, -found])]
+    expected = [(torch.tensor([0.5, -1.0]),)]
+    other = [(torch.tensor([0.5, -found]),)]
     if differs:
         with pytest.raises(SamdaError, match=r"file differs from the network by .* \(largest value 1\)"):
             graphs.compare(other, expected, "file")

@@ -45,10 +45,10 @@ def test_logits_step_by_step(
     low = torch.einsum("bkc,bchw->bkhw", decoder.output_hypernetworks_mlps[0](tokens), features)
     expected = F.interpolate(low, size, mode="bilinear", align_corners=False)
 
-    torch.testing.assert_close(tiny_segmenter.encode(image), embedding, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tiny_segmenter.encode(image)["embedding"], embedding, rtol=1e-4, atol=1e-4)
     found = tiny_segmenter(image)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-    assert torch.equal(found, tiny_segmenter(tiny_segmenter.encode(image), embedded=True))
+    assert torch.equal(found, tiny_segmenter(tiny_segmenter.encode(image)))
     assert torch.equal(
         F.interpolate(tiny_segmenter.decode(tiny_segmenter.encode(image)), scale_factor=4, mode="bilinear"), found
     )
@@ -141,9 +141,9 @@ def test_checkpointing_keeps_less_and_changes_no_gradient(
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            embedding = network.encode(image)
+            pyramid = network.encode(image)
         kept[checkpointing] = sum(sizes)
-        network(embedding, embedded=True).square().mean().backward()
+        network(pyramid).square().mean().backward()
         gradients[checkpointing] = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
     assert kept[True] < 0.5 * kept[False]
     for name, gradient in gradients[False].items():

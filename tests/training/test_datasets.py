@@ -194,15 +194,16 @@ def test_embeddings_hold_the_augmented_view_of_image_and_label(
         item = embedded[epoch, index]
         view = slices.view(index, embedded.choose(epoch, index))
         with torch.no_grad():
-            torch.testing.assert_close(item["embedding"], network.encode(view["image"][None])[0], rtol=1e-4, atol=1e-5)
+            expected = network.encode(view["image"][None])["embedding"][0]
+            torch.testing.assert_close(item["pyramid"]["embedding"], expected.half())
         assert torch.equal(item["label"], view["label"])
 
 
-def test_prepare_batch_names_what_the_network_gets() -> None:
-    label = torch.ones(2, 1, 8, 8)
-    for key, embedded in (("image", False), ("embedding", True)):
-        inputs, labels, args, keywords = prepare_batch({key: torch.zeros(2, 3), "label": label}, torch.device("cpu"))
-        assert (inputs.sum(), labels.sum(), args, keywords) == (0, 128, (), {"embedded": embedded})
+def test_prepare_batch_gives_what_the_network_takes() -> None:
+    image, label = torch.zeros(2, 3), torch.ones(2, 1, 8, 8)
+    for given, expected in (({"image": image}, image), ({"pyramid": {"4": image}}, {"4": image})):
+        inputs, labels = prepare_batch(given | {"label": label}, torch.device("cpu"))
+        assert str(inputs) == str(expected) and labels.sum() == 128
 
 
 def test_the_slices_are_the_file_seen_from_below(write_case: Write, task: Task) -> None:

@@ -164,7 +164,11 @@ def test_padding_has_no_class() -> None:
             return [1, 2, 3]
 
         def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-            return {"embedding": torch.ones(1), "label": torch.full((1, 2, 2), key[1], dtype=torch.uint8), "case": 0}
+            return {
+                "pyramid": {"embedding": torch.ones(1)},
+                "label": torch.full((1, 2, 2), key[1], dtype=torch.uint8),
+                "case": 0,
+            }
 
     dataset = PaddedDataset(Slices())
     assert len(dataset) == 2
