@@ -307,7 +307,7 @@ def embeddings(options: Options) -> Iterator[Row]:
             seconds,
             f"{slow / fast:.1f}x ({batch / slow:.2f} against {batch / fast:.2f} slices/s)",
             slow / fast >= goal,
-            f"{own / fast:.1f}x samda's own encoder in every step; cache {embedding[0].nbytes / 1e6:.2f} MB and "
+            f"{own / fast:.1f}x samda's own encoder in every step; cache {pyramid["embedding"][0].nbytes / 2e6:.2f} MB and "
             f"{(own - fast) / batch:.2f} s once per slice and view",
         )
 

@@ -116,7 +116,7 @@ def write_graphs(network: SamSegmenter, size: int, folder: Path, kind: str) -> d
     about = {}
     with torch.no_grad(), _quiet():
         pyramids = [{IMAGE: probe} | network.encode(probe) for probe in probes]
-        parts = (Encoder(network), Decoder(network))
+        parts: tuple[Encoder | Decoder, ...] = (Encoder(network), Decoder(network))
         inputs = [[tuple(pyramid[name] for name in part.inputs) for pyramid in pyramids] for part in parts]
         outputs = [[part(*levels) for levels in given] for part, given in zip(parts, inputs, strict=True)]
         _keep_derived(network)
