@@ -281,6 +281,7 @@ def embeddings(options: Options) -> Iterator[Row]:
         label = torch.randint(0, 7, (batch, 1, size, size), device=device)
         with torch.no_grad():
             pyramid = network.encode(image)
+        cached = pyramid["embedding"][0].nbytes / 2e6  # MB in half precision
         optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4)
 
         def step(x, loss=DiceCELoss, network=network, label=label, optimizer=optimizer) -> None:
@@ -307,7 +308,7 @@ def embeddings(options: Options) -> Iterator[Row]:
             seconds,
             f"{slow / fast:.1f}x ({batch / slow:.2f} against {batch / fast:.2f} slices/s)",
             slow / fast >= goal,
-            f"{own / fast:.1f}x samda's own encoder in every step; cache {pyramid["embedding"][0].nbytes / 2e6:.2f} MB and "
+            f"{own / fast:.1f}x samda's own encoder in every step; cache {cached:.2f} MB and "
             f"{(own - fast) / batch:.2f} s once per slice and view",
         )
 
