@@ -55,10 +55,12 @@ def describe_package() -> dict[str, Any]:
     adapters: dict[str, Any] = {
         name: {"settings": overlay["adapters"], "parameters": {}} for name, overlay in overlays.items()
     }
-    backbones, head = {}, 0
+    backbones, pyramids, head = {}, {}, 0
     for backbone in BACKBONES:
         with torch.device("meta"):
-            network = SamSegmenter(backbone, num_classes=2, weights=None)
+            network = SamSegmenter(backbone, num_classes=2, weights=None, head="sam")
+            pyramid = SamSegmenter(backbone, num_classes=2, weights=None, head="pyramid")
+        pyramids[backbone] = count_parameters(pyramid)["head"]
         counts = count_parameters(network)
         backbones[backbone] = {"parameters": counts["base"]}
         head = counts["head"] // 2
@@ -69,7 +71,8 @@ def describe_package() -> dict[str, Any]:
             entry["parameters"][backbone] = counts["trainable"] - counts["head"]
             entry["encoded_once"] = not network.encoder_adapted
             detach(network)
-    return {"version": __version__, "backbones": backbones, "head_per_class": head, "adapters": adapters}
+    heads = {"head_per_class": head, "pyramid_head": pyramids}
+    return {"version": __version__, "backbones": backbones, **heads, "adapters": adapters}
 
 
 def print_package(facts: dict[str, Any]) -> None:
@@ -80,7 +83,11 @@ def print_package(facts: dict[str, Any]) -> None:
     print(f"samda {facts['version']}: trainable parameters of each adapter, by backbone\n")
     print_table(["adapter", *names], [*counts, ["SAM itself", *sizes]])
     once = [name for name, entry in facts["adapters"].items() if entry["encoded_once"]]
-    print(f"\nThe class head comes on top: {facts['head_per_class']:,} a class, background included.")
+    pyramids = ", ".join(f"{count:,} ({backbone})" for backbone, count in facts["pyramid_head"].items())
+    print(
+        f"\nThe class head comes on top: the head sam with {facts['head_per_class']:,} per class, background included;"
+    )
+    print(f"pyramid, for 2 classes, with {pyramids}.")
     print(f"With {', '.join(once)} the encoder stays as it is: slices are encoded once.")
 
 
@@ -111,6 +118,7 @@ def print_model(facts: dict[str, Any]) -> None:
         ("model", facts["model"]),
         ("backbone", facts["network"].get("backbone")),
         ("base weights", facts["base"].get("file") or "in the folder"),
+        ("class head", facts["network"].get("head", {}).get("type", "sam")),
         ("adapters", ", ".join(facts["adapters"]) or "none"),
         ("saved parameters", f"{facts['parameters']:,}"),
         ("classes", ", ".join(task.get("classes", []))),

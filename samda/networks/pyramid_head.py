@@ -81,7 +81,12 @@ class PyramidHead(ClassHead):
         config: with all settings, see :meth:`PyramidHeadConfig.complete`.
         num_classes: K.
         levels: channels and strides by name.
+
+    Attributes:
+        linear_gain: factor of the linear path; a training may lower it from 1 to 0, or leave the path out by 0.
     """
+
+    linear_gain: torch.Tensor
 
     name = "pyramid"
     gradient_cost = 4
@@ -110,6 +115,7 @@ class PyramidHead(ClassHead):
         self.read = nn.Conv2d(w2 if self.stride == 2 else w4, num_classes, 1)
         self.linear = nn.ModuleList(project(levels[name].channels, num_classes) for name in self.levels)
         self.linear_bias = nn.Parameter(torch.zeros(num_classes))
+        self.register_buffer("linear_gain", torch.ones(()))
         for layer in (self.read, *self.linear):
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
@@ -133,7 +139,7 @@ class PyramidHead(ClassHead):
         linear = self.linear_bias.view(1, -1, 1, 1)
         for (_, layer), level in zip(self._paths(), levels, strict=True):
             linear = linear + resize(layer(level), s4)
-        return logits + LINEAR_RATE * resize(linear, logits.shape[-2:])
+        return logits + LINEAR_RATE * self.linear_gain * resize(linear, logits.shape[-2:])
 
     def standardized(self, pyramid: Pyramid) -> list[torch.Tensor]:
         """The encoder's levels, fine to coarse."""

@@ -14,10 +14,13 @@ import torch
 from samda.adaptation.alignment import CaseAlignment, FeatureAlignment, Judge, class_plausibility, feature_score
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.loop import restoring
+from samda.adapters.base import trainable_parameters
+from samda.embeddings import labeled_batches
 from samda.errors import InputError
 from samda.networks.segmenter import SamSegmenter
-from samda.source_statistics import QUANTILES, FeatureTap, body_boxes
+from samda.source_statistics import QUANTILES, FeatureTap, SliceStatistics, body_boxes, feature_statistics
 from tests.adaptation.conftest import TASK, slices_of
+from tests.conftest import TINY_TINYVIT
 
 # one layer, two channels; class 0 at (1, -2), class 1 at (5, 0), class 2 never seen
 SOURCE = [{"mean": [[1.0, -2.0], [5.0, 0.0], None], "std": [[2.0, 0.5], [1.0, 1.0], None]}]
@@ -180,3 +183,36 @@ def test_a_slab_is_as_plausible_as_the_whole(scans, trained) -> None:
         judge.plausibility(labels, boxes)["liver"], abs=0.1
     )
     assert judge.plausibility(torch.zeros_like(labels), boxes) == {"liver": None, "spleen": None}
+
+
+@pytest.mark.parametrize("adapters", [{"sam_da": {}}, {"lora": {}}])
+def test_a_pyramid_head_is_adapted_by_its_last_hidden_maps(
+    scans: Path, tiny_tinyvit_weights: Path, adapters: dict
+) -> None:
+    """Through SAM's decoder, or where there is none by the encoder; the model stays as it was."""
+    network = SamSegmenter(TINY_TINYVIT, 3, weights=tiny_tinyvit_weights, adapters=adapters, head="pyramid")
+    statistics, items = SliceStatistics(TASK), []
+    for seed in range(2):
+        images, labels = slices_of(*(scans / kind / f"case{seed}.nii.gz" for kind in ("images", "labels")))
+        statistics.update(images, labels)
+        items += [{"image": i, "label": label[None]} for i, label in zip(images, labels, strict=True)]
+    counts = torch.bincount(torch.cat([item["label"] for item in items]).flatten().long(), minlength=3)
+    network.fit_closed_form(labeled_batches(items, range(len(items))), counts)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainable_parameters(network).values():  # as if some steps had been made
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    features = feature_statistics(network, items, range(len(items)))
+    (layer,) = features
+    assert len(layer["mean"][0]) == 16
+    record = {"statistics": statistics.to_dict() | {"features": features}}
+    scope = "decoder" if "sam_da" in adapters else "encoder"
+    settings = {"views": 2, "slices": 4, "steps": 4, "lr": 1e-3, "keep": "last", "scope": scope}
+    adaptation = Adaptation(network, TASK, record, method="none", objective={"align": 1.0}, **settings)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    prepared = adaptation.prepare(scans / "images" / "case2.nii.gz")
+    run = adaptation.optimize(prepared)
+    assert len(run.loss) >= 4 and all(math.isfinite(loss) for loss in run.loss)
+    assert run.loss[-1] < run.loss[0]
+    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+    assert adaptation.adapt(scans / "images" / "case3.nii.gz").record["error"] is None

@@ -91,6 +91,8 @@ def test_counts_follow_the_formulas(adapter: str, facts: dict) -> None:
 def test_sam_da_and_head(facts: dict) -> None:
     assert set(facts["adapters"]["sam_da"]["parameters"].values()) == {SAM_DA}
     assert facts["head_per_class"] == 256 + 2 * (256 * 256 + 256) + (256 * 32 + 32)
+    assert set(facts["pyramid_head"]) == set(facts["backbones"])
+    assert all(100_000 < count < 500_000 for count in facts["pyramid_head"].values())
     once = {name for name, entry in facts["adapters"].items() if entry["encoded_once"]}
     assert once == {"sam_da", "head", "decoder"}
 

@@ -260,6 +260,8 @@ def test_the_head_begins_at_the_solution(make_segmenter: Make) -> None:
     found = network.decode(pyramid)
     assert (found - expected).abs().median() < 1e-4
     assert (found.argmax(1) == expected.argmax(1)).float().mean() > 0.99
+    head.linear_gain.zero_()
+    assert not network.decode(pyramid).any()  # the stages give zero
 
 
 @pytest.mark.parametrize("inputs", ["images", "pyramids"])
