@@ -41,14 +41,14 @@ HEAD = """\
 *Written by `make docs` from options and docstrings: change those, not this page.*
 
 [Commands](#commands) · [Exit codes and errors](#exit-codes-and-errors) · [Task](#task) ·
-[Training config](#training-config) · [Adapters](#adapters) · [Files of a model](#files-of-a-model) ·
-[Export](#export) · [Scores](#scores) · [Python](#python)
+[Training config](#training-config) · [Adapters](#adapters) · [Class heads](#class-heads) ·
+[Files of a model](#files-of-a-model) · [Export](#export) · [Scores](#scores) · [Python](#python)
 """
 
 
 def reference() -> str:
     """The whole page."""
-    parts = [HEAD, *commands(), *exits(), *task(), *config(), *adapters()]
+    parts = [HEAD, *commands(), *exits(), *task(), *config(), *adapters(), *heads()]
     for title, module in (
         ("Files of a model", "samda.models.folder"),
         ("Export", "samda.models.export"),
@@ -193,6 +193,18 @@ def adapters() -> Iterator[str]:
             yield f"See [{shown[text]}](#{shown[text]})." if text in shown else text
             shown.setdefault(text, name)
             yield settings(kind, "setting", without=("seed",))
+
+
+def heads() -> Iterator[str]:
+    """The class heads, with the settings of the one that has some."""
+    from samda.networks import head, pyramid_head
+
+    yield "## Class heads"
+    yield markdown(head.__doc__)
+    yield "`samda train --head` and `samda.SamSegmenter(head=...)` take `pyramid` or `sam` (SAM's own, without settings)."
+    yield "### pyramid"
+    yield markdown(pyramid_head.__doc__)
+    yield settings(pyramid_head.PyramidHeadConfig, "setting")
 
 
 def description(overlay: Path) -> str:

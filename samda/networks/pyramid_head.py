@@ -37,10 +37,10 @@ class PyramidHeadConfig(ClassHeadConfig):
     type: ClassVar[str] = "pyramid"
     learning_rate: ClassVar[float] = 2e-3
 
-    levels: tuple[str, ...] | None = None  # three of the encoder's, fine to coarse; None: those of the backbone
+    levels: tuple[str, ...] | None = None  # three of the encoder's, fine to coarse; null: those of the backbone
     widths: tuple[int, ...] = (96, 64, 48, 16)  # channels at strides 16, 8, 4 and 2; multiples of 8
     stride: int = 2  # of the logits, 2 or 4
-    decoder: bool | None = None  # read SAM's decoder, too; None: where something in it is trained
+    decoder: bool | None = None  # read SAM's decoder, too; null: where something in it is trained
 
     def __post_init__(self) -> None:
         for key in ("levels", "widths"):
