@@ -201,7 +201,7 @@ def heads() -> Iterator[str]:
 
     yield "## Class heads"
     yield markdown(head.__doc__)
-    yield "`samda train --head` and `samda.SamSegmenter(head=...)` take `pyramid` or `sam` (SAM's own, without settings)."
+    yield "`samda train --head` and `samda.SamSegmenter(head=...)` take `pyramid` or `sam` (no settings)."
     yield "### pyramid"
     yield markdown(pyramid_head.__doc__)
     yield settings(pyramid_head.PyramidHeadConfig, "setting")
