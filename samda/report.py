@@ -17,9 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from monai.transforms import EnsureChannelFirstd, Orientationd
 
+from samda.data.labels import MapLabelsd
+from samda.data.slices import SliceGrid
+from samda.data.transforms import RAS_LABELS, CheckSameGridd, LoadScand, Preprocessing, build_preprocessing
 from samda.errors import InputError
-from samda.io import write_text
+from samda.io import Image, write_text
+from samda.task import Task
 from samda.version import __version__
 
 PURPOSE = "Research use only. Not for diagnosis, treatment or any other clinical decision."
@@ -158,6 +163,28 @@ def curve(history: Sequence[Mapping[str, Any]], keys: Sequence[str], x: str = "e
         axes.set_ylabel(_literal(key))
         axes.grid(alpha=0.3)
     return _figure(figure, f"{', '.join(keys)} by {x}", caption)
+
+
+def scan_slices(
+    image: Image, maps: Mapping[str, str | Path], task: Task, mapped: Sequence[str] = ()
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Slices (n, C, H, W) of a scan as the network sees them, and (n, H, W) of label maps on its grid.
+
+    Args:
+        image: the scan.
+        maps: name -> file; their values are class indices.
+        task: geometry and intensities.
+        mapped: names of those whose values are ids of the data set instead, see :func:`samda.data.labels.label_map`.
+    """
+    keys = list(maps)
+    data = build_preprocessing(task, labels=False)({"image": image} | {key: str(path) for key, path in maps.items()})
+    steps: list[Any] = [LoadScand(keys), EnsureChannelFirstd(keys)]
+    steps += [Orientationd(keys, axcodes="RAS", labels=RAS_LABELS), CheckSameGridd(keys)]
+    data = Preprocessing([*steps, MapLabelsd(mapped, task)] if mapped else steps)(data)
+    grid = SliceGrid.from_volume(data["image"], data["image"].affine, task)
+    every = range(grid.num_slices)
+    labels = {key: grid.extract_labels(data[key], every).numpy() for key in keys}
+    return grid.extract(data["image"], every).numpy(), labels
 
 
 def pick_slices(labels: np.ndarray, count: int = 3) -> list[int]:

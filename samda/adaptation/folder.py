@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of scans, case by case: resumable, interruptible, and a bad scan does not stop the others.
+"""Adaptation to a folder of scans, case by case: it can be interrupted and resumed, and a bad scan stops no other.
 
     OUT/<case>.nii.gz                  the map to use: adapted where accepted, else the source's byte for byte
     OUT/details/<case>/source.nii.gz   the plain prediction
@@ -13,14 +13,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import errno
 import io
 import logging
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from samda.data.datalists import Case
 from samda.errors import InputError, SamdaError, UsageError
 from samda.inference.predict import refuse_own_folder
 from samda.inference.writer import check_output_folder, label_path, write_labels, write_probabilities
-from samda.io import files_of, replacing, write_json, write_text
+from samda.io import files_of, new_folder, replacing, write_json, write_text
 from samda.processes import Shard
 from samda.progress import Cases
 from samda.provenance import conceal, now, path_sha256
@@ -46,19 +45,16 @@ SAME = {"config_sha256": "settings", "adapter_sha256": "model", "model_sha256": 
 
 @dataclasses.dataclass
 class AdaptRun:
-    """What became of the cases of a folder.
-
-    Attributes:
-        output: the folder.
-        records: case name -> record, in the order of the cases.
-        resumed: cases that were finished before.
-        failed: case name -> why it has no result, in one line.
-    """
+    """The results of a folder."""
 
     output: Path
-    records: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    resumed: list[str] = dataclasses.field(default_factory=list)
-    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    records: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # by case, in their order
+    resumed: list[str] = dataclasses.field(default_factory=list)  # cases that were finished before
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Case name -> why it has no result, in one line."""
+        return {name: record["error"] for name, record in self.records.items() if record["decision"] == "failed"}
 
     @property
     def counts(self) -> dict[str, int]:
@@ -73,7 +69,7 @@ class AdaptRun:
 
 
 def details_folder(output: str | Path, case: str) -> Path:
-    """Where everything of a case lies but its final label map."""
+    """The folder of a case, with everything but its final label map."""
     return Path(output) / "details" / case
 
 
@@ -92,29 +88,24 @@ def adapt_folder(
     """Adapt to every case; finished ones are skipped, so an interrupted run continues where it stopped.
 
     Args:
-        adaptation: what to do with each.
+        adaptation: the adaptation.
         cases: of :func:`samda.data.datalists.find_cases`; labels in them are not read.
         output: folder of the results.
         report: file of the records; None takes `output`/run.jsonl.
         dry_run: decide and record, but write no label map except the source's.
-        keep_names: records carry the names of the files instead of pseudonyms.
+        keep_names: records contain file names instead of pseudonyms.
         keep_tensors: keep the adapted parameters of accepted cases, from which a site version is distilled.
         overwrite: reprocess finished cases, also those of other settings.
-        part: the cases that this process does; None does all. The lists then hold what all parts have finished so far.
+        part: the share of this process; None does all. The lists then hold what all parts have finished so far.
         on_case: called with name and record of each case.
 
-    Returns:
-        The records of all cases, or of those of `part`.
-
     Raises:
-        UsageError: `output` holds results of another model or other settings, or cannot be written to; `overwrite` is
-            asked of a part.
+        UsageError: `output` holds results of another model or other settings, or cannot be written to.
         SamdaError: the disk is full; finished cases stay.
     """
     if part is not None and overwrite:
         raise UsageError(
-            f"part {part} cannot overwrite: results of before would count as those of the other parts; choose another "
-            "output folder"
+            f"part {part} cannot overwrite: older results would count as finished; use a new output folder"
         )
     folder = check_output_folder(output)
     refuse_own_folder(cases, folder)
@@ -132,18 +123,12 @@ def adapt_folder(
                     run.resumed.append(name)
                 record = finished or job.do(case)
                 run.records[name] = record
-                if record["decision"] == "failed":
-                    run.failed[name] = record["error"]
                 if on_case:
                     on_case(name, record)
                 progress.next()
     finally:  # also after Ctrl-C: what is finished is recorded
         try:
-            path = Path(report) if report else folder / "run.jsonl"
-            if part is None:
-                _write_lists(folder, run.records, path)
-            else:
-                _write_shared_lists(job, cases, path)
+            job.write_lists(Path(report or folder / "run.jsonl"), cases, run.records if part is None else None)
         except OSError as error:  # on a full disk; the next run writes them from the records of the cases
             logger.error("the list of records could not be written: %s", error)
     return run
@@ -152,50 +137,40 @@ def adapt_folder(
 def collect(
     adaptation: Adaptation, cases: Sequence[Case], output: str | Path, dry_run: bool = False
 ) -> AdaptRun | None:
-    """What became of all cases, whichever process did them; None while any is missing."""
+    """The results of all cases, whichever process did them; None while any is missing."""
     found = _Job(adaptation, Path(output), dry_run).records(cases)
-    if len(found) < len(cases):
-        return None
-    failed = {name: record["error"] for name, record in found.items() if record["decision"] == "failed"}
-    return AdaptRun(Path(output), found, failed=failed)
+    return AdaptRun(Path(output), found) if len(found) == len(cases) else None
 
 
 def _hashed(case: Case) -> dict[str, Any]:
-    """The case with the hash of its files; without it where they cannot be read, which the adaptation will report."""
+    """The case with the hash of its files; without it where they are unreadable, which the adaptation will report."""
     try:
         return {**case, "input_sha256": path_sha256(case["image"])}
     except OSError:
         return dict(case)
 
 
+@dataclasses.dataclass
 class _Job:
-    """One case at a time, from scan to files."""
+    """The files of an adaptation in its output folder."""
 
-    def __init__(
-        self,
-        adaptation: Adaptation,
-        folder: Path,
-        dry_run: bool,
-        keep_names: bool = False,
-        keep_tensors: bool = False,
-    ) -> None:
-        self.adaptation, self.folder, self.dry_run = adaptation, folder, dry_run
-        self.keep_names, self.keep_tensors = keep_names, keep_tensors
-        self.about = adaptation.describe()
+    adaptation: Adaptation
+    folder: Path
+    dry_run: bool
+    keep_names: bool = False
+    keep_tensors: bool = False
+
+    def __post_init__(self) -> None:
+        self.about = self.adaptation.describe()
 
     def stored(self, case: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The record that lies there for this case."""
+        """The record in the folder of a case."""
         path = details_folder(self.folder, case["id"]) / "record.json"
         return read_record(path) if path.exists() else None
 
     def other(self, record: Mapping[str, Any]) -> list[str]:
         """What differs from the adaptation of a record."""
         return [what for key, what in SAME.items() if record[key] != self.about[key]]
-
-    def complete(self, case: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
-        """Is there what belongs to the record of a case that did not fail, the map to use included?"""
-        final = label_path(self.folder, case["id"], case["image"])
-        return record["dry_run"] == self.dry_run and (self.dry_run or final.exists())
 
     def refuse_other_settings(self, cases: Sequence[Mapping[str, Any]]) -> None:
         """Results of two configurations in one folder could not be told apart later."""
@@ -207,40 +182,41 @@ class _Job:
                     "folder, or overwrite them"
                 )
 
+    def own(self, case: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The record of a case, if it has these settings and its label map is there or the case failed."""
+        record = self.stored(case)
+        if record is None or record["dry_run"] != self.dry_run or self.other(record):
+            return None
+        complete = self.dry_run or label_path(self.folder, case["id"], case["image"]).exists()
+        return record if complete or record["decision"] == "failed" else None
+
     def records(self, cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        """The records that lie there, of these settings: of cases with their label map, and of those that failed."""
+        """The records of these settings by case, whichever process wrote them."""
         found = {}
         for case in cases:
-            try:
-                record = self.stored(case)
-            except InputError:  # another process is just replacing it
-                continue
-            if record is None or record["dry_run"] != self.dry_run or self.other(record):
-                continue
-            if record["decision"] == "failed" or self.complete(case, record):
-                found[case["id"]] = record
+            with contextlib.suppress(InputError):  # another process is just replacing it
+                if (record := self.own(case)) is not None:
+                    found[case["id"]] = record
         return found
 
     def finished(self, case: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The record of a case that needs nothing more."""
-        record = self.stored(case)
-        if record is None or record["decision"] == "failed" or not self.complete(case, record) or self.other(record):
+        """The record of a case that is complete and whose scan is the same."""
+        record = self.own(case)
+        if record is None or record["decision"] == "failed" or record["input_sha256"] != case.get("input_sha256"):
             return None
         details = details_folder(self.folder, case["id"])
-        there = all((details / file).exists() for file in record["output_files"].values())
-        return record if there and record["input_sha256"] == case.get("input_sha256") else None
+        return record if all((details / file).exists() for file in record["output_files"].values()) else None
 
     def do(self, case: Mapping[str, Any]) -> dict[str, Any]:
         """Adapt to a case and write its files; an unusable scan gives a record that says why."""
-        started, name = now(), case["id"]
-        paths = files_of(case["image"])
+        started, name, paths = now(), case["id"], files_of(case["image"])
+        result = None
         try:
             result = self.adaptation.adapt(case)
-            record, write = result.record, lambda place: self._write_maps(place, result)
+            record = result.record
         except Exception as error:
             logger.error("case %s: %s", name, " ".join(str(error).split()))
             logger.debug("case %s failed", name, exc_info=True)
-            result, write = None, lambda place: {}
             record = failed_record(self.about, case.get("input_sha256"), str(paths[0]), error, started)
         record["dry_run"] = self.dry_run
         if self.keep_names:
@@ -250,9 +226,7 @@ class _Job:
                 names = (*map(str, paths), *(path.name for path in paths), name)
                 record[key] = conceal(record[key], dict.fromkeys(names, record["case_id"]))
         try:
-            self._publish(case, record, write)
-            if result is not None and not self.dry_run:
-                self._publish_final(case, result)
+            self._publish(case, record, result)
         except BaseException as error:  # Ctrl-C, too: half a case leaves nothing
             shutil.rmtree(details_folder(self.folder, name), ignore_errors=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -262,23 +236,17 @@ class _Job:
             raise
         return record
 
-    def _publish(
-        self, case: Mapping[str, Any], record: dict[str, Any], write: Callable[[Path], dict[str, str]]
-    ) -> None:
-        """Write the folder of a case under a temporary name, then rename it."""
+    def _publish(self, case: Mapping[str, Any], record: dict[str, Any], result: AdaptedCase | None) -> None:
+        """Write the folder of a case, then the map to use."""
         place = details_folder(self.folder, case["id"])
         place.parent.mkdir(exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=place.parent))
-        try:
-            partial.chmod(0o755)
-            record["output_files"] = write(partial)
+        with new_folder(place) as partial:
+            record["output_files"] = {} if result is None else self._write_maps(partial, result)
             validate_record(record)
             write_json(partial / "record.json", record)
-            if place.exists():
-                shutil.rmtree(place)
-            os.replace(partial, place)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(place, ignore_errors=True)
+        if result is not None and not self.dry_run:
+            self._publish_final(case, result)
 
     def _write_maps(self, place: Path, result: AdaptedCase) -> dict[str, str]:
         task, image, affine = self.adaptation.task, result.scan, result.affine
@@ -296,7 +264,7 @@ class _Job:
         return files
 
     def _publish_final(self, case: Mapping[str, Any], result: AdaptedCase) -> None:
-        """The map to use; without an accepted change it is a copy of the source map, byte for byte."""
+        """The map to use; without an accepted change a copy of the source map, byte for byte."""
         final = label_path(self.folder, case["id"], case["image"])
         if result.record["labels_sha256"]["source"] != result.record["labels_sha256"]["final"]:
             write_labels(final, result.labels, self.adaptation.task.classes, result.scan, result.affine)
@@ -307,19 +275,17 @@ class _Job:
             with replacing(target) as temporary:
                 shutil.copyfile(origin, temporary)
 
-
-def _write_shared_lists(job: _Job, cases: Sequence[Mapping[str, Any]], report: Path) -> None:
-    """The lists of all parts. Whoever writes looks again afterwards, so the last lists miss no case."""
-    written = None
-    while (found := job.records(cases)) != written:
-        _write_lists(job.folder, found, report)
-        written = found
-
-
-def _write_lists(folder: Path, found: Mapping[str, dict[str, Any]], report: Path) -> None:
-    write_lines(report, list(found.values()))
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow(["case_id", "case", "decision", "reason"])
-    table.writerows([r["case_id"], name, r["decision"], r["reason"]] for name, r in found.items())
-    write_text(folder / "cases.csv", text.getvalue())
+    def write_lists(
+        self, report: Path, cases: Sequence[Mapping[str, Any]], found: Mapping[str, dict[str, Any]] | None
+    ) -> None:
+        """The records and the table of names; of all parts where `found` is None."""
+        shared, written = found is None, None
+        found = self.records(cases) if found is None else found
+        while found != written:  # whoever writes looks again afterwards, so the last lists miss no case
+            write_lines(report, list(found.values()))
+            text = io.StringIO()
+            table = csv.writer(text)
+            table.writerow(["case_id", "case", "decision", "reason"])
+            table.writerows([r["case_id"], name, r["decision"], r["reason"]] for name, r in found.items())
+            write_text(self.folder / "cases.csv", text.getvalue())
+            written, found = found, self.records(cases) if shared else found

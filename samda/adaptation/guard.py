@@ -1,31 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guard: may the adapted prediction replace the plain one? A pure function of a few numbers, no images, no labels.
 
-Both predictions are judged alike, by how far they agree with what the model saw at training time (`plausibility`, see
-:mod:`samda.adaptation.alignment`) and by how far the views of a slice agree with each other. So a fifty-fold growth
-of an organ passes where it leads to an organ of the usual size at the usual place, and an entropy that falls because
-everything became background does not.
+Both predictions are judged alike: by their plausibility, that is the agreement of their shapes with the training slices
+(:mod:`samda.adaptation.alignment`), and by the agreement of the views of a slice. So an organ may grow fifty-fold where
+the result has the usual size and position, and entropy that falls because everything became background is not accepted.
 
-Every decision carries one of these reason codes:
-
-======================= ================================================================================================
-accepted                the adapted prediction is more plausible or better agreed upon, and not much worse in the other
-accepted_unchanged      no voxel changed, no iterate was better, or no step was taken
-skipped_quality         before adapting: the source prediction is plausible and its views agree; there is little to gain
-skipped_empty           before adapting: no view shows any foreground; a person should look at the scan
-fallback_vanished       a class that the source predicts plausibly is gone (TENT's collapse ends here)
-fallback_volume         a class grew or shrank beyond the limit, became implausible, and the whole less plausible
-fallback_plausibility   the adapted prediction fits the source statistics worse than better agreement makes good
-fallback_agreement      the views agree much less, or neither agreement nor plausibility rose
-fallback_drift          the features came no nearer to those of the training slices, as they do where a shift is undone
-fallback_entropy        certainty rose while agreement fell: the sign of a prediction that talks itself into something
-fallback_nonfinite      a loss, parameter or output was not finite
-fallback_timeout        the time limit of the case passed
-fallback_oom            memory ran out
-fallback_error          any other error while adapting
-failed_input            the scan cannot be used; there is no prediction at all
-failed_error            an error before there was a source prediction
-======================= ================================================================================================
+Every decision carries one of the codes of :data:`REASONS`.
 """
 
 from __future__ import annotations
@@ -37,24 +17,24 @@ from typing import Any
 
 from samda.errors import UsageError, check_numbers
 
-REASONS = (
-    "accepted",
-    "accepted_unchanged",
-    "skipped_quality",
-    "skipped_empty",
-    "fallback_vanished",
-    "fallback_volume",
-    "fallback_plausibility",
-    "fallback_agreement",
-    "fallback_drift",
-    "fallback_entropy",
-    "fallback_nonfinite",
-    "fallback_timeout",
-    "fallback_oom",
-    "fallback_error",
-    "failed_input",
-    "failed_error",
-)
+REASONS = {
+    "accepted": "the adapted prediction is more plausible or its views agree better, and neither is much worse",
+    "accepted_unchanged": "no voxel changed, no iterate was better, or no step was taken",
+    "skipped_quality": "before adapting: the source prediction is plausible and its views agree",
+    "skipped_empty": "before adapting: no view shows any foreground; a person should look at the scan",
+    "fallback_vanished": "a class that the source predicts plausibly is gone (TENT's collapse)",
+    "fallback_volume": "a class grew or shrank beyond the limit, became implausible, and the whole less plausible",
+    "fallback_plausibility": "plausibility fell by more than better agreement makes up for",
+    "fallback_agreement": "the views agree much less, or neither agreement nor plausibility rose",
+    "fallback_drift": "the features did not come closer to those of the training slices",
+    "fallback_entropy": "certainty rose while agreement fell: the sign of confirmation bias",
+    "fallback_nonfinite": "a loss, parameter or output was not finite",
+    "fallback_timeout": "the time limit of the case passed",
+    "fallback_oom": "out of memory",
+    "fallback_error": "any other error while adapting",
+    "failed_input": "the scan cannot be used; there is no prediction",
+    "failed_error": "an error before there was a source prediction",
+}
 
 
 def mean_plausibility(plausibility: Mapping[str, float | None], absent: float) -> float:
@@ -65,22 +45,13 @@ def mean_plausibility(plausibility: Mapping[str, float | None], absent: float) -
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What is known of one prediction without labels. Foreground classes only.
-
-    Attributes:
-        volumes_ml: volume of each class.
-        plausibility: of each class, 0 to 1; None where the prediction lacks it.
-        agreement: between the views, see :func:`samda.adaptation.agreement.agreement`; NaN with a single view.
-        entropy: mean normalized entropy on the foreground.
-        drift: distance of the features from those of the training slices, see
-            :class:`samda.adaptation.alignment.FeatureAlignment`; NaN where it was not measured.
-    """
+    """What is known of one prediction without labels; mappings have the foreground classes."""
 
     volumes_ml: Mapping[str, float]
-    plausibility: Mapping[str, float | None]
-    agreement: float
-    entropy: float
-    drift: float = math.nan
+    plausibility: Mapping[str, float | None]  # 0 to 1; None where the prediction lacks the class
+    agreement: float  # of the views, see samda.adaptation.agreement; NaN with a single view
+    entropy: float  # mean normalized entropy on the foreground
+    drift: float = math.nan  # see samda.adaptation.alignment.FeatureAlignment; NaN where it was not measured
 
     def score(self, absent: float) -> float:
         """See :func:`mean_plausibility`."""
@@ -94,34 +65,19 @@ class Evidence:
 
 @dataclasses.dataclass(frozen=True)
 class GuardSettings:
-    """Thresholds of the guard.
+    """Thresholds of the guard."""
 
-    Args:
-        skip_agreement: the views of the source prediction agree at least so well: nothing to gain. Above 1 never skips.
-        skip_plausibility: ... and it is at least so plausible.
-        absent: plausibility that counts for a class that a prediction lacks: between a wrong organ and a right one.
-        plausible: from here on a class of the source prediction must not vanish, and an adapted one may have any size.
-        vanished: a class whose volume falls below this share of the source's has vanished.
-        volume_factor: growth or shrinkage of a class that needs no justification.
-        minor: share of the adapted foreground below which a class's change of volume needs none either.
-        tolerance: loss of plausibility that better agreement makes good, and loss of agreement that better
-            plausibility makes good; for a class that grew or shrank beyond its limit, the loss of its own plausibility.
-        regain: loss of the whole's plausibility at which a class may still grow or shrink beyond its limit.
-        drift_factor: the features must be at most so far from the source's as this share of what they were.
-        improvement: plausibility or agreement must rise by more than this.
-    """
-
-    skip_agreement: float = 0.8
-    skip_plausibility: float = 0.9
-    absent: float = 0.3
-    plausible: float = 0.5
-    vanished: float = 0.1
-    volume_factor: float = 2.0
-    minor: float = 0.05
-    tolerance: float = 0.1
-    regain: float = 0.02
-    drift_factor: float = 0.95
-    improvement: float = 0.0
+    skip_agreement: float = 0.8  # skip where the views of the source prediction agree this well; above 1 never skips
+    skip_plausibility: float = 0.9  # ... and it is this plausible
+    absent: float = 0.3  # plausibility of a class that a prediction lacks: between a wrong organ and a right one
+    plausible: float = 0.5  # from here a class of the source must not vanish, and an adapted one may have any size
+    vanished: float = 0.1  # a class has vanished below this share of the source's volume
+    volume_factor: float = 2.0  # growth or shrinkage of a class that is always allowed
+    minor: float = 0.05  # changes of volume below this share of the adapted foreground are always allowed
+    tolerance: float = 0.1  # largest loss of plausibility, of agreement, and of a resized class's own plausibility
+    regain: float = 0.02  # loss of the mean plausibility from which no class may be resized implausibly
+    drift_factor: float = 0.95  # largest drift, as a share of the source's
+    improvement: float = 0.0  # plausibility or agreement must rise by more than this
 
     def to_dict(self) -> dict[str, float]:
         """Plain values for the record."""
@@ -153,33 +109,20 @@ class Decision:
 
 
 def before(source: Evidence, shown: bool, settings: GuardSettings) -> Decision | None:
-    """Is there a reason not to adapt at all?
-
-    Args:
-        source: of the source prediction.
-        shown: does any view show foreground on any slice that would be adapted on?
-        settings: thresholds.
-    """
+    """A reason not to adapt at all; `shown`: does any view show foreground on any slice that would be adapted on?"""
     if not shown and not any(source.volumes_ml.values()):
         return Decision.of("skipped_empty", "neither the scan nor any view of it shows foreground; look at the scan")
     score = source.score(settings.absent)
     if source.agreement >= settings.skip_agreement and score >= settings.skip_plausibility:
         numbers = f"views agree to {source.agreement:.3f}, plausibility {score:.2f}"
-        return Decision.of("skipped_quality", f"the source prediction needs no help: {numbers}")
+        return Decision.of("skipped_quality", f"the source prediction is good: {numbers}")
     return None
 
 
 def after(
     source: Evidence, adapted: Evidence, settings: GuardSettings, last: tuple[float, float] | None = None
 ) -> Decision:
-    """Accept the adapted prediction or fall back to the source's.
-
-    Args:
-        source: of the source prediction.
-        adapted: of the kept iterate.
-        settings: thresholds.
-        last: (agreement, entropy) of the last iterate.
-    """
+    """Accept the kept iterate or fall back to the source; `last` is (agreement, entropy) of the last iterate."""
     for name, volume in source.volumes_ml.items():
         reason = _class_reason(name, volume, source, adapted, settings)
         if reason is not None:
@@ -194,12 +137,12 @@ def after(
         return Decision.of("fallback_plausibility", f"plausibility fell by {-gain:.3f}")
     agreement = "" if single else f"agreement {source.agreement:.3f} -> {adapted.agreement:.3f}, "
     if agreed < -settings.tolerance:
-        return Decision.of("fallback_agreement", f"{agreement}which plausibility {gain:+.3f} does not make good")
+        return Decision.of("fallback_agreement", f"{agreement}plausibility {gain:+.3f}: views agree much less")
     if max(agreed, gain) <= settings.improvement:
         return Decision.of("fallback_agreement", f"{agreement}plausibility {gain:+.3f}: no gain")
     if adapted.drift > settings.drift_factor * source.drift:
         moved = f"{source.drift:.3f} -> {adapted.drift:.3f}"
-        return Decision.of("fallback_drift", f"the features came no nearer to the source's: {moved}")
+        return Decision.of("fallback_drift", f"the features did not come closer to the source's: {moved}")
     if last is not None and last[0] < source.agreement and last[1] < source.entropy and gain <= settings.improvement:
         return Decision.of("fallback_entropy", "at the last step the views agreed less while each was more certain")
     return Decision.of("accepted", f"{agreement}plausibility {gain:+.3f}")
@@ -209,21 +152,17 @@ def _class_reason(
     name: str, volume: float, source: Evidence, adapted: Evidence, settings: GuardSettings
 ) -> Decision | None:
     """A reason to fall back that one class gives."""
-    now = adapted.volumes_ml[name]
-    was_plausible, is_plausible = source.plausibility[name], adapted.plausibility[name]
-    if volume and now < settings.vanished * volume and (was_plausible or 0.0) >= settings.plausible:
-        return Decision.of(
-            "fallback_vanished",
-            f"{name}: {volume:.1f} ml of plausibility {was_plausible:.2f} shrank to {now:.1f} ml",
-        )
+    now, was, is_ = adapted.volumes_ml[name], source.plausibility[name], adapted.plausibility[name]
+    if volume and now < settings.vanished * volume and was is not None and was >= settings.plausible:
+        text = f"{name}: {volume:.1f} ml of plausibility {was:.2f} shrank to {now:.1f} ml"
+        return Decision.of("fallback_vanished", text)
     large, small = max(volume, now), min(volume, now)
-    foreground = sum(adapted.volumes_ml.values())
-    if large > settings.volume_factor * small and large - small > settings.minor * foreground:
-        gain = (settings.absent if is_plausible is None else is_plausible) - (
-            settings.absent if was_plausible is None else was_plausible
-        )
-        whole = adapted.score(settings.absent) - source.score(settings.absent)
-        odd = is_plausible is None or is_plausible < settings.plausible
-        if odd and gain < -settings.tolerance and whole <= -settings.regain:
-            return Decision.of("fallback_volume", f"{name}: {volume:.1f} -> {now:.1f} ml and plausibility {gain:+.2f}")
+    if large <= settings.volume_factor * small or large - small <= settings.minor * sum(adapted.volumes_ml.values()):
+        return None
+    old, new = (settings.absent if value is None else value for value in (was, is_))
+    whole = adapted.score(settings.absent) - source.score(settings.absent)
+    odd = is_ is None or is_ < settings.plausible
+    if odd and new - old < -settings.tolerance and whole <= -settings.regain:
+        text = f"{name}: {volume:.1f} -> {now:.1f} ml and plausibility {new - old:+.2f}"
+        return Decision.of("fallback_volume", text)
     return None

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unsupervised objectives: what a case without labels is asked to satisfy while its adapter moves.
+"""Unsupervised objectives of an adaptation.
 
-One interface for all of them. `prepare` sees the source model's logits of every view once and returns whatever the
-objective keeps of them (pseudo-labels, nothing); `loss` turns the current logits into one scalar. Logits have the
-shape (V, N, K, h, w): V views of N slices, views mapped back onto the identity's grid, K classes with background first
-(K = 1: one foreground logit). All losses are means over pixels, so a learning rate holds for every image size.
+`prepare` receives the source model's logits once and returns what the objective keeps of them (pseudo-labels, nothing);
+`loss` turns the current logits into a scalar. Logits have the shape (V, N, K, h, w): V views of N slices, flips undone,
+K classes with background first (K = 1: one foreground logit). All losses are means over pixels, so a learning rate
+holds for every image size.
 
 Notation: p_v = softmax z_v, pbar = mean_v p_v, H the entropy of a pixel, h = H / ln K in [0, 1], sg = stop-gradient.
 """
@@ -26,9 +26,8 @@ from samda.errors import UsageError, check_numbers, from_mapping, nearest
 from samda.inference.volume import largest
 
 CLASS_DIM = -3  # of (..., K, h, w)
-# settings of objectives; all are numbers from 0
-POSITIVE = ("keep", "slack")
-SHARES = ("keep", "quota")
+POSITIVE = ("keep", "slack")  # settings that may not be 0
+SHARES = ("keep", "quota")  # settings of at most 1
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
@@ -63,8 +62,7 @@ def soft_dice(p: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None
 
     The squared form is 1 exactly where both agree, whatever the values, so agreement of unsure views costs nothing.
     """
-    if weight is None:
-        weight = p.new_ones(())
+    weight = p.new_ones(()) if weight is None else weight
     dims = (-4, -2, -1)
     overlap = (weight * p * target).sum(dims)
     total = (weight * (p * p + target * target)).sum(dims)
@@ -73,22 +71,14 @@ def soft_dice(p: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Base: adapts nothing. A subclass sets its defaults of `steps` and `lr` and overrides `loss`.
-
-    Args:
-        steps: optimizer steps when the person names none.
-        lr: learning rate (Adam) when the person names none.
-        anchor: weight of |theta - theta_0|^2 / |theta_0|^2, added by the engine.
-        align: weight of the distance of the features from the source's, added by the engine, see
-            :mod:`samda.adaptation.alignment`.
-    """
+    """Base: a subclass sets its defaults of `steps` and `lr` and overrides `loss`."""
 
     name: ClassVar[str] = ""
 
-    steps: int = 8
-    lr: float = 1e-3
-    anchor: float = 0.0
-    align: float = 0.0
+    steps: int = 8  # optimizer steps, where the settings name none
+    lr: float = 1e-3  # learning rate of Adam, where the settings name none
+    anchor: float = 0.0  # weight of |theta - theta_0|^2 / |theta_0|^2, added by the loop
+    align: float = 0.0  # weight of the distance of the features, see samda.adaptation.alignment, added by the loop
 
     def __post_init__(self) -> None:
         where = f"method {self.name!r}"
@@ -110,13 +100,13 @@ class Objective:
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
-        """Plain values for the record, without steps and rate, which the engine may override."""
+        """Plain values for the record, without steps and rate, which the adaptation's settings may override."""
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in ("steps", "lr")}
 
 
 @dataclasses.dataclass(frozen=True)
 class NoAdaptation(Objective):
-    """The source model as it is: the row to compare with."""
+    """The source model unchanged, for comparison."""
 
     name: ClassVar[str] = "none"
     steps: int = 0
@@ -148,43 +138,37 @@ class Memo(Objective):
 def kept_views(log_p: torch.Tensor, keep: float) -> torch.Tensor:
     """Per slice, the views of lowest mean entropy: indices (kept, N), kept = max(1, ceil(keep V)), lowest first."""
     scores = entropy(log_p.detach()).mean((-2, -1))  # (V, N)
-    count = max(1, math.ceil(keep * len(scores) - 1e-9))
-    return scores.argsort(dim=0, stable=True)[:count]
+    return scores.argsort(dim=0, stable=True)[: _share_of(len(scores), keep)]
 
 
-def take_views(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Choose views per slice: values (V, N, ...), index (kept, N) -> (kept, N, ...)."""
-    return values[index, torch.arange(values.shape[1], device=values.device)]
+def confident_views(log_p: torch.Tensor, keep: float) -> torch.Tensor:
+    """Those views of each slice: (V, N, K, h, w) -> (kept, N, K, h, w)."""
+    return log_p[kept_views(log_p, keep), torch.arange(log_p.shape[1], device=log_p.device)]
+
+
+def _share_of(count: int, keep: float) -> int:
+    """ceil(keep count), at least 1; not one more where keep count is whole but for rounding."""
+    return max(1, math.ceil(keep * count - 1e-9))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tpt(Objective):
-    """TPT (arXiv 2209.07511): MEMO over the most confident views of each slice.
-
-    Args:
-        keep: fraction of the views kept; the paper keeps 0.1 of 64, 0.25 suits 8 views.
-    """
+    """TPT (arXiv 2209.07511): MEMO over the most confident views of each slice."""
 
     name: ClassVar[str] = "tpt"
-    keep: float = 0.25
+    keep: float = 0.25  # fraction of the views; the paper keeps 0.1 of 64
 
     def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
-        log_p = log_probabilities(logits)
-        return entropy(mean_log_probabilities(take_views(log_p, kept_views(log_p, self.keep)))).mean()
+        return entropy(mean_log_probabilities(confident_views(log_probabilities(logits), self.keep))).mean()
 
 
 @dataclasses.dataclass(frozen=True)
 class SamDa(Objective):
-    """SAM-DA (arXiv 2501.06836) as in its first author's code: normalized entropy of the most confident views.
-
-    Args:
-        keep: fraction of the views kept.
-        reduce: "mean_entropy" averages the views' entropies, "entropy_of_mean" takes the entropy of their mean.
-    """
+    """SAM-DA (arXiv 2501.06836) as in its first author's code: normalized entropy of the most confident views."""
 
     name: ClassVar[str] = "sam_da"
-    keep: float = 0.25
-    reduce: str = "mean_entropy"
+    keep: float = 0.25  # fraction of the views
+    reduce: str = "mean_entropy"  # mean of the views' entropies, or "entropy_of_mean": entropy of their mean
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,8 +176,7 @@ class SamDa(Objective):
             raise UsageError(f"objective 'sam_da': reduce must be mean_entropy or entropy_of_mean, got {self.reduce!r}")
 
     def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
-        log_p = log_probabilities(logits)
-        kept = take_views(log_p, kept_views(log_p, self.keep))
+        kept = confident_views(log_probabilities(logits), self.keep)
         if self.reduce == "entropy_of_mean":
             kept = mean_log_probabilities(kept)
         return normalized_entropy(kept).mean()
@@ -210,51 +193,40 @@ def class_balanced_entropy(log_p: torch.Tensor, keep: float) -> torch.Tensor:
     for c in range(log_p.shape[CLASS_DIM]):
         values = h[predicted == c]
         if len(values):
-            count = max(1, math.ceil(keep * len(values) - 1e-9))
-            terms.append(values.topk(count, largest=False, sorted=False).values.mean() if keep < 1 else values.mean())
+            kept = values.topk(_share_of(len(values), keep), largest=False).values if keep < 1 else values
+            terms.append(kept.mean())
     return torch.stack(terms).mean()
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassEntropy(Objective):
-    """Class-balanced entropy: the mean over predicted classes of the entropy on their most confident pixels.
-
-    Args:
-        keep: fraction of the pixels predicted as a class, most confident first.
-    """
+    """Class-balanced entropy: the mean over predicted classes of the entropy on their most confident pixels."""
 
     name: ClassVar[str] = "class_entropy"
-    keep: float = 1.0
+    keep: float = 1.0  # fraction of the pixels predicted as a class, most confident first
 
     def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
         return class_balanced_entropy(log_probabilities(logits), self.keep)
 
 
-def view_disagreement(p: torch.Tensor) -> torch.Tensor:
-    """1 - soft Dice of each view's foreground with the next view's, which is held fixed; p (V, N, K, h, w)."""
-    return (1.0 - soft_dice(p, p.detach().roll(-1, 0))[..., 1:]).mean()
-
-
 @dataclasses.dataclass(frozen=True)
 class Consistency(Objective):
-    """Two altered views of one slice must agree: 1 - soft Dice(p_a, sg p_b) over the foreground (DG-TTA's loss).
-
-    View v learns from view v + 1 (cyclically), so every view is student once and teacher once.
-    """
+    """Views of a slice must agree: 1 - soft Dice(p_v, sg p_{v+1}) over the foreground, v cyclic (DG-TTA's loss)."""
 
     name: ClassVar[str] = "consistency"
 
     def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
-        return view_disagreement(log_probabilities(logits).exp())
+        p = log_probabilities(logits).exp()
+        return (1.0 - soft_dice(p, p.detach().roll(-1, 0))[..., 1:]).mean()
 
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """Pseudo-labels: mean source prediction q (N, K, h, w), its classes (N, h, w), trusted pixels (N, h, w)."""
+    """Pseudo-labels of the source model."""
 
-    q: torch.Tensor
-    labels: torch.Tensor
-    trusted: torch.Tensor
+    q: torch.Tensor  # (N, K, h, w) mean prediction
+    labels: torch.Tensor  # (N, h, w) its classes
+    trusted: torch.Tensor  # (N, h, w) where they are used
 
 
 def trusted_targets(logits: torch.Tensor, threshold: float, quota: float) -> Targets:
@@ -296,14 +268,10 @@ def fit_targets(log_p: torch.Tensor, target: torch.Tensor, targets: Targets, bal
 
 @dataclasses.dataclass(frozen=True)
 class PseudoLabel(Objective):
-    """Hard pseudo-labels of the mean source prediction: CE + Dice where it is confident.
-
-    Args:
-        threshold: least mean probability of a trusted pixel.
-    """
+    """Hard pseudo-labels of the mean source prediction: CE + Dice where it is confident."""
 
     name: ClassVar[str] = "pseudo_label"
-    threshold: float = 0.9
+    threshold: float = 0.9  # least mean probability of a trusted pixel
 
     def prepare(self, logits: torch.Tensor) -> Targets:
         return trusted_targets(logits, self.threshold, quota=0.0)
@@ -321,22 +289,15 @@ class Anchored(Objective):
     L = mean_v [CE(p_v, q) + Dice(p_v, q)] on trusted pixels, classes balanced
         + confident * class-balanced entropy + size * L_size + anchor * |theta - theta_0|^2 / |theta_0|^2
     L_size = mean over foreground c of max(0, |ln(pi_c / pi0_c)| - ln slack)^2, pi_c the mean probability of class c
-
-    Args:
-        threshold: least mean probability of a trusted pixel.
-        quota: fraction of each predicted class that is trusted in any case, most confident first.
-        confident: weight of the class-balanced entropy.
-        size: weight of the size term.
-        slack: factor by which a class may grow or shrink at no cost.
     """
 
     name: ClassVar[str] = "anchored"
     anchor: float = 0.01
-    threshold: float = 0.9
-    quota: float = 0.2
+    threshold: float = 0.9  # least mean probability of a trusted pixel
+    quota: float = 0.2  # fraction of each predicted class that is trusted in any case, most confident first
     confident: float = 0.1
     size: float = 0.1
-    slack: float = 2.0
+    slack: float = 2.0  # factor by which a class may grow or shrink at no cost
 
     def prepare(self, logits: torch.Tensor) -> Targets:
         return trusted_targets(logits, self.threshold, self.quota)
@@ -361,9 +322,8 @@ class Default(Consistency):
 
     L = align * A + mean (1 - soft Dice of neighboring views)
 
-    A is the distance of the features, see :class:`samda.adaptation.alignment.FeatureAlignment`. Alignment undoes what
-    the scanner did to the features, which no agreement between views can; agreement settles what it uncovers. Neither
-    has a trivial answer such as an empty map.
+    A is the distance of the features, see :class:`samda.adaptation.alignment.FeatureAlignment`. Neither term has a
+    trivial minimum such as an empty map.
     """
 
     name: ClassVar[str] = "default"

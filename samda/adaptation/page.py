@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One HTML page per run: what was decided for the site, which cases to look at first, and what changed in them."""
+"""One HTML page per run: decisions, cases to look at first, and the changes in them."""
 
 from __future__ import annotations
 
+import collections
 import logging
 import math
 import statistics
@@ -11,15 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from monai.transforms import EnsureChannelFirstd, Orientationd
 
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.folder import AdaptRun, details_folder
 from samda.adaptation.record import CURVES
 from samda.data.datalists import Case, find_pairs
 from samda.data.labels import MapLabelsd
-from samda.data.slices import SliceGrid
-from samda.data.transforms import RAS_LABELS, CheckSameGridd, LoadScand, Preprocessing
 from samda.errors import SamdaError
 from samda.inference.evaluate import score_files
 from samda.inference.writer import label_path
@@ -34,6 +32,7 @@ from samda.report import (
     paragraph,
     pick_slices,
     pictures,
+    scan_slices,
     section,
     table,
 )
@@ -48,11 +47,7 @@ CaseScores = dict[str, dict[str, tuple[float, float]]]  # case -> class -> Dice 
 
 
 def score_run(run: AdaptRun, labels: str | Path, task: Task) -> CaseScores:
-    """Dice before and after of every case that has a label, for each foreground class; NaN where neither has it.
-
-    Raises:
-        InputError: no label belongs to any case.
-    """
+    """Dice before and after of every case with a label, per foreground class; InputError where no case has one."""
     pairs, dataset_labels = find_pairs(run.output, labels)
     mapping = MapLabelsd("label", task, dataset_labels)
     scores: CaseScores = {}
@@ -88,24 +83,18 @@ def write_page(
     scores: CaseScores | None = None,
     keep_names: bool = False,
 ) -> Path:
-    """Write `report.html` into the folder of a run.
-
-    Args:
-        adaptation: what the cases were adapted with.
-        run: of these cases.
-        cases: where their scans are.
-        scores: Dice before and after, where labels were given.
-        keep_names: show the names of the files instead of pseudonyms.
-    """
+    """Write `report.html` into the folder of a run; with the names of its `cases`, or their pseudonyms."""
     shown = {case: case if keep_names else record["case_id"] for case, record in run.records.items()}
-    order = look_first(run.records)
+    order = look_first(run.records)[:SHOWN]
     images = {case["id"]: case["image"] for case in cases}
-    parts = [_summary(adaptation, run), _first(run, order[:SHOWN], shown)]
-    if scores:
-        parts.append(_scores(scores, shown))
-    parts.append(_all_cases(run, shown))
-    for case in order[:SHOWN]:
-        parts.append(_case(adaptation, run, case, images.get(case), shown[case]))
+    first = [[shown[case], run.records[case]["reason"], _why(run.records[case])] for case in order]
+    parts = [
+        _summary(adaptation, run),
+        section("Cases to look at first", [table(["case", "reason", "why"], first)]),
+        *([_scores(scores, shown)] if scores else []),
+        _all_cases(run, shown),
+        *(_case(adaptation, run, case, images.get(case), shown[case]) for case in order),
+    ]
     record = next(iter(run.records.values()), {})
     settings = adaptation.settings
     about = {"method": settings.method, "scope": settings.scope, "model version": adaptation.version}
@@ -114,11 +103,7 @@ def write_page(
 
 
 def look_first(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The cases in the order in which a person should look at them.
-
-    What failed, and what showed nothing; then accepted changes, the largest first, for those are in use; then what fell
-    back; last what needed no help.
-    """
+    """Cases in the order of review: failed, empty, changed (largest change first), fallbacks, unchanged."""
     ranks = {"failed": 0, "accepted": 2, "fallback": 3, "skipped": 4}
 
     def key(case: str) -> tuple[float, float]:
@@ -133,10 +118,7 @@ def look_first(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _summary(adaptation: Adaptation, run: AdaptRun) -> str:
-    counts = run.counts
-    reasons: dict[str, int] = {}
-    for record in run.records.values():
-        reasons[record["reason"]] = reasons.get(record["reason"], 0) + 1
+    reasons = collections.Counter(record["reason"] for record in run.records.values())
     shifts = []
     for name in adaptation.task.classes[1:]:
         pairs = [r["volumes_ml"][name] for r in run.records.values() if r["decision"] == "accepted"]
@@ -147,8 +129,8 @@ def _summary(adaptation: Adaptation, run: AdaptRun) -> str:
         shifts.append([name, len(pairs), middle, min(ratios, default=None), max(ratios, default=None), gained, lost])
     total = len(run.records)
     pieces = [
-        paragraph(", ".join(f"{number} of {total} {what}" for what, number in counts.items())),
-        table(["reason", "cases"], sorted(reasons.items(), key=lambda item: -item[1])),
+        paragraph(", ".join(f"{number} of {total} {what}" for what, number in run.counts.items())),
+        table(["reason", "cases"], reasons.most_common()),
         table(
             ["class", "accepted cases", "median", "least", "largest", "appeared", "vanished"],
             shifts,
@@ -156,11 +138,6 @@ def _summary(adaptation: Adaptation, run: AdaptRun) -> str:
         ),
     ]
     return section("The site", pieces)
-
-
-def _first(run: AdaptRun, order: list[str], shown: Mapping[str, str]) -> str:
-    rows = [[shown[c], run.records[c]["reason"], _why(run.records[c])] for c in order]
-    return section("Cases to look at first", [table(["case", "reason", "why"], rows)])
 
 
 def _why(record: Mapping[str, Any]) -> str:
@@ -173,7 +150,9 @@ def _scores(scores: CaseScores, shown: Mapping[str, str]) -> str:
     known = [(before, after) for before, after in means.values() if not math.isnan(after - before)]
     worse = sum(after < before - WORSE for before, after in known)
     average = [sum(column) / len(known) for column in zip(*known, strict=True)] if known else [math.nan] * 2
-    text = f"{worse} of {len(known)} cases lost more than {WORSE} of mean Dice. Labels decided nothing."
+    text = (
+        f"{worse} of {len(known)} cases lost more than {WORSE} of mean Dice. The labels were not used for any decision."
+    )
     rows.append(["mean", *average, average[1] - average[0]])
     return section("Dice with the given labels", [paragraph(text), table(["case", "before", "after", "gain"], rows)])
 
@@ -214,35 +193,14 @@ def _overlays(adaptation: Adaptation, run: AdaptRun, case: str, image: Image) ->
     source = details_folder(run.output, case) / run.records[case]["output_files"]["source"]
     final = label_path(run.output, case, image)
     maps = {"before": source, "after": final} if final.exists() else {"before": source}
-    slices, labels = _slices(adaptation, image, maps)
+    slices, labels = scan_slices(image, maps, adaptation.task)
     before, after = labels["before"], labels.get("after", labels["before"])
     amount = (before != after).reshape(len(before), -1).sum(1)
     chosen = set(pick_slices(np.maximum(before, after), 3 if not amount.any() else 1))
     chosen |= {int(i) for i in np.argsort(-amount, kind="stable")[:2] if amount[i]}
     pieces = [legend(adaptation.task.classes), changed_legend()]
     for i in sorted(chosen):
-        columns = {
-            "before": paint(slices[i], before[i]),
-            "after": paint(slices[i], after[i]),
-            "changed": changed(slices[i], before[i], after[i]),
-        }
+        columns = {"before": paint(slices[i], before[i]), "after": paint(slices[i], after[i])}
+        columns["changed"] = changed(slices[i], before[i], after[i])
         pieces.append(pictures(columns, f"slice {i}"))
     return pieces
-
-
-def _slices(adaptation: Adaptation, image: Image, maps: Mapping[str, Path]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Slices (n, C, H, W) of a scan and (n, H, W) of label maps on its grid, as the network sees them."""
-    data = adaptation.preprocessing({"image": image} | {key: str(path) for key, path in maps.items()})
-    keys = list(maps)
-    steps = [
-        LoadScand(keys),
-        EnsureChannelFirstd(keys),
-        Orientationd(keys, axcodes="RAS", labels=RAS_LABELS),
-        CheckSameGridd(keys),
-    ]
-    data = Preprocessing(steps)(data)
-    grid = SliceGrid.from_volume(data["image"], data["image"].affine, adaptation.task)
-    every = range(grid.num_slices)
-    return grid.extract(data["image"], every).numpy(), {
-        key: grid.extract_labels(data[key], every).numpy() for key in keys
-    }

@@ -44,10 +44,10 @@ EMPTY: dict[str, Any] = {  # fields of a case that was not predicted
 
 @dataclasses.dataclass
 class Outcome:
-    """What the guard decided about a case, and what led to it; `decision` None while the case is being adapted to."""
+    """What the guard decided about a case, and on what evidence."""
 
     source: Evidence
-    decision: Decision | None = None
+    decision: Decision | None = None  # None until the guard has decided
     run: Trajectory | None = None
     adapted: Segmentation | None = None
     evidence: Evidence | None = None  # of `adapted`
@@ -67,7 +67,7 @@ def case_record(
     Args:
         about: model and settings, see :meth:`samda.adaptation.engine.Adaptation.describe`.
         case: the case.
-        outcome: what became of it.
+        outcome: of its adaptation.
         absent: plausibility that counts for an absent class.
         classes: names of the classes, background first.
     """
@@ -77,32 +77,30 @@ def case_record(
     curves: dict[str, list[float]] = {"agreement": [source.agreement], "entropy": [source.entropy]}
     if run is not None:
         curves = {curve: getattr(run, curve.removeprefix("param_")) for curve in CURVES}
-    return (
-        _frame(about, case.input_sha256, case.name, case.started)
-        | {curve: _plain(values) for curve, values in curves.items()}
-        | {
-            "seconds": {stage: round(seconds, 3) for stage, seconds in case.seconds.items()},
-            "seed": case.seed,
-            "slices": case.slices,
-            "views": [view.describe() for view in case.views],
-            "steps_run": len(run.loss) - 1 if run else 0,
-            "best_step": run.best_step if run else 0,
-            "volumes_ml": {c: [round(e.volumes_ml[c], 3) for e in (source, kept)] for c in source.volumes_ml},
-            "dice_source_adapted": _dice(case.source, outcome.adapted, classes),
-            "quality": {
-                "source": source.to_dict(absent),
-                "adapted": None if outcome.evidence is None else outcome.evidence.to_dict(absent),
-            },
-            **dataclasses.asdict(decision),
-            "error": outcome.error,
-        }
-    )
+    return {
+        **_frame(about, case.input_sha256, case.name, case.started),
+        **{curve: _plain(values) for curve, values in curves.items()},
+        "seconds": {stage: round(seconds, 3) for stage, seconds in case.seconds.items()},
+        "seed": case.seed,
+        "slices": case.slices,
+        "views": [view.describe() for view in case.views],
+        "steps_run": len(run.loss) - 1 if run else 0,
+        "best_step": run.best_step if run else 0,
+        "volumes_ml": {c: [round(e.volumes_ml[c], 3) for e in (source, kept)] for c in source.volumes_ml},
+        "dice_source_adapted": _dice(case.source, outcome.adapted, classes),
+        "quality": {
+            "source": source.to_dict(absent),
+            "adapted": None if outcome.evidence is None else outcome.evidence.to_dict(absent),
+        },
+        **dataclasses.asdict(decision),
+        "error": outcome.error,
+    }
 
 
 def failed_record(
     about: Mapping[str, Any], input_sha256: str | None, name: str, error: Exception, started: str
 ) -> dict[str, Any]:
-    """The record of a scan that gave no prediction; `name` stands in where its hash is not known."""
+    """The record of a scan without a prediction; the pseudonym is of `name` where the hash is unknown."""
     unusable = isinstance(error, SamdaError)
     return _frame(about, input_sha256, name, started) | {
         "decision": "failed",
@@ -113,7 +111,7 @@ def failed_record(
 
 
 def _frame(about: Mapping[str, Any], input_sha256: str | None, name: str, started: str) -> dict[str, Any]:
-    """The fields that say who adapted what with which settings, the others empty."""
+    """The fields about input, model and settings; the others are empty."""
     return {
         **EMPTY,
         "record_version": RECORD_VERSION,

@@ -46,16 +46,9 @@ def _value(default: Any, text: str = "", **option: Any) -> Any:
 class AdaptationSettings:
     """Settings of :class:`samda.adaptation.engine.Adaptation`.
 
-    A field with a `flag` in its metadata is an option of the command line, the others are keys of `--set`.
+    Fields with a `flag` are options of `samda adapt` and explained there; the others are keys of its `--set`.
 
     Args:
-        method: name of an objective, see :data:`samda.adaptation.objectives.OBJECTIVES`.
-        scope: which parameters move; scopes join by "+", see :mod:`samda.adapters.attach`.
-        steps: optimizer steps; None takes the objective's own.
-        lr: learning rate; None takes the objective's own.
-        views: number of views, the slice itself included.
-        slices: number of slices that are adapted on; all are predicted.
-        seed: of the views, together with the input.
         families: kinds of views, or one of them, see :mod:`samda.adaptation.views`.
         flips: mirror every second view; organs have sides, so not by default.
         strength: multiplies how far views depart from the slice, 0 to 10.
@@ -67,8 +60,7 @@ class AdaptationSettings:
         memory_mb: memory for kept embeddings (MB); beyond it slices are encoded again.
         modality: "CT" or "MR" where the scans are of another kind than those of the training; it decides how
             intensities are mapped to [0, 1].
-        keep_largest: classes of which every prediction keeps only the largest piece, instead of the task's; see
-            :func:`samda.inference.postprocessing.override`.
+        keep_largest: instead of the task's, see :func:`samda.inference.postprocessing.override`.
     """
 
     method: str = _value(

@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Site mode: what the accepted cases of one site have in common becomes a candidate version of the model.
+"""Site versions: the accepted cases of one site give a candidate version of the model.
 
-Every accepted case ended at parameters theta_i, a few steps from the same theta_0. The candidate is their mean: what is
-particular to a patient averages out, what the scanner did to all of them stays. The order of cases does not matter, and
-no case can do more harm than its share. The candidate lies beside the source version; it becomes active when a person
-says so (`samda site activate`), and `samda site rollback` returns to the version before.
+Every accepted case ended at parameters theta_i, a few steps from the same theta_0. The candidate is their mean, in
+which the effects of single patients average out and that of the scanner stays; the order of cases does not matter. It
+becomes active by `samda site activate`, and `samda site rollback` returns to the version before.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,7 @@ from samda.adaptation.folder import AdaptRun, details_folder
 from samda.adaptation.loop import load, restoring
 from samda.adapters.adapter_file import read_adapters, save_adapters
 from samda.errors import InputError, UsageError
+from samda.io import new_folder
 from samda.models.versions import SOURCE, check_name, list_versions, version_folder
 from samda.provenance import now, versions
 
@@ -36,17 +33,10 @@ def check_site(model: str | Path, name: str) -> None:
 
 
 def distill(adaptation: Adaptation, model: str | Path, run: AdaptRun, name: str, min_cases: int = 3) -> dict[str, Any]:
-    """Write the mean of the accepted cases' parameters as a candidate version; it does not become active.
+    """Write the mean of the accepted cases' parameters as a candidate version; returns its record.
 
-    Args:
-        adaptation: what the cases were adapted with.
-        model: the model folder.
-        run: of these cases, adapted with `keep_tensors`.
-        name: of the version; UsageError where it is taken.
-        min_cases: InputError where fewer cases were accepted.
-
-    Returns:
-        The record of the version.
+    `run` must have been made by this adaptation with `keep_tensors`; InputError where fewer than `min_cases` of its
+    cases were accepted with a change.
     """
     check_site(model, name)
     chosen = {case: r for case, r in run.records.items() if "adapter" in r["output_files"]}
@@ -77,41 +67,22 @@ def distill(adaptation: Adaptation, model: str | Path, run: AdaptRun, name: str,
         "decisions": run.counts,
         "versions": versions(),
     }
-    _write(adaptation, Path(model), name, mean, about)
+    file = read_adapters(version_folder(model, adaptation.version))
+    place = Path(model) / "versions" / name
+    place.parent.mkdir(exist_ok=True)
+    with new_folder(place) as partial, restoring(adaptation.network, adaptation.parameters):
+        load(adaptation.parameters, mean)
+        sections = {"network": file.network, "base": file.base, "task": file.task}
+        save_adapters(adaptation.network, partial, **sections, record=file.record | {"version": about})
     return about
 
 
-def _write(
-    adaptation: Adaptation, model: Path, name: str, tensors: dict[str, torch.Tensor], about: dict[str, Any]
-) -> None:
-    """A complete adapter folder under a temporary name, then renamed."""
-    file = read_adapters(version_folder(model, adaptation.version))
-    place = model / "versions" / name
-    place.parent.mkdir(exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=place.parent))
-    try:
-        partial.chmod(0o755)
-        with restoring(adaptation.network, adaptation.parameters):
-            load(adaptation.parameters, tensors)
-            sections = {"network": file.network, "base": file.base, "task": file.task}
-            save_adapters(adaptation.network, partial, **sections, record=file.record | {"version": about})
-        os.replace(partial, place)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def describe_versions(model: str | Path, active: str) -> list[dict[str, Any]]:
-    """One row per version: {"name", "active", "created", "cases", "from_version"}."""
+    """One row per version: {"name", "active", "cases": number of them, "created", "from_version"}."""
     rows = []
     for name in list_versions(model):
         about = {} if name == SOURCE else read_adapters(version_folder(model, name)).record.get("version", {})
-        rows.append(
-            {
-                "name": name,
-                "active": name == active,
-                "created": about.get("created"),
-                "cases": len(about["cases"]) if "cases" in about else None,
-                "from_version": about.get("from_version"),
-            }
-        )
+        cases = len(about["cases"]) if "cases" in about else None
+        facts = {key: about.get(key) for key in ("created", "from_version")}
+        rows.append({"name": name, "active": name == active, "cases": cases, **facts})
     return rows

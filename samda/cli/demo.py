@@ -25,8 +25,6 @@ from samda.cli.options import add_shared, pick_device, positive, say
 from samda.errors import UsageError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from samda.examples import Example
     from samda.inference.evaluate import Evaluation
     from samda.task import Task
@@ -251,25 +249,10 @@ def case_pictures(case: Mapping[str, Any], maps: Mapping[str, Path], task: Task)
     """Image, label and label maps of some slices."""
     from samda import report
 
-    images, labels = slices(case["image"], case["label"], task)
-    plain = dataclasses.replace(task, labels={name: (k,) for k, name in enumerate(task.classes) if k})
-    predicted = {name: slices(case["image"], path, plain)[1] for name, path in maps.items()}
+    images, labels = report.scan_slices(case["image"], {"label": case["label"], **maps}, task, mapped=("label",))
     pieces = []
-    for i in report.pick_slices(labels, SHOWN if labels.any() else 1):
-        columns = {
-            "image": report.paint(images[i]),
-            "label": report.paint(images[i], labels[i]),
-        } | {name: report.paint(images[i], labels[i]) for name, labels in predicted.items()}
+    for i in report.pick_slices(labels["label"], SHOWN if labels["label"].any() else 1):
+        columns = {"image": report.paint(images[i])}
+        columns |= {name: report.paint(images[i], values[i]) for name, values in labels.items()}
         pieces.append(report.pictures(columns, f"{case['id']}, slice {i}"))
     return pieces
-
-
-def slices(image: str | Path, labels: str | Path, task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """Slices (n, C, H, W) of a scan and (n, H, W) of a label file as the network sees them."""
-    from samda.data.slices import SliceGrid
-    from samda.data.transforms import build_preprocessing
-
-    scan = build_preprocessing(task, labels=True)({"image": str(image), "label": str(labels)})
-    grid = SliceGrid.from_volume(scan["image"], scan["image"].affine, task)
-    every = range(grid.num_slices)
-    return grid.extract(scan["image"], every).numpy(), grid.extract_labels(scan["label"], every).numpy()
