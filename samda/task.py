@@ -16,6 +16,7 @@ from samda.errors import UsageError, from_mapping, nearest
 from samda.io import load_yaml
 
 LARGEST_IMAGE = 4096  # pixels; beyond it a single slice would fill the memory
+LATER = ("axes", "context", "keep_largest")  # keys that the first version did not have
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # slice axis -> axis of a volume in RAS order
 
 
@@ -36,6 +37,7 @@ class Task:
     spacing: float = 1.5  # mm per pixel of a slice, both directions
     image_size: int = 256  # pixels of a slice, both directions; a multiple of 16
     axis: str = "axial"  # slices are perpendicular to it: "axial", "coronal" or "sagittal"
+    axes: str = "one"  # "all": slices along the other two axes, too, and the mean of the three predictions
     in_channels: int = 1  # of the scan, up to 3: files (or channels) of a case; 3 for RGB pictures
     context: int = 0  # 1: the slices above and below join a slice, as the network's three input channels
     keep_largest: bool | tuple[str, ...] = False  # classes of which only the largest 3-D piece stays; True: all of them
@@ -79,6 +81,8 @@ class Task:
         if self.context:
             yield self.in_channels == 1, "context 1 needs in_channels 1, as SAM takes three channels; set context to 0"
             yield self.modality != "image", "context 1 needs a volume, a picture has no neighbors; set context to 0"
+        volume = self.axes == "one" or self.modality != "image"
+        yield volume, "axes 'all' needs a volume, a picture has one axis; set axes to one"
 
     @property
     def num_classes(self) -> int:
@@ -127,8 +131,8 @@ class Task:
         """Plain values for JSON."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
         values["labels"] = None if self.labels is None else {k: list(v) for k, v in self.labels.items()}
-        for key in ("context", "keep_largest"):  # left out where unused: files of models without them stay as they were
-            if not values[key]:
+        for key in LATER:  # left out where unused: files of models without them stay as they were
+            if values[key] == getattr(Task, key):
                 del values[key]
         return values
 
@@ -195,6 +199,7 @@ _CONVERSIONS: dict[str, Callable[[str, Any], Any]] = {
 }
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "axis": tuple(sorted(AXES)),
+    "axes": ("one", "all"),
     "modality": ("CT", "MR", "image"),
     "in_channels": (1, 2, 3),
     "context": (0, 1),

@@ -36,6 +36,8 @@ def test_values_survive_json():
         ({"labels": [1]}, "labels must be class names with their ids, got [1]"),
         ({"axis": "axail"}, "got 'axail'"),
         ({"modality": "PET"}, "CT, MR, image"),
+        ({"axes": "three"}, "axes must be one of one, all, got 'three'"),
+        ({"axes": "all", "modality": "image"}, "a picture has one axis; set axes to one"),
         ({"image_size": 250}, "multiple of 16 from 16 to 4096, got 250"),
         ({"axis": 3}, "axis must be one of axial, coronal, sagittal, got 3"),
         ({"labels": {3: 1}}, "labels names the unknown class '3'; choose from background, foreground"),

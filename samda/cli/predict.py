@@ -9,6 +9,7 @@ reported and does not stop the others; the exit code is then 1.
   samda predict -m model -i scans -o labels --continue      skip finished cases
   samda predict -m model -i scans -o labels --modality MR   scans of another modality than the training data
   samda predict -m model -i scans -o labels --part 2/8      the second of eight jobs
+  samda predict -m model -i scans -o labels --axes all      the mean of three slice axes
   samda predict -m model -i scans -o labels --amp bf16      faster on GPUs and on CPUs with bfloat16
 """
 
@@ -44,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--amp", choices=("bf16", "fp16"), help="reduced precision of the network (fp16: GPUs only); default: full"
     )
+    parser.add_argument(
+        "--axes",
+        choices=("one", "all"),
+        help="all: the mean of predictions along all three axes, at three times the cost, if voxels are nearly cubes;"
+        " default: the task's",
+    )
     add_shared(parser, "--modality", "--keep-largest", "--report", "--quiet", "--device", "--json")
 
 
@@ -66,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         total = len(mine)
         with report.stage("load"):
             network, task, _, version = load_version(args.model, args.version, args.weights)
-        task = override(task, args.keep_largest, args.modality)
+        task = override(task, args.keep_largest, args.modality, args.axes)
         report.add(task=task.to_dict(), model_version=version)
         if report.wanted:
             with report.stage("hash"):

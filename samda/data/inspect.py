@@ -27,6 +27,7 @@ from samda.data.readers import Scan, read_scan, refuse_other_grid
 from samda.data.slices import refuse_other_scale
 from samda.data.splits import patient_of, split
 from samda.data.transforms import refuse_lossy_label
+from samda.data.widths import structure_widths
 from samda.errors import InputError, SamdaError, reason_of
 from samda.io import files_of
 from samda.progress import Cases
@@ -38,6 +39,7 @@ SAMPLES = 20_000  # foreground voxels kept of a case, evenly spread
 MANY_IDS = 256  # a file with more different values is an image
 COARSEST, SMALLEST, LARGEST = 30.0, 5.0, 3000.0  # mm: a voxel side, and the longest side of a scan
 CHUNK = 1 << 22  # voxels counted at once
+ENDS = ("LR", "PA", "IS")  # letters of an orientation, of each RAS axis
 MOST_VALUES = 1 << 21  # voxels that quantiles are taken from, evenly spread
 
 
@@ -61,6 +63,7 @@ class CaseFacts:
     extent_mm: tuple[float, ...] = ()  # (3,) size of the body along the RAS axes; of a picture, all of it
     sides_mm: tuple[float, ...] = ()  # (3,) voxel sides along the RAS axes
     label_ids: dict[int, int] = dataclasses.field(default_factory=dict)  # id -> voxels
+    widths_mm: dict[int, float] = dataclasses.field(default_factory=dict)  # id above 0 -> width within slices
     foreground: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 1), np.float32), repr=False)
     foreground_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, int), repr=False)
     # the last two: (n, C) intensities where the label is not 0, at most `SAMPLES` of them, and (n,) the ids there
@@ -68,6 +71,12 @@ class CaseFacts:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.name.startswith("foreground")}
+
+    @property
+    def scan_mm(self) -> tuple[float, ...]:
+        """Size of the whole scan along the RAS axes."""
+        along = {axis: place for place, end in enumerate(self.orientation) for axis in range(3) if end in ENDS[axis]}
+        return tuple((self.shape or (0, 0, 0))[along[axis]] * self.sides_mm[axis] for axis in range(3))
 
     def problem(self, kind: str, text: str, stops: bool = True) -> Problem:
         """A problem of this case; a test case stops no training."""
@@ -179,6 +188,8 @@ def inspect_case(case: Case, section: str, report: Report) -> CaseFacts:
             refuse_other_grid(label.array.shape, label.affine, grid, (facts.label, "its image"))
             if facts.label_ids:
                 facts.foreground, facts.foreground_ids = _foreground(image.array, label.array)
+                sides = np.linalg.norm(label.affine[:3, :3], axis=0)
+                facts.widths_mm = structure_widths(label.array, sides, facts.label_ids)
     return facts
 
 
@@ -446,7 +457,7 @@ def task_problems(report: DataReport, task: Task) -> Iterator[Problem]:
             refuse_other_scale(case.sides_mm or (task.spacing,) * 3, task)
         except InputError as error:
             yield case.problem("spacing", f"{case.image[0]}: {error}")
-        ends = {0: "LR", 1: "PA", 2: "IS"}[task.slice_axis]
+        ends = ENDS[task.slice_axis]
         size = next(n for n, end in zip(case.shape, case.orientation, strict=True) if end in ends)
         for first, end in entry.get("slices", []):
             if not 0 <= first < end <= size:

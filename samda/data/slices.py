@@ -10,6 +10,7 @@ spacing.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,8 +19,11 @@ import torch
 
 from samda.data.body import body_box
 from samda.errors import InputError
-from samda.task import Task
+from samda.task import AXES, Task
 
+logger = logging.getLogger(__name__)
+
+ANISOTROPIC = 1.5  # times the shortest voxel side: how long the longest is where all three axes are used
 FARTHEST = 64  # times that pixels may be finer or coarser than voxels; beyond it the units differ
 
 
@@ -60,6 +64,24 @@ def refuse_other_scale(spacing_mm: Sequence[float], task: Task) -> None:
                 f"pixels of {task.spacing:g} mm (the task's spacing) do not suit voxels of {spacing_mm[axis]:g} mm; "
                 "check that both are in mm"
             )
+
+
+def axis_tasks(task: Task, shape: Sequence[int], spacing_mm: Sequence[float], name: str = "the volume") -> list[Task]:
+    """The task and, where its `axes` are "all", the same along the other two axes of a volume (X, Y, Z), RAS.
+
+    Slices across thick ones would be made up by interpolation: an anisotropic volume keeps the task's own axis, with a
+    warning.
+    """
+    if task.axes == "one":
+        return [task]
+    if max(spacing_mm) > ANISOTROPIC * min(spacing_mm) or 1 in shape:
+        sides = " x ".join(f"{side:.3g}" for side in spacing_mm)
+        logger.warning(
+            "%s has %s voxels of %s mm: only its %s slices are used, axes 'all' needs sides within a factor of %g",
+            *(name, " x ".join(map(str, shape)), sides, task.axis, ANISOTROPIC),
+        )
+        return [task]
+    return [task, *(dataclasses.replace(task, axis=axis) for axis in AXES if axis != task.axis)]
 
 
 @dataclasses.dataclass(frozen=True)

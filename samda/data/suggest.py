@@ -14,16 +14,19 @@ import yaml
 
 from samda.data.inspect import AIR, CaseFacts, DataReport, check_data, task_problems
 from samda.data.layouts import Problem
+from samda.data.widths import ANISOTROPIC
 from samda.errors import InputError
 from samda.task import AXES, Task
 
-SIZES = (256, 384, 512)  # pixels of a slice, tried in this order
-SMALLEST_SIZE = 64
-COARSENING = 2.0  # how much coarser than the scans the slices may be before a larger size is taken
+GRID = 2  # pixels: the class head tells apart what lies on every second pixel of a slice, its logits have stride 2
+PER_WIDTH = 5  # places of that grid that the narrowest structure should cover
+SMALLEST_SIZE = 128  # pixels of a slice; fewer only where more would be finer than the voxels need
+LARGEST_SIZE = 256  # of volumes: larger ones cost more than they gain, as fewer training steps fit into the time
+LARGEST_PICTURE = 768  # one slice a case, so encoding costs less; seen whole, vessels are found better than in tiles
+SMALL_PART = 16  # times as wide as its structures a picture may be cut into tiles
+WHOLE = 1.25  # times the body: how large a scan may be to be seen as a whole
 TAIL = 0.5  # percent of the foreground below and above the window
 MARGIN = 1.02  # of the field of view around the body
-ANISOTROPIC = 1.5  # times the middle voxel side: how long the side across the slices is at least
-REFINING = 2.0  # how much finer at most: SAM sees more where an organ covers more pixels
 WINDOW = 400.0  # HU, the narrowest window: what surrounds an organ should stay visible
 SINGLE, UNNAMED = "foreground", "class_{}"
 
@@ -84,8 +87,7 @@ def suggest_task(report: DataReport) -> Suggestion:
 
     * classes: as the data set names them, else one for every id in the labels;
     * modality: as file types, data set or DICOM headers state it, else CT where scans reach below -500;
-    * spacing and image size: the field of view holds the body of nearly every case in 256 pixels or, where these would
-      be more than twice as coarse as the scans, in up to 512; in fewer where they would be more than twice as fine;
+    * spacing and image size: the narrowest structure, the voxels and a bound of the cost decide;
     * window: the middle 99 % of the foreground, at least 400 HU.
     """
     cases = report.labeled
@@ -93,7 +95,7 @@ def suggest_task(report: DataReport) -> Suggestion:
         raise InputError(f"{report.path}: no case with a readable image and label, so no task can be suggested")
     choices = {**_classes(report, cases), **_modality(report, cases)}
     modality, labels = choices["modality"][0], choices["labels"][0]
-    choices |= _geometry(cases, modality)
+    choices |= _geometry(cases, modality, labels)
     if modality == "CT":
         choices |= _window(cases, [i for ids in labels.values() for i in np.atleast_1d(ids)])
     values = {key: value for key, (value, _) in choices.items()}
@@ -144,26 +146,72 @@ def _modality(report: DataReport, cases: Sequence[CaseFacts]) -> Choices:
     return {"modality": ("MR", f"{len(cases) - airy} of {len(cases)} scans do not reach below {AIR:g}: a guess")}
 
 
-def _geometry(cases: Sequence[CaseFacts], modality: str) -> Choices:
-    """Slice axis, spacing and image size, and the tolerance that goes with them."""
+def _geometry(cases: Sequence[CaseFacts], modality: str, labels: Mapping[str, Any]) -> Choices:
+    """Slice axis, spacing and image size, and the tolerance that goes with them.
+
+    The spacing is the coarsest at which the class head's grid is not coarser than the voxels or than a fifth of the
+    narrowest structure, as coarse slices cost less; but the field of view has at least 128 pixels where the voxels are
+    that fine, and at most 256 (pictures: 768), which bounds the cost.
+    """
     axis, across, why = _axis(cases, modality)
     plane = [a for a in range(3) if a != across]
-    own = 1.0 if modality == "image" else float(np.median([np.mean([c.sides_mm[a] for a in plane]) for c in cases]))
-    field = float(np.percentile([max(case.extent_mm[a] for a in plane) for case in cases], 95))
-    field *= 1.0 if modality == "image" else MARGIN
-    size = next((s for s in SIZES if field / s <= COARSENING * own), SIZES[-1])
-    spacing = float(np.ceil(100 * max(own / REFINING, field / size) - 1e-6)) / 100
-    size = max(SMALLEST_SIZE, int(np.ceil(field / spacing / 16 - 1e-6)) * 16)
-    unit = "pixels" if modality == "image" else "mm"
-    scans = f"the scans have {own:.3g}" if modality != "image" else "a pixel of a picture counts as 1 mm"
-    view = f"{spacing * size:.0f} {unit} of view; 95 % of the cases need {field:.0f}, larger ones are tiled"
-    tolerance = 3.0 if modality != "image" else max(2.0, spacing)
+    picture = modality == "image"
+    own = 1.0 if picture else float(np.median([np.mean([c.sides_mm[a] for a in plane]) for c in cases]))
+    narrow, width = _narrowest(cases, labels)
+    field, holds = _field(cases, plane, picture, width)
+    needed = max(own, width / PER_WIDTH) / GRID
+    largest = LARGEST_PICTURE if picture else LARGEST_SIZE
+    wanted = max(own / GRID, min(needed, field / SMALLEST_SIZE))
+    spacing = _rounded_up(max(wanted, field / largest))
+    size = int(np.ceil(field / spacing / 16 - 1e-6)) * 16
+    unit = "pixels" if picture else "mm"
+    scans = f"the scans have {own:.3g}" if not picture else "a pixel of a picture counts as 1 mm"
+    grid = f"mm per pixel of a slice; {scans}, {narrow} is {width:.3g} wide" if narrow else f"mm per pixel; {scans}"
+    grid += f", the head tells {GRID * spacing:.3g} apart"
+    if spacing > 1.01 * needed:
+        grid += f" where {GRID * needed:.3g} would suit, as {largest} pixels bound the cost"
+    if 0 < width < spacing:  # a label has a pixel where it covers most of it
+        grid += f"; {narrow} may vanish in places: a spacing up to {width:.3g} keeps it, in tiles"
+    tolerance = 3.0 if not picture else max(2.0, spacing)
     return {
         "axis": (axis, why),
-        "spacing": (spacing, f"mm per pixel of a slice; {scans}. Finer shows small structures, and tiles more"),
-        "image_size": (size, view),
+        "spacing": (spacing, grid),
+        "image_size": (size, f"{spacing * size:.0f} {unit} of view; {holds}"),
         "nsd_tolerance": (tolerance, f"{unit}, of the normalized surface distance"),
     }
+
+
+def _narrowest(cases: Sequence[CaseFacts], labels: Mapping[str, Any]) -> tuple[str, float]:
+    """The class of the narrowest structure and its width (mm), the median over the cases; 0 where none was measured."""
+    widths = []
+    for name, ids in labels.items():
+        for i in np.atleast_1d(ids):
+            seen = [case.widths_mm[int(i)] for case in cases if int(i) in case.widths_mm]
+            widths += [(float(np.median(seen)), name)] if seen else []
+    width, name = min(widths, default=(0.0, ""))
+    return name, width
+
+
+def _field(cases: Sequence[CaseFacts], plane: Sequence[int], picture: bool, width: float) -> tuple[float, str]:
+    """How large a field of view (mm) has to be, and what it holds."""
+    bodies = [max(case.extent_mm[a] for a in plane) for case in cases]
+    field = float(np.percentile(bodies, 95))
+    if picture:
+        usual = float(np.median(bodies))
+        if 0 < width * SMALL_PART < usual < field:  # padding all to the size of a few costs more than tiles
+            return usual, f"half of the pictures need more than {usual:.0f} and are tiled"
+        return field, f"95 % of the cases need {field:.0f}, larger ones are tiled"
+    whole = float(np.percentile([max(case.scan_mm[a] for a in plane) for case in cases], 95))
+    if field < whole <= WHOLE * field:
+        field = whole
+    field *= MARGIN
+    return field, f"95 % of the cases need {field:.0f}, larger ones are tiled"
+
+
+def _rounded_up(value: float) -> float:
+    """To three digits."""
+    unit = 10.0 ** (np.floor(np.log10(value)) - 2)
+    return float(f"{np.ceil(value / unit - 1e-6) * unit:.3g}")
 
 
 def _axis(cases: Sequence[CaseFacts], modality: str) -> tuple[str, int, str]:

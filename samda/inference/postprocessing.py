@@ -74,19 +74,24 @@ class KeepLargestd(MapTransform):
         return d
 
 
-def override(task: Task, classes: bool | str | Sequence[str] | None = None, modality: str | None = None) -> Task:
-    """The task with another `keep_largest` or modality; None leaves the task's.
+def override(
+    task: Task,
+    classes: bool | str | Sequence[str] | None = None,
+    modality: str | None = None,
+    axes: str | None = None,
+) -> Task:
+    """The task with another `keep_largest`, modality or axes; None leaves the task's.
 
     Args:
         task: of the model.
         classes: of which the largest piece stays: names, true or "all", false or "none".
         modality: of the scans, where it differs from that of the training.
+        axes: "one" or "all".
 
     Raises:
-        UsageError: a name that is not a foreground class, or another modality.
+        UsageError: a name that is not a foreground class, or an unknown modality or axes.
     """
-    if modality is not None:
-        task = dataclasses.replace(task, modality=modality)
+    task = dataclasses.replace(task, modality=modality or task.modality, axes=axes or task.axes)
     if classes is None:
         return task
     if isinstance(classes, str):

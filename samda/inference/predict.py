@@ -17,7 +17,7 @@ from samda.data.datalists import Case, find_cases
 from samda.data.formats import name_of, scan_path, source_of
 from samda.data.transforms import build_preprocessing
 from samda.errors import UsageError, log_failed
-from samda.inference.postprocessing import keep_largest, own_grid, warn_empty
+from samda.inference.postprocessing import keep_largest, override, own_grid, warn_empty
 from samda.inference.volume import VolumeInferer
 from samda.inference.writer import (
     check_output_folder,
@@ -93,6 +93,7 @@ class Predictor:
         memory_budget_mb: memory for class maps on the scan's grid, see :class:`VolumeInferer`.
         amp: "bf16", "fp16" or None.
         progress: show a progress bar (terminals only) over the cases of a folder or the slices of a single scan.
+        axes: "all" predicts along all three axes and averages, "one" along the task's; None as the task says.
     """
 
     def __init__(
@@ -105,13 +106,18 @@ class Predictor:
         memory_budget_mb: float = 512.0,
         amp: str | None = None,
         progress: bool = False,
+        axes: str | None = None,
     ) -> None:
         if isinstance(network, torch.nn.Module):
             network = network.to(device).eval()
-        self.network, self.task = network, task
+        self.network, self.task = network, override(task, axes=axes)
         self.preprocessing = build_preprocessing(task, labels=False)
         self.inferer = VolumeInferer(
-            task, batch_size, overlap, memory_budget_mb=memory_budget_mb, amp=amp, device=device, progress=progress
+            *(self.task, batch_size, overlap),
+            memory_budget_mb=memory_budget_mb,
+            amp=amp,
+            device=device,
+            progress=progress,
         )
 
     def predict(self, image: str | Path | SpatialImage | Mapping[str, Any], probabilities: bool = False) -> Prediction:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer, sliding_window_inference
 
-from samda.data.slices import SliceGrid
+from samda.data.slices import SliceGrid, axis_tasks
+from samda.embeddings import allocate
 from samda.errors import InputError, SamdaError, UsageError, nearest
 from samda.progress import bar, share
 from samda.task import Task
@@ -33,6 +35,9 @@ class VolumeInferer(Inferer):
     to the volume, the label map and what the network needs for `batch_size` slices, memory stays within the budget. The
     result does not depend on the budget.
 
+    Where the task's `axes` are "all" and the voxels nearly cubes, this is done along all three axes and the class
+    probabilities are averaged; beyond the budget their mean lies in a temporary file.
+
     Args:
         task: a Task or its values.
         batch_size: slices (or windows) per forward pass.
@@ -44,6 +49,7 @@ class VolumeInferer(Inferer):
         amp: "bf16" or "fp16" autocast of the network call; None is full precision. Stitching is always in float32.
         device: where the network runs; None takes the device of its parameters, else that of the inputs.
         progress: show a progress bar, on a terminal only.
+        axes: "one" or "all" instead of the task's.
 
     Raises:
         UsageError: an argument out of its range.
@@ -59,6 +65,7 @@ class VolumeInferer(Inferer):
         amp: str | None = None,
         device: torch.device | str | None = None,
         progress: bool = False,
+        axes: str | None = None,
     ) -> None:
         super().__init__()
         if output not in OUTPUTS:
@@ -72,8 +79,11 @@ class VolumeInferer(Inferer):
         if memory_budget_mb <= 0:
             raise UsageError(f"memory_budget_mb must be positive, got {memory_budget_mb}")
         self.task = task if isinstance(task, Task) else Task.from_dict(task)
+        if axes is not None:
+            self.task = dataclasses.replace(self.task, axes=axes)
         self.batch_size, self.overlap, self.output = int(batch_size), overlap, output
         self.memory_budget_mb, self.amp, self.device, self.progress = memory_budget_mb, amp, device, progress
+        self._turn = 0, 1  # number of the axis that is looked along, and how many there are
         if device is not None:
             self._check_precision(torch.device(device))
 
@@ -117,16 +127,45 @@ class VolumeInferer(Inferer):
         """As the call, but labels (1, 1, X, Y, Z) and, if asked for, probabilities (1, K, X, Y, Z) in one pass."""
         geometry = _geometry(inputs, spacing_mm)
         volume = (inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs)[0]
-        grid = SliceGrid.from_volume(volume, geometry, self.task)
         shape, classes = tuple(volume.shape[1:]), self.task.num_classes
         kind = torch.uint8 if classes <= 255 else torch.uint16
         labels = torch.empty(shape, dtype=kind, device=volume.device)
+        grids = self._grids(volume, geometry)
         kept = torch.empty((classes, *shape), device=volume.device) if keep_probabilities else None
-        for place, maps in self.slabs(volume, grid, network, *args, **kwargs):
+        slabs = self.slabs(volume, grids[0], network, *args, **kwargs)
+        if len(grids) > 1:
+            mean = allocate((classes, *shape), torch.float32, self.memory_budget_mb) if kept is None else kept
+            slabs = self._mean(mean, volume, grids, network, *args, **kwargs)
+        for place, maps in slabs:
             labels[place] = largest(maps).to(kind).to(labels.device)
-            if kept is not None:
+            if kept is not None and len(grids) == 1:
                 kept[(slice(None), *place)] = maps.to(kept.device)
         return labels[None, None], None if kept is None else kept[None]
+
+    def _grids(self, volume: torch.Tensor, geometry: Any) -> list[SliceGrid]:
+        """Slices along the axis of the task, or along all three."""
+        sides = np.asarray(geometry, float)
+        sides = np.linalg.norm(sides[:3, :3], axis=0) if sides.ndim == 2 else sides
+        return [
+            SliceGrid.from_volume(volume, geometry, task)
+            for task in axis_tasks(self.task, volume.shape[1:], sides.tolist())
+        ]
+
+    def _mean(
+        self, mean: torch.Tensor, volume: torch.Tensor, grids: Sequence[SliceGrid], *args: Any, **kwargs: Any
+    ) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
+        """Slabs of the mean of the class probabilities along several axes, which is left in `mean` (K, X, Y, Z)."""
+        for number, grid in enumerate(grids):
+            self._turn = number, len(grids)
+            for place, maps in self.slabs(volume, grid, *args, **kwargs):
+                part = mean[(slice(None), *place)]
+                share = maps.to(mean.device) / len(grids)
+                part.copy_(share if number == 0 else part + share)
+        self._turn = 0, 1
+        across, step = grids[0].axes[0], self.slab_size(grids[0])
+        for start in range(0, grids[0].num_slices, step):
+            place = tuple(slice(start, start + step) if axis == across else slice(None) for axis in range(3))
+            yield place, mean[(slice(None), *place)]
 
     def slabs(
         self, volume: torch.Tensor, grid: SliceGrid, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
@@ -155,7 +194,7 @@ class VolumeInferer(Inferer):
                 yield (slice(None),) * across + (slice(first, last),), maps
             if shown is not None:
                 shown.update(stop - start)
-                share(stop / grid.num_slices)
+                share((self._turn[0] + stop / grid.num_slices) / self._turn[1])
         if shown is not None:
             shown.close()
 

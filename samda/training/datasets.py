@@ -18,7 +18,7 @@ import torch.nn as nn
 from monai.transforms import Compose
 from torch.utils.data import Dataset, DistributedSampler
 
-from samda.data.slices import SliceGrid, center_channels, with_neighbors
+from samda.data.slices import SliceGrid, axis_tasks, center_channels, with_neighbors
 from samda.embeddings import EmbeddingDataset, allocate, draw, split_key
 from samda.errors import InputError, UsageError, nearest
 from samda.io import files_of
@@ -174,9 +174,10 @@ class SliceDataset(Dataset):
     """All slices of some cases with their labels: {"image": (C, H, W), "label": (1, H, W), "case": number of the case}.
 
     The cases are read once. A case may limit itself to ranges of slices, `"slices": [(first, end), ...]`. Where a body
-    exceeds the field of view, a slice gives several tiles. With `context` the image holds the neighboring slices, too
-    (see :meth:`samda.data.slices.SliceGrid.inputs`); a range is a scan of its own then, so that slices which are held
-    out stay unseen. `dataset[index]` is the slice without augmentation;
+    exceeds the field of view, a slice gives several tiles. Where the task's `axes` are "all", training cases without
+    ranges give slices along all three axes; validation looks along the task's own. With `context` the image holds the
+    neighboring slices, too (see :meth:`samda.data.slices.SliceGrid.inputs`); a range is a scan of its own then, so that
+    slices which are held out stay unseen. `dataset[index]` is the slice without augmentation;
     `dataset[epoch, index]` is augmented as (seed, epoch, index) say, whatever was drawn before.
 
     Args:
@@ -234,8 +235,27 @@ class SliceDataset(Dataset):
             raise InputError(f"case {name!r} has no label; training needs one for every case")
         scan = transform(dict(case))
         image, label = scan["image"], scan["label"]
+        tasks = [self.task]
+        if self.part == "training" and not case.get("slices"):  # those held out would show in slices of another axis
+            tasks = axis_tasks(self.task, image.shape[1:], image.pixdim.tolist(), f"case {name!r}")
+        images: list[torch.Tensor] = []
+        labels: list[torch.Tensor] = []
+        around: list[tuple[int, int, int]] = []
+        for task in tasks:
+            start = sum(len(slices) for slices in images)
+            one, other, triples = self._slices(case, name, image, label, task)
+            images.append(one)
+            labels.append(other)
+            around += [(a + start, b + start, c + start) for a, b, c in triples]
+        self.neighbors.append(around)
+        return torch.cat(images), torch.cat(labels)
+
+    def _slices(
+        self, case: Mapping[str, Any], name: str, image: torch.Tensor, label: torch.Tensor, task: Task
+    ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int, int]]]:
+        """Tiles along the axis of `task`: (n, C, H, W), (n, 1, H, W), and of each the places of its neighbors."""
         try:
-            grid = SliceGrid.from_volume(image, image.affine, self.task)
+            grid = SliceGrid.from_volume(image, image.affine, task)  # type: ignore[attr-defined]
         except InputError as error:
             raise InputError(f"case {name!r}: {error}") from error
         chosen: list[int] = []
@@ -250,14 +270,14 @@ class SliceDataset(Dataset):
             chosen += range(first, end)
             around += with_neighbors(range(start, len(chosen)), start, len(chosen))
         images, labels = grid.extract(image, chosen), grid.extract_labels(label, chosen)
-        if self.part == "training":
+        if self.part == "training" and task is self.task:  # adaptation sees the slices of this axis
             self.statistics.update(images, labels)
-        size = self.task.image_size
+        size = task.image_size
         rows, columns = (tile_starts(side, size) for side in grid.canvas)
         windows = [(..., slice(r, r + size), slice(c, c + size)) for r in rows for c in columns]
         shifts = [len(chosen) * window for window in range(len(windows))]
-        self.neighbors.append([(a + shift, b + shift, c + shift) for shift in shifts for a, b, c in around])
-        return torch.cat([images[w] for w in windows]), torch.cat([labels[w] for w in windows])[:, None]
+        triples = [(a + shift, b + shift, c + shift) for shift in shifts for a, b, c in around]
+        return torch.cat([images[w] for w in windows]), torch.cat([labels[w] for w in windows])[:, None], triples
 
     def _check_foreground(self) -> None:
         names = ", ".join(self.task.classes[1:])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,16 @@ import yaml
 
 from samda.data.datalists import DataList
 from samda.data.inspect import CaseFacts, DataReport
-from samda.data.suggest import suggest_task
+from samda.data.suggest import GRID, LARGEST_SIZE, suggest_task
 from samda.errors import InputError
+from samda.networks.pyramid_head import PyramidHeadConfig
 from samda.task import Task
 
 
 def case(name: str = "a", **changes: Any) -> CaseFacts:
-    """A CT of 512 x 512 x 90 voxels of 0.8 x 0.8 x 3 mm with a body of 370 x 250 mm and an organ of 20 to 120 HU."""
+    """A CT of 640 x 640 x 90 voxels of 0.8 x 0.8 x 3 mm with a body of 370 x 250 mm and an organ of 20 to 120 HU."""
     values: dict[str, Any] = {
-        "shape": (512, 512, 90),
+        "shape": (640, 640, 90),
         "spacing_mm": (0.8, 0.8, 3.0),
         "sides_mm": (0.8, 0.8, 3.0),
         "orientation": "LPS",
@@ -28,6 +30,7 @@ def case(name: str = "a", **changes: Any) -> CaseFacts:
         "quantiles": [[-1010.0, -900.0, 10.0, 40.0, 300.0]],
         "extent_mm": (370.0, 250.0, 270.0),
         "label_ids": {0: 1000, 3: 20, 1: 60},
+        "widths_mm": {1: 60.0, 3: 20.0},
         "foreground": np.linspace(20, 120, 1001, dtype=np.float32)[:, None],
         "foreground_ids": np.ones(1001, int),
     }
@@ -46,7 +49,7 @@ def test_a_ct() -> None:
     assert (task.name, task.classes) == ("My_data", ("background", "class_1", "class_3"))
     assert task.labels == {"class_1": (1,), "class_3": (3,)}
     assert task.modality == "CT" and "3 of 3 scans reach below -500" in suggestion.reasons["modality"]
-    assert (task.spacing, task.image_size, task.axis) == (1.48, 256, "axial")  # 1.02 * 370 / 256 = 1.474
+    assert (task.spacing, task.image_size, task.axis) == (2.0, 192, "axial")  # 20 / 5 / 2, and 1.02 * 370 mm
     assert task.window == (-130.0, 270.0)  # the middle 99 % are 20.5 to 119.5: 400 HU around 70
     assert task.in_channels == 1 and task.nsd_tolerance == 3
 
@@ -58,7 +61,7 @@ def test_the_file_is_a_task_with_its_reasons(tmp_path: Path) -> None:
     assert Task.from_file(tmp_path / "task.yaml") == suggestion.task
     lines = (tmp_path / "task.yaml").read_text().splitlines()
     assert lines[:4] == ["# first", "#", "# third", "name: My data".replace(" data", "_data")]
-    assert "spacing: 1.48 # mm per pixel of a slice; the scans have 0.8." in "\n".join(lines)
+    assert "spacing: 2.95 # mm per pixel of a slice; the scans have 0.8, no: liver is 60 wide" in "\n".join(lines)
     assert yaml.safe_load("\n".join(lines))["labels"] == {"no: liver": 1, "1": [2, 4]}
 
 
@@ -95,28 +98,64 @@ def test_modality(changes: dict[str, Any], data: dict[str, Any], modality: str, 
 
 
 @pytest.mark.parametrize(
-    ("side", "extent", "spacing", "size"),
+    ("side", "width", "extent", "spacing", "size"),
     [
-        (3.0, 373.0, 1.5, 256),
-        (2.0, 200.0, 1.0, 208),  # at most twice as fine: 204 mm at 1 mm
-        (4.0, 60.0, 2.0, 64),
-        (0.5, 240.0, 0.96, 256),  # at most twice as coarse
-        (0.4, 240.0, 0.64, 384),
-        (0.1, 240.0, 0.48, 512),  # nothing larger is suggested
+        (1.0, 20.0, 373.0, 2.0, 192),  # a fifth of the width on two pixels
+        (1.0, 28.0, 373.0, 2.8, 144),
+        (1.0, 80.0, 373.0, 2.98, 128),  # no fewer pixels where the voxels are finer: 380.46 mm / 128
+        (3.0, 20.0, 373.0, 2.0, 192),
+        (5.0, 20.0, 373.0, 2.5, 160),  # the voxels are coarser than a fifth
+        (1.0, 7.0, 52.0, 0.5, 112),  # a crop: two pixels are the voxel, more would show nothing
+        (0.8, 5.0, 373.0, 1.49, 256),  # 0.5 would suit; the bound of the cost
+        (0.01, 0.02, 2.0, 0.00797, 256),
     ],
 )
-def test_field_of_view(side: float, extent: float, spacing: float, size: int) -> None:
-    one = case(sides_mm=(side, side, side), extent_mm=(extent, extent / 2, 999.0))
-    task = suggest_task(report(one)).task
+def test_field_of_view(side: float, width: float, extent: float, spacing: float, size: int) -> None:
+    one = case(sides_mm=(side, side, side), extent_mm=(extent, extent / 2, 999.0), widths_mm={1: 200.0, 3: width})
+    suggestion = suggest_task(report(one))
+    task = suggestion.task
     assert (task.spacing, task.image_size) == (spacing, size)
     assert task.spacing * task.image_size >= extent
+    assert ("256 pixels bound the cost" in suggestion.reasons["spacing"]) == (size == LARGEST_SIZE)
+
+
+def test_widths_are_the_median_over_the_cases_and_of_classes_of_the_task() -> None:
+    cases = [case("a", widths_mm={1: 60.0, 3: 20.0}), case("b", widths_mm={1: 60.0, 3: 30.0}), case("c")]
+    assert suggest_task(report(*cases, case("d", widths_mm={}))).task.spacing == 2.0
+    named = {"background": (0,), "liver": (1,)}  # the narrow structure is no class
+    assert suggest_task(report(*cases, labels=named)).task.spacing == 2.95
+    suggestion = suggest_task(report(case(widths_mm={})))  # nothing was measured: as fine as the voxels, in bounds
+    assert (suggestion.task.spacing, suggestion.task.image_size) == (1.48, 256)
+
+
+def test_a_small_crop_is_seen_as_a_whole() -> None:
+    crop = case(shape=(50, 34, 30), sides_mm=(1.0, 1.0, 1.0), extent_mm=(34.0, 44.0, 30.0), widths_mm={1: 8.0})
+    assert suggest_task(report(crop)).task.image_size == 112  # 51 mm at 0.5 mm
+    table = dataclasses.replace(crop, extent_mm=(34.0, 36.0, 30.0))
+    assert suggest_task(report(table)).task.image_size == 80
+
+
+def test_pictures_of_small_things_are_tiled_at_the_usual_size() -> None:
+    """Three pictures of 256 pixels and one of 1024: padding all to the largest would cost 16 times as much."""
+    sizes = (256.0, 256.0, 256.0, 1024.0)
+    for width, expected in ((10.0, (1.0, 256)), (15.0, (1.5, 176)), (40.0, (4.0, 240))):  # the last: 97 % of 1024
+        pictures = [
+            case(str(i), picture=True, sides_mm=(1, 1, 1), extent_mm=(size, size, 1.0), widths_mm={1: width})
+            for i, size in enumerate(sizes)
+        ]
+        task = suggest_task(report(*pictures, labels={"nucleus": (1,)})).task
+        assert (task.spacing, task.image_size) == expected
+
+
+def test_the_grid_is_that_of_the_class_head() -> None:
+    assert PyramidHeadConfig().stride == GRID
 
 
 def test_sagittal_slices() -> None:
     spine = case(sides_mm=(4.0, 0.7, 0.7), extent_mm=(60.0, 150.0, 170.0), smallest=0.0)
     suggestion = suggest_task(report(spine))
     assert suggestion.task.axis == "sagittal"
-    assert (suggestion.task.spacing, suggestion.task.image_size) == (0.68, 256)  # 1.02 * 170 / 256 = 0.677
+    assert (suggestion.task.spacing, suggestion.task.image_size) == (1.36, 128)  # 1.02 * 170 / 128 = 1.355
     assert "slices are 4 mm apart" in suggestion.reasons["axis"]
 
 
@@ -136,5 +175,5 @@ def test_color_pictures() -> None:
         picture=True, channels=3, sides_mm=(1, 1, 1), extent_mm=(1024.0, 768.0, 1.0), label_ids={0: 1, 255: 2}
     )
     task = suggest_task(report(picture)).task
-    assert (task.in_channels, task.spacing, task.image_size) == (3, 2.0, 512)
+    assert (task.in_channels, task.spacing, task.image_size) == (3, 1.34, 768)
     assert task.nsd_tolerance == 2

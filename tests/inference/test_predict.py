@@ -99,6 +99,29 @@ def test_labels_return_on_the_scans_own_grid(
         assert dice(result == k, labels == k) > 0.9
 
 
+@pytest.mark.parametrize("axis", ["axial", "sagittal"])
+@pytest.mark.parametrize("shape", [(37, 45, 31), (90, 26, 33)])
+def test_all_axes_return_on_an_oblique_grid(
+    tmp_path: Path,
+    phantom: SimpleNamespace,
+    band_network: torch.nn.Module,
+    band_task: Task,
+    shape: tuple[int, int, int],
+    axis: str,
+) -> None:
+    labels = phantom.truth(shape)
+    scan = phantom.write(tmp_path / "scan.nii.gz", labels, phantom.oblique((1.1, 0.9, 1.2), flips=(-1, 1, -1)))
+    predictor = Predictor(band_network, dataclasses.replace(band_task, axis=axis), axes="all")
+    prediction = predictor.predict(scan, probabilities=True)
+    assert prediction.labels.shape == shape and np.array_equal(prediction.affine, nib.load(scan).affine)
+    sure = inside(labels)
+    assert np.array_equal(prediction.labels[sure], labels[sure])
+    assert prediction.probabilities is not None
+    assert np.abs(prediction.probabilities.sum(0) - 1).max() < 1e-5
+    for k in (1, 2):
+        assert dice(prediction.labels == k, labels == k) > 0.9
+
+
 @pytest.mark.parametrize("axis", ["axial", "coronal", "sagittal"])
 @pytest.mark.parametrize("thin", [0, 1, 2])
 def test_two_voxels_thick(

@@ -265,3 +265,35 @@ def test_refuses_volumes_and_networks(band_network: torch.nn.Module, band_task: 
         VolumeInferer(band_task)(image, lambda x: torch.cat([x, x, x * float("nan")], 1))
     with pytest.raises(UsageError, match=r"fp16.*GPU"):
         VolumeInferer(band_task, amp="fp16")(image, band_network)
+
+
+@pytest.mark.parametrize("budget", [512.0, 0.01])
+def test_all_axes_are_the_mean_of_each(band_task: Task, budget: float) -> None:
+    """Odd, unequal sides; a network that treats rows and columns differently; the mean in memory and in a file."""
+    torch.manual_seed(1)
+    network = torch.nn.Conv2d(1, 3, (3, 7), padding=(1, 3))
+    image = MetaTensor(torch.rand(1, 1, 37, 29, 11, generator=torch.Generator().manual_seed(3)), affine=torch.eye(4))
+    tasks = [dataclasses.replace(band_task, axis=axis) for axis in ("coronal", "sagittal", "axial")]
+    single = [VolumeInferer(t, output="probabilities")(image, network).as_tensor() for t in tasks]
+    assert (single[0] - single[1]).abs().max() > 1e-3
+    inferer = VolumeInferer(tasks[0], axes="all", memory_budget_mb=budget)
+    labels, kept = inferer.segment(image, network, keep_probabilities=True)
+    mean = sum(single) / 3
+    assert kept is not None and (kept - mean).abs().max() < 6 * torch.finfo(torch.float32).eps
+    only, none = inferer.segment(image, network)
+    assert none is None and torch.equal(only, labels)
+    sure = mean.topk(2, dim=1).values.diff(dim=1).abs()[0, 0] > 1e-5
+    assert torch.equal(labels[0, 0][sure], mean.argmax(1)[0].to(torch.uint8)[sure])
+
+
+def test_all_axes_of_a_volume_with_thick_slices_are_one(
+    band_network: torch.nn.Module, band_task: Task, phantom: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = phantom.truth(SHAPE)
+    found = VolumeInferer(band_task, axes="all")(volume(labels), band_network)
+    assert np.array_equal(found[0, 0].numpy(), labels)
+    assert "1 x 1 x 3 mm" in caplog.text and len(caplog.records) == 1
+    assert {shape[2:] for shape in band_network.shapes} == {(64, 64)} and len(band_network.shapes) == 2
+    caplog.clear()
+    found = VolumeInferer(band_task, axes="all")(volume(labels, (1, 1, 1.5)), band_network)
+    assert not caplog.records

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -53,6 +54,35 @@ def test_ranges_of_slices_are_respected(write_case: Write, task: Task) -> None:
         assert torch.equal(part[i]["label"], whole[j]["label"])
     with pytest.raises(InputError, match="case 'a': slices 6 to 12 do not lie within its 8 slices"):
         dataset_of([case | {"slices": [(6, 12)]}], task)
+
+
+def test_all_axes_are_the_slices_along_each(write_case: Write, task: Task) -> None:
+    """A training case gives what three data sets along one axis hold, with neighbors along that axis."""
+    case = write_case("a", 1, shape=(36, 28, 18))
+    wide = dataclasses.replace(task, context=1)
+    every = dataset_of([case], dataclasses.replace(wide, axes="all"))
+    single = [dataset_of([case], dataclasses.replace(wide, axis=axis)) for axis in ("axial", "sagittal", "coronal")]
+    assert len(every) == sum(map(len, single)) == 18 + 36 + 28
+    expected = [dataset[i] for dataset in single for i in range(len(dataset))]
+    for i, item in enumerate(expected):
+        assert torch.equal(every[i]["image"], item["image"]) and torch.equal(every[i]["label"], item["label"])
+        assert every[i]["case"] == 0
+    assert every.statistics.to_dict() == single[0].statistics.to_dict()
+    ranges = dataset_of([case | {"slices": [(2, 5)]}], dataclasses.replace(wide, axes="all"))
+    assert len(ranges) == 3, "slices along other axes would show those held out"
+    assert len(dataset_of([case], dataclasses.replace(wide, axes="all"), part="validation")) == 18
+
+
+def test_all_axes_need_nearly_cubic_voxels(
+    write_case: Write, task: Task, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = write_case("a", 1)
+    for key in ("image", "label"):
+        thick = nib.Nifti1Image(np.asarray(nib.load(case[key]).dataobj), np.diag([4.0, 4.0, 6.5, 1.0]))
+        case[key] = str(tmp_path / f"thick_{key}.nii.gz")
+        nib.save(thick, case[key])
+    every = dataset_of([case], dataclasses.replace(task, axes="all"))
+    assert len(every) == 8 and "case 'a'" in caplog.text and "4 x 4 x 6.5 mm" in caplog.text
 
 
 def test_context_adds_the_neighbors_and_a_range_is_a_scan_of_its_own(write_case: Write, task: Task) -> None:
