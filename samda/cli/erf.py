@@ -100,7 +100,8 @@ def unadapted(network: SamSegmenter) -> SamSegmenter:
     from samda.networks.segmenter import SamSegmenter
 
     assert network.base_report is not None  # a model folder is loaded with its base
-    base = SamSegmenter(network.config, in_channels=network.in_channels, weights=network.base_report.path)
+    path, head = network.base_report.path, network.head_config
+    base = SamSegmenter(network.config, network.num_classes, network.in_channels, weights=path, head=head)
     return base.to(network.pixel_mean.device)
 
 

@@ -94,19 +94,10 @@ def probe_images(channels: int, size: int) -> list[torch.Tensor]:
 
 
 def write_graphs(network: SamSegmenter, size: int, folder: Path, kind: str) -> dict[str, dict[str, Any]]:
-    """Write encoder and decoder, read them back and compare.
+    """Write encoder and decoder for images of `size` pixels, read them back and compare.
 
-    Args:
-        network: a copy on the CPU in single precision, which is used up.
-        size: side of the images in pixels.
-        folder: where the files go.
-        kind: a key of :data:`GRAPHS`.
-
-    Returns:
-        File name -> input, output, the largest absolute difference to the network, and the largest value there.
-
-    Raises:
-        SamdaError: a package is missing, or a graph gives other numbers than the network.
+    `network`, a copy on the CPU in single precision, is used up; `kind` is a key of :data:`GRAPHS`. Returns for each
+    file its input, output, and how far its results are from the network's.
     """
     write, suffix = GRAPHS[kind]
     fold(network)
@@ -226,15 +217,10 @@ def _describe(names: Sequence[Sequence[str]], *tensors: Sequence[torch.Tensor]) 
 def compare(
     found: Sequence[Sequence[torch.Tensor]], expected: Sequence[Sequence[torch.Tensor]], name: str
 ) -> dict[str, float]:
-    """The largest absolute difference, and the largest value, where it is the largest share of that value.
+    """The largest absolute difference of a result, and its largest value: of the result where their ratio is largest.
 
-    Args:
-        found: per probe the results.
-        expected: those of the network.
-        name: of the file.
-
-    Raises:
-        SamdaError: the difference is more than a thousandth of the largest value of this result.
+    `found` and `expected` hold per probe the results of the file `name` and of the network. A difference of more than
+    a thousandth of the largest value is refused.
     """
     worst = {"difference": -1.0, "largest": 1.0}
     for own, wanted in zip(zip(*found, strict=True), zip(*expected, strict=True), strict=True):
@@ -277,14 +263,14 @@ def export_model(
     """Write a trained network for other programs; the folder appears complete or not at all.
 
     Args:
-        network: with its adapters; it stays as it is.
+        network: with its adapters; it is not changed.
         folder: a new or empty folder.
         task: what the network segments; `image_size` fixes the size of the graphs.
         format: "sam", "onnx" or "torch", see the module.
         version: name of the model's version, for `export.json`.
 
     Returns:
-        The content of `export.json`: files with their sha256 and difference, classes, preprocessing, input, versions.
+        The content of `export.json`.
 
     Raises:
         UsageError: an unknown format, or the folder holds something.
@@ -314,11 +300,7 @@ def export_model(
 
 
 def check_folder(folder: Path) -> Path:
-    """The folder, if an export can be put there: asked before any work is done.
-
-    Raises:
-        UsageError: it holds something, is named like a file, or the folder above it is missing.
-    """
+    """Refuse, before any work is done, a folder that holds something, is named like a file, or has no parent."""
     if folder.suffix in (".pth", ".pt", ".pt2", ".onnx", ".safetensors"):
         plain = str(folder.with_suffix(""))
         raise UsageError(f"output {folder} is the name of a file; give a folder, for instance {plain!r}")

@@ -30,12 +30,7 @@ MLP_DIM = 2048
 def grid_positions(frequencies: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """SAM's position encoding of a grid, always in single precision: half precision would lose the phase.
 
-    Args:
-        frequencies: SAM's random matrix (2, C / 2), the x axis first.
-        size: (h, w) of the grid.
-
-    Returns:
-        (1, C, h, w): sines, then cosines.
+    `frequencies` is SAM's random matrix (2, C / 2), x axis first. Returns (1, C, h, w): sines, then cosines.
     """
     with torch.autocast(frequencies.device.type, enabled=False):
         y, x = ((torch.arange(side, device=frequencies.device) + 0.5) / side * 2 - 1 for side in size)
@@ -150,16 +145,13 @@ class ClassDecoder(nn.Module):
         dense_prompt: torch.Tensor,
         tokens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and image features.
+        """Tokens (B, K, C) after the transformer and upscaled image features (B, C / 8, 4h, 4w), of (B, C, h, w).
 
         Args:
             embedding: (B, C, h, w).
             image_pe: position encoding of the grid, (1, C, h, w).
             dense_prompt: added to the embedding, (1, C, 1, 1) or (B, C, h, w): SAM's "no mask" vector.
             tokens: (B, N, C) in place of the mask tokens.
-
-        Returns:
-            Tokens (B, K or N, C) after the transformer, upscaled image features (B, C / 8, 4h, 4w).
         """
         if tokens is None:
             tokens = self.mask_tokens.weight.expand(len(embedding), -1, -1)

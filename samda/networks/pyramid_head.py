@@ -25,6 +25,7 @@ from samda.networks.closed_form import RidgeSolution, RidgeStatistics
 from samda.networks.head import IMAGE, UPSCALED, ClassHead, ClassHeadConfig, Level, Pyramid
 
 GROUPS = 8  # of the group norms
+WIDEST = 2048  # channels of a stage
 OUTLIER = 8.0  # standard deviations at which levels are clipped
 SCORE_SCALE = 8.0  # logits of a closed-form score of 1
 LINEAR_RATE = 0.05  # the linear path learns so much more slowly than the rest: its start is good
@@ -48,8 +49,8 @@ class PyramidHeadConfig(ClassHeadConfig):
                 object.__setattr__(self, key, tuple(getattr(self, key)))
         widths = self.widths
         self._require("widths", isinstance(widths, tuple) and len(widths) == 4, "four numbers of channels")
-        fits = all(isinstance(width, int) and width > 0 and width % GROUPS == 0 for width in widths)
-        self._require("widths", fits, f"positive multiples of {GROUPS}")
+        fits = all(isinstance(width, int) and width in range(GROUPS, WIDEST + 1, GROUPS) for width in widths)
+        self._require("widths", fits, f"multiples of {GROUPS} up to {WIDEST}")
         self._require("stride", self.stride in (2, 4), "2 or 4")
         self._require("decoder", self.decoder in (None, True, False), "true, false or null")
         levels = self.levels

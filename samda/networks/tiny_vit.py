@@ -7,7 +7,7 @@ the same numbers as for each window, and adapters see the grid instead of window
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.nn as nn
@@ -23,15 +23,7 @@ NORM_EPS = 1e-5
 
 
 class Attention(nn.Module):
-    """Attention over windows with one learned bias per head and distance.
-
-    Args:
-        prefix: name of the block, for instance "encoder.3".
-        block: index of the block.
-        dim: channels C.
-        num_heads: attention heads.
-        window: side of the windows in tokens.
-    """
+    """Attention over windows with one learned bias per head and distance; `prefix` names the block."""
 
     bias_index: torch.Tensor
 
@@ -100,34 +92,13 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Patch merging, then transformer blocks; maps (B, C, H, W).
+    """Patch merging with a stride of 2 or 1, then transformer blocks; maps (B, C, H, W)."""
 
-    Args:
-        first_block: index of the first block among all transformer blocks.
-        in_dim: channels in.
-        dim: channels out.
-        depth: number of blocks.
-        num_heads: attention heads.
-        window: side of the windows in tokens.
-        mlp_ratio: width of the MLP over `dim`.
-        stride: 2 halves the grid, 1 keeps it.
-    """
-
-    def __init__(
-        self,
-        first_block: int,
-        in_dim: int,
-        dim: int,
-        depth: int,
-        num_heads: int,
-        window: int,
-        mlp_ratio: float,
-        stride: int,
-    ) -> None:
+    def __init__(self, in_dim: int, dim: int, stride: int, blocks: Iterable[Block]) -> None:
         super().__init__()
         self.downsample = fuse_modules(PatchMerging(in_dim, dim, nn.GELU))
         self.downsample.conv2.conv.stride = (stride, stride)
-        self.blocks = nn.ModuleList(Block(first_block + i, dim, num_heads, window, mlp_ratio) for i in range(depth))
+        self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: torch.Tensor, checkpointing: bool) -> torch.Tensor:
         x = self.downsample(x).permute(0, 2, 3, 1)
@@ -139,14 +110,7 @@ class Stage(nn.Module):
 class TinyViT(nn.Module):
     """TinyViT with SAM's neck. Stage 0 is convolutional; the last stage keeps the stride, so 16 pixels make a token.
 
-    Args:
-        dims: channels of the four stages.
-        depths: blocks of the four stages.
-        num_heads: attention heads of the four stages (the first is unused).
-        windows: side of the windows in tokens of the four stages (the first is unused).
-        image_size: side of the images in pixels that the weights were trained at; any multiple of 16 works.
-        mlp_ratio: width of the MLPs over the channels.
-        out_channels: channels of the embedding.
+    Sizes are those of :class:`samda.networks.backbones.TinyViTConfig`; images may have any multiple of 16 as sides.
 
     Attributes:
         checkpointing: see :func:`samda.networks.vit.run_block`.
@@ -172,10 +136,9 @@ class TinyViT(nn.Module):
         self.conv_blocks = fuse_modules(nn.Sequential(*blocks))
         self.stages = nn.ModuleList()
         for i in range(1, len(dims)):
-            stride = 1 if i == len(dims) - 1 else 2
-            first = sum(depths[1:i])
-            sizes = (depths[i], num_heads[i], windows[i], mlp_ratio, stride)
-            self.stages.append(Stage(first, dims[i - 1], dims[i], *sizes))
+            first, stride = sum(depths[1:i]), 1 if i == len(dims) - 1 else 2
+            own = (Block(first + j, dims[i], num_heads[i], windows[i], mlp_ratio) for j in range(depths[i]))
+            self.stages.append(Stage(dims[i - 1], dims[i], stride, own))
         self.neck = build_neck(dims[-1], out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

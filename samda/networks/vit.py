@@ -26,15 +26,10 @@ PATCH = 16  # pixels per token, both directions
 
 
 class Attention(nn.Module):
-    """Multi-head attention over the whole grid or over windows, with decomposed relative positions.
+    """Multi-head attention with decomposed relative positions, over windows of `window` tokens or (0) the whole grid.
 
-    Args:
-        prefix: name of the block, for instance "encoder.3".
-        block: index of the block.
-        dim: channels C.
-        num_heads: attention heads.
-        window: side of the windows in tokens; 0 attends over the whole grid.
-        table_size: tokens along each side of the grid that the stored tables are made for.
+    `prefix` names the block, for instance "encoder.3"; `table_size` is the side of the grid that the stored tables are
+    made for.
     """
 
     def __init__(self, prefix: str, block: int, dim: int, num_heads: int, window: int, table_size: int) -> None:
@@ -113,17 +108,7 @@ class Block(nn.Module):
 
 
 class ImageEncoderViT(nn.Module):
-    """SAM's image encoder.
-
-    Args:
-        embed_dim: channels of the tokens.
-        depth: number of blocks.
-        num_heads: attention heads per block.
-        global_blocks: indices of the blocks that attend over the whole grid; the others attend over windows.
-        image_size: side of the images in pixels that the stored position tables are made for.
-        window_size: side of the windows in tokens.
-        mlp_ratio: width of the MLP over `embed_dim`.
-        out_channels: channels of the embedding.
+    """SAM's image encoder; sizes as in :class:`samda.networks.backbones.ViTConfig`.
 
     Attributes:
         checkpointing: see :func:`run_block`.

@@ -98,7 +98,7 @@ def test_the_encoder_stays_out_of_it(make_segmenter: Callable[..., nn.Module]) -
     assert not model.encoder_adapted
     x = noise(2, 1, 64, 48, seed=5).sigmoid()
     embedding = model.encode(x)
-    assert not embedding.requires_grad
+    assert not embedding["embedding"].requires_grad
     assert torch.equal(model(embedding), model(x))
 
 

@@ -14,6 +14,7 @@ from samda.errors import AdapterError, InputError, SamdaError, UsageError, Weigh
 from samda.models.folder import load_model, save_model
 from samda.networks.segmenter import SamSegmenter
 from samda.task import Task
+from tests.conftest import TINY_VIT
 
 Make = Callable[..., SamSegmenter]
 TASK = Task(name="organs", classes=("background", "liver", "spleen"), spacing=2.0, image_size=64)
@@ -110,6 +111,9 @@ def test_task_and_network_must_agree(make_segmenter: Make, tmp_path: Path) -> No
     assert not (tmp_path / "model").exists()
 
 
+NETWORK = {"backbone": TINY_VIT.to_json(), "num_classes": 3, "in_channels": 1}
+
+
 @pytest.mark.parametrize(
     ("section", "values", "error", "message"),
     [
@@ -119,6 +123,9 @@ def test_task_and_network_must_agree(make_segmenter: Make, tmp_path: Path) -> No
         ("base", {"file": None, "sha256": None, "fingerprint": {}}, InputError, "describes no network"),
         ("network", {"backbone": 3, "num_classes": 3, "in_channels": 1}, UsageError, "unknown backbone 3"),
         ("network", {"backbone": {"type": "vit"}, "num_classes": "3", "in_channels": 1}, UsageError, "got '3'"),
+        ("network", NETWORK | {"head": "fpn"}, UsageError, "no class head 'fpn'"),
+        ("network", NETWORK | {"head": {"type": "pyramid", "widths": [8] * 3 + [10**9]}}, UsageError, "widths"),
+        ("network", NETWORK | {"head": {"type": "pyramid", "levels": ["4", "8", "16"]}}, UsageError, "no level '4'"),
         ("task", {"windo": [0, 1]}, InputError, "task: unknown key 'windo'; did you mean 'window'"),
         ("task", {}, InputError, "the network has 3 classes, task 'segmentation' has 2"),
         ("base", {"fingerprint": {}, "file": "x", "url": "y"}, UsageError, "base: unknown key 'url'"),
