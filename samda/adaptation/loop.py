@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inner loop: a few optimizer steps of one case, its curves, and the iterate worth keeping."""
+"""The optimization loop of one case: optimizer steps, curves, and selection of the iterate."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from samda.adaptation.objectives import Objective
 from samda.progress import share
 
 GRADIENT_NORM = 1.0  # clip
-NEAR = 0.9  # of the highest merit: merit is coarse, and an objective that does good does more of it later
+NEAR = 0.9  # share of the highest merit; merit is coarse, and good objectives improve with further steps
 Merit = Callable[[torch.Tensor, Mapping[int, float]], float]  # logits of all views, agreement by class -> score
 
 
 class NotFinite(Exception):
-    """A loss or a parameter became NaN or infinite; the case falls back."""
+    """A loss or parameter is not finite; the case falls back."""
 
 
 class OutOfTime(Exception):
-    """The case's time limit passed; the case falls back."""
+    """The time limit of the case was exceeded; the case falls back."""
 
 
 @dataclasses.dataclass
 class Trajectory:
-    """What one adaptation did. Curves have one entry per iterate, the source model first (`steps` + 1 entries).
+    """The course of one adaptation. Curves have one entry per iterate, the source model first (`steps` + 1 entries).
 
-    `agreement` is the mean over the classes that the source model or the iterate shows; `by_class` has it for each.
-    `drift` is the distance of the features from the source's, NaN where it is not measured.
+    `agreement` is the mean over the classes that the source model or the iterate predicts; `by_class` is per class.
+    `drift` is the distance of the features from the source's, NaN if not measured.
     """
 
     tensors: dict[str, torch.Tensor]  # of the kept iterate
@@ -52,11 +52,7 @@ class Trajectory:
 
 @contextlib.contextmanager
 def restoring(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, torch.Tensor]]:
-    """Let exactly `parameters` take gradients; afterwards they hold their former values bit for bit, whatever happened.
-
-    Yields:
-        The values at the start, by name.
-    """
+    """Enable gradients only for `parameters`, yield their initial values by name, and restore them bitwise at exit."""
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     modes = [(module, module.training) for module in network.modules()]
@@ -93,25 +89,21 @@ def optimize(
     deadline: float | None = None,
     alignment: Callable[[], torch.Tensor] | None = None,
 ) -> Trajectory:
-    """Minimize the objective over `parameters`, which hold theta_0 now and the kept iterate afterwards.
+    """Minimize the objective over `parameters`, which are theta_0 before and the kept iterate afterwards.
 
-    Adam with gradients clipped to norm 1, in fp32. The kept iterate is the latest whose `merit` comes within a tenth of
-    the highest; theta_0 takes part.
+    Adam with gradients clipped to norm 1, in fp32. The kept iterate is the latest whose `merit` is at least 90 % of the
+    highest, theta_0 included.
 
     Args:
-        logits_of: logits (V, N, K, h, w) of all views at the present parameters, with gradients.
-        parameters: what moves, by name; they require gradients.
+        logits_of: logits (V, N, K, h, w) of all views at the current parameters, with gradients.
+        parameters: by name; they require gradients.
         objective: see :mod:`samda.adaptation.objectives`.
         steps: optimizer steps; 0 only measures the source model.
         lr: learning rate.
-        merit: a label-free score of an iterate, the agreement between views when None; NaN keeps the last iterate.
-        deadline: `time.monotonic()` after which the loop gives up.
-        alignment: distance of the features behind the latest logits from the source's, see
-            :mod:`samda.adaptation.alignment`; weighed by the objective.
-
-    Raises:
-        NotFinite: a loss or a parameter is not finite.
-        OutOfTime: the deadline passed.
+        merit: label-free score of an iterate; None is the agreement between views. NaN keeps the last iterate.
+        deadline: `time.monotonic()` at which :class:`OutOfTime` is raised.
+        alignment: distance of the features of the latest logits from the source's, see
+            :mod:`samda.adaptation.alignment`; weighted by the objective.
     """
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer = torch.optim.Adam(list(parameters.values()), lr=lr)
@@ -136,7 +128,7 @@ def optimize(
         else:
             run.drift.append(math.nan)
         _measure(run, now, loss, merit, displacement(parameters, start))
-        share(0.35 + 0.55 * step / max(1, steps))  # of a case; before it lie prediction and views, behind it one more
+        share(0.35 + 0.55 * step / max(1, steps))  # of a case: after prediction and views
         kept = {i: tensors for i, tensors in kept.items() if _is_near(run, i)}
         if _is_near(run, step):
             kept[step] = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -155,12 +147,12 @@ def optimize(
 
 
 def keep_last(logits: torch.Tensor, agreed: Mapping[int, float]) -> float:
-    """The merit that keeps the last iterate, whatever it is like."""
+    """A merit that keeps the last iterate."""
     return math.nan
 
 
 def _anchor(parameters: Mapping[str, nn.Parameter], start: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """|theta - theta_0|^2 / |theta_0|^2, over all adapted tensors together."""
+    """|theta - theta_0|^2 / |theta_0|^2 over all adapted tensors."""
     moved = torch.stack([(parameters[name] - start[name]).square().sum() for name in start]).sum()
     return moved / torch.stack([tensor.square().sum() for tensor in start.values()]).sum().clamp_min(1e-12)
 
@@ -185,6 +177,6 @@ def _measure(
 
 
 def _is_near(run: Trajectory, step: int) -> bool:
-    """Does the merit of an iterate come within a tenth of the highest so far? NaN does, and outdoes what was before."""
+    """Is the merit of an iterate at least 90 % of the highest so far? NaN is, and replaces previous iterates."""
     merits = [math.inf if math.isnan(merit) else merit for merit in run.merit]
     return merits[step] >= NEAR * max(merits)
