@@ -201,7 +201,7 @@ def salt_step(options: Options) -> Iterator[Row]:
             if name == "published formula":
                 for _, _, adapter in modules(network):
                     adapter.rebuilt = RebuiltSalt(adapter, None)  # its parameters are trained instead
-                    adapter.whole = lambda x, weight, bias, rebuilt=adapter.rebuilt: rebuilt(x, bias)
+                    adapter.fused_forward = lambda x, weight, bias, rebuilt=adapter.rebuilt: rebuilt(x, bias)
             optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-5)
 
             def step(network: nn.Module = network, optimizer: torch.optim.Optimizer = optimizer) -> None:

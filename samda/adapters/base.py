@@ -51,7 +51,7 @@ class Adapter(nn.Module):
         """The change of the base parameter: a tensor of the weight's shape, or (scale, shift) at a norm."""
         raise AdapterError(f"{type(self).__name__} is not a weight delta and cannot be merged into the base weights")
 
-    def whole(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    def fused_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         """Base layer and delta in one, x (W + dW)^T + b, where that is cheaper than their sum; else None."""
         return None
 

@@ -111,7 +111,7 @@ class SaltAdapter(Adapter):
 
     **Cost.** ReLU makes the tail of Sigma' a full matrix, so no small form of dW exists. Forming dW or W~ in every step
     costs products of the weight's own size, and its gradient is also dense. Neither is needed: since W = U diag(s) V^T,
-    the adapted layer is x V Sigma'^T U^T. That takes the place of the base layer (:meth:`whole`), costs only products
+    the adapted layer is x V Sigma'^T U^T. That takes the place of the base layer (:meth:`fused_forward`), costs only products
     with the smaller side more than it, and keeps only x V for the backward pass. With many tokens it is cheaper still
     to multiply the tail once into V (or U, whichever is square) than into every token.
     Three cases add the delta to the untouched base layer instead: the start, where the sum is the base layer's output
@@ -151,7 +151,7 @@ class SaltAdapter(Adapter):
         """x (..., in) -> x dW^T (..., out)."""
         return F.linear(*self._halves(x, change=True))
 
-    def whole(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    def fused_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         """x (..., in) -> x W~^T + bias (..., out)."""
         if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
             return None

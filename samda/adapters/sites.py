@@ -136,7 +136,7 @@ class LinearSite(WeightSite, nn.Linear):
     """A linear layer with additive weight deltas: y = x W^T + b + sum_a x dW_a^T.
 
     An adapter may offer the adapted layer as a whole where that is cheaper than base plus delta
-    (:meth:`~samda.adapters.base.Adapter.whole`); the first one that does replaces the base layer.
+    (:meth:`~samda.adapters.base.Adapter.fused_forward`); the first one that does replaces the base layer.
     """
 
     def __init__(self, in_features: int, out_features: int, info: SiteInfo, bias: bool = True) -> None:
@@ -149,7 +149,7 @@ class LinearSite(WeightSite, nn.Linear):
         adapters = list(self.active())
         y = None
         for index, adapter in enumerate(adapters):
-            y = adapter.whole(x, self.weight, self.bias)
+            y = adapter.fused_forward(x, self.weight, self.bias)
             if y is not None:
                 del adapters[index]
                 break
