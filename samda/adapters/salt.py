@@ -111,9 +111,9 @@ class SaltAdapter(Adapter):
 
     **Cost.** ReLU makes the tail of Sigma' a full matrix, so no small form of dW exists. Forming dW or W~ in every step
     costs products of the weight's own size, and its gradient is also dense. Neither is needed: since W = U diag(s) V^T,
-    the adapted layer is x V Sigma'^T U^T. That takes the place of the base layer (:meth:`fused_forward`), costs only products
-    with the smaller side more than it, and keeps only x V for the backward pass. With many tokens it is cheaper still
-    to multiply the tail once into V (or U, whichever is square) than into every token.
+    the adapted layer is x V Sigma'^T U^T. That takes the place of the base layer (:meth:`fused_forward`), costs only
+    products with the smaller side more than it, and keeps only x V for the backward pass. With many tokens it is
+    cheaper still to multiply the tail once into V (or U, whichever is square) than into every token.
     Three cases add the delta to the untouched base layer instead: the start, where the sum is the base layer's output
     bit for bit; reduced precision, where three roundings would harm the frozen part; and a site where another adapter
     has replaced the base layer.
