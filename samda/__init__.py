@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """samda: SAM adapters for medical image segmentation. Research use only.
 
-The names below are the public API. Each is imported when it is first used, so `import samda` stays light.
+The names below are the public API. They are imported lazily, so `import samda` does not import torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from samda.version import __version__
 
-if TYPE_CHECKING:  # the aliases mark what is exported
+if TYPE_CHECKING:  # `as` marks re-exports
     from samda.adaptation import Adaptation as Adaptation
     from samda.adapters import ADAPTERS as ADAPTERS
     from samda.adapters import BottleneckConfig as BottleneckConfig
@@ -95,7 +95,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'samda' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    globals()[name] = value  # the next look-up does not come here
+    globals()[name] = value  # cached for the next access
     return value
 
 

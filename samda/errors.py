@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors a user of samda can cause, each one line that names the thing, the value received and the remedy.
+"""Errors caused by user input. A message is one line with the object, the value received and a remedy.
 
-The command line prints the line and exits with 1 (the job failed) or 2 (wrong usage); library users catch the class.
+The command line prints the line and exits with 1 (failure) or 2 (usage error).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-# how the writers of PyTorch and safetensors, which are no Python, say it
+# messages of the native writers of PyTorch and safetensors
 FULL_DISK = ("No space left on device", "File too large", "PytorchStreamWriter failed", "inline_container.cc")
 
 
 class SamdaError(Exception):
-    """Base of every error that samda raises on purpose; the command line exits with 1."""
+    """Base class of all errors of samda; the command line exits with 1."""
 
 
 class UsageError(SamdaError):
@@ -33,7 +33,7 @@ class UsageError(SamdaError):
 
 
 class InputError(SamdaError):
-    """A file, scan or data set that cannot be used; the message names it and the remedy."""
+    """A file, scan or data set that cannot be used."""
 
 
 class WeightsError(SamdaError):
@@ -45,14 +45,14 @@ class AdapterError(SamdaError):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The remedy for a mistyped name: `did you mean 'x'?`, or the list of valid names where none is near."""
+    """The remedy for a mistyped name: `did you mean 'x'?`, or the list of valid names if none is similar."""
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(valid)}"
 
 
 def check_keys(given: Iterable[str], valid: Iterable[str], where: str) -> None:
-    """Refuse unknown keys; `where` names in the message what the keys belong to ("adapter 'salt'")."""
+    """Refuse unknown keys; `where` is the prefix of the message, for example "adapter 'salt'"."""
     valid = list(valid)
     for key in given:
         if key not in valid:
@@ -60,7 +60,7 @@ def check_keys(given: Iterable[str], valid: Iterable[str], where: str) -> None:
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Build the dataclass `cls` from a mapping, refusing unknown keys with the nearest valid name."""
+    """Build the dataclass `cls` from a mapping; refuse unknown keys."""
     if not isinstance(values, Mapping):
         raise UsageError(f"{where}: settings must be a mapping, got {values!r}; write {{KEY: VALUE}}")
     fields = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
@@ -72,17 +72,17 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def is_finite(value: Any) -> bool:
-    """Is it a finite real number? True and False are not: `strength: true` is a mistake."""
+    """Is it a finite real number? Booleans are not: `strength: true` is a mistake."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number beyond all floats
+    except OverflowError:  # an integer beyond the range of floats
         return False
 
 
 def check_numbers(settings: Any, where: str) -> None:
-    """Refuse anything but a finite number in the fields of a dataclass whose defaults are numbers."""
+    """Require finite numbers in the fields of a dataclass whose defaults are numbers."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if is_finite(field.default) and not is_finite(value):
@@ -92,12 +92,12 @@ def check_numbers(settings: Any, where: str) -> None:
 
 
 def cause_of(error: BaseException) -> SamdaError | None:
-    """The samda error behind `error`, or None: MONAI wraps what a transform raises in RuntimeErrors."""
+    """The samda error in the chain of `error`, or None: MONAI wraps errors of transforms in RuntimeErrors."""
     return next((known for known in _chain(error) if isinstance(known, SamdaError)), None)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, what caused it, and so on; an error that was raised again in its own handling comes once."""
+    """The error and its chain of causes, each once."""
     seen: set[int] = set()
     behind: BaseException | None = error
     while behind is not None and id(behind) not in seen:
@@ -107,7 +107,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def disk_trouble(error: BaseException) -> str | None:
-    """The remedy for an error of the disk (full, read-only, no permission) in one line, or None for other errors."""
+    """One-line message for disk errors (full, read-only, no permission); None for other errors."""
     for known in _chain(error):
         if isinstance(known, OSError) and known.errno in DISK_ERRORS:
             where = known.filename or "a file"
@@ -119,7 +119,7 @@ def disk_trouble(error: BaseException) -> str | None:
 
 
 def log_failed(case: str, error: BaseException) -> str:
-    """Log why a case failed, the traceback at debug level; returns the reason, see :func:`reason_of`."""
+    """Log the failure of a case (traceback at debug level) and return :func:`reason_of`."""
     reason = reason_of(error)
     logger.debug("case %s failed", case, exc_info=error)
     logger.error("case %s: %s", case, reason)
@@ -127,6 +127,6 @@ def log_failed(case: str, error: BaseException) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a case failed, in one line: the samda error behind `error`, or else what was not expected."""
+    """One-line reason of a failure: the samda error in the chain of `error`, else type and message."""
     known = cause_of(error) or disk_trouble(error)
     return " ".join(str(known).split()) if known else f"unexpected {type(error).__name__}: {error}"

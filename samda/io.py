@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders complete or not at all: written under a hidden name beside the place, then renamed.
+"""Atomic writing of files and folders: written under a hidden name in the same folder, then renamed.
 
-Also: YAML by the rules of version 1.2 (:func:`load_yaml`), downloads checked by their hash, and where files lie:
-packaged configs and bundles (in the wheel or the checkout), and the cache of what is fetched.
+Also: YAML 1.2 (:func:`load_yaml`), verified downloads, and paths of packaged configs and bundles (in the wheel or the
+checkout) and of the cache.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import yaml
 
 from samda.errors import InputError, WeightsError
 
-DOWNLOAD_TIMEOUT = 10  # seconds without an answer
+DOWNLOAD_TIMEOUT = 10  # seconds without data
 
-# PyYAML follows YAML 1.1, which reads `1e-3`, `1.5e3` and `-.5` as words; YAML 1.2 and JSON read numbers
+# PyYAML implements YAML 1.1, which parses `1e-3`, `1.5e3` and `-.5` as strings; in YAML 1.2 and JSON they are numbers
 FLOAT = re.compile(r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$")
 
 
@@ -34,15 +34,15 @@ Image = str | Path | Sequence[str | Path]  # one file or DICOM folder, or one fi
 
 
 def files_of(image: Image) -> list[Path]:
-    """The files (or DICOM folder) of an image, one per channel; the first gives it its name and its grid."""
+    """The files (or DICOM folder) of an image, one per channel; the first defines its name and grid."""
     return [Path(image)] if isinstance(image, str | Path) else [Path(path) for path in image]
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A hidden name of the same type beside `path`, renamed to `path` when the block ends well.
+    """A hidden file with the suffix of `path` in the same folder, renamed to `path` at the end of the block.
 
-    A reader never meets half a file, and two processes do not write into one another. Folders above it are made.
+    Readers never see a partial file, and two processes do not write to the same file. Parent folders are created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
-    except OSError as error:  # a writer's hidden name, or none, tells a person nothing
+    except OSError as error:  # name the target instead of the hidden file
         if error.errno is None or error.filename not in (None, str(temporary)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -59,24 +59,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def try_writing(folder: str | Path) -> None:
-    """Write a file without a name into `folder`, to learn before the work whether anything can be written there.
-
-    Raises:
-        OSError: what the results would meet, too.
-    """
+    """Write an anonymous file into `folder`, to detect before the job that it is not writable (OSError)."""
     with tempfile.TemporaryFile(dir=folder):
         pass
 
 
 def check_room(folder: str | Path, needed: float) -> None:
-    """Refuse a disk without room for `needed` bytes, for writers that end the whole process there.
+    """Raise InputError if the disk of `folder` has less than `needed` bytes free.
 
-    Args:
-        folder: an existing folder on the disk.
-        needed: bytes.
-
-    Raises:
-        InputError: there is less.
+    For writers that kill the process on a full disk.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -88,10 +79,10 @@ def check_room(folder: str | Path, needed: float) -> None:
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """A hidden folder beside `path`, renamed to `path` when the block ends well; else nothing is left of it.
+    """A hidden folder next to `path`, renamed to `path` at the end of the block and removed on failure.
 
     Raises:
-        OSError: `path` is a file, or a folder that holds something.
+        OSError: `path` is a file or a folder that is not empty.
     """
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
@@ -117,7 +108,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """JSON's own types: arrays as lists, numpy numbers as numbers, paths as texts, what is not finite as None."""
+    """JSON types: arrays become lists, numpy numbers numbers, paths strings, and NaN and infinity None."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if hasattr(value, "tolist"):  # arrays and numbers of numpy, which is not imported here: --help must be fast
@@ -133,14 +124,12 @@ class _Loader(yaml.SafeLoader):
     """Plain values only, as `yaml.safe_load`."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping; PyYAML alone would keep the last of several equal keys and say nothing."""
-        seen: list[Any] = []  # of YAML keys, which a set may not take
+        """The mapping, with an error for duplicate keys, of which PyYAML keeps the last."""
+        seen: list[Any] = []  # a list, because keys may not be hashable
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
             seen.append(key)
         return super().construct_mapping(node, deep)
 
@@ -152,7 +141,7 @@ def load_yaml(text: str) -> Any:
     """The value of a YAML (or JSON) text.
 
     Raises:
-        yaml.YAMLError: it is none, or a key stands twice in a mapping.
+        yaml.YAMLError: invalid YAML or duplicate keys.
 
     Example:
         >>> load_yaml("{rate: 1e-3, name: 'e1'}")
@@ -162,11 +151,7 @@ def load_yaml(text: str) -> Any:
 
 
 def packaged(*parts: str) -> Path:
-    """Path of a packaged file or folder, for instance `packaged("bundles", "sam_segmentation")`.
-
-    Raises:
-        FileNotFoundError: neither the wheel nor the checkout holds it.
-    """
+    """Path of a packaged file or folder, for example `packaged("bundles", "sam_segmentation")`."""
     package = Path(__file__).resolve().parent
     for root in (package, package.parent):
         path = root.joinpath(*parts)
@@ -176,12 +161,12 @@ def packaged(*parts: str) -> Path:
 
 
 def shipped_tasks() -> dict[str, Path]:
-    """The task files that come with samda, by their names."""
+    """The task files of samda by name."""
     return {path.stem: path for path in packaged("configs", "tasks").glob("*.yaml")}
 
 
 def cache_dir() -> Path:
-    """Folder of everything samda fetches: `SAMDA_CACHE`, else `XDG_CACHE_HOME/samda`, else `~/.cache/samda`."""
+    """Folder of downloads: `SAMDA_CACHE`, else `XDG_CACHE_HOME/samda`, else `~/.cache/samda`."""
     chosen = os.environ.get("SAMDA_CACHE")
     if chosen:
         return Path(chosen).expanduser()
@@ -189,29 +174,21 @@ def cache_dir() -> Path:
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file as hexadecimal digits."""
+    """SHA-256 of a file, hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_sha256(path: Path, expected: str, found: str | None = None) -> None:
-    """Refuse a file whose SHA-256 (`found`, if known already) is not the expected one.
-
-    Raises:
-        WeightsError: naming the file and both hashes.
-    """
+    """Raise WeightsError if the SHA-256 of a file (`found`, if already known) is not the expected one."""
     found = found or file_sha256(path)
     if found != expected:
         raise WeightsError(f"{path} has sha256 {found}, expected {expected}; delete the file and fetch it again")
 
 
 def download(url: str, path: Path, sha256: str) -> None:
-    """Download `url` to `path` and check it.
-
-    Raises:
-        WeightsError: the address cannot be reached, or what came is not the expected file; nothing is left then.
-    """
-    import http.client  # here, as `samda --help` must be fast
+    """Download `url` to `path` and verify it; on failure, raise WeightsError and leave no file."""
+    import http.client  # keeps `samda --help` fast
     import urllib.request
 
     with replacing(path) as temporary:
@@ -222,4 +199,4 @@ def download(url: str, path: Path, sha256: str) -> None:
             raise WeightsError(f"{url}: {error}") from error
         found = file_sha256(temporary)
         if found != sha256:
-            raise WeightsError(f"{url} brought a file with sha256 {found}, expected {sha256}")
+            raise WeightsError(f"{url}: the file has sha256 {found}, expected {sha256}")

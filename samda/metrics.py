@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Overlap, surface distance and volume of a segmentation, in mm and ml, with one written rule for empty structures.
+"""Overlap, surface distance and volume of a segmentation, in mm and ml, with defined values for empty structures.
 
 | structure is in        | status   | Dice, IoU | HD95                  | NSD |
 |------------------------|----------|-----------|-----------------------|-----|
@@ -8,7 +8,7 @@
 | the prediction only    | `extra`  | 0         | the volume's diagonal | 0   |
 | neither                | `absent` | NaN       | NaN                   | NaN |
 
-A mean leaves NaN out and always comes with the number of values in it.
+Means exclude NaN and are reported with the number of values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from samda.errors import InputError
 
-CHUNK = 1 << 22  # voxels counted at once: the counting needs some 30 bytes each
+CHUNK = 1 << 22  # voxels counted at once; counting needs about 30 bytes per voxel
 
 SCORES = ("dice", "iou", "hd95_mm", "nsd")
 COUNTED = ("missed", "extra", "absent")
@@ -35,22 +35,22 @@ DEFINITIONS = {
     "dice": "2 |P & L| / (|P| + |L|), over the voxels of the whole volume on the label's own grid",
     "iou": "|P & L| / |P | L|",
     "hd95_mm": "larger of the two directed 95th percentiles of the distances (mm) between surface voxels, each voxel "
-    "counted once (as MONAI and medpy do; not weighted by area)",
-    "nsd": "share of the surface voxels of both that lie within the tolerance (mm) of the other surface",
+    "counted once (as in MONAI and medpy; not weighted by area)",
+    "nsd": "share of the surface voxels of both that are within the tolerance (mm) of the other surface",
     "surface": "voxels of a structure with a face on its outside or on the border of the volume; a volume of one "
     "slice is measured in its plane",
     "volumes": "voxels times the volume of a voxel, in ml",
     "missed": "in the label, not in the prediction: Dice, IoU and NSD 0, HD95 the diagonal of the volume",
     "extra": "in the prediction, not in the label: Dice, IoU and NSD 0, HD95 the diagonal of the volume",
-    "absent": "in neither: no value (NaN), left out of every mean",
-    "pooled_dice": "Dice of the voxels of all cases together, as if they were one case",
+    "absent": "in neither: no value (NaN), excluded from means",
+    "pooled_dice": "Dice of the voxels of all cases together",
     "mean": "over the n cases that have a value; `all` is the mean of the classes' means",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassScores:
-    """The scores of one class in one case; see the table of this module."""
+    """Scores of one class in one case, see the table of the module."""
 
     status: str  # "both", "missed", "extra" or "absent"
     dice: float
@@ -62,11 +62,7 @@ class ClassScores:
 
 
 def confusion_matrix(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> np.ndarray:
-    """Voxel counts (K, K) of class indices (X, Y, Z): rows are the label's class, columns the prediction's.
-
-    Raises:
-        InputError: the shapes differ, or a value is not a class index.
-    """
+    """Voxel counts (K, K) of class indices (X, Y, Z): rows are classes of the label, columns of the prediction."""
     _check(prediction, label, num_classes)
     counter = MulticlassConfusionMatrix(num_classes, validate_args=False)
     planes = max(1, CHUNK // max(1, prediction[..., 0].size))
@@ -83,17 +79,9 @@ def score_case(
     num_classes: int,
     nsd_tolerance_mm: float,
 ) -> list[ClassScores]:
-    """Scores of the foreground classes 1 .. K-1 of one case.
+    """Scores of the foreground classes 1 .. K-1 of one case from class indices (X, Y, Z) on one grid.
 
-    Args:
-        prediction: (X, Y, Z) class indices.
-        label: (X, Y, Z) class indices on the same grid.
-        spacing_mm: size of a voxel along X, Y, Z.
-        num_classes: K, background included.
-        nsd_tolerance_mm: tolerance of the normalized surface distance.
-
-    Raises:
-        InputError: the shapes differ, or a value is not a class index.
+    `spacing_mm` is the size of a voxel along X, Y, Z. Raises InputError if the shapes differ or a value is not a class.
     """
     counts = confusion_matrix(prediction, label, num_classes)
     boxes = [ndimage.find_objects(a, max_label=num_classes) for a in (prediction, label)]
@@ -120,10 +108,10 @@ def score_case(
 def surface_scores(
     prediction: np.ndarray, label: np.ndarray, spacing_mm: Sequence[float], nsd_tolerance_mm: float
 ) -> tuple[float, float]:
-    """HD95 (mm) and normalized surface distance of one structure; both masks hold at least one voxel.
+    """HD95 (mm) and normalized surface distance of one structure; both masks have at least one voxel.
 
-    The boolean masks, in two or three dimensions, may be cropped to the structure: what lies outside the array counts
-    as outside the structure, as at the border of a volume. `spacing_mm` is the size of a voxel along each axis.
+    The boolean masks, in two or three dimensions, may be cropped to the structure: everything outside the array is
+    outside the structure. `spacing_mm` is the size of a voxel along each axis.
     """
     _, distances, _ = get_edge_surface_distance(
         torch.from_numpy(np.ascontiguousarray(prediction)),
@@ -134,23 +122,17 @@ def surface_scores(
     )
     to_label, to_prediction = (d.double().numpy() for d in distances)
     hd95 = max(np.percentile(to_label, 95), np.percentile(to_prediction, 95))
-    # distances come in float32: a surface exactly at the tolerance is within it
+    # distances are float32: a surface exactly at the tolerance is within it
     within = [(d <= nsd_tolerance_mm * (1 + 1e-6)).sum() for d in (to_label, to_prediction)]
     return float(hd95), float(sum(within) / (len(to_label) + len(to_prediction)))
 
 
 def summarize(cases: Iterable[Sequence[ClassScores]], classes: Sequence[str]) -> dict[str, Any]:
-    """Mean, standard deviation and median per class, with the number of cases behind each.
+    """Mean, standard deviation and median per foreground class over cases of :func:`score_case`, with their number n.
 
-    Args:
-        cases: per case the scores of the foreground classes, as :func:`score_case` gives them.
-        classes: names of the foreground classes.
-
-    Returns:
-        {"classes": {class: entry}, "all": entry}; an entry is {"dice": {"mean", "std", "median", "n"}, ...,
-        "pooled_dice": value, "missed": count, "extra": count, "absent": count}. The pooled Dice counts the voxels of
-        all cases together, as if they were one. `all` takes the means of the classes as its values, so its n is the
-        number of classes that have one, averages the pooled Dice and adds up the counts.
+    Returns {"classes": {class: entry}, "all": entry}; an entry is {"dice": {"mean", "std", "median", "n"}, ...,
+    "pooled_dice": value, "missed": count, "extra": count, "absent": count}. The values of `all` are the means of the
+    classes (n is the number of classes with a value), the mean of their pooled Dice and the sums of their counts.
     """
     cases = list(cases)
     per_class: dict[str, dict[str, Any]] = {}
@@ -166,7 +148,7 @@ def summarize(cases: Iterable[Sequence[ClassScores]], classes: Sequence[str]) ->
 
 
 def _pooled(scores: Sequence[ClassScores]) -> float:
-    """Dice of all cases as one volume: the mean of theirs, weighted by the volumes that they compare."""
+    """Dice of all cases as one volume: their mean, weighted by the compared volumes."""
     parts = [(s.dice, s.predicted_ml + s.label_ml) for s in scores if not math.isnan(s.dice)]
     total_ml = sum(ml for _, ml in parts)
     return sum(dice * ml for dice, ml in parts) / total_ml if total_ml else math.nan
@@ -190,7 +172,7 @@ def _check(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> None:
         low, high = int(array.min()), int(array.max())
         if low < 0 or high >= num_classes:
             value = low if low < 0 else high
-            raise InputError(f"the {name} holds {value}, which is not a class index (0 to {num_classes - 1})")
+            raise InputError(f"the {name} contains {value}, which is not a class index (0 to {num_classes - 1})")
 
 
 def _union(a: tuple[slice, ...], b: tuple[slice, ...]) -> tuple[slice, ...]:
@@ -198,7 +180,7 @@ def _union(a: tuple[slice, ...], b: tuple[slice, ...]) -> tuple[slice, ...]:
 
 
 def _kept_axes(shape: Sequence[int]) -> list[bool]:
-    """Axes in which surfaces are measured: all, but of a volume of one slice only those of its plane."""
+    """Axes in which surfaces are measured: all, or those of the plane if the volume is a single slice."""
     flat = [axis for axis in reversed(range(len(shape))) if shape[axis] == 1][: max(0, len(shape) - 2)]
     return [axis not in flat for axis in range(len(shape))]
 

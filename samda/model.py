@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model as one object: load it, predict with it, adapt it to a scan, save it.
+"""A trained model as one object: load, predict, adapt, save.
 
     model = samda.load("model")
     prediction = model.predict("scan.nii.gz")
     adapted = model.adapt("scan.nii.gz")
 
-The parts behind it are public too: :func:`samda.load_model`, :class:`samda.Predictor`, :class:`samda.Adaptation`.
+Its parts are also public: :func:`samda.load_model`, :class:`samda.Predictor`, :class:`samda.Adaptation`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from samda.task import Task
 
 
 class Model:
-    """A trained network with everything that prediction and adaptation need. :func:`load` builds it from a folder.
+    """A trained network with task and record, for prediction and adaptation; see :func:`load`.
 
     Args:
         network: a trained segmenter.
         task: classes and geometry it was trained with.
-        record: how it was trained, source statistics included; a model without them cannot be adapted.
+        record: record of the training with source statistics, which adaptation requires.
         version: name of the version in its model folder.
         device: torch device of predictions and adaptations.
     """
@@ -56,20 +56,20 @@ class Model:
         keep_largest: bool | str | Sequence[str] | None = None,
         **settings: Any,
     ) -> Prediction:
-        """Segment one scan; `prediction.image` is the label map on the scan's own grid.
+        """Segment one scan; `prediction.image` is the label map on the grid of the scan.
 
         Args:
             scan: path of a file or DICOM folder, a nibabel image, or a case {"image": one of these, "id": name}.
             probabilities: also return the class probabilities.
-            modality: "CT" or "MR" where the scan is of another kind than those of the training.
-            keep_largest: classes of which only the largest piece stays, instead of the task's.
+            modality: "CT" or "MR", if other than that of the training.
+            keep_largest: classes of which only the largest component is kept; overrides the task.
             settings: of :class:`samda.Predictor`, for instance `batch_size` or `amp`.
         """
         task = override(self.task, keep_largest, modality)
         return Predictor(self.network, task, self.device, **settings).predict(scan, probabilities)
 
     def adapt(self, scan: str | Path | SpatialImage | Mapping[str, Any], **settings: Any) -> AdaptedCase:
-        """Adapt to one scan without labels and segment it; afterwards the network is as before, bit for bit.
+        """Adapt to one scan without labels and segment it; then restore the parameters bitwise.
 
         Args:
             scan: as in :meth:`predict`.
@@ -81,7 +81,7 @@ class Model:
         return adaptation.adapt(scan)
 
     def save(self, folder: str | Path, with_base: bool = False) -> None:
-        """Write the model into a folder, with the base weights if asked for; see :func:`samda.save_model`."""
+        """Write a model folder, optionally with the base weights; see :func:`samda.save_model`."""
         save_model(self.network, folder, self.task, self.record, with_base)
 
 
@@ -94,10 +94,9 @@ def load(
     """Read a trained model from its folder.
 
     Args:
-        folder: a model folder, as `samda train`, :meth:`Model.save` or :func:`samda.save_model` wrote it.
+        folder: a model folder of `samda train`, :meth:`Model.save` or :func:`samda.save_model`.
         version: name of a version (`samda site list`); None takes the active one.
         weights: file with the base weights; None takes those of the training.
-        device: torch device.
 
     Raises:
         AdapterError, InputError: a file of the folder is missing or damaged.

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One job on several processes: which of them this is, its share of the cases, and how they exchange values.
+"""Distributed processes: rank and number, share of the cases, exchange of values.
 
-Processes that `torchrun` started are connected by :func:`join`: a training exchanges gradients. Cases of a prediction
-or an adaptation are independent: each process takes its :class:`Shard` of them, under torchrun or in a job array.
-Connected processes wait for one another at the end, because torchrun ends all when one fails.
-
-torch is imported within the functions: the command line asks this module who it is before it needs torch. Values of any
-type are exchanged, which ignite.distributed does for some types only.
+Processes of `torchrun` are connected by :func:`join`; a training exchanges gradients. Cases of a prediction or an
+adaptation are independent: each process takes its :class:`Shard`, under torchrun or in a job array. Connected processes
+wait for each other at the end, because torchrun ends all when one fails. torch is imported inside functions, because
+the command line uses this module before torch. Values of any type are exchanged; ignite.distributed supports only some.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CASES_TIMEOUT = datetime.timedelta(days=14)  # of processes that share cases: as long as a scheduler lets them run
+CASES_TIMEOUT = datetime.timedelta(days=14)  # of processes that share cases; in practice the limit of the scheduler
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # set by torchrun
 
 
@@ -40,7 +38,7 @@ class Shard:
     count: int
 
     def of(self, cases: Sequence[T]) -> list[T]:
-        """The cases of this shard; empty where there are more shards than cases."""
+        """The cases of this shard; empty if there are more shards than cases."""
         return list(cases[self.index - 1 :: self.count])
 
     def __str__(self) -> str:
@@ -48,29 +46,29 @@ class Shard:
 
 
 def read_part(text: str | None = None) -> Shard | None:
-    """The shard of this process: `text` ("2/8" is the second of eight), or with None its own under torchrun.
+    """The shard of this process: from `text` ("2/8"), or under torchrun from its rank; None for a single process.
 
-    None where the process does everything. Under torchrun a text is refused: all processes would do the same.
+    Under torchrun, `text` is refused, because all processes would have the same shard.
     """
     rank, world = launched()
     if text is None:
         return Shard(rank + 1, world) if world > 1 else None
     if world > 1:
-        raise UsageError(f"part {text!r} was given to processes of torchrun, which share the cases; leave it out")
+        raise UsageError(f"part {text!r} cannot be combined with torchrun, which distributes the cases; leave it out")
     match = re.fullmatch(r"(\d+)/(\d+)", str(text))
     if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise UsageError(f"part {text!r} must be INDEX/COUNT with an index from 1 to COUNT, for instance 2/8")
+        raise UsageError(f"part {text!r} must be INDEX/COUNT with an index from 1 to COUNT, for example 2/8")
     return Shard(int(match[1]), int(match[2]))
 
 
 def launched() -> tuple[int, int]:
-    """Rank and number of the processes that torchrun started, connected or not; (0, 1) without torchrun."""
+    """Rank and number of processes of torchrun, connected or not; (0, 1) without torchrun."""
     ranks = _ranks()
     return (0, 1) if ranks is None else ranks[:2]
 
 
 def local_device() -> torch.device:
-    """The device of a process of torchrun: a GPU of its own, or the CPU where the machine has no GPU."""
+    """The device of a process of torchrun: its own GPU, or the CPU on machines without GPU."""
     import torch
 
     _, _, local = _require_torchrun()
@@ -89,14 +87,9 @@ def join(
     rank_zero_only: bool = True,
     timeout: datetime.timedelta = datetime.timedelta(minutes=30),
 ) -> None:
-    """Connect the processes that torchrun started: NCCL between GPUs, gloo between CPUs.
+    """Connect the processes of torchrun (NCCL on GPUs, gloo on CPUs) until :func:`leave`.
 
-    The connection ends with :func:`leave` or, after an error, with the process.
-
-    Args:
-        device: of this process.
-        rank_zero_only: only the first process logs, for all do the same.
-        timeout: how long a process waits for the others before it fails.
+    With `rank_zero_only`, only the main process logs. `timeout` is that of collectives.
     """
     import torch
     import torch.distributed as dist
@@ -113,18 +106,18 @@ def join(
 
 
 def join_for_cases() -> None:
-    """Connect processes of torchrun that share the cases of a job; without torchrun, do nothing."""
+    """Connect processes of torchrun that share cases; does nothing without torchrun."""
     if launched()[1] > 1:
         join("cpu", rank_zero_only=False, timeout=CASES_TIMEOUT)
 
 
 def leave(wait: bool = True) -> None:
-    """End the connection, if there is one; with `wait` once every process has come this far."""
+    """End the connection, if any; with `wait`, after all processes have reached this point."""
     if _connected():
         import torch.distributed as dist
 
         if wait:
-            exchange(None)  # no process leaves while the first still writes
+            exchange(None)  # wait for the main process, which may still write
         dist.destroy_process_group()
 
 
@@ -138,12 +131,12 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def is_main() -> bool:
-    """Is this the process that writes files and reports?"""
+    """Is this the main process, which writes files and reports?"""
     return rank_and_world()[0] == 0
 
 
 def exchange(value: T) -> list[T]:
-    """The values of all connected processes, in the order of their ranks; every process has to call it."""
+    """The values of all connected processes by rank; every process must call it."""
     if not _connected():
         return [value]
     import torch.distributed as dist
@@ -154,7 +147,7 @@ def exchange(value: T) -> list[T]:
 
 
 def broadcast(value: T) -> T:
-    """The value of the first process; every process has to call it."""
+    """The value of the main process; every process must call it."""
     if not _connected():
         return value
     import torch.distributed as dist
@@ -165,7 +158,7 @@ def broadcast(value: T) -> T:
 
 
 def _connected() -> bool:
-    if "torch" not in sys.modules:  # then nothing can be connected, and asking costs no import
+    if "torch" not in sys.modules:  # then nothing is connected; avoids the import
         return False
     import torch.distributed as dist
 
@@ -182,7 +175,7 @@ def _require_torchrun() -> tuple[int, int, int]:
 
 
 def _ranks() -> tuple[int, int, int] | None:
-    """Rank, number of processes and rank on this machine, as torchrun sets them; None without torchrun."""
+    """Rank, number of processes and local rank of torchrun; None without torchrun."""
     values = [os.environ.get(name, "") for name in VARIABLES]
     if "TORCHELASTIC_RUN_ID" not in os.environ or not all(value.isdecimal() for value in values):
         return None

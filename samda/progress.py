@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress bars with the time left: on a terminal only, from one process, and not with `--quiet`."""
+"""Progress bars on terminals, from the main process, and not with `--quiet`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from samda.processes import is_main
 
 _quiet = False
-_outer: list[Cases] = []  # the bar of the whole job, while there is one
+_outer: list[Cases] = []  # the bar of the current job, if any
 
 
 def is_quiet() -> bool:
@@ -23,7 +23,7 @@ def is_quiet() -> bool:
 
 @contextlib.contextmanager
 def quiet(on: bool = True) -> Iterator[None]:
-    """No bars within the block."""
+    """Disable bars within the block."""
     global _quiet
     before, _quiet = _quiet, on or _quiet
     try:
@@ -33,7 +33,7 @@ def quiet(on: bool = True) -> Iterator[None]:
 
 
 def bar(what: str, total: float, unit: str, initial: float = 0, **settings: Any) -> tqdm:
-    """A progress bar of tqdm on standard error with count, rate and time left; nothing where that is not a terminal."""
+    """A progress bar of tqdm on standard error; nothing is shown if that is not a terminal."""
     return tqdm(
         desc=what,
         total=total,
@@ -41,7 +41,7 @@ def bar(what: str, total: float, unit: str, initial: float = 0, **settings: Any)
         initial=initial,
         leave=False,
         dynamic_ncols=True,
-        disable=True if _quiet or _outer or not is_main() else None,  # None: tqdm looks whether it is a terminal
+        disable=True if _quiet or _outer or not is_main() else None,  # None: only on terminals
         **settings,
     )
 
@@ -52,15 +52,15 @@ def line(text: str) -> None:
 
 
 def share(of_case: float) -> None:
-    """Report the finished share, in [0, 1], of the current case; ignored where no :class:`Cases` is open."""
+    """Report the finished share, in [0, 1], of the current case; ignored if no :class:`Cases` is open."""
     if _outer:
         _outer[-1].within(of_case)
 
 
 class Cases:
-    """One bar over the `total` cases of a job, which also moves within a case (:func:`share`).
+    """One bar over the `total` cases of a job, updated within a case by :func:`share`.
 
-    With `shown` False it shows nothing and does not suppress bars within a case.
+    If `shown` is False, nothing is shown and bars within a case are not suppressed.
     """
 
     def __init__(self, what: str, total: int, shown: bool = True) -> None:
@@ -71,7 +71,7 @@ class Cases:
 
     def __enter__(self) -> Cases:
         if self._shown:
-            _outer.append(self)  # bars within a case stay silent: one at a time
+            _outer.append(self)  # suppresses bars within a case
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,7 +85,7 @@ class Cases:
         self._move(self._done)
 
     def within(self, share: float) -> None:
-        """Show this share of the current case as finished; the bar never moves back."""
+        """Show the finished share of the current case; the bar never moves back."""
         self._move(max(self._bar.n, self._done + min(max(share, 0.0), 0.999)))
 
     def _move(self, to: float) -> None:

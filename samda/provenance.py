@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a result came from: sha256 of files, tensors and plain values, versions, times, and names without patients."""
+"""Provenance of results: sha256 of files, tensors and plain values, versions, times, and pseudonyms."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from samda.version import __version__
 
 
 def canonical_json(value: Any) -> str:
-    """One line of JSON, keys sorted; numbers that are not finite become null, since JSON has no NaN."""
+    """One line of JSON with sorted keys; NaN and infinity become null."""
     return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
@@ -31,7 +31,7 @@ def sha256_of(value: Any) -> str:
 
 
 def tensors_sha256(tensors: Mapping[str, Any]) -> str:
-    """sha256 of named tensors: names, shapes and values, in the order of the names."""
+    """sha256 of named tensors (names, shapes and values), sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name}\0{sha256_of(tensors[name].detach().cpu().numpy())}\n".encode())
@@ -39,10 +39,10 @@ def tensors_sha256(tensors: Mapping[str, Any]) -> str:
 
 
 def path_sha256(image: Image) -> str:
-    """sha256 of a file, or of a folder's files (a DICOM series): each file's content, in the order of their hashes.
+    """sha256 of a file, or of the content of a folder's files (a DICOM series), sorted by hash.
 
-    Neither names nor times enter, so a series keeps its hash when it is exported again under other file names. Of
-    several channel files it is that of their hashes, in the order of the channels.
+    Names and times are not included, so the hash of a series does not change when it is exported under other names. For
+    several channel files it is the hash of their hashes, in the order of the channels.
     """
     paths = files_of(image)
     if len(paths) > 1:
@@ -55,7 +55,7 @@ def path_sha256(image: Image) -> str:
 
 
 def pseudonym(input_sha256: str) -> str:
-    """A name for a case that says nothing about the patient and is the same wherever the same scan is adapted."""
+    """A name of a case that does not identify the patient and is the same for the same scan."""
     return f"case-{input_sha256[:12]}"
 
 
@@ -65,7 +65,7 @@ def now() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions that decide the numbers."""
+    """Versions that affect numerical results."""
     import monai
     import torch
 
@@ -73,14 +73,10 @@ def versions() -> dict[str, str]:
 
 
 def conceal(value: Any, names: Mapping[str, str]) -> Any:
-    """Plain values with every name in their texts replaced: files and cases may be named after patients.
+    """Replace names (name -> replacement) in all texts of plain values: files and cases may be named after patients.
 
-    A name counts where no letter or digit adjoins it. One of one or two characters may be a word of a message, so it
-    counts only in quotes, after "case ", and where it is the whole text.
-
-    Args:
-        value: texts, alone or in mappings and lists; anything else stays.
-        names: name -> what stands for it.
+    A name matches if no letter or digit is adjacent. Names of one or two characters may be words of a message and match
+    only in quotes, after "case ", and as the whole text.
     """
     if isinstance(value, Mapping):
         return {conceal(key, names): conceal(entry, names) for key, entry in value.items()}
@@ -89,7 +85,7 @@ def conceal(value: Any, names: Mapping[str, str]) -> Any:
     if not isinstance(value, str) or value in names:
         return names.get(value, value) if isinstance(value, str) else value
     patterns = []
-    for name in sorted(filter(None, names), key=len, reverse=True):  # of a path before its file
+    for name in sorted(filter(None, names), key=len, reverse=True):  # a path before its file name
         whole = rf"(?<![^\W_]){re.escape(name)}(?![^\W_])"
         patterns.append(whole if len(name) > 2 else rf"""(?:(?<=['"])|(?<=\bcase )){whole}""")
     return re.sub("|".join(patterns), lambda found: names[found.group()], value) if patterns else value

@@ -2,27 +2,27 @@
 """The effective receptive field (ERF): which pixels of an image influence the center of the encoder's feature map.
 
 The theoretical field of an encoder with global attention is always the whole image; adapters differ in how the
-influence is spread (arXiv 1701.04128). The measure is RepLKNet's (arXiv 2203.06717): for a feature map O (1, C, h, w)
-of an image I (1, 3, H, W),
+influence is spread (arXiv 1701.04128). The measure is that of RepLKNet (arXiv 2203.06717): for a feature map O (1, C,
+h, w) of an image I (1, 3, H, W),
 
     s = sum_c ReLU(O[0, c, h // 2, w // 2])
     A = mean over the images of the sum over the colors of ReLU(ds / dI)
 
 The inner ReLU is necessary: without it the sum over the channels of a layer norm has gradient 0. An area is the
-smallest centered square that holds more than a share t of the sum of a map P computed from A:
+smallest centered square with more than a share t of the sum of a map P computed from A:
 
 ============ ================================== ======================================================================
 scale        P                                  meaning
 ============ ================================== ======================================================================
-`log`        log10(A + 1), over its largest     the papers' number. It depends on the size of the features, which
+`log`        log10(A + 1), over its largest     measure of the papers. It depends on the scale of the features, which
                                                 adapters change: compare it with papers only
 `mass`       A                                  the influence itself; invariant to a scaling of the network
 `normalized` log10(1000 A / largest A + 1)      shows faint influence, as `log` does; invariant to a scaling
 ============ ================================== ======================================================================
 
-The images are slices of scans, prepared as for a prediction. :func:`write_fields` writes `erf.json` (for each model:
-backbone, adapters, version, and for each tap sides and ratios of the areas) and `erf.png` (one map per model and tap in
-one color scale: influence over the largest of the map, in decades; the square holds half of the influence).
+The images are preprocessed slices of scans. :func:`write_fields` writes `erf.json` (for each model: backbone, adapters,
+version, and for each tap sides and ratios of the areas) and `erf.png` (one map per model and tap in one color scale:
+influence relative to the maximum of the map, in decades; the square contains half of the influence).
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ if TYPE_CHECKING:
 
 TAPS = ("block", "neck")  # output of the encoder's last transformer block; output of the neck, the embedding
 SCALES = ("log", "mass", "normalized")
-SHARES = (0.2, 0.3, 0.5, 0.99)  # thresholds t, RepLKNet's
-DECADES = 3  # that `normalized` shows below the largest influence
-HALF = 0.5  # share of the influence in the square that is drawn
-LONGEST = 36  # letters of a name above a map; the end of a path tells models apart
+SHARES = (0.2, 0.3, 0.5, 0.99)  # thresholds t of RepLKNet
+DECADES = 3  # shown by `normalized` below the maximum
+HALF = 0.5  # share of the influence in the drawn square
+LONGEST = 36  # characters of a name above a map; the end of a path is kept
 PREPARED_BY = ("modality", "window", "percentiles", "spacing", "image_size", "axis", "in_channels", "context")
 
 
@@ -70,7 +70,7 @@ class ErfMap:
 
 @dataclasses.dataclass(frozen=True)
 class Area:
-    """A centered square; None where no square within the map holds the share."""
+    """A centered square; None if no square within the map has the share."""
 
     side: int | None  # in pixels, odd, at least 3
     ratio: float | None  # side^2 / (H W)
@@ -82,8 +82,8 @@ class Area:
 def measure_erf(network: SamSegmenter, images: Iterable[torch.Tensor], tap: str = "neck") -> ErfMap:
     """The effective receptive field of a network's encoder, adapters included.
 
-    The gradient is taken with respect to the normalized color image that enters the encoder, one image at a time, in
-    evaluation mode. The network is left as it was, and no parameter gets a gradient.
+    The gradient is that with respect to the normalized color image at the input of the encoder, one image at a time, in
+    evaluation mode. The network is not changed, and no parameter gets a gradient.
 
     Args:
         network: a segmenter; its device and dtype are used.
@@ -91,13 +91,11 @@ def measure_erf(network: SamSegmenter, images: Iterable[torch.Tensor], tap: str 
         tap: "block", the output of the last transformer block, before the neck; or "neck", the embedding.
 
     Raises:
-        UsageError: an unknown tap, images of different sizes, or of a size or number of channels that the network
-            does not take.
         InputError: no image, or none with finite gradients.
     """
     if tap not in TAPS:
         raise UsageError(f"tap {tap!r} is unknown; {nearest(str(tap), TAPS)}")
-    neck = network.image_encoder.get_submodule("neck")  # what enters it leaves the last block
+    neck = network.image_encoder.get_submodule("neck")  # its input is the output of the last block
     kept: list[torch.Tensor] = []
     handle = neck.register_forward_hook(lambda _, inputs, output: kept.append(inputs[0] if tap == "block" else output))
 
@@ -115,12 +113,7 @@ def measure_erf(network: SamSegmenter, images: Iterable[torch.Tensor], tap: str 
 
 
 def pixel_influence(features: Callable[[torch.Tensor], torch.Tensor], images: Iterable[torch.Tensor]) -> ErfMap:
-    """The measure itself, for any differentiable function from images (1, C, H, W) to feature maps (1, C', h, w).
-
-    Raises:
-        UsageError: images of different sizes.
-        InputError: no image, or none with finite gradients.
-    """
+    """The measure for any differentiable function from images (1, C, H, W) to feature maps (1, C', h, w)."""
     total: np.ndarray | None = None
     used = skipped = 0
     for image in images:
@@ -159,22 +152,16 @@ def rescale(array: np.ndarray, scale: str) -> np.ndarray:
 
 
 def area_ratios(erf: ErfMap | np.ndarray, shares: Iterable[float] = SHARES) -> dict[str, dict[float, Area]]:
-    """How large the centered square is that holds a share of the influence: small is concentrated, large is spread.
+    """The smallest centered square with a share of the influence, as scale -> share -> area, for all :data:`SCALES`.
 
-    The square of side 2 i + 1, i at least 1, is centered at pixel (H // 2, W // 2) and lies within the map; it reaches
-    a share t if it holds *more* than t of the sum over the whole map.
-
-    Args:
-        erf: a result of :func:`measure_erf`, or an array (H, W), not negative.
-        shares: thresholds t in (0, 1).
-
-    Returns:
-        scale -> share -> the smallest such square, for all of :data:`SCALES`.
+    The square of side 2 i + 1, i at least 1, is centered at pixel (H // 2, W // 2) and within the map; it reaches a
+    share t in (0, 1) if it contains *more* than t of the sum over the whole map. `erf` is a result of
+    :func:`measure_erf`, or an array (H, W), not negative.
     """
     array = erf.array if isinstance(erf, ErfMap) else np.asarray(erf)
     height, width = array.shape
     rows, columns = (np.abs(np.arange(side) - side // 2) for side in array.shape)
-    ring = np.maximum(rows[:, None], columns[None])  # i of the smallest square that holds a pixel
+    ring = np.maximum(rows[:, None], columns[None])  # i of the smallest square that contains a pixel
     largest = min(height, width) // 2 - 1
     found: dict[str, dict[float, Area]] = {}
     for scale in SCALES:
@@ -189,26 +176,14 @@ def area_ratios(erf: ErfMap | np.ndarray, shares: Iterable[float] = SHARES) -> d
 
 
 def body_slices(cases: Sequence[Case], task: Task, count: int) -> list[torch.Tensor]:
-    """Evenly spaced slices through the bodies of scans, each as the network sees it.
+    """At most `count` evenly spaced, preprocessed slices (C, H, W) through the bodies of scans.
 
-    Every scan contributes equally many as far as it has them; of more scans than slices, evenly spaced ones contribute
-    one each. Where the body is larger than the field of view, the window in the middle is taken.
-
-    Args:
-        cases: see :func:`samda.find_cases`.
-        task: geometry and intensities.
-        count: at most this many slices in all, at least 1.
-
-    Returns:
-        (C, H, W) float32 in [0, 1] each, C the task's `network_channels`, H and W its `image_size`; in the order of the
-        scans and of the slices within them.
-
-    Raises:
-        InputError: a scan cannot be read or used, or no slice of any scan shows a body.
-        UsageError: `count` is below 1.
+    All scans contribute the same number of slices if they have as many; if there are more scans than slices, evenly
+    spaced scans contribute one each. If the body is larger than the field of view, the central window is taken.
+    C is the task's `network_channels`, H and W are its `image_size`.
     """
     if count < 1:
-        raise UsageError(f"at least one slice is needed, got {count}")
+        raise UsageError(f"count must be at least 1, got {count}")
     scans = [cases[i] for i in _spread(len(cases), count)]
     preprocessing = build_preprocessing(task, labels=False)
     slices: list[torch.Tensor] = []
@@ -221,13 +196,13 @@ def body_slices(cases: Sequence[Case], task: Task, count: int) -> list[torch.Ten
 
 
 def check_same_slices(tasks: dict[str, Task]) -> None:
-    """Refuse tasks (model name -> task) that turn one scan into different slices."""
+    """Refuse tasks (model name -> task) with different preprocessing."""
     (first, reference), *others = tasks.items()
     for name, task in others:
         for key in PREPARED_BY:
             if getattr(task, key) != getattr(reference, key):
                 raise UsageError(
-                    f"{first} and {name} see different images ({key} {getattr(reference, key)} and "
+                    f"{first} and {name} have different preprocessing ({key} {getattr(reference, key)} and "
                     f"{getattr(task, key)}), so their fields cannot be compared; measure them one at a time"
                 )
 
@@ -237,14 +212,14 @@ def _slices_of(image: MetaTensor, task: Task, count: int) -> list[torch.Tensor]:
     volume = image.as_tensor()
     grid = SliceGrid.from_volume(volume, image.affine, task)
     planes = volume.movedim(1 + grid.axes[0], 0).flatten(1)
-    shown = [i for i in range(*grid.body) if planes[i].min() < planes[i].max()]  # a constant plane shows nothing
+    shown = [i for i in range(*grid.body) if planes[i].min() < planes[i].max()]  # a constant plane has no influence
     starts = [(side - task.image_size) // 2 for side in grid.canvas]  # of the middle window
     rows, columns = (slice(start, start + task.image_size) for start in starts)
     return [grid.inputs(volume, shown[i])[0, :, rows, columns] for i in _spread(len(shown), count)]
 
 
 def _spread(total: int, count: int) -> list[int]:
-    """`count` evenly spaced numbers below `total`; all of them where there are no more."""
+    """`count` evenly spaced numbers below `total`, at most all."""
     count = min(total, count)
     return [int(i) for i in (np.arange(count) + 0.5) * total // max(count, 1)]
 
@@ -286,23 +261,19 @@ class ModelField:
 
 
 def write_fields(folder: str | Path, models: Sequence[ModelField], about: Mapping[str, Any]) -> None:
-    """Write `erf.json`, which begins with `about`, and `erf.png` into a new or empty folder, completely or not at all.
-
-    Raises:
-        UsageError: the folder cannot be written, or is not empty.
-    """
+    """Write `erf.json`, which begins with `about`, and `erf.png` to a new or empty folder."""
     try:
         with new_folder(folder) as place:
             write_json(place / "erf.json", {**about, "models": [model.to_dict() for model in models]})
             draw_fields(models).savefig(place / "erf.png", dpi=110, metadata={"Software": None})
     except OSError as error:
         raise UsageError(
-            f"nothing can be written to {folder} ({error.strerror or error}); choose another output folder"
+            f"{folder} cannot be written ({error.strerror or error}); choose another output folder"
         ) from error
 
 
 def draw_fields(models: Sequence[ModelField]) -> Figure:
-    """One row per model, one column per tap, one color scale for all: the share of each map's largest influence."""
+    """One row per model and one column per tap; influence relative to the maximum of each map, in one color scale."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -315,7 +286,7 @@ def draw_fields(models: Sequence[ModelField]) -> Figure:
             array, area = model.fields[tap].array, model.areas[tap]["mass"][HALF]
             image = axes.imshow(rescale(array, "normalized"), cmap="magma", vmin=0, vmax=np.log10(10**DECADES + 1))
             name = model.name if len(model.name) <= LONGEST else "..." + model.name[3 - LONGEST :]
-            title = f"{name}, {tap}".replace("$", r"\$")  # no formula
+            title = f"{name}, {tap}".replace("$", r"\$")  # not a formula
             if area.side is not None:
                 top, left = (n // 2 - area.side // 2 - 0.5 for n in array.shape)
                 axes.add_patch(Rectangle((left, top), area.side, area.side, fill=False, color="cyan", linewidth=1))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports: one HTML file that holds everything, pictures included, and loads nothing from anywhere.
+"""Reports: a self-contained HTML file without external resources.
 
-Small functions that return pieces of HTML; a page is a list of sections, a section a list of pieces. All text is
-escaped. What a case is called, real name or pseudonym, is up to the caller.
+Functions return pieces of HTML; a page is a list of sections, a section a list of pieces. All text is escaped. Callers
+choose real names or pseudonyms of cases.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from samda.version import __version__
 
 PURPOSE = "Research use only. Not for diagnosis, treatment or any other clinical decision."
 
-COLORS = (  # told apart also by most color-blind readers (after Okabe and Ito)
+COLORS = (  # suitable for color-blind readers (after Okabe and Ito)
     (230, 159, 0),
     (86, 180, 233),
     (0, 158, 115),
@@ -38,7 +38,7 @@ COLORS = (  # told apart also by most color-blind readers (after Okabe and Ito)
     (204, 121, 167),
     (0, 114, 178),
 )
-GAINED, LOST, SWAPPED = (0, 158, 115), (213, 94, 0), (240, 228, 66)  # in pictures of change
+GAINED, LOST, SWAPPED = (0, 158, 115), (213, 94, 0), (240, 228, 66)  # colors of differences
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 72rem; margin: 0 auto;
@@ -54,14 +54,14 @@ th:first-child, td:first-child { text-align: left; }
 footer { margin-top: 3rem; color: #555; border-top: 1px solid #ccc; padding-top: .5rem; }
 """
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser, too, must load nothing
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser must not load anything
 
 
 # --------------------------------------------------------------------------------------------------------------- page
 
 
 def page(title: str, sections: Iterable[str], about: Mapping[str, Any] | None = None) -> str:
-    """A whole HTML document of sections; `about` holds facts for its footer, for instance versions and seed."""
+    """An HTML document of sections; `about` contains facts for the footer, for example versions and seed."""
     facts = ", ".join(f"{_text(key)}: {_text(value)}" for key, value in (about or {}).items())
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -80,7 +80,7 @@ def write_page(path: str | Path, document: str) -> Path:
 
 
 def section(title: str, pieces: Iterable[str]) -> str:
-    """A heading and what belongs under it."""
+    """A heading with content."""
     return f"<section>\n<h2>{_text(title)}</h2>\n" + "\n".join(pieces) + "\n</section>"
 
 
@@ -90,7 +90,7 @@ def paragraph(text: str) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "") -> str:
-    """A table; numbers are shortened, and what has no value (None, NaN) is a dash."""
+    """A table; numbers are rounded, None and NaN are shown as a dash."""
     top = "".join(f"<th>{_text(name)}</th>" for name in head)
     body = "\n".join("<tr>" + "".join(f"<td>{_text(_cell(v))}</td>" for v in row) + "</tr>" for row in rows)
     title = f"<caption>{_text(caption)}</caption>" if caption else ""
@@ -116,7 +116,7 @@ def legend(classes: Sequence[str]) -> str:
 
 
 def paint(image: np.ndarray, labels: np.ndarray | None = None, opacity: float = 0.5) -> np.ndarray:
-    """A slice (H, W) or (C, H, W) in [0, 1] as colors (H, W, 3) uint8, with class indices (H, W) over it."""
+    """A slice (H, W) or (C, H, W) in [0, 1] as colors (H, W, 3) uint8, with an overlay of class indices (H, W)."""
     colors = _gray(image)
     if labels is not None:
         _check_size(colors, labels)
@@ -126,7 +126,7 @@ def paint(image: np.ndarray, labels: np.ndarray | None = None, opacity: float = 
 
 
 def changed(image: np.ndarray, before: np.ndarray, after: np.ndarray, opacity: float = 0.6) -> np.ndarray:
-    """A slice, as for :func:`paint`, with the difference of two label maps (H, W): gained, lost, another class."""
+    """A slice as in :func:`paint` with the difference of two label maps (H, W): gained, lost, class changed."""
     colors = _gray(image)
     for labels in (before, after):
         _check_size(colors, labels)
@@ -142,7 +142,7 @@ def changed_legend() -> str:
 
 
 def pictures(columns: Mapping[str, np.ndarray], caption: str = "") -> str:
-    """Pictures, title -> (H, W, 3) uint8, beside each other with their titles above and a caption below."""
+    """Pictures, title -> (H, W, 3) uint8, in a row with titles and a caption."""
     height, width = next(iter(columns.values())).shape[:2]
     side = 3.2  # inches
     figure, panels = _panels(len(columns), side, side * height / width + 0.4)
@@ -154,7 +154,7 @@ def pictures(columns: Mapping[str, np.ndarray], caption: str = "") -> str:
 
 
 def curve(history: Sequence[Mapping[str, Any]], keys: Sequence[str], x: str = "epoch", caption: str = "") -> str:
-    """A curve over `x` for each key of rows such as {"epoch": 1, "loss": 0.9}; rows without a value are skipped."""
+    """A curve over `x` for each key of rows such as {"epoch": 1, "loss": 0.9}; missing values are skipped."""
     figure, panels = _panels(len(keys), 4.2, 3.0)
     for axes, key in zip(panels, keys, strict=True):
         points = [(row[x], row[key]) for row in history if not _missing(row.get(key))]
@@ -188,7 +188,7 @@ def scan_slices(
 
 
 def pick_slices(labels: np.ndarray, count: int = 3) -> list[int]:
-    """At most `count` slices of (n, H, W) class indices: evenly spread over those with foreground, else over all."""
+    """At most `count` slices of (n, H, W) class indices, evenly spaced over those with foreground, else over all."""
     shown = np.flatnonzero(labels.reshape(len(labels), -1).any(1))
     shown = shown if len(shown) else np.arange(len(labels))
     places = (np.arange(min(count, len(shown))) + 0.5) * len(shown) / min(count, len(shown))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A segmentation task: classes, the labels they come from, and the geometry and intensities the network sees."""
+"""A segmentation task: classes, label ids, geometry and intensities."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ import yaml
 from samda.errors import UsageError, from_mapping, nearest
 from samda.io import load_yaml
 
-LARGEST_IMAGE = 4096  # pixels; beyond it a single slice would fill the memory
+LARGEST_IMAGE = 4096  # pixels; limits the memory of a slice
 LATER = ("axes", "context", "keep_largest")  # keys that the first version did not have
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # slice axis -> axis of a volume in RAS order
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is segmented, and how a scan becomes slices. Train, predict and adapt share one Task, saved with the model.
+    """Classes and preprocessing, shared by training, prediction and adaptation and saved with the model.
 
     The field of view of a slice is `spacing` x `image_size` mm: a scan is resampled once, to `spacing`, then padded,
-    cropped around the body or tiled, and never resized again.
+    cropped around the body or tiled.
     """
 
     name: str = "segmentation"
     classes: tuple[str, ...] = ("background", "foreground")  # network channel k is classes[k]; background first
     labels: Mapping[str, tuple[int, ...]] | None = None  # class -> ids in the label files; None: dataset.json's, else k
-    modality: str = "CT"  # "CT" (window in HU), "MR" (percentiles) or "image" (2D pictures, percentiles)
+    modality: str = "CT"  # "CT" (window in HU), "MR" (percentiles) or "image" (2-D images, percentiles)
     window: tuple[float, float] = (-160.0, 240.0)  # HU, mapped to [0, 1]; CT only
     percentiles: tuple[float, float] = (1.0, 99.0)  # of the body (MR) or of all pixels (image), to [0, 1]
-    spacing: float = 1.5  # mm per pixel of a slice, both directions
-    image_size: int = 256  # pixels of a slice, both directions; a multiple of 16
+    spacing: float = 1.5  # mm per pixel of a slice in both directions
+    image_size: int = 256  # pixels of a slice in both directions; a multiple of 16
     axis: str = "axial"  # slices are perpendicular to it: "axial", "coronal" or "sagittal"
     axes: str = "one"  # "all": slices along the other two axes, too, and the mean of the three predictions
-    in_channels: int = 1  # of the scan, up to 3: files (or channels) of a case; 3 for RGB pictures
-    context: int = 0  # 1: the slices above and below join a slice, as the network's three input channels
-    keep_largest: bool | tuple[str, ...] = False  # classes of which only the largest 3-D piece stays; True: all of them
+    in_channels: int = 1  # of the scan, up to 3: files (or channels) of a case; 3 for RGB images
+    context: int = 0  # 1: the three input channels are a slice and its two neighbors
+    keep_largest: bool | tuple[str, ...] = False  # classes of which only the largest 3-D component is kept; True: all
     nsd_tolerance: float = 3.0  # mm, of the normalized surface distance
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class Task:
                 raise UsageError(f"task {self.name!r}: {message}")
 
     def _rules(self) -> Iterator[tuple[bool, str]]:
-        """What must hold, and the message where it does not; a rule may rely on those before it."""
+        """Conditions and messages for their violation; a rule may rely on previous rules."""
         names = list(self.classes)
         yield 1 < len(names) == len(set(names)), f"classes must be background and others, all different; got {names}"
         yield names[0] == "background", f"the first class must be 'background', got {names[0]!r}; put it first"
@@ -80,7 +80,7 @@ class Task:
             yield lowest <= pair[0] and pair[1] <= highest, f"{key} must lie between {lowest} and {highest}, got {pair}"
         if self.context:
             yield self.in_channels == 1, "context 1 needs in_channels 1, as SAM takes three channels; set context to 0"
-            yield self.modality != "image", "context 1 needs a volume, a picture has no neighbors; set context to 0"
+            yield self.modality != "image", "context 1 needs a volume, a 2-D image has no neighbors; set context to 0"
         volume = self.axes == "one" or self.modality != "image"
         yield volume, "axes 'all' needs a volume, a picture has one axis; set axes to one"
 
@@ -91,27 +91,27 @@ class Task:
 
     @property
     def slice_axis(self) -> int:
-        """The axis across the slices of a volume in RAS order."""
+        """Axis across the slices of a volume in RAS order."""
         return AXES[self.axis]
 
     @property
     def network_channels(self) -> int:
-        """Channels of a slice as the network sees it: those of the scan, or the slice between its two neighbors."""
+        """Input channels of the network: those of the scan, or 3 with `context`."""
         return 1 + 2 * self.context if self.context else self.in_channels
 
     @property
     def largest_only(self) -> tuple[int, ...]:
-        """Indices of the classes of which only the largest connected piece stays."""
+        """Indices of the classes of which only the largest connected component is kept."""
         if isinstance(self.keep_largest, bool):
             return tuple(range(1, self.num_classes)) if self.keep_largest else ()
         return tuple(k for k, name in enumerate(self.classes) if name in self.keep_largest)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Task:
-        """Build a Task from plain JSON or YAML values; unknown keys and values of a wrong type raise UsageError."""
+        """Build a Task from JSON or YAML values; unknown keys and values of a wrong type raise UsageError."""
         try:
             return from_mapping(cls, values, "task")
-        except ValueError as error:  # a text where a number belongs
+        except ValueError as error:  # a text instead of a number
             raise UsageError(f"task: {error}") from error
 
     @classmethod
@@ -120,7 +120,7 @@ class Task:
         try:
             values = load_yaml(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise UsageError(f"there is no task file {path} ({error.strerror}); give a YAML or JSON file") from error
+            raise UsageError(f"task file {path} cannot be read ({error.strerror}); give a YAML or JSON file") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} is not YAML or JSON ({' '.join(str(error).split())}); repair it") from error
         if not isinstance(values, Mapping):
@@ -131,7 +131,7 @@ class Task:
         """Plain values for JSON."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
         values["labels"] = None if self.labels is None else {k: list(v) for k, v in self.labels.items()}
-        for key in LATER:  # left out where unused: files of models without them stay as they were
+        for key in LATER:  # omitted if unused, as in files of older models
             if values[key] == getattr(Task, key):
                 del values[key]
         return values
@@ -152,7 +152,7 @@ def _labels(key: str, value: Any) -> Mapping[str, tuple[int, ...]] | None:
 
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:
-    """The ids of a class in the label files, stated as one number or a list of them."""
+    """The ids of a class in the label files, given as one number or a list."""
     ids = value if isinstance(value, list | tuple) else [value]
     return tuple(_whole(f"labels of {name!r}", i) for i in ids)
 

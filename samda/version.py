@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The version of samda, the one place that states it."""
+"""The version of samda."""
 
 __version__ = "0.1.0"

@@ -159,8 +159,8 @@ def test_means_leave_out_absent_structures_and_say_how_many_remain() -> None:
     ("prediction", "message"),
     [
         (np.zeros((4, 5, 7), np.uint8), "4 x 5 x 7.*4 x 5 x 6.*one grid"),
-        (np.full((4, 5, 6), 3, np.uint8), "prediction holds 3"),
-        (np.full((4, 5, 6), -1, np.int16), "prediction holds -1"),
+        (np.full((4, 5, 6), 3, np.uint8), "prediction contains 3"),
+        (np.full((4, 5, 6), -1, np.int16), "prediction contains -1"),
         (np.zeros((4, 5, 6), np.float32), "float32"),
     ],
 )

@@ -43,14 +43,14 @@ def test_a_part_is_read_from_text() -> None:
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "1/0", "a/b", "-1/4", "1/4/2", " 1/4"])
 def test_what_is_no_part_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="must be INDEX/COUNT with an index from 1 to COUNT, for instance 2/8"):
+    with pytest.raises(UsageError, match="INDEX/COUNT"):
         read_part(text)
 
 
 def test_torchrun_gives_every_process_its_part(torchrun: None) -> None:
     assert launched() == (2, 4)
     assert read_part() == Shard(3, 4)
-    with pytest.raises(UsageError, match="part '1/2' was given to processes of torchrun, which share the cases"):
+    with pytest.raises(UsageError, match="part '1/2'"):
         read_part("1/2")
 
 

@@ -78,9 +78,7 @@ def test_file_with_and_without_the_key_task(tmp_path):
     assert Task.from_file(tmp_path / "a.yaml") == Task.from_file(tmp_path / "b.json") == Task(name="x", spacing=2.0)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("- a\n- b", "mapping"), ("a: [", "a.yaml"), (None, "there is no task file")]
-)
+@pytest.mark.parametrize(("text", "message"), [("- a\n- b", "mapping"), ("a: [", "a.yaml"), (None, "task file")])
 def test_wrong_files_are_refused_in_one_line(tmp_path, text, message):
     if text is not None:
         (tmp_path / "a.yaml").write_text(text)

@@ -43,7 +43,7 @@ def run_there(command: Sequence[Any], timeout: float | None, **variables: str) -
         NotRun: it failed or took too long; the message ends with its last line.
     """
     words = [str(word) for word in command]
-    name = " ".join(words[2:4]) if words[1:2] == ["-m"] else Path(words[0]).name
+    name = f"samda {words[3]}" if words[1:2] in (["-m"], ["-c"]) and len(words) > 3 else Path(words[0]).name
     try:
         done = subprocess.run(
             words, capture_output=True, text=True, timeout=timeout, env=surroundings(**variables), check=False

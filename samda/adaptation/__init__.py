@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapt a trained model to the scans of another site, case by case, without labels.
+"""Test-time adaptation of a trained model to scans of another site, without labels.
 
-Names are imported when they are first used: the settings, which the command line reads, do not need PyTorch.
+Names are imported lazily, because the command line reads the settings without PyTorch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be measured without labels: agreement between views, uncertainty, and how far the parameters moved."""
+"""Label-free measures: agreement between views, uncertainty, and displacement of the parameters."""
 
 from __future__ import annotations
 
@@ -14,13 +14,8 @@ from samda.adaptation.objectives import log_probabilities, most_likely, normaliz
 def class_agreement(logits: torch.Tensor) -> dict[int, float]:
     """Per foreground class the mean over views of Dice(argmax p_v, argmax mean_{u != v} p_u), slices pooled.
 
-    Empty against anything scores 0, empty against empty too: a prediction that collapses to background must not gain.
-
-    Args:
-        logits: (V, N, K, h, w), views mapped back.
-
-    Returns:
-        Class -> Dice for every class that any view predicts; NaN with a single view (nothing to agree with).
+    `logits` are (V, N, K, h, w), views mapped back. Empty predictions score 0, also against empty ones: a collapse to
+    background must not gain. The result has every class that any view predicts; values are NaN with a single view.
     """
     views = logits.shape[0]
     p = log_probabilities(logits).exp()
@@ -39,9 +34,9 @@ def class_agreement(logits: torch.Tensor) -> dict[int, float]:
 
 
 def mean_agreement(dice: Mapping[int, float], classes: Iterable[int] | None = None) -> float:
-    """A in [0, 1]: the mean of :func:`class_agreement` over `classes`, by default those shown.
+    """A in [0, 1]: the mean of :func:`class_agreement` over `classes`, by default those predicted.
 
-    A class that no view shows counts 0: one that is lost must not raise the mean. 0 without any class.
+    A class that no view predicts counts 0, so that a lost class does not raise the mean. 0 without any class.
     """
     chosen = sorted(dice if classes is None else classes)
     if any(math.isnan(value) for value in dice.values()):
@@ -50,14 +45,14 @@ def mean_agreement(dice: Mapping[int, float], classes: Iterable[int] | None = No
 
 
 def foreground_entropy(logits: torch.Tensor) -> float:
-    """Mean normalized entropy over the pixels that view 0 predicts as foreground; 1 where there is none."""
+    """Mean normalized entropy over the pixels that view 0 predicts as foreground; 1 if there are none."""
     log_p = log_probabilities(logits[0])
     foreground = most_likely(log_p) > 0
     return float(normalized_entropy(log_p)[foreground].mean()) if foreground.any() else 1.0
 
 
 def displacement(parameters: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]) -> float:
-    """|theta - theta_0| / |theta_0| over all adapted tensors together."""
+    """|theta - theta_0| / |theta_0| over all adapted tensors."""
     moved = sum(float((parameters[name].detach() - start[name]).double().square().sum()) for name in start)
     size = sum(float(start[name].double().square().sum()) for name in start)
     return (moved / max(size, 1e-24)) ** 0.5

@@ -5,10 +5,10 @@
     OUT/details/<case>/source.nii.gz   the plain prediction
                        difference.nii.gz, uncertainty.nii.gz, record.json, adapter.safetensors (on request)
     OUT/run.jsonl                      the records, one line per case, without names
-    OUT/cases.csv                      which record is which scan: stays with the scans
+    OUT/cases.csv                      record of each scan; to be kept with the scans
     OUT/report.html                    see :mod:`samda.adaptation.page`
 
-`details/<case>` appears complete or not at all, and the map to use after it: a case is finished when both are there.
+`details/<case>` is written atomically and before the final map: a case is finished if both exist.
 """
 
 from __future__ import annotations
@@ -126,10 +126,10 @@ def adapt_folder(
                 if on_case:
                     on_case(name, record)
                 progress.next()
-    finally:  # also after Ctrl-C: what is finished is recorded
+    finally:  # also after Ctrl-C: finished cases are recorded
         try:
             job.write_lists(Path(report or folder / "run.jsonl"), cases, run.records if part is None else None)
-        except OSError as error:  # on a full disk; the next run writes them from the records of the cases
+        except OSError as error:  # full disk; the next run writes the lists from the records of the cases
             logger.error("the list of records could not be written: %s", error)
     return run
 
@@ -169,16 +169,16 @@ class _Job:
         return read_record(path) if path.exists() else None
 
     def other(self, record: Mapping[str, Any]) -> list[str]:
-        """What differs from the adaptation of a record."""
+        """Differences to the adaptation of a record."""
         return [what for key, what in SAME.items() if record[key] != self.about[key]]
 
     def refuse_other_settings(self, cases: Sequence[Mapping[str, Any]]) -> None:
-        """Results of two configurations in one folder could not be told apart later."""
+        """Refuse to mix results of different configurations in one folder."""
         for case in cases:
             record = self.stored(case)
             if record is not None and record["decision"] != "failed" and (other := self.other(record)):
                 raise UsageError(
-                    f"{self.folder} holds results of other {other[0]} (case {case['id']!r}); choose another output "
+                    f"{self.folder} contains results of other {other[0]} (case {case['id']!r}); choose another output "
                     "folder, or overwrite them"
                 )
 
@@ -194,7 +194,7 @@ class _Job:
         """The records of these settings by case, whichever process wrote them."""
         found = {}
         for case in cases:
-            with contextlib.suppress(InputError):  # another process is just replacing it
+            with contextlib.suppress(InputError):  # another process is replacing it
                 if (record := self.own(case)) is not None:
                     found[case["id"]] = record
         return found
@@ -208,7 +208,7 @@ class _Job:
         return record if all((details / file).exists() for file in record["output_files"].values()) else None
 
     def do(self, case: Mapping[str, Any]) -> dict[str, Any]:
-        """Adapt to a case and write its files; an unusable scan gives a record that says why."""
+        """Adapt to a case and write its files; for an unusable scan, a record with the reason."""
         started, name, paths = now(), case["id"], files_of(case["image"])
         result = None
         try:
@@ -222,12 +222,12 @@ class _Job:
         if self.keep_names:
             record["case_id"] = name
         else:
-            for key in ("error", "explanation"):  # messages name files; a record that leaves the hospital must not
+            for key in ("error", "explanation"):  # messages contain file names, records must not
                 names = (*map(str, paths), *(path.name for path in paths), name)
                 record[key] = conceal(record[key], dict.fromkeys(names, record["case_id"]))
         try:
             self._publish(case, record, result)
-        except BaseException as error:  # Ctrl-C, too: half a case leaves nothing
+        except BaseException as error:  # also Ctrl-C: remove partial results
             shutil.rmtree(details_folder(self.folder, name), ignore_errors=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise SamdaError(

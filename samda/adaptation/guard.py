@@ -38,7 +38,7 @@ REASONS = {
 
 
 def mean_plausibility(plausibility: Mapping[str, float | None], absent: float) -> float:
-    """Mean over the classes; a class that is lacking (None) counts `absent`, as a scan may not show it."""
+    """Mean over the classes; a missing class (None) counts `absent`, because it may be outside the scan."""
     values = [absent if value is None else value for value in plausibility.values()]
     return sum(values) / len(values) if values else absent
 
@@ -91,12 +91,12 @@ class GuardSettings:
             raise UsageError(f"guard: tolerance must not be negative, got {self.tolerance}")
         for name in ("absent", "plausible", "vanished", "minor"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"guard: {name} must lie between 0 and 1, got {getattr(self, name)}")
+                raise UsageError(f"guard: {name} must be between 0 and 1, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What becomes of a case, the reason code, and the reason in one sentence."""
+    """Decision on a case, reason code, and explanation."""
 
     decision: str  # "accepted", "fallback", "skipped" or "failed"
     reason: str
@@ -104,14 +104,14 @@ class Decision:
 
     @classmethod
     def of(cls, reason: str, explanation: str) -> Decision:
-        """The decision that a reason code stands for."""
+        """The decision for a reason code."""
         return cls(reason.partition("_")[0], reason, explanation)
 
 
 def before(source: Evidence, shown: bool, settings: GuardSettings) -> Decision | None:
     """A reason not to adapt at all; `shown`: does any view show foreground on any slice that would be adapted on?"""
     if not shown and not any(source.volumes_ml.values()):
-        return Decision.of("skipped_empty", "neither the scan nor any view of it shows foreground; look at the scan")
+        return Decision.of("skipped_empty", "neither the scan nor its views have any foreground; check the scan")
     score = source.score(settings.absent)
     if source.agreement >= settings.skip_agreement and score >= settings.skip_plausibility:
         numbers = f"views agree to {source.agreement:.3f}, plausibility {score:.2f}"
@@ -131,7 +131,7 @@ def after(
         return Decision.of("fallback_vanished", "the adapted prediction is all background")
     gain = adapted.score(settings.absent) - source.score(settings.absent)
     agreed = adapted.agreement - source.agreement
-    single = math.isnan(agreed)  # a single view: plausibility alone decides
+    single = math.isnan(agreed)  # a single view: plausibility only
     agreed = 0.0 if single else agreed
     if gain < -settings.tolerance:
         return Decision.of("fallback_plausibility", f"plausibility fell by {-gain:.3f}")
@@ -144,14 +144,14 @@ def after(
         moved = f"{source.drift:.3f} -> {adapted.drift:.3f}"
         return Decision.of("fallback_drift", f"the features did not come closer to the source's: {moved}")
     if last is not None and last[0] < source.agreement and last[1] < source.entropy and gain <= settings.improvement:
-        return Decision.of("fallback_entropy", "at the last step the views agreed less while each was more certain")
+        return Decision.of("fallback_entropy", "at the last step, agreement had fallen and confidence had risen")
     return Decision.of("accepted", f"{agreement}plausibility {gain:+.3f}")
 
 
 def _class_reason(
     name: str, volume: float, source: Evidence, adapted: Evidence, settings: GuardSettings
 ) -> Decision | None:
-    """A reason to fall back that one class gives."""
+    """A reason to fall back due to one class."""
     now, was, is_ = adapted.volumes_ml[name], source.plausibility[name], adapted.plausibility[name]
     if volume and now < settings.vanished * volume and was is not None and was >= settings.plausible:
         text = f"{name}: {volume:.1f} ml of plausibility {was:.2f} shrank to {now:.1f} ml"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole job behind `samda adapt` and the bundle's adapt.json: model, scans, page, scores, site version."""
+"""The job of `samda adapt` and the bundle's adapt.json: model, scans, report, scores, site version."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run_adaptation(
         {"output", "page", "version", "counts", "cases", "failed", "dice", "site", "part"}, plain values; "page" is None
         while other parts are at work.
     """
-    check_settings(settings)  # reading the weights of a large model takes a while
+    check_settings(settings)  # before the weights are read
     if site is not None:
         if dry_run:
             raise UsageError("a site version needs adapted cases; leave out dry_run")
@@ -77,7 +77,7 @@ def run_adaptation(
         part=part,
         on_case=on_case,
     )
-    exchange(None)  # processes of torchrun wait for one another here, jobs of an array do not
+    exchange(None)  # processes of torchrun wait for each other, jobs of an array do not
     whole: AdaptRun | None = run
     if part is not None:
         whole = collect(adaptation, cases, output, dry_run) if is_main() else None

@@ -38,7 +38,7 @@ def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
 
 
 def most_likely(p: torch.Tensor) -> torch.Tensor:
-    """The class of highest probability or logit, (..., K, h, w) -> (..., h, w), int16; the first of equal ones."""
+    """The class of highest probability or logit, (..., K, h, w) -> (..., h, w), int16; the first of equal values."""
     return largest(p.movedim(CLASS_DIM, 0))
 
 
@@ -60,7 +60,7 @@ def mean_log_probabilities(log_p: torch.Tensor) -> torch.Tensor:
 def soft_dice(p: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Dice of probabilities per class, 2 sum(p t) / sum(p^2 + t^2): (..., N, K, h, w) -> (..., K).
 
-    The squared form is 1 exactly where both agree, whatever the values, so agreement of unsure views costs nothing.
+    The squared form is exactly 1 if both agree, for all values, so agreement of uncertain views is not penalized.
     """
     weight = p.new_ones(()) if weight is None else weight
     dims = (-4, -2, -1)
@@ -92,7 +92,7 @@ class Objective:
                 raise UsageError(f"{where}: {key} must be at most 1, got {value!r}")
 
     def prepare(self, logits: torch.Tensor) -> Any:
-        """What to keep of the source model's logits (V, N, K, h, w); called once, without gradients."""
+        """State computed from the source model's logits (V, N, K, h, w); called once, without gradients."""
         return None
 
     def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
@@ -117,7 +117,7 @@ class NoAdaptation(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class Tent(Objective):
-    """TENT (arXiv 2006.10726): mean entropy of the unaltered image. Its trivial minimum is an all-background answer."""
+    """TENT (arXiv 2006.10726): mean entropy of the image itself. Its trivial minimum is all background."""
 
     name: ClassVar[str] = "tent"
 
@@ -185,7 +185,7 @@ class SamDa(Objective):
 def class_balanced_entropy(log_p: torch.Tensor, keep: float) -> torch.Tensor:
     """mean_c mean_{Omega_c} h(p): Omega_c are the most confident `keep` of the pixels predicted c, over all views.
 
-    Every class that is predicted anywhere counts the same, so the large background cannot drown a small organ.
+    All predicted classes have the same weight, so the background does not dominate small organs.
     """
     h = normalized_entropy(log_p)
     predicted = most_likely(log_p.detach())
@@ -246,7 +246,7 @@ def trusted_targets(logits: torch.Tensor, threshold: float, quota: float) -> Tar
 def fit_targets(log_p: torch.Tensor, target: torch.Tensor, targets: Targets, balanced: bool) -> torch.Tensor:
     """Cross-entropy plus (1 - soft Dice over the foreground) towards `target` (N, K, h, w), on the trusted pixels.
 
-    `balanced` averages the cross-entropy per pseudo-label class first, so that classes count alike.
+    `balanced` averages the cross-entropy per pseudo-label class first, so that classes have the same weight.
     """
     trusted = targets.trusted.to(log_p.dtype)
     cross = -(target * log_p).sum(CLASS_DIM).mean(0)  # (N, h, w), mean over the views
@@ -259,7 +259,7 @@ def fit_targets(log_p: torch.Tensor, target: torch.Tensor, targets: Targets, bal
     else:
         loss = (cross * trusted).sum() / trusted.sum().clamp_min(1.0)
     foreground = present.clone()
-    foreground[0] = False  # Dice of the background would reward its growth
+    foreground[0] = False  # the Dice of the background would favor its growth
     if foreground.any():
         dice = soft_dice(log_p.exp(), target, trusted.unsqueeze(CLASS_DIM))
         loss = loss + (1.0 - dice[..., foreground]).mean()
@@ -338,22 +338,17 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def build_objective(name: str, settings: Mapping[str, Any] | None = None) -> Objective:
-    """The objective of that name; a wrong name, key or value is refused (UsageError)."""
+    """The objective of a name; invalid names, keys and values raise UsageError."""
     if not isinstance(name, str) or name not in OBJECTIVES:
         raise UsageError(f"unknown method {name!r}; {nearest(str(name), OBJECTIVES)}")
     return from_mapping(OBJECTIVES[name], {} if settings is None else settings, f"method {name!r}")
 
 
 def check_settings(settings: Mapping[str, Any] | None = None) -> tuple[AdaptationSettings, Objective]:
-    """Refuse settings that suit no model, before one is loaded: `initialize` of adapt.json calls it, too.
+    """Check settings before a model is loaded (also `initialize` of adapt.json); returns settings and objective.
 
-    Returns:
-        The settings with the objective's own steps and learning rate where none are given and scopes in the order of
-        :data:`samda.adapters.attach.SCOPES`; and the objective.
-
-    Raises:
-        UsageError: an unknown key or name, or a value of the wrong type or out of range. Whether modality and
-            keep_largest suit, only the model's task can tell.
+    Missing steps and learning rate are those of the objective; scopes are sorted as
+    :data:`samda.adapters.attach.SCOPES`. Modality and keep_largest depend on the task and are checked later.
     """
     given = AdaptationSettings.from_values(settings or {})
     objective = build_objective(given.method, given.objective)

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 SHOWN = 12  # cases with pictures
 WORSE = 0.01  # loss of Dice that counts as worse
-CaseScores = dict[str, dict[str, tuple[float, float]]]  # case -> class -> Dice of the source and of the final map
+CaseScores = dict[str, dict[str, tuple[float, float]]]  # case -> class -> Dice of source and final map
 
 
 def score_run(run: AdaptRun, labels: str | Path, task: Task) -> CaseScores:
@@ -58,7 +58,7 @@ def score_run(run: AdaptRun, labels: str | Path, task: Task) -> CaseScores:
         source = details_folder(run.output, case) / record["output_files"]["source"]
         try:
             both = [score_files(path, label, task, task.nsd_tolerance, mapping) for path in (source, final)]
-        except SamdaError as error:  # a label that does not fit must not cost the page of a finished run
+        except SamdaError as error:  # an invalid label must not prevent the report of a finished run
             logger.error("case %s was not scored: %s", case, error)
             continue
         scores[case] = {
@@ -68,7 +68,7 @@ def score_run(run: AdaptRun, labels: str | Path, task: Task) -> CaseScores:
 
 
 def mean_dice(score: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
-    """Mean over the classes that prediction or label have, before and after."""
+    """Mean over the classes in prediction or label, before and after."""
     means = []
     for column in zip(*score.values(), strict=True):
         values = [value for value in column if not math.isnan(value)]
@@ -90,7 +90,7 @@ def write_page(
     first = [[shown[case], run.records[case]["reason"], _why(run.records[case])] for case in order]
     parts = [
         _summary(adaptation, run),
-        section("Cases to look at first", [table(["case", "reason", "why"], first)]),
+        section("Cases to review first", [table(["case", "reason", "explanation"], first)]),
         *([_scores(scores, shown)] if scores else []),
         _all_cases(run, shown),
         *(_case(adaptation, run, case, images.get(case), shown[case]) for case in order),
@@ -134,10 +134,10 @@ def _summary(adaptation: Adaptation, run: AdaptRun) -> str:
         table(
             ["class", "accepted cases", "median", "least", "largest", "appeared", "vanished"],
             shifts,
-            "Volume after adaptation over volume before, accepted cases",
+            "Ratio of volumes after and before adaptation, accepted cases",
         ),
     ]
-    return section("The site", pieces)
+    return section("Summary", pieces)
 
 
 def _why(record: Mapping[str, Any]) -> str:
@@ -179,7 +179,7 @@ def _case(adaptation: Adaptation, run: AdaptRun, case: str, image: Image | None,
     if image is not None and record["decision"] != "failed":
         try:
             pieces += _overlays(adaptation, run, case, image)
-        except (SamdaError, OSError) as error:  # the scan may have been moved since
+        except (SamdaError, OSError) as error:  # the scan may have been moved
             pieces.append(paragraph(f"no pictures: {error}"))
     if len(record["loss"]) > 1:
         keys = [key for key in CURVES if len(record[key]) == len(record["loss"])]
@@ -189,7 +189,7 @@ def _case(adaptation: Adaptation, run: AdaptRun, case: str, image: Image | None,
 
 
 def _overlays(adaptation: Adaptation, run: AdaptRun, case: str, image: Image) -> list[str]:
-    """Before, after, changed: three slices, those that changed most among them."""
+    """Before, after and difference of three slices, including those that changed most."""
     source = details_folder(run.output, case) / run.records[case]["output_files"]["source"]
     final = label_path(run.output, case, image)
     maps = {"before": source, "after": final} if final.exists() else {"before": source}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The audit record: one JSON object per case, without pixel data and without names.
+"""Audit record: one JSON object per case, without pixel data and names.
 
-`record.schema.json` beside this file is its published schema. A record names the input, the model and the configuration
-by sha256, so that adapting the same files again gives the same label map (`labels_sha256`), whoever does it.
+The schema is `record.schema.json` in this folder. A record identifies input, model and settings by sha256, so that
+adapting the same files again gives the same label map (`labels_sha256`).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Outcome:
 
     @property
     def accepted(self) -> bool:
-        """Does the adapted prediction replace the source's?"""
+        """Does the adapted prediction replace that of the source model?"""
         return self.adapted is not None and self.decision is not None and self.decision.decision == "accepted"
 
 
@@ -125,12 +125,12 @@ def _frame(about: Mapping[str, Any], input_sha256: str | None, name: str, starte
 
 
 def _plain(values: Sequence[float]) -> list[float | None]:
-    """Seven digits; None where there is no value, as JSON has it."""
+    """Seven digits; None for NaN."""
     return [float(f"{value:.7g}") if math.isfinite(value) else None for value in values]
 
 
 def _dice(source: Segmentation, adapted: Segmentation | None, classes: Sequence[str]) -> dict[str, float | None]:
-    """Dice between source and adapted prediction per class; None where neither has it, {} where nothing was adapted."""
+    """Dice of source and adapted prediction per class; None if neither has it, {} without adapted prediction."""
     result: dict[str, float | None] = {}
     for k, name in enumerate(classes):
         if k and adapted is not None:
@@ -146,7 +146,7 @@ def schema() -> dict[str, Any]:
 
 
 def validate_record(record: Mapping[str, Any]) -> None:
-    """Check a record against the published schema; InputError names the field and what is wrong with it."""
+    """Check a record against the schema; InputError names the field."""
     try:
         jsonschema.validate(dict(record), schema())
     except jsonschema.ValidationError as error:
@@ -155,7 +155,7 @@ def validate_record(record: Mapping[str, Any]) -> None:
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """Read the record of a case; InputError where the file is not one."""
+    """Read the record of a case; InputError if the file is not one."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of an adaptation: the one list that the options of `samda adapt`, the keys of adapt.json and the `config` of
-a record derive from. This module does not import PyTorch, so `samda adapt --help` stays fast."""
+"""Settings of an adaptation, from which options of `samda adapt`, keys of adapt.json and `config` of records derive.
+
+This module does not import PyTorch, to keep `samda adapt --help` fast.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +52,11 @@ class AdaptationSettings:
 
     Args:
         families: kinds of views, or one of them, see :mod:`samda.adaptation.views`.
-        flips: mirror every second view; organs have sides, so not by default.
-        strength: multiplies how far views depart from the slice, 0 to 10.
+        flips: mirror every second view; off by default, because organs are lateralized.
+        strength: factor of the changes of the views, 0 to 10.
         guard: thresholds of the guard, see :class:`samda.adaptation.guard.GuardSettings`.
         objective: further settings of the objective.
-        keep: "best" keeps the latest iterate of nearly the highest merit, "last" the last one.
+        keep: "best" keeps the latest iterate with at least 90 % of the highest merit, "last" the last one.
         time_limit_s: seconds after which a case falls back; None sets no limit.
         batch_size: slices in one call of the encoder.
         memory_mb: memory for kept embeddings (MB); beyond it slices are encoded again.
@@ -106,7 +108,7 @@ class AdaptationSettings:
         if self.keep not in ("best", "last"):
             raise UsageError(f"keep must be best or last, got {self.keep!r}")
         object.__setattr__(self, "families", _families(self.families, self.views))
-        _ = self.thresholds  # refuses wrong ones now
+        _ = self.thresholds  # validates them
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> AdaptationSettings:
@@ -141,7 +143,7 @@ def _check(field: dataclasses.Field, value: Any) -> None:
 
 
 def _families(value: Any, views: int) -> tuple[str, ...]:
-    """The kinds of views; a single one may come without its list."""
+    """The families of views, given as a list or a single name."""
     families = [value] if isinstance(value, str) else value
     if not isinstance(families, Sequence) or not all(isinstance(family, str) for family in families):
         raise UsageError(f"families must be a list of {', '.join(FAMILIES)}, got {value!r}")

@@ -26,10 +26,10 @@ from samda.provenance import now, versions
 
 
 def check_site(model: str | Path, name: str) -> None:
-    """Refuse, before any work is done, a name that cannot name a version or is taken."""
+    """Refuse an invalid or existing name of a version."""
     check_name(name)
     if name in list_versions(model):
-        raise UsageError(f"{model} has a version {name!r} already; choose another name")
+        raise UsageError(f"{model} already has a version {name!r}; choose another name")
 
 
 def distill(adaptation: Adaptation, model: str | Path, run: AdaptRun, name: str, min_cases: int = 3) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def distill(adaptation: Adaptation, model: str | Path, run: AdaptRun, name: str,
             f"{len(chosen)} of {len(run.records)} cases were accepted with a change; a site version needs at least "
             f"{min_cases}"
         )
-    # a fixed order, so that rounding cannot depend on that of the cases
+    # sorted, so that rounding does not depend on the order of the cases
     order = sorted(chosen, key=lambda case: (chosen[case]["input_sha256"], case))
     start = {key: parameter.detach().cpu().clone() for key, parameter in adaptation.parameters.items()}
     total = {key: torch.zeros_like(tensor, dtype=torch.float64) for key, tensor in start.items()}

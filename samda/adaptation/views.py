@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Views: slices as another scanner, protocol or patient size might show them.
+"""Views: random changes of slices that simulate other scanners, protocols and patient sizes.
 
-A view changes intensities only, so the prediction of a view lies on the slice's own pixels. Five families of changes
-that occur in CT and MR, acting on images in [0, 1]:
+A view changes only intensities, so all views of a slice correspond pixel by pixel. Five families act on images in
+[0, 1]:
 
 ========= =================================================================== ===================================
-family    what it does                                                        where it comes from
+family    change                                                              cause
 ========= =================================================================== ===================================
 window    x -> (x - 1/2) width + 1/2 + shift                                  contrast medium, calibration, window
 gamma     x -> x^gamma                                                        tissue contrast, MR weighting
@@ -14,8 +14,8 @@ blur      Gaussian of sigma pixels                                            re
 bias      x exp(b), b a smooth quadratic surface                              coil sensitivity, beam hardening
 ========= =================================================================== ===================================
 
-Flips are available with their exact inverse but off by default: a mirrored abdomen shows the liver on the left, which
-no model has seen, and swapping "kidney_left" with "kidney_right" corrects the names, not the anatomy.
+Flips with exact inverse are available but off by default, because organs are lateralized: a mirrored abdomen has the
+liver on the left, and swapping "kidney_left" with "kidney_right" corrects only the names.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class View:
 
 
 def seed_of(*parts: Any) -> int:
-    """A 63-bit seed from anything printable, the same on every machine and in every process."""
+    """A 63-bit seed from printable values, the same on every machine and in every process."""
     digest = hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -55,11 +55,10 @@ def seed_of(*parts: Any) -> int:
 def make_views(
     count: int, seed: int, families: Sequence[str] = FAMILIES, strength: float = 1.0, flips: bool = False
 ) -> list[View]:
-    """`count` views: the identity first, then the families in turn, strengths drawn from `seed`.
+    """`count` views: the identity first, then the families in turn, with strengths drawn from `seed`.
 
-    A strength is drawn from the outer half of its range and its sign alternates from round to round, so that eight
-    views already reach both ends; with `flips` every second view is mirrored left to right. `strength` multiplies the
-    distance from the identity.
+    A strength is drawn from the outer half of its range with alternating sign per round, so that eight views cover both
+    ends. `strength` is a factor; with `flips`, every second view is mirrored left to right.
     """
     generator = torch.Generator().manual_seed(seed)
     start = 1 if torch.rand((), generator=generator) < 0.5 else -1
@@ -74,22 +73,23 @@ def make_views(
 
 
 def _strengths(family: str, sign: int, draw: torch.Tensor, strength: float) -> tuple[float, ...]:
-    """The numbers of one view; `draw` is four numbers in [1/2, 1]."""
+    """The strengths of one view; `draw` is four numbers in [1/2, 1]."""
     a, b = float(draw[0]) * strength, float(draw[1]) * strength
-    surface = tuple(0.4 * sign * strength * float(d) * side for d, side in zip(draw, (1, -1, 1, -1), strict=True))
-    return {
-        "window": (2.0 ** (0.5 * sign * a), -0.1 * sign * b),  # width factor, shift
-        "gamma": (2.0 ** (0.8 * sign * a),),
-        "noise": (0.08 * a,),
-        "blur": (1.5 * a,),  # sigma in pixels
-        "bias": surface,
-    }[family]
+    if family == "window":
+        return (2.0 ** (0.5 * sign * a), -0.1 * sign * b)  # width factor, shift
+    if family == "gamma":
+        return (2.0 ** (0.8 * sign * a),)
+    if family == "noise":
+        return (0.08 * a,)
+    if family == "blur":
+        return (1.5 * a,)  # sigma in pixels
+    return tuple(0.4 * sign * strength * float(d) * side for d, side in zip(draw, (1, -1, 1, -1), strict=True))
 
 
 def apply_view(view: View, images: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
-    """The slices (N, C, H, W) in [0, 1] as the view shows them.
+    """Apply a view to slices (N, C, H, W) in [0, 1].
 
-    `indices` are their numbers in the volume: noise depends on them and not on how slices are batched.
+    Noise depends on `indices`, the positions of the slices in the volume, and not on the batches.
     """
     images = _change(view, images, indices).clamp(0.0, 1.0) if view.family != "identity" else images
     return images.flip(-1) if view.flip else images
@@ -140,7 +140,7 @@ def _bias_field(images: torch.Tensor, strengths: Sequence[float]) -> torch.Tenso
 
 
 def mirrored_classes(classes: Sequence[str]) -> list[int]:
-    """For every class the one in its place in a mirror: "kidney_left" for "kidney_right", else itself."""
+    """For every class its mirrored class: "kidney_left" for "kidney_right", else itself."""
     sides = {"left": "right", "right": "left", "l": "r", "r": "l"}
     index = {name: k for k, name in enumerate(classes)}
     mirrored = []
@@ -152,5 +152,5 @@ def mirrored_classes(classes: Sequence[str]) -> list[int]:
 
 
 def restore_view(view: View, logits: torch.Tensor, mirror: Sequence[int]) -> torch.Tensor:
-    """Map logits (N, K, h, w) of a view back onto the slice: the exact inverse of its flip, sided classes swapped."""
+    """Map logits (N, K, h, w) of a view back to the slice: the inverse of its flip, lateralized classes swapped."""
     return logits.flip(-1)[:, list(mirror)] if view.flip else logits

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapt a trained model to scans of another site, case by case, without labels; every case is decided and recorded.
+"""Adapt a trained model to scans of another site without labels.
 
-For each scan a few adapter parameters move for a few steps, the scan is predicted, and the parameters return. A guard
-decides whether the adapted label map may replace the plain one; otherwise the plain one is written, byte for byte. A
-run that was interrupted goes on when the same command is given again.
+For each scan, a few steps optimize a few adapter parameters, the scan is predicted and the parameters are restored. A
+guard decides whether the adapted label map replaces that of the source model. Every case is recorded. To resume an
+interrupted run, repeat the command.
 
   samda adapt -m model -i scans -o adapted
-  samda adapt -m model -i scans -o adapted --dry-run            decide and record only
+  samda adapt -m model -i scans -o adapted --dry-run            write only the source maps and the records
   samda adapt -m model -i scans -o adapted --labels truth       report Dice before and after
-  samda adapt -m model -i scans -o adapted --site clinic-a      and distill a candidate version
+  samda adapt -m model -i scans -o adapted --site clinic-a      also distill a candidate version
   samda adapt -m model -i scans -o adapted --part 2/8           the second of eight jobs; the last writes the report
 """
 
@@ -33,7 +33,7 @@ SETTINGS = tuple(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `samda adapt`; those of the adaptation itself are the fields of its settings."""
+    """The fields of the adaptation's settings become options."""
     parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="a model folder")
     parser.add_argument("-i", "--input", type=Path, required=True, metavar="SCANS", help="a scan, a folder, a data set")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder of the results")
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--records", type=Path, metavar="FILE", help="file of the records; default OUT/run.jsonl")
     parser.add_argument("--labels", type=Path, metavar="FOLDER", help="label maps, for the report only")
     parser.add_argument("--site", metavar="NAME", help="distill accepted cases into a candidate version of this name")
-    parser.add_argument("--dry-run", action="store_true", help="decide and record; write no map but the source's")
+    parser.add_argument("--dry-run", action="store_true", help="write only the source maps and the records")
     parser.add_argument("--keep-names", action="store_true", help="file names instead of pseudonyms in the records")
     parser.add_argument("--overwrite", action="store_true", help="reprocess finished cases")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="base weights; default: those of the training")
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def tell(case: str, record: Mapping[str, Any]) -> None:
-    """One line a case."""
+    """Print the outcome of a case."""
     say(f"case {case}: {record['reason']} ({record['error'] or record['explanation']})")
 
 
@@ -105,13 +105,13 @@ def run(args: argparse.Namespace) -> None:
     )
     first = is_main()
     leave(wait=False)
-    if not first:  # one of several says what became of all
+    if not first:  # the main process reports for all
         return
     if args.json:
         print_json(result)
     else:
         counts = ", ".join(f"{number} {what}" for what, number in result["counts"].items() if number)
-        page = f"report in {result['page']}" if result["page"] else "other parts are at work"
+        page = f"report in {result['page']}" if result["page"] else "other parts are not finished"
         print(f"{counts or 'no case'}; {page}")
         if args.site and result["page"]:
             print(f"candidate version {args.site}; samda site activate {args.site} -m {args.model} makes it active")
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings of the adaptation that the options give; an unknown key of `--set` is refused."""
+    """Settings of the adaptation from the options; an unknown key of `--set` is refused."""
     settings = parse_settings(args.set)
     check_keys(settings, SETTINGS, "--set")
     return {field.name: getattr(args, field.name) for field in FIELDS if field.name not in SETTINGS} | settings

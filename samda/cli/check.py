@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inspect a data set before training on it: what it holds, everything that is wrong, and a task file for it.
+"""Inspect a data set before training: summary, problems and a suggested task file.
 
-All cases are read to the last voxel; every problem is one line with the case and the remedy. The exit code is 1 if
-training would fail on any of them.
+All cases are read completely. Each problem is one line with case and remedy. The exit code is 1 if training would fail.
 
   samda check Dataset001_Liver
-  samda check Dataset001_Liver -o liver.yaml        write the suggested task; read it before you train
-  samda check Dataset001_Liver --task liver.yaml    does the data set fit this task?
+  samda check Dataset001_Liver -o liver.yaml        write the suggested task; review it before training
+  samda check Dataset001_Liver --task liver.yaml    check the data set against this task
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `samda check`."""
-    parser.add_argument("data", type=Path, metavar="DATASET", help="the data set, in any layout that samda train takes")
+    parser.add_argument("data", type=Path, metavar="DATASET", help="data set in any layout that samda train accepts")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the suggested task to this YAML file")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
     parser.add_argument("--task", metavar="FILE", help="check against this task instead of suggesting one")
@@ -36,11 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Inspect, report, and raise at the end if training would fail."""
+    """Inspect and report; raise at the end if training would fail."""
     existing(args.data, "data set")
     task = None if args.task is None else task_file(args.task)
     if task and args.output:
-        raise UsageError("--task is checked and -o writes a suggestion; leave out one of them")
+        raise UsageError("--task and -o cannot be combined: with --task no task is suggested; leave out one of them")
     if args.output:
         _check_output(args.output, args.overwrite)
     device = pick_device(args.device)
@@ -52,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
 
     suggestion, batch_size = None, None
     memory = available_mb(device)
-    fitting_batch_size(args.backbone, 256, memory)  # refuses an unknown name before the long part
+    fitting_batch_size(args.backbone, 256, memory)  # refuses an unknown name before the scans are read
     if task:
         report = check_data(args.data, Task.from_file(task))
     else:
@@ -79,12 +77,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_output(path: Path, overwrite: bool) -> None:
-    """Refuse a place that cannot be written, or a file that may have been changed by hand, before reading scans."""
+    """Refuse an output that cannot be written or exists, before reading scans."""
     if path.suffix not in (".yaml", ".yml"):
-        raise UsageError(f"output {str(path)!r} must be named .yaml; samda train reads its format from the name")
+        raise UsageError(f"output {str(path)!r} must end in .yaml; samda train derives the format from the suffix")
     check_file(path, "-o")
     if path.exists() and not overwrite:
-        raise UsageError(f"output {str(path)!r} exists, perhaps changed by hand; give --overwrite to replace it")
+        raise UsageError(f"output {str(path)!r} exists and may have been edited; use --overwrite to replace it")
 
 
 def _heading(args: argparse.Namespace, device: str, batch_size: int) -> list[str]:
@@ -94,7 +92,7 @@ def _heading(args: argparse.Namespace, device: str, batch_size: int) -> list[str
     backbone = "" if args.backbone == "vit_t" else f" --backbone {args.backbone}"
     size = "" if batch_size == 8 else f" --batch-size {batch_size}"
     return [
-        f"A task for {args.data}, suggested by samda check: read it, change it, then train.",
+        f"A task for {args.data}, suggested by samda check; review it before training.",
         "",
         f"  {train}{backbone}{size}",
         "",
@@ -103,7 +101,7 @@ def _heading(args: argparse.Namespace, device: str, batch_size: int) -> list[str
 
 
 def _show(report: DataReport) -> None:
-    """The facts and the problems, for a person."""
+    """Print facts and problems."""
     from samda.data.datalists import LAYOUTS
 
     data = report.data

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train on one real scan, predict others, adapt to them, write a report.
+"""Train on one scan, predict and adapt to others, and write a report.
 
-Fetches the base weights (vit_t) and three abdominal scans, trains the default adapter on six organs of patient A, and
-predicts held-out slices of A, patient B (another scanner, contrast medium), and patient M (MR). Then the model adapts
-to B and to M, without their labels. All labels are predictions of another
-model and there is one patient of each kind: a demonstration, not a benchmark.
+Downloads the base weights (vit_t) and three abdominal scans, trains on six organs of patient A, predicts held-out
+slices of A, patient B (another scanner, contrast medium) and patient M (MR), and adapts to B and M without labels.
+There is one patient of each kind and all labels are predictions of another model: a demonstration, not a benchmark.
 
-  samda demo            into the folder demo
+  samda demo            writes the folder demo
   samda demo -o here
 """
 
@@ -29,15 +28,15 @@ if TYPE_CHECKING:
     from samda.inference.evaluate import Evaluation
     from samda.task import Task
 
-BLOCK = 5  # slices: the part of patient A that holds organs is cut into blocks of this length
-TEST_BLOCKS, VALIDATION_BLOCKS = (2, 7), (4,)  # kept for the end; choose the best epoch. All others train
+BLOCK = 5  # slices; the part of patient A with organs is split into blocks of this length
+TEST_BLOCKS, VALIDATION_BLOCKS = (2, 7), (4,)  # all others are training blocks
 RECIPE = {"views": 6, "val_interval": 5, "patience": 0}  # otherwise the defaults of train.json
-SHOWN = 3  # slices with pictures, of each case
+SHOWN = 3  # slices shown per case
 
 
 @dataclasses.dataclass
 class Part:
-    """Scans that are predicted and scored together; with a `case`, the model also adapts itself to it."""
+    """Scans that are predicted and scored together; with a `case`, the model is also adapted to it."""
 
     what: str
     dataset: Path
@@ -45,7 +44,7 @@ class Part:
     case: str = ""
     score: Evaluation = dataclasses.field(init=False)
     adapted: Evaluation = dataclasses.field(init=False)
-    reason: str = ""  # of the adaptation's decision
+    reason: str = ""  # of the guard's decision
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     ]
 
     say(f"[2/6] training on {device}")
-    # a run of a few epochs sees a view or two, and validates at its end
+    # short runs use as many views as epochs and validate at the end
     overrides = {"epochs": args.epochs} | {key: min(value, args.epochs) for key, value in RECIPE.items()}
     overrides["seed"] = args.seed
     trained = train(
@@ -123,18 +122,18 @@ def run(args: argparse.Namespace) -> None:
 
 
 def new_folder(folder: Path) -> Path:
-    """The folder of the demo, made if missing; one with files of other origin is refused."""
+    """The folder of the demo, created if missing; a folder with other files is refused."""
     from samda.inference.writer import check_output_folder
 
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "data" / "dataset.json").is_file():
-        raise UsageError(f"{folder} holds other files; choose an empty folder with -o")
+        raise UsageError(f"{folder} contains other files; choose an empty folder with -o")
     return check_output_folder(folder)
 
 
 def hold_out(scan: Example, folder: Path) -> Path:
     """Write a datalist, `folder`/dataset.json, of one scan: training, validation and test slices.
 
-    The test slices are cut out as scans of their own, so that no other step reads them.
+    The test slices are written as separate scans, so that no other step reads them.
     """
     import nibabel as nib
     import numpy as np
@@ -180,7 +179,7 @@ def write_metrics(path: Path, parts: Iterable[Part], trained: Mapping[str, Any],
 
     content = {
         "purpose": "research use only",
-        "note": "one patient each; the labels are predictions of another model, no expert drew them",
+        "note": "one patient each; the labels are predictions of another model, not expert annotations",
         "seconds": round(seconds),
         "training": {key: value for key, value in trained.items() if key != "model"},
         "scores": {part.what: part.score.to_dict() for part in parts},
@@ -190,19 +189,19 @@ def write_metrics(path: Path, parts: Iterable[Part], trained: Mapping[str, Any],
 
 
 def write_report(output: Path, parts: Iterable[Part], trained: Mapping[str, Any]) -> None:
-    """`report.html`: scores, pictures and the curve of the training."""
+    """`report.html`: scores, pictures and training curve."""
     from samda import report
     from samda.data.datalists import find_cases
     from samda.inference.writer import label_path
 
-    sections = [report.section("What this shows", [report.paragraph(text) for text in introduction(trained)])]
+    sections = [report.section("Summary", [report.paragraph(text) for text in introduction(trained)])]
     head = ["organ", "Dice", "HD95 (mm)", "NSD", "blocks or scans"]
     for part in parts:
         pieces = [report.table(head, score_rows(part.score))]
         folders = {"prediction": output / "predictions"}
         if part.case:
             folders["adapted"] = output / "adapted" / part.case
-            caption = f"After the adaptation ({part.reason}); curves and record in adapted/{part.case}/report.html"
+            caption = f"After adaptation ({part.reason}); curves and record in adapted/{part.case}/report.html"
             pieces.append(report.table(head, score_rows(part.adapted), caption))
         pieces.append(report.legend(part.task.classes))
         for case in find_cases(part.dataset, "test"):
@@ -210,27 +209,27 @@ def write_report(output: Path, parts: Iterable[Part], trained: Mapping[str, Any]
             pieces += case_pictures(case, maps, part.task)
         sections.append(report.section(part.what[0].upper() + part.what[1:], pieces))
     history = json.loads((output / "model" / "history.json").read_text(encoding="utf-8"))["epochs"]
-    caption = "Dice on the slices of patient A that choose the best epoch."
+    caption = "Dice on the validation slices of patient A."
     sections.append(report.section("Training", [report.curve(history, ["loss", "mean_dice"], caption=caption)]))
     report.write_page(output / "report.html", report.page("samda demo: six organs in abdominal CT", sections))
 
 
 def introduction(trained: Mapping[str, Any]) -> list[str]:
-    """What a reader must know before the numbers."""
+    """Text above the scores."""
     counts = trained["parameters"]
     return [
         f"SAM (vit_t) with the adapter SAM-DA: {counts['trainable']:,} trained parameters on a frozen base of "
         f"{counts['base']:,}. {trained['epochs']} epochs, of which epoch {trained['best_epoch']} was the best.",
-        "Patient A trained it; the slices shown were cut out before. Patient B was scanned elsewhere, with contrast "
-        "medium; patient M was scanned with MR. They played no part in the training, and the adaptation did not see "
-        "their labels; its guard keeps the plain prediction where it finds no gain.",
-        "There is one patient of each kind, and the labels are predictions of another model that no expert corrected. "
-        "The held-out slices lie beside slices that were trained on. This is a demonstration, not a benchmark.",
+        "The model was trained on patient A without the slices shown. Patient B was scanned on another scanner with "
+        "contrast medium, patient M with MR. They are not part of the training data, and the adaptation does not use "
+        "their labels; its guard keeps the prediction of the source model where it finds no gain.",
+        "There is one patient of each kind, and the labels are predictions of another model, not expert annotations. "
+        "The held-out slices are adjacent to training slices. This is a demonstration, not a benchmark.",
     ]
 
 
 def score_rows(score: Evaluation) -> list[list[Any]]:
-    """Dice of each organ over all slices together, mean distances, the number of blocks or scans; and their mean."""
+    """Dice of each organ over all slices, mean distances, number of blocks or scans; and their mean."""
     summary = score.summary()
     groups = [*summary["classes"].items(), ("mean", summary["all"])]
     distances = ("hd95_mm", "nsd")

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure how far a trained encoder sees: its effective receptive field.
+"""Measure the effective receptive field of a trained encoder.
 
-The gradient of the feature in the middle of the encoder with regard to every pixel, averaged over slices of scans that
-are prepared as for a prediction. No labels are needed. Of each model two features are taken: "block", what the last
-transformer block gives, and "neck", the embedding. A side is that of the smallest centered square (pixels) with more
-than 20, 30, 50 or 99 percent of the influence, and the percentage behind it is the square's part of the image; "-": no
-square within the image holds as much. Three scales: "log" is the papers' and depends on the size of the features;
-"mass" (no logarithm) and "normalized" (logarithm of the share of the largest) do not.
+Computes the gradient of the central feature with respect to each pixel, averaged over slices. No labels are needed. Two
+features are measured: "block", the output of the last transformer block, and "neck", the embedding. The table shows the
+side (pixels) of the smallest centered square with more than 20, 30, 50 or 99 percent of the influence, and its share of
+the image; "-" if no square within the image has as much. Scales: "log" is the measure of the papers and depends on the
+scale of the features; "mass" (no logarithm) and "normalized" (logarithm of the share of the maximum) do not.
 
   samda erf -m model -i scans
-  samda erf -m dka_model lka_model -i scans --baseline -o fields     with the frozen SAM, as erf.json and erf.png
+  samda erf -m dka_model lka_model -i scans --baseline -o fields     compare with the frozen SAM, write files
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `samda erf`."""
     parser.add_argument(
         "-m", "--model", type=Path, nargs="+", required=True, metavar="MODEL", help="model folders of one geometry"
     )
@@ -39,13 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared(parser, "--output", required=False, metavar="FOLDER", help="a new folder for erf.json and erf.png")
     parser.add_argument("--baseline", action="store_true", help="also measure the backbones without adapters")
     parser.add_argument(
-        "--slices", type=positive, default=50, metavar="N", help="slices of all scans at most; default 50"
+        "--slices", type=positive, default=50, metavar="N", help="maximum number of slices over all scans; default 50"
     )
     add_shared(parser, "--version", "--weights", "--section", "--modality", "--quiet", "--device", "--json")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print, write."""
     existing(args.input, "input")
     device = pick_device(args.device)
     import torch
@@ -64,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         str(model): Task.from_dict(read_adapters(version_folder(model, args.version)).task) for model in args.model
     }
     if len(tasks) < len(args.model):
-        raise UsageError("--model names a folder twice; keep one")
+        raise UsageError("--model lists a folder twice; keep one")
     check_same_slices(tasks)
     task = override(next(iter(tasks.values())), modality=args.modality)
     images = body_slices(find_cases(args.input, args.section), task, args.slices)
@@ -79,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         if args.baseline and base not in bases:
             bases.add(base)
             models.append(measure(unadapted(network), images, f"{network.config.name} without adapters", None))
-    about = {  # what holds for all models, without names of scans
+    about = {  # common to all models, without names of scans
         "purpose": PURPOSE,
         "made_by": {"samda": __version__, "torch": torch.__version__},
         "images": len(images),
@@ -96,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def unadapted(network: SamSegmenter) -> SamSegmenter:
-    """The network's base as its file has it: baselines such as `full` train the base itself."""
+    """A network with the original base weights: baselines such as `full` train the base itself."""
     from samda.networks.segmenter import SamSegmenter
 
     assert network.base_report is not None  # a model folder is loaded with its base

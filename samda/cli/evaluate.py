@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score label maps against labels.
+"""Evaluate label maps against labels.
 
-Dice, IoU, HD95 and NSD per case and class, in mm, on the grid of the labels. Cases pair by name. The output folder
-receives metrics.json and metrics.csv. A case that cannot be scored is reported and does not stop the others; the exit
-code is then 1.
+Computes Dice, IoU, HD95 (mm) and NSD per case and class on the grid of the labels. Cases are matched by name. Writes
+metrics.json and metrics.csv. Cases that fail are reported, the others are still evaluated, and the exit code is 1.
 
   samda evaluate -m model -i predictions -l labels -o scores
   samda evaluate --task liver.yaml -i predictions -l Dataset001_Liver -o scores
@@ -20,12 +19,11 @@ from samda.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `samda evaluate`."""
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
-        "-m", "--model", type=Path, metavar="MODEL", help="a model folder, for its classes and label ids"
+        "-m", "--model", type=Path, metavar="MODEL", help="model folder that defines classes and label ids"
     )
-    which.add_argument("--task", metavar="FILE", help="a task file instead, or the name of one of samda's")
+    which.add_argument("--task", metavar="FILE", help="task file, or name of a task of samda")
     add_shared(parser, "--input", metavar="PREDICTIONS", help="label maps, as samda predict writes them")
     parser.add_argument(
         "-l", "--labels", type=Path, required=True, metavar="LABELS", help="folder of label files, or a data set"

@@ -4,7 +4,7 @@
   samda info             backbones, adapters and their counts
   samda info -m model    backbone, adapters, classes, geometry and results of a trained model
 
-Neither needs base weights.
+Base weights are not needed.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def describe_package() -> dict[str, Any]:
-    """Backbones with their size, and every adapter overlay that samda ships with its settings and parameter counts.
+    """Backbones with their size, and the adapter overlays of samda with settings and parameter counts.
 
-    The networks are built without storage (torch's meta device), so ViT-H costs no memory either.
+    Networks are built on torch's meta device, without memory.
     """
     import warnings
 
@@ -65,7 +65,7 @@ def describe_package() -> dict[str, Any]:
         backbones[backbone] = {"parameters": counts["base"]}
         head = counts["head"] // 2
         for entry in adapters.values():
-            with warnings.catch_warnings(action="ignore"):  # advice on settings is for those who train with them
+            with warnings.catch_warnings(action="ignore"):  # warnings about settings concern trainings
                 attach(network, build_configs(entry["settings"]))
             counts = count_parameters(network)
             entry["parameters"][backbone] = counts["trainable"] - counts["head"]
@@ -88,11 +88,11 @@ def print_package(facts: dict[str, Any]) -> None:
         f"\nThe class head comes on top: the head sam with {facts['head_per_class']:,} per class, background included;"
     )
     print(f"pyramid, for 2 classes, with {pyramids}.")
-    print(f"With {', '.join(once)} the encoder stays as it is: slices are encoded once.")
+    print(f"With {', '.join(once)} the encoder is unchanged and slices are encoded once.")
 
 
 def describe_model(folder: Path) -> dict[str, Any]:
-    """What the files of a model folder say, without its base weights; nothing in the folder is run."""
+    """Content of a model folder's JSON and safetensors files; nothing in the folder is executed."""
     from samda.adapters import read_adapters
 
     file = read_adapters(folder)
@@ -124,7 +124,7 @@ def print_model(facts: dict[str, Any]) -> None:
         ("classes", ", ".join(task.get("classes", []))),
         ("modality", task.get("modality")),
         ("slices", f"{task.get('axis')}, {task.get('image_size')} pixels of {task.get('spacing')} mm" + neighbors),
-        ("largest piece of", ", ".join(kept) if isinstance(kept, list) else "every class" if kept else "none"),
+        ("largest component of", ", ".join(kept) if isinstance(kept, list) else "every class" if kept else "none"),
         (
             "trained",
             f"{training.get('epochs')} epochs, best epoch {training.get('best_epoch')}; {training.get('split')}",

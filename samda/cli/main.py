@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `samda`: find the command, run it, turn every error into one line and an exit code.
+"""The command `samda`: dispatch to a command; print errors as one line and return an exit code.
 
-Exit codes: see :data:`EXIT_CODES`; 130 and 141 are what shells report for Ctrl-C and a closed pipe.
+Exit codes: see :data:`EXIT_CODES`; 130 and 141 follow the convention of shells for SIGINT and SIGPIPE.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ COMMANDS = {  # name -> module, in the order of the help
 }
 
 EXIT_CODES = {
-    0: "done",
+    0: "success",
     1: "the job failed, or one of its cases did",
-    2: "wrong usage: an option, a key, a combination",
+    2: "usage error: invalid option, key or combination",
     130: "interrupted (Ctrl-C)",
-    141: "the program that read the output closed it",
+    141: "the output pipe was closed",
 }
 
 DESCRIPTION = "SAM adapters for medical image segmentation. Research use only."
 EPILOG = """\
-`samda COMMAND --help` shows the options of a command. Exit codes: 0 done, 1 the job failed, 2 wrong usage.
-Weights and example scans are kept in the folder SAMDA_CACHE, by default the user's cache folder.
+`samda COMMAND --help` shows the options of a command. Exit codes: 0 success, 1 failure, 2 usage error.
+The environment variable SAMDA_CACHE sets the folder of downloaded weights and example scans.
 """
 
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(argv)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the reader (`| head`) has seen enough; the interpreter's last flush must not complain
+    except BrokenPipeError:  # by `| head`, for example; avoid a second error in the interpreter's last flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
@@ -75,7 +75,7 @@ def _run(argv: list[str]) -> int:
         if args.command is None:
             parser.print_help(sys.stderr)
             return 2
-        with _plain_speech(debug, getattr(args, "quiet", False)):
+        with _line_logging(debug, getattr(args, "quiet", False)):
             _module(args.command).run(args)
         return 0
     except SystemExit as done:  # --help and --version
@@ -96,10 +96,10 @@ def _run(argv: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def _plain_speech(debug: bool, quiet: bool = False) -> Iterator[None]:
-    """Within the block: one line per log message and warning on standard error; of other packages only warnings.
+def _line_logging(debug: bool, quiet: bool = False) -> Iterator[None]:
+    """Print log messages and warnings as lines on standard error; of other packages, only warnings.
 
-    With `quiet`, warnings and errors only, and no bars.
+    With `quiet`, print only warnings and errors, and no progress bars.
     """
     from samda import progress
 
@@ -119,7 +119,7 @@ def _plain_speech(debug: bool, quiet: bool = False) -> Iterator[None]:
 
 
 class _Lines(logging.Handler):
-    """Log messages as lines on standard error, above the bar that may stand there."""
+    """Print log messages as lines on standard error, above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from samda import progress
@@ -130,7 +130,7 @@ class _Lines(logging.Handler):
 def _report(line: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    sys.stdout.flush()  # what the job printed comes before its error also when both go to one file
+    sys.stdout.flush()  # keeps the order if stdout and stderr go to one file
     print(line, file=sys.stderr)
     return code
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""argparse as samda uses it, the options that several commands share, and what their values mean.
+"""Argument parser, options shared by several commands, and parsing of their values.
 
-Abbreviated options are not accepted, and what is refused comes with the nearest valid name.
+Abbreviated options are not accepted. Errors suggest the nearest valid name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from samda.errors import InputError, UsageError, nearest
 from samda.io import shipped_tasks
 from samda.processes import launched, local_device
 
-# what other tools and our own other commands call an option: spelling alone would suggest a wrong one
+# names of options in other tools and commands, for which the nearest spelling would be a wrong suggestion
 ALIASES = {"--lr": "--learning-rate", "--report": "--records"}
 
 
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        """Raise the message; argparse would print the usage and exit."""
+        """Raise UsageError; argparse would print the usage and exit."""
         raise UsageError(message)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
@@ -62,33 +62,33 @@ def _is_number(text: str) -> bool:
 
 
 SHARED: dict[str, dict[str, Any]] = {  # option -> arguments of argparse
-    "--model": {"type": Path, "required": True, "metavar": "MODEL", "help": "a model folder"},
-    "--input": {"type": Path, "required": True, "metavar": "SCANS", "help": "a scan, a folder, a data set"},
+    "--model": {"type": Path, "required": True, "metavar": "MODEL", "help": "model folder"},
+    "--input": {"type": Path, "required": True, "metavar": "SCANS", "help": "scan, folder of scans, or data set"},
     "--output": {"type": Path, "required": True},
-    "--section": {"choices": ("training", "validation", "test"), "help": "which cases of a data set; default test"},
+    "--section": {"choices": ("training", "validation", "test"), "help": "section of a data set; default test"},
     "--version": {"metavar": "NAME", "help": "version of the model (samda site); default: the active one"},
     "--weights": {"type": Path, "metavar": "FILE", "help": "base weights; default: those of the training"},
-    "--modality": {"choices": ("CT", "MR"), "help": "modality of the scans, where it is not that of the training"},
+    "--modality": {"choices": ("CT", "MR"), "help": "modality of the scans, if other than that of the training"},
     "--keep-largest": {
         "metavar": "CLASSES",
-        "help": "keep only the largest 3-D piece of these classes (liver,spleen), all or none; default: the task's",
+        "help": "keep only the largest 3-D component of these classes (liver,spleen), all or none; default: the task's",
     },
     "--part": {
         "metavar": "I/N",
-        "help": "process part I of N, for job arrays; processes started by torchrun share the cases without it",
+        "help": "process part I of N, for job arrays; not needed with torchrun",
     },
     "--report": {
         "type": Path,
         "metavar": "FILE",
-        "help": "write versions, hashes, times, peak memory and outcome as JSON, also when the job fails",
+        "help": "write versions, hashes, times, peak memory and outcome as JSON, also on failure",
     },
-    "--quiet": {"action": "store_true", "help": "show the result, warnings and errors only"},
+    "--quiet": {"action": "store_true", "help": "print only the result, warnings and errors"},
     "--device": {
         "default": "auto",
         "metavar": "DEVICE",
         "help": "cpu, cuda, cuda:1, mps; auto uses a GPU if there is one",
     },
-    "--json": {"action": "store_true", "help": "print the result as JSON; everything else goes to standard error"},
+    "--json": {"action": "store_true", "help": "print the result as JSON; messages go to standard error"},
 }
 SHORT = {"--model": "-m", "--input": "-i", "--output": "-o"}
 
@@ -101,7 +101,7 @@ def add_shared(parser: argparse.ArgumentParser, *names: str, **changes: Any) -> 
 
 
 def pick_device(name: str) -> str:
-    """The torch device that `name` means on this machine, refused if absent; each process of torchrun has its GPU."""
+    """The torch device of `--device`, refused if not available; each process of torchrun has its own GPU."""
     import torch
 
     if name == "auto":
@@ -113,11 +113,9 @@ def pick_device(name: str) -> str:
     except RuntimeError:
         raise UsageError(f"--device {name!r} is unknown; choose from auto, cpu, cuda, cuda:N, mps") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"--device {name!r} is not on this machine ({torch.cuda.device_count()} CUDA devices); use cpu"
-        )
+        raise UsageError(f"--device {name!r} is not available ({torch.cuda.device_count()} CUDA devices); use cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError(f"--device {name!r} is not on this machine; use cpu")
+        raise UsageError(f"--device {name!r} is not available; use cpu")
     if device.type not in ("cpu", "cuda", "mps"):
         raise UsageError(f"--device {name!r} is not supported; choose from auto, cpu, cuda, cuda:N, mps")
     return name
@@ -131,7 +129,7 @@ def existing(path: Path, what: str) -> Path:
 
 
 def check_file(path: Path, option: str) -> None:
-    """Refuse a file that cannot be written, before the work; its folder is made if missing."""
+    """Refuse a file that cannot be written; its folder is created if missing."""
     from samda.io import try_writing
 
     if path.is_dir():
@@ -144,25 +142,25 @@ def check_file(path: Path, option: str) -> None:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 (an argparse type)."""
+    """A positive integer (an argparse type)."""
     value = int(text) if text.isdecimal() else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"a whole number from 1 is needed, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return value
 
 
 def task_file(name: str) -> Path:
-    """The file of a task: a path, or the name of one that samda ships; refused if there is none."""
+    """The file of a task, given as a path or as the name of a task of samda."""
     ours = shipped_tasks()
     if name in ours:
         return ours[name]
     if Path(name).suffix not in (".yaml", ".yml", ".json"):
-        raise UsageError(f"task {name!r} is neither a YAML or JSON file nor one of samda's; {nearest(name, ours)}")
+        raise UsageError(f"task {name!r} is neither a YAML or JSON file nor a task of samda; {nearest(name, ours)}")
     return existing(Path(name), "task file")
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
-    """Read `KEY=VALUE` texts (`--set`): values are YAML, see :func:`samda.io.load_yaml`; no key may occur twice."""
+    """Read `KEY=VALUE` texts (`--set`): values are YAML, see :func:`samda.io.load_yaml`; duplicate keys are refused."""
     import yaml
 
     from samda.io import load_yaml
@@ -171,7 +169,7 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise UsageError(f"--set {text!r}: write KEY=VALUE, for instance epochs=20")
+            raise UsageError(f"--set {text!r}: write KEY=VALUE, for example epochs=20")
         if key in settings:
             raise UsageError(f"--set {key}: given twice; keep one")
         try:
@@ -183,14 +181,14 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
 
 
 def print_json(value: Any) -> None:
-    """Print plain JSON; NaN and infinity, which JSON does not have, become null."""
+    """Print JSON; NaN and infinity become null."""
     from samda.io import plain
 
     print(json.dumps(plain(value), indent=2, allow_nan=False))
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print aligned columns: the first to the left, numbers to the right."""
+    """Print aligned columns: the first left-aligned, the others right-aligned."""
     cells = [list(head), *([f"{v:,}" if isinstance(v, int) else str(v) for v in row] for row in rows)]
     rows = list(rows)
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Segment scans with a trained model.
 
-Each scan gets one label map on its own grid; no labels are needed. The input is a scan (NIfTI, NRRD, MHA, a picture, a
-folder with one DICOM series), a folder of scans, or a data set, of which the test cases are taken. A scan that fails is
-reported and does not stop the others; the exit code is then 1.
+Writes one label map per scan on the grid of the scan. The input is a scan (NIfTI, NRRD, MHA, 2-D image, folder with one
+DICOM series), a folder of scans, or a data set (its test cases by default). Scans that fail are reported, the others
+are still processed, and the exit code is 1.
 
   samda predict -m model -i scans -o labels
   samda predict -m model -i scans -o labels --continue      skip finished cases
@@ -25,7 +25,6 @@ from samda.processes import exchange, is_main, join_for_cases, launched, leave, 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `samda predict`."""
     add_shared(parser, "--model", "--input")
     add_shared(parser, "--output", metavar="LABELS", help="folder of the label maps")
     add_shared(parser, "--version", "--weights", "--section")
@@ -78,9 +77,9 @@ def run(args: argparse.Namespace) -> None:
         if report.wanted:
             with report.stage("hash"):
                 report.add_network(network)
-                for case in cases if launched()[1] > 1 else mine:  # the first of several processes reports for all
+                for case in cases if launched()[1] > 1 else mine:  # the main process reports for all
                     report.add_input(case["id"], image=case["image"])
-        merge(network)  # nothing is trained here: no adapter needs to cost more than it must
+        merge(network)  # saves the cost of the adapters in inference
         predictor = Predictor(
             network,
             task,
@@ -104,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
             )
         first, results = is_main(), exchange(result)
         leave(wait=False)
-        if not first:  # one of several says what became of all
+        if not first:  # the main process reports for all
             return
         for other in results[1:]:
             report.set_outcomes(other.to_dict())
@@ -113,19 +112,19 @@ def run(args: argparse.Namespace) -> None:
         if args.json:
             print_json(result.to_dict() | ({"part": str(part)} if part else {}))
         else:
-            print(f"{len(result.done)} predicted, {len(result.skipped)} finished before; label maps in {args.output}")
+            print(f"{len(result.done)} predicted, {len(result.skipped)} skipped; label maps in {args.output}")
         if result.failed:
             raise InputError(f"{len(result.failed)} of {total} cases failed: {', '.join(result.failed)}")
 
 
 class Teller:
-    """Reports a case; what failed or came out empty, the job has logged already."""
+    """Reports finished cases; failed and empty cases are already logged by the job."""
 
     def __init__(self, report: RunReport) -> None:
         self.report, self.since = report, time.perf_counter()
 
     def __call__(self, case: str, outcome: str) -> None:
-        """The case is finished."""
+        """Report a finished case."""
         now = time.perf_counter()
         self.report.set_outcome(case, outcome, now - self.since)
         self.since = now

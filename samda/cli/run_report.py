@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--report run.json`: what ran on what, how long, with how much memory, and how it ended, also on failure.
+"""`--report run.json`: versions, options, inputs, times, peak memory and outcome of a run, also on failure.
 
-`samda adapt` writes a record per case instead (run.jsonl); keys that both have mean the same and are made the same way.
-As there, files are named by the hash of their content, not by names that may be those of patients.
+`samda adapt` writes a record per case instead (run.jsonl); common keys have the same definition. Files are identified
+by the hash of their content, because their names may identify patients.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ REPORT_VERSION = 1
 
 
 class RunReport:
-    """Collects what a run did and writes it when the block ends, however it ends.
+    """Collects the facts of a run and writes them at the end of the block, also after an error.
 
         with RunReport(args, "predict") as report:
             with report.stage("load"):
                 ...
 
-    Where `args.report` is None nothing is written or hashed, and `wanted` is False.
+    If `args.report` is None, nothing is written or hashed, and `wanted` is False.
 
     Raises:
         UsageError: the file cannot be written.
@@ -38,12 +38,12 @@ class RunReport:
 
     def __init__(self, args: argparse.Namespace, command: str) -> None:
         self.path: Path | None = args.report
-        self.wanted = self.path is not None and launched()[0] == 0  # the first of several processes writes it
+        self.wanted = self.path is not None and launched()[0] == 0  # only the main process writes it
         if self.path is not None:
             check_file(self.path, "--report")
-        self.names: dict[str, str] = {}  # what may tell a patient -> what stands for it
+        self.names: dict[str, str] = {}  # text that may identify a patient -> replacement
         self.seconds: dict[str, float] = {}
-        # paths tell patients and places; what they hold is hashed instead
+        # paths may identify patients; the content is hashed instead
         options = {k: v for k, v in vars(args).items() if not isinstance(v, Path) and k not in ("command", "debug")}
         config = {key: _described(value) if self.wanted else value for key, value in options.items()}
         self.content: dict[str, Any] = {"report_version": REPORT_VERSION, "command": command, "config": config}
@@ -64,14 +64,14 @@ class RunReport:
         except Exception as failure:
             if error is None and isinstance(failure, OSError):
                 reason = failure.strerror or failure
-                raise InputError(f"all is done but the report {self.path}, which cannot be written: {reason}") from None
+                raise InputError(f"the job is done, but the report {self.path} cannot be written: {reason}") from None
             if error is None:
                 raise
-            say(f"the report {self.path} could not be written: {failure}")  # what went wrong first matters more
+            say(f"the report {self.path} could not be written: {failure}")  # the first error is raised
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; one that fails is timed up to there, and one within another counts for itself alone."""
+        """Time a stage, also if it fails; the time of an inner stage does not count for the outer one."""
         begin, before = time.perf_counter(), sum(self.seconds.values())
         try:
             yield
@@ -118,7 +118,7 @@ class RunReport:
         self.content |= values
 
     def add_model(self, folder: str | Path) -> None:
-        """The hash of a model folder's adapters and class head, and the base it stands on, from its files alone."""
+        """Add hashes of a model folder: adapters with class head, and base weights."""
         if not self.wanted:
             return
         from samda.adapters.adapter_file import read_adapters
@@ -128,7 +128,7 @@ class RunReport:
         self.add(adapter_sha256=tensors_sha256(file.tensors), base_file_sha256=file.base.get("sha256"))
 
     def add_network(self, network: Any) -> None:
-        """The hashes that `samda adapt` records: base and class head together, and adapters with class head."""
+        """Add hashes as in `samda adapt`: base with class head, and adapters with class head."""
         from samda.adapters.adapter_file import state_tensors
         from samda.provenance import tensors_sha256
 
@@ -157,7 +157,7 @@ class RunReport:
 
 
 def _described(value: Any) -> Any:
-    """An option as it is; files in it, such as a task or adapters, by name and sha256 instead of their place."""
+    """The value of an option; files (task, adapters) are replaced by name and sha256."""
     if not isinstance(value, str) or not any(Path(part).is_file() for part in value.split(",")):
         return value
     from samda.provenance import path_sha256
@@ -180,7 +180,7 @@ def outcome_of(error: BaseException | None) -> tuple[int, str, str | None]:
 
 
 def peak_memory_mb() -> dict[str, float | None]:
-    """Largest memory of this process so far: resident, and on the GPUs (MB = 10^6 bytes); None where unknown."""
+    """Peak memory of this process: resident and on GPUs (MB = 10^6 bytes); None if unknown."""
     try:
         import resource
         import sys

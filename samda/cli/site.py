@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""List, activate and roll back the versions of a model that `samda adapt --site NAME` made.
+"""List, activate and roll back the versions of a model written by `samda adapt --site NAME`.
 
-A site version is a candidate until a person activates it; from then on predict, adapt, erf and export use it. The
-version as it was trained is called "source" and never changes.
+A site version is a candidate until it is activated; then predict, adapt, erf and export use it. The trained version is
+called "source" and never changes.
 
   samda site list -m model
   samda site activate clinic-a -m model
@@ -19,22 +19,20 @@ from samda.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `samda site`."""
-    parser.add_argument("action", choices=("list", "activate", "rollback"), help="what to do")
+    parser.add_argument("action", choices=("list", "activate", "rollback"), help="action")
     parser.add_argument("name", nargs="?", metavar="NAME", help="version to activate")
     parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="a model folder")
     add_shared(parser, "--json")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do it."""
     if (args.name is None) == (args.action == "activate"):
         want = "needs the name of a version" if args.name is None else "takes no name"
         raise UsageError(f"{args.action} {want}")
     from samda.adapters.adapter_file import read_adapters
     from samda.models.versions import activate, active_version, rollback
 
-    read_adapters(args.model)  # refuses what is no model folder
+    read_adapters(args.model)  # refuses a folder that is not a model
     if args.action == "list":
         return show(args)
     if args.action == "activate":
@@ -48,7 +46,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def show(args: argparse.Namespace) -> None:
-    """The versions, one row each."""
     from samda.adaptation.site import describe_versions
     from samda.models.versions import active_version
 

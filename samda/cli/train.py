@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train adapters and a class head on labeled scans.
 
-The result is a model folder. The data set is an nnU-Net or Medical Segmentation Decathlon folder, a MONAI datalist
-(JSON), a CSV of pairs, images with masks, or DICOM series with label volumes. `samda check` looks at it first and
-writes a task file; without one, what it suggests is taken. What is not given keeps the value of the bundle's
-train.json.
+Writes a model folder. The data set is an nnU-Net or Medical Segmentation Decathlon folder, a MONAI data list (JSON), a
+CSV of pairs, images with masks, or DICOM series with label volumes. `samda check` inspects it and writes a task file;
+without --task, its suggestion is used. Defaults are those of the bundle's train.json.
 
   samda train -d Dataset001_Liver -o model --task liver.yaml
   samda train -d Dataset001_Liver -o model --task liver.yaml --adapter salt,dka,sam_da --backbone vit_b --epochs 40
@@ -23,17 +22,16 @@ from samda.cli.run_report import RunReport
 from samda.errors import UsageError
 from samda.processes import launched
 
-OVERRIDES = ("weights", "epochs", "batch_size", "learning_rate", "fold", "seed")  # keys with an option of their own
+OVERRIDES = ("weights", "epochs", "batch_size", "learning_rate", "fold", "seed")  # keys with a separate option
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `samda train`."""
-    parser.add_argument("-d", "--data", type=Path, required=True, metavar="DATASET", help="the labeled scans")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL", help="the model folder to write")
+    parser.add_argument("-d", "--data", type=Path, required=True, metavar="DATASET", help="labeled scans")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL", help="model folder to write")
     parser.add_argument(
         "--task",
         metavar="FILE",
-        help="YAML or JSON with classes, modality and geometry (samda check writes one), or the name of one of samda's",
+        help="YAML or JSON with classes, modality and geometry (see samda check), or name of a task of samda",
     )
     parser.add_argument(
         "--adapter",
@@ -41,25 +39,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="adapters to train, by name or as YAML files with their settings; default sam_da (samda info lists them)",
     )
     parser.add_argument("--backbone", metavar="NAME", help="vit_t, vit_b, vit_l or vit_h; default vit_t")
-    parser.add_argument("--weights", metavar="FILE", help="base weights; default: the published ones, fetched once")
+    parser.add_argument("--weights", metavar="FILE", help="base weights; default: published weights, downloaded once")
     parser.add_argument("--epochs", type=positive, metavar="N", help="passes over the training slices")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="slices per step")
     parser.add_argument(
         "--learning-rate",
         type=float,
         metavar="X",
-        help="of adapters, or of what a baseline trains; that of the class head: --set head_learning_rate=X",
+        help="learning rate of adapters and baselines; for the class head: --set head_learning_rate=X",
     )
-    parser.add_argument("--fold", type=int, metavar="K", help="validate on the cases of fold K")
+    parser.add_argument("--fold", type=int, metavar="K", help="validation fold")
     parser.add_argument("--seed", type=int, metavar="N", help="random seed")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="any other key of train.json; nested ones as a::b",
+        help="any other key of train.json; nested keys as a::b",
     )
-    parser.add_argument("--resume", action="store_true", help="continue where the training in MODEL stopped")
+    parser.add_argument("--resume", action="store_true", help="continue the training in MODEL")
     parser.add_argument("--overwrite", action="store_true", help="replace the training in MODEL")
     parser.add_argument("--with-base", action="store_true", help="copy the base weights into MODEL")
     parser.add_argument(
@@ -72,10 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train."""
     run_report, out = RunReport(args, "train"), args.output.resolve()
-    if args.report is not None and args.report.resolve() in (out, *out.parents):  # else this, too, would be reported
-        raise UsageError(f"--report {args.report} is where the model goes; give another file")
+    if args.report is not None and args.report.resolve() in (out, *out.parents):  # outside of the report
+        raise UsageError(f"--report {args.report} contains the model folder; give another file")
     with run_report as report:
         existing(args.data, "data set")
         overrides = read_overrides(args)
@@ -87,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
         report.add(device=device)
         rank, world = launched()
 
-        def begin() -> None:  # not before: a wrong setting of a large data set should not take an hour to be refused
+        def begin() -> None:  # after the settings are checked: hashing a large data set takes long
             if rank == 0:
                 say(f"training on {device}" + (f", {world} processes" if world > 1 else ""))
             if report.wanted:
@@ -109,9 +106,9 @@ def run(args: argparse.Namespace) -> None:
                 begin=begin,
                 with_base=args.with_base,
             )
-        if rank != 0:  # one of several says what all know
+        if rank != 0:  # the main process reports for all
             return
-        report.seconds["epochs"] = result["seconds"]  # of "train"; as is the next
+        report.seconds["epochs"] = result["seconds"]  # part of "train", as is the next
         report.seconds["encode"] = (result["embeddings"] or {}).get("seconds", 0.0)
         report.add(result={key: value for key, value in result.items() if key != "model"})
         report.add_model(args.output)
@@ -132,7 +129,7 @@ def add_inputs(report: RunReport, dataset: Path) -> None:
 
 
 def read_overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """The keys of train.json that the options set; one given again with `--set` is refused."""
+    """Keys of train.json set by options; a key that is also given by `--set` is refused."""
     overrides = {key: value for key in OVERRIDES if (value := getattr(args, key)) is not None}
     for key, value in parse_settings(args.set).items():
         if key in overrides:

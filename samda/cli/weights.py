@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fetch base weights, or list them.
+"""List or download base weights.
 
   samda weights          list
-  samda weights vit_t    fetch, if they are not there, and print the path
+  samda weights vit_t    download, if not in the cache, and print the path
 
-A machine without a network takes the file by hand: put it at the place that the list shows.
+Without a network connection, copy the file to the path shown in the list.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from samda.cli.options import add_shared, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `samda weights`."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="vit_t, vit_b, vit_l or vit_h")
     add_shared(parser, "--json")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Fetch one, or list all."""
     if args.name is not None:
         from samda.networks.weights import fetch_weights
 
@@ -43,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def list_weights() -> dict[str, dict[str, Any]]:
-    """The known base weights by backbone: cached or not, where, and what is published."""
+    """Known base weights by backbone: path, address, sha256, and whether they are cached."""
     from samda.networks.weights import CONVERTED, KNOWN_FILES
 
     known = {}

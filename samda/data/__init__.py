@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scans in, cases and slices out; knows no network.
+"""Data sets, cases, scans and slices; independent of networks.
 
-The names below are what bundle configs refer to; modules may move behind them. What cannot be used is refused: a file,
-scan or data set with InputError, a setting with UsageError, in one line that names it and the remedy.
+Bundle configs refer to the names below. Files, scans and data sets that cannot be used raise InputError, invalid
+settings UsageError.
 """
 
 from __future__ import annotations

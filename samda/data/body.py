@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the body is: the largest thing in the scan that is neither air nor table.
-
-The search runs on a coarse grid of about 4 mm, so it costs little however large the scan is.
-"""
+"""Body detection: the largest component of a scan without air and table, on a coarse grid of about 4 mm."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from scipy import ndimage
 from samda.task import Task
 
 STEP = 4.0  # mm, of the coarse grid
-BRIDGE = 8.0  # mm, radius of the opening: thinner things (table, tubes) are not body
+BRIDGE = 8.0  # mm, radius of the opening, which removes thinner structures (table, tubes)
 SKIN = -200.0  # HU, between air and fat
 MR_SHARE = 0.15  # of the 99th percentile of the volume, between air and tissue
 
@@ -27,8 +24,8 @@ def coarse(volume: np.ndarray, spacing_mm: np.ndarray) -> tuple[np.ndarray, np.n
 def body_threshold(values: np.ndarray, task: Task, scaled: bool) -> float:
     """Intensity between air and body.
 
-    CT: -200 HU, or its place in the window where intensities are `scaled` to [0, 1]. MR: 15 % of the 99th percentile of
-    `values`, as MR has no unit.
+    CT: -200 HU, or its value in the window if intensities are `scaled` to [0, 1]. MR: 15 % of the 99th percentile of
+    `values`, because MR intensities have no unit.
     """
     if task.modality == "MR":
         return MR_SHARE * float(np.percentile(values, 99))
@@ -39,16 +36,11 @@ def body_threshold(values: np.ndarray, task: Task, scaled: bool) -> float:
 
 
 def body_mask(values: np.ndarray, spacing_mm: np.ndarray, threshold: float) -> np.ndarray:
-    """The body with everything inside it, lungs and bowel gas included.
+    """The body, with lungs and bowel gas, as a mask of `values` (X, Y, Z) on the coarse grid, RAS.
 
-    Above the threshold; filled in each axial plane; opened there by a disc of 8 mm, which separates the table from the
-    back; the largest connected component. Voxels beyond the border count as body in the opening, so a body that the
-    scan cuts keeps its full extent. Where nothing remains, everything counts as body.
-
-    Args:
-        values: (X, Y, Z) on the coarse grid, in RAS order, as is the mask.
-        spacing_mm: (3,) of that grid.
-        threshold: intensity between air and body.
+    Threshold; fill holes in each axial plane; opening by a disc of 8 mm in the plane, which separates the table from
+    the back; largest connected component. In the opening, voxels outside the volume are body, so a truncated body keeps
+    its full extent. If nothing remains, everything is body.
     """
     mask = values > threshold
     mask = np.stack([ndimage.binary_fill_holes(mask[:, :, k]) for k in range(mask.shape[2])], axis=2)
@@ -63,9 +55,9 @@ def body_mask(values: np.ndarray, spacing_mm: np.ndarray, threshold: float) -> n
 
 
 def body_box(volume: np.ndarray, spacing_mm: np.ndarray, task: Task) -> np.ndarray:
-    """Bounding box of the body in a volume (X, Y, Z) in [0, 1], RAS; of a picture, all of it.
+    """Bounding box of the body in a volume (X, Y, Z) in [0, 1], RAS; for a 2-D image, all of it.
 
-    (3, 2) first voxel and end (exclusive) along X, Y, Z.
+    (3, 2): first voxel and end (exclusive) along X, Y, Z.
     """
     shape = np.asarray(volume.shape)
     if task.modality == "image":
@@ -73,7 +65,7 @@ def body_box(volume: np.ndarray, spacing_mm: np.ndarray, task: Task) -> np.ndarr
     values, strides = coarse(volume, spacing_mm)
     mask = body_mask(values, np.asarray(spacing_mm) * strides, body_threshold(values, task, scaled=True))
     found = ndimage.find_objects(mask.astype(np.uint8))[0]
-    # the coarse grid misses up to one step after its last body voxel
+    # the body may end up to one step after its last voxel on the coarse grid
     return np.array([[s.start * n, min(s.stop * n, size)] for s, n, size in zip(found, strides, shape, strict=True)])
 
 

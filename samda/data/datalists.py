@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets as lists of cases, whatever their layout: which one it is follows from the content, never from the name."""
+"""Data sets as lists of cases; the layout is detected from the content, not from names."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ LAYOUTS = {
     "scans": "scans without labels",
 }
 LISTS = (".csv", ".tsv")
-LARGEST_CHANNELS = 3  # SAM's encoder sees three
+LARGEST_CHANNELS = 3  # input channels of SAM's encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +53,10 @@ class DataList:
     """The cases of a data set.
 
     Attributes:
-        cases: "training", "validation" and "test", each a list of cases, perhaps empty.
-        labels: class name -> ids in the label files, where the data set states them.
+        cases: lists of cases for "training", "validation" and "test", possibly empty.
+        labels: class name -> ids in the label files, if the data set defines them.
         layout: a key of `LAYOUTS`.
-        channels: names of the channels, where the data set states them.
+        channels: names of the channels, if the data set defines them.
     """
 
     cases: dict[str, list[Case]]
@@ -68,21 +68,19 @@ class DataList:
 def read_datalist(path: str | Path, report: Report = refuse) -> DataList:
     """Read a data set.
 
-    * a JSON file, or a folder with `dataset.json`, that lists cases under "training", "validation" or "test": MONAI's
-      and MSD's datalist. Paths are relative to the JSON file; entries hold "image" (a path, or a list of one path a
-      channel), "label" and perhaps "fold", "id" and "patient"; a test entry may be a path alone;
+    * a JSON file, or a folder with `dataset.json`, that lists cases under "training", "validation" or "test" (MONAI,
+      MSD). Paths are relative to the JSON file; entries have "image" (a path, or a list of one path per channel),
+      "label" and optionally "fold", "id" and "patient"; a test entry may be a path;
     * a folder whose `dataset.json` lists none: nnU-Net v2, `imagesTr/CASE_0000.nii.gz` (`_0001`, `_0002` for further
       channels) and `labelsTr/CASE.nii.gz`;
-    * a CSV file, or a folder with one, that has the columns image and label (and perhaps id, patient, fold, section);
-    * a folder with `images` and `masks` (or `labels`) that hold files of the same names;
-    * a folder of DICOM series folders, CASE, with label volumes in them, beside them or in `labels`;
+    * a CSV file, or a folder with one, with the columns image and label (optionally id, patient, fold, section);
+    * a folder with `images` and `masks` (or `labels`) with files of the same names;
+    * a folder of DICOM series folders, CASE, with label volumes in them, next to them or in `labels`;
     * any other folder: every scan and every DICOM series folder in it is a test case;
     * one scan, or the folder of one DICOM series: one test case.
 
-    Args:
-        path: file or folder.
-        report: called with every problem (missing files, equal ids, ...); the case concerned is left out if the report
-            returns. The default raises InputError.
+    `report` is called with every problem (missing files, duplicate ids, ...); if it returns, the case is skipped. The
+    default raises InputError.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -105,11 +103,9 @@ def read_datalist(path: str | Path, report: Report = refuse) -> DataList:
 
 
 def find_cases(inputs: str | Path, section: str | None = None) -> list[Case]:
-    """The cases of one section of a data set, or of a scan, a folder of scans or a DICOM series.
+    """The cases of a section of a data set, or of a scan, a folder of scans or a DICOM series, see `read_datalist`.
 
-    Args:
-        inputs: file or folder, see :func:`read_datalist`.
-        section: "training", "validation" or "test"; None takes "test".
+    `section` is "training", "validation" or "test"; None takes "test".
     """
     data = read_datalist(inputs)
     chosen = data.cases.get(section or "test", [])
@@ -123,7 +119,7 @@ def find_cases(inputs: str | Path, section: str | None = None) -> list[Case]:
 
 
 def is_labeled(path: str | Path) -> bool:
-    """Is this a data set of images with labels, by its layout, rather than a folder of scans or of label files?"""
+    """Is this, by its layout, a data set of images with labels (not a folder of scans or label files)?"""
     path = Path(path)
     if path.is_file():
         return path.suffix.lower() in (".json", *LISTS)
@@ -133,12 +129,12 @@ def is_labeled(path: str | Path) -> bool:
 
 
 def _pair_list(path: Path) -> Path | None:
-    """The CSV of pairs that `path` is or holds."""
+    """The CSV of pairs at or in `path`."""
     if path.is_file():
         return path if path.suffix.lower() in LISTS else None
     found = [p for p in sorted(path.iterdir()) if p.suffix.lower() in LISTS and p.is_file() and is_pair_list(p)]
     if len(found) > 1:
-        raise InputError(f"{path} holds several lists of pairs ({', '.join(p.name for p in found)}); give one of them")
+        raise InputError(f"{path} has several lists of pairs ({', '.join(p.name for p in found)}); give one of them")
     return found[0] if found else None
 
 
@@ -163,8 +159,8 @@ def _from_json(listing: Path, report: Report) -> DataList:
 def read_labels(labels: Any, where: str | Path) -> dict[str, tuple[int, ...]]:
     """The `labels` entry of a dataset.json as class name -> ids.
 
-    nnU-Net v2 writes name -> id (or a list of ids), MSD and nnU-Net v1 write "id" -> name. nnU-Net's "ignore" is left
-    out: it is not a class, and voxels with this id are refused later.
+    nnU-Net v2 writes name -> id (or a list of ids), MSD and nnU-Net v1 write "id" -> name. nnU-Net's "ignore" is not a
+    class and is omitted; voxels with this id are refused later.
     """
     expected = f'{where}: labels must be {{"name": id}} or {{"id": "name"}}, got'
     if not isinstance(labels, Mapping) or not labels:
@@ -189,28 +185,24 @@ def _is_id(value: Any) -> bool:
 def find_pairs(
     predictions: str | Path, labels: str | Path, section: str | None = None
 ) -> tuple[dict[str, tuple[Path | None, Path]], Mapping[str, tuple[int, ...]] | None]:
-    """Prediction and label of each case, and the data set's own label ids.
+    """Prediction (None if missing) and label of each case, sorted by case, and the label ids of the data set, if any.
 
-    Cases pair by name; nnU-Net's `CASE_0000` of a prediction means CASE. Two single files always pair.
+    Cases are matched by name; `CASE_0000` of a prediction is CASE, as in nnU-Net. Two single files always match.
 
     Args:
         predictions: folder of label maps, or one file.
-        labels: folder of label files, one file, or a data set whose cases have labels.
-        section: of a data set; None takes the sections of which there are predictions.
-
-    Returns:
-        case -> (prediction, or None if it is missing, and label), sorted by case; name -> ids, where the data set
-        states them
+        labels: folder of label files, one file, or a data set with labels.
+        section: of a data set; None takes the sections with predictions.
     """
     root, path = Path(predictions).expanduser(), Path(labels).expanduser()
     groups, dataset_labels = _labels(path, section)
     if not root.exists():
-        raise InputError(f"there are no predictions {root}; check the path")
+        raise InputError(f"predictions {root} do not exist; check the path")
     if root.is_file() and path.is_file() and not is_labeled(path):
         return {stem(path): (root, path)}, dataset_labels
     found = {stem(root): root} if root.is_file() else _label_maps(root)
     if not found:
-        raise InputError(f"{root} holds no label maps ({', '.join(SCAN_SUFFIXES)}); give the output folder of predict")
+        raise InputError(f"{root} has no label maps ({', '.join(SCAN_SUFFIXES)}); give the output folder of predict")
     pairs: dict[str, tuple[Path | None, Path]] = {}
     for group in groups:
         chosen = {case: found.get(case) or found.get(f"{case}_0000") for case in group}
@@ -218,7 +210,7 @@ def find_pairs(
             pairs |= {case: (chosen[case], label) for case, label in group.items()}
     if not pairs:
         names = [", ".join(sorted(group)[:3]) for group in (found, {case for group in groups for case in group})]
-        raise InputError(f"no prediction ({names[0]}, ...) has the name of a label ({names[1]}, ...); name them alike")
+        raise InputError(f"no prediction ({names[0]}, ...) matches a label ({names[1]}, ...); use the same names")
     used = {prediction for prediction, _ in pairs.values()}
     unused = [case for case, prediction in found.items() if prediction not in used]
     if unused:
@@ -231,14 +223,14 @@ def _labels(path: Path, section: str | None) -> tuple[list[dict[str, Path]], Map
     if path.exists() and not is_labeled(path):
         found = {stem(path): path} if path.is_file() else _label_maps(path)
         if not found:
-            raise InputError(f"{path} holds no label files; give a folder of label files, or a data set")
+            raise InputError(f"{path} contains no label files; give a folder of label files, or a data set")
         return [found], None
     data = read_datalist(path)
     groups = {name: {c["id"]: Path(c["label"]) for c in cases if c.get("label")} for name, cases in data.cases.items()}
     chosen = [group for name, group in groups.items() if group and section in (None, name)]
     if not chosen:
         counts = ", ".join(f"{name} ({len(group)})" for name, group in groups.items())
-        raise InputError(f"{path} holds no labels in section {section or 'any'}; labels per section: {counts}")
+        raise InputError(f"{path} has no labels in section {section or 'any'}; labels per section: {counts}")
     return chosen, data.labels
 
 
@@ -250,7 +242,7 @@ def _label_maps(folder: Path) -> dict[str, Path]:
 
 
 def _finish(data: DataList, root: Path, report: Report) -> DataList:
-    """Give every case an id, and leave out what has missing files, an id of another case or too many channels."""
+    """Name every case, and drop cases with missing files, duplicate ids or too many channels."""
     cases = {section: data.cases.get(section, []) for section in ("training", "validation", "test")}
     every = [case for section in cases.values() for case in section]
     _name(every, root)
@@ -259,14 +251,14 @@ def _finish(data: DataList, root: Path, report: Report) -> DataList:
         count = len(files_of(case["image"]))
         if count > LARGEST_CHANNELS:
             text = f"{files_of(case['image'])[0]} comes with {count} channel files, the network takes "
-            report(Problem("channels", f"{text}{LARGEST_CHANNELS}; list those you need in a datalist", case["id"]))
+            report(Problem("channels", f"{text}{LARGEST_CHANNELS}; select channels in a data list", case["id"]))
             left_out.add(id(case))
     kept = {section: [case for case in chosen if id(case) not in left_out] for section, chosen in cases.items()}
     return dataclasses.replace(data, cases=kept)
 
 
 def _name(cases: Sequence[Case], root: Path) -> None:
-    """Ids from file names or, where these repeat (`case1/ct.nii.gz`), from the path below `root`."""
+    """Ids from file names or, if these are not unique (`case1/ct.nii.gz`), from the path below `root`."""
     unnamed = [case for case in cases if not case.get("id")]
     paths = [files_of(case["image"])[0] for case in unnamed]
     stems = [stem(path) for path in paths]
@@ -284,7 +276,7 @@ def _path_name(path: Path, root: Path) -> str:
 
 
 def _report_missing(cases: Iterable[Case], report: Report) -> set[int]:
-    """Report files that do not exist; which cases they belong to."""
+    """Report missing files; return the indices of their cases."""
     paths = [(case, path) for case in cases for path in [*files_of(case["image"]), *files_of(case.get("label", []))]]
     missing = [(case, path) for case, path in paths if not path.exists()]
     if missing and report is refuse:  # one line for all of them
@@ -297,22 +289,22 @@ def _report_missing(cases: Iterable[Case], report: Report) -> set[int]:
 
 
 def _report_doubled(cases: Sequence[Case], layout: str, report: Report) -> set[int]:
-    """Report ids that several cases share; all of these cases but the first."""
+    """Report duplicate ids; return their cases except the first."""
     doubled = [name for name, count in Counter(case["id"] for case in cases).items() if count > 1]
     left_out: set[int] = set()
     for name in doubled:
         same = [case for case in cases if case["id"] == name]
         paths = " and ".join(dict.fromkeys(str(files_of(case["image"])[0]) for case in same))
         is_list = layout in ("datalist", "csv")
-        remedy = 'give each an "id" of its own, or keep one' if is_list else "rename or move all but one"
+        remedy = 'give each a unique "id", or keep one' if is_list else "rename or move all but one"
         more = f", as have those of {len(doubled) - 1} more ids" if len(doubled) > 1 and report is refuse else ""
-        report(Problem("id", f"{len(same)} cases have one id, {name!r} ({paths}){more}; {remedy}", name))
+        report(Problem("id", f"{len(same)} cases have the id {name!r} ({paths}){more}; {remedy}", name))
         left_out |= {id(case) for case in same[1:]}
     return left_out
 
 
 def _similar(path: Path) -> str:
-    """The nearest existing name beside a missing path, as the end of a message."""
+    """The nearest existing name for a missing path, as the end of a message."""
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     if not names:
         return f"; there is nothing in {path.parent}"

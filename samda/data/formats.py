@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""File formats: their suffixes, what SimpleITK reads, and scans in memory.
+"""File formats: suffixes, reading by SimpleITK, and scans in memory.
 
-SimpleITK reads NRRD, MetaImage, pictures and DICOM series folders; affines are voxel index to RAS mm. A nibabel image
-may be given wherever the path of a scan is.
+SimpleITK reads NRRD, MetaImage, 2-D images and DICOM series folders; affines map voxel indices to RAS mm. A nibabel
+image is accepted in place of the path of a scan.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SCAN_SUFFIXES = (*VOLUME_SUFFIXES, ".dcm", *PICTURE_SUFFIXES)
 
 
 def stem(path: str | Path) -> str:
-    """Name of a scan without folder and known suffix: `a/liver_0.nii.gz` -> `liver_0`."""
+    """Name of a scan without folder and suffix: `a/liver_0.nii.gz` -> `liver_0`."""
     name = Path(path).name
     for suffix in sorted(SCAN_SUFFIXES, key=len, reverse=True):
         if name.lower().endswith(suffix):
@@ -36,7 +36,7 @@ def stem(path: str | Path) -> str:
 
 
 def not_a_scan(path: Path, error: BaseException) -> InputError:
-    """The refusal of a file that its reader cannot read."""
+    """The error for a file that its reader cannot read."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     reason = lines[-1].replace(str(path), path.name)
     known = ", ".join(SCAN_SUFFIXES)
@@ -50,14 +50,14 @@ MODALITY = "0008|0060"
 
 
 def has_dicom(folder: str | Path) -> bool:
-    """Does `folder` itself hold a DICOM series?"""
+    """Does `folder` directly contain a DICOM series?"""
     return bool(_series_of(folder))
 
 
 def _series_of(folder: str | Path) -> tuple[str, ...]:
     """The UIDs of the DICOM series in a folder."""
     shown = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK would warn of every folder without
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK warns about every folder without series
     try:
         return sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     finally:
@@ -97,7 +97,7 @@ def _itk_array(image: sitk.Image) -> np.ndarray:
 def _itk_affine(image: sitk.Image | sitk.ImageFileReader, path: Path) -> np.ndarray:
     affine = np.eye(4)
     if path.name.lower().endswith(PICTURE_SUFFIXES):
-        return LPS_TO_RAS @ affine  # a picture has pixels, not millimeters: one picture, one grid
+        return LPS_TO_RAS @ affine  # 2-D images have no physical size: pixels of 1 mm
     dims = image.GetDimension()
     n = min(dims, 3)
     direction = np.reshape(image.GetDirection(), (dims, dims))[:n, :n]
@@ -110,11 +110,11 @@ def read_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Voxels (X, Y, Z[, C]) and affine of the one DICOM series in a folder."""
     series = _series_of(folder)
     if not series:
-        raise InputError(f"{folder} holds no DICOM series; give a scan, or the folder of one series")
+        raise InputError(f"{folder} contains no DICOM series; give a scan, or the folder of one series")
     files = [sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), name) for name in series]
     if len(series) > 1:
         names = ", ".join(f"{_series_name(names[0])!r} ({len(names)} files)" for names in files)
-        raise InputError(f"{folder} holds {len(series)} DICOM series: {names}; give each a folder of its own")
+        raise InputError(f"{folder} contains {len(series)} DICOM series: {names}; use one folder per series")
     _refuse_left_out(folder, set(files[0]))
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(files[0])
@@ -125,7 +125,7 @@ def read_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         raise not_a_scan(folder, error) from error
     affine = _itk_affine(image, folder)
     if len(files[0]) > 1:
-        # the positions decide, not ITK's step between the first two slices: it knows neither gaps nor a tilted gantry
+        # ITK uses the step between the first two slices only, which ignores gaps and a tilted gantry
         positions = np.array([_position(reader, i, folder) for i in range(len(files[0]))])
         affine[:3, 2] = LPS_TO_RAS[:3, :3] @ _slice_step(positions, folder)
         affine[:3, 3] = LPS_TO_RAS[:3, :3] @ positions[0]
@@ -133,12 +133,12 @@ def read_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _refuse_left_out(folder: Path, used: set[str]) -> None:
-    """ITK skips DICOM files that it cannot parse: a damaged slice would be missing without a message."""
+    """Refuse DICOM files that ITK cannot parse and skips silently: a damaged slice would be missing."""
     left = [p for p in sorted(folder.iterdir()) if p.is_file() and str(p) not in used and p.name != "DICOMDIR"]
     for path in left:
         with path.open("rb") as file:
             if file.read(132)[128:] == b"DICM":
-                raise InputError(f"{path} is a damaged DICOM file or not an image; replace it, or move it away")
+                raise InputError(f"{path} is a damaged DICOM file or not an image; replace or remove it")
 
 
 def _series_name(file: str) -> str:
@@ -150,25 +150,25 @@ def _series_name(file: str) -> str:
 
 def _position(reader: sitk.ImageSeriesReader, index: int, folder: Path) -> list[float]:
     if not reader.HasMetaDataKey(index, POSITION):
-        raise InputError(f"{folder}: a DICOM file states no slice position; convert the series to NIfTI first")
+        raise InputError(f"{folder}: a DICOM file has no slice position; convert the series to NIfTI first")
     return [float(value) for value in reader.GetMetaData(index, POSITION).split("\\")]
 
 
 def _slice_step(positions: np.ndarray, folder: Path) -> np.ndarray:
-    """Mean step (mm, LPS) from slice to slice, refusing uneven ones; positions: (n, 3)."""
+    """Mean step (mm, LPS) between slices at positions (n, 3); uneven steps are refused."""
     steps = np.diff(positions, axis=0)
     mean = steps.mean(axis=0)
     if np.abs(steps - mean).max() > 0.1 * np.linalg.norm(mean):
         sizes = np.linalg.norm(steps, axis=1)
         raise InputError(
             f"{folder}: the slices are unevenly spaced ({sizes.min():.2f} to {sizes.max():.2f} mm); "
-            "add the missing slices or remove the doubled ones"
+            "add missing slices or remove duplicates"
         )
     return mean
 
 
 def dicom_modality(folder: Path) -> str | None:
-    """The modality that the DICOM series in a folder states: "CT", "MR", "PT", ..."""
+    """The modality in the header of the DICOM series in a folder: "CT", "MR", "PT", ..."""
     series = _series_of(folder)
     if not series:
         return None
@@ -180,9 +180,9 @@ def dicom_modality(folder: Path) -> str | None:
 
 @contextmanager
 def scan_path(scan: Image | SpatialImage) -> Iterator[str | list[str]]:
-    """A path to read a scan from, or one a channel; a nibabel image lies in a temporary file while the block lasts.
+    """A path of a scan, or one per channel; a nibabel image is written to a temporary file for the block.
 
-    By way of a file, so that an object is read, and refused, exactly as `nibabel.save` and the path would be.
+    The file ensures that an object is read, and refused, exactly as a saved one.
     """
     if not isinstance(scan, SpatialImage):
         yield str(scan) if isinstance(scan, str | Path) else [str(path) for path in scan]
@@ -192,22 +192,22 @@ def scan_path(scan: Image | SpatialImage) -> Iterator[str | list[str]]:
         nib.save(copy_of(scan), path)
         try:
             yield str(path)
-        except SamdaError as error:  # the file is nothing that the user knows
+        except SamdaError as error:  # the temporary file is unknown to the user
             raise type(error)(str(error).replace(str(path), f"the nibabel image {name_of(scan)!r}")) from error
 
 
 def copy_of(scan: SpatialImage) -> SpatialImage:
-    """The same voxels under a header of its own, which agrees with the affine; saving it renames nothing."""
+    """The same voxels with a copy of the header that agrees with the affine; saving it does not rename the original."""
     return type(scan)(scan.dataobj, scan.affine, scan.header)
 
 
 def source_of(scan: Image | SpatialImage) -> Path | SpatialImage:
-    """What gives a label map its grid and its headers: the first file of a scan, or the object that it is."""
+    """The source of grid and header of a label map: the first file of a scan, or the nibabel image."""
     return scan if isinstance(scan, SpatialImage) else files_of(scan)[0]
 
 
 def name_of(scan: Image | SpatialImage) -> str:
-    """Name of the case: the file's without folder and suffix, "image" for an object that came from none."""
+    """Name of the case: that of the file without folder and suffix; "image" for an image without file."""
     if isinstance(scan, SpatialImage):
         file = scan.get_filename()
         return stem(file) if file else "image"

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inspect a data set before training: what its cases hold, and everything that is wrong with them.
+"""Inspect a data set before training: facts and problems of its cases.
 
-Every case is read to the last voxel: grid, intensities and label ids. Nothing stops at the first problem; all of them
-are collected, each with its case and the remedy.
+Every case is read completely: grid, intensities and label ids. All problems are collected, each with case and remedy.
 """
 
 from __future__ import annotations
@@ -34,18 +33,18 @@ from samda.progress import Cases
 from samda.task import Task
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
-AIR = -500.0  # HU: what reaches below it holds air in Hounsfield units
-SAMPLES = 20_000  # foreground voxels kept of a case, evenly spread
-MANY_IDS = 256  # a file with more different values is an image
-COARSEST, SMALLEST, LARGEST = 30.0, 5.0, 3000.0  # mm: a voxel side, and the longest side of a scan
+AIR = -500.0  # HU: a CT with air has values below
+SAMPLES = 20_000  # foreground voxels kept per case, evenly spaced
+MANY_IDS = 256  # a file with more different values is not a label map
+COARSEST, SMALLEST, LARGEST = 30.0, 5.0, 3000.0  # mm: of a voxel side; of the longest side of a scan
 CHUNK = 1 << 22  # voxels counted at once
 ENDS = ("LR", "PA", "IS")  # letters of an orientation, of each RAS axis
-MOST_VALUES = 1 << 21  # voxels that quantiles are taken from, evenly spread
+MOST_VALUES = 1 << 21  # voxels used for quantiles, evenly spaced
 
 
 @dataclasses.dataclass
 class CaseFacts:
-    """What a case holds. Shapes, spacings and directions are those of the image's file unless they say RAS."""
+    """Facts of a case. Shapes, spacings and directions are those of the image file, unless marked RAS."""
 
     id: str
     section: str
@@ -53,20 +52,20 @@ class CaseFacts:
     label: str | None
     shape: tuple[int, int, int] | None = None  # (X, Y, Z); None if the image cannot be read
     spacing_mm: tuple[float, ...] = ()  # (3,)
-    orientation: str = ""  # where the axes point, as "LPS"
+    orientation: str = ""  # directions of the axes, for example "LPS"
     channels: int = 0
-    picture: bool = False  # a 2D picture rather than a scan
-    dicom: str | None = None  # the modality that a DICOM series states, "CT" or "MR" for instance
-    smallest: float = float("nan")  # intensity; that NaN and infinity are left out is a problem of the case
+    picture: bool = False  # is it a 2-D image?
+    dicom: str | None = None  # modality of a DICOM series, for example "CT" or "MR"
+    smallest: float = float("nan")  # intensity, without NaN and infinity
     largest: float = float("nan")
-    quantiles: list[list[float]] = dataclasses.field(default_factory=list)  # `QUANTILES`, one row a channel
-    extent_mm: tuple[float, ...] = ()  # (3,) size of the body along the RAS axes; of a picture, all of it
+    quantiles: list[list[float]] = dataclasses.field(default_factory=list)  # `QUANTILES`, one row per channel
+    extent_mm: tuple[float, ...] = ()  # (3,) size of the body along the RAS axes; of a 2-D image, all of it
     sides_mm: tuple[float, ...] = ()  # (3,) voxel sides along the RAS axes
     label_ids: dict[int, int] = dataclasses.field(default_factory=dict)  # id -> voxels
     widths_mm: dict[int, float] = dataclasses.field(default_factory=dict)  # id above 0 -> width within slices
     foreground: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 1), np.float32), repr=False)
     foreground_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, int), repr=False)
-    # the last two: (n, C) intensities where the label is not 0, at most `SAMPLES` of them, and (n,) the ids there
+    # at most `SAMPLES` labeled voxels: (n, C) intensities and (n,) ids
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -79,13 +78,13 @@ class CaseFacts:
         return tuple((self.shape or (0, 0, 0))[along[axis]] * self.sides_mm[axis] for axis in range(3))
 
     def problem(self, kind: str, text: str, stops: bool = True) -> Problem:
-        """A problem of this case; a test case stops no training."""
+        """A problem of this case; problems of test cases do not stop a training."""
         return Problem(kind, text, self.id, stops and self.section != "test")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataReport:
-    """What was found in a data set: its cases, what each of them holds, and everything that is wrong."""
+    """Cases, facts and problems of a data set."""
 
     path: Path
     data: DataList
@@ -94,21 +93,21 @@ class DataReport:
 
     @property
     def stops(self) -> list[Problem]:
-        """The problems that a training would fail on."""
+        """The problems that would make a training fail."""
         return [problem for problem in self.problems if problem.stops]
 
     def sorted_problems(self) -> list[Problem]:
-        """All problems: what stops a training first, then in the order of the cases."""
+        """All problems: first those that stop a training, then in the order of the cases."""
         order = {case.id: number for number, case in enumerate(self.cases)}
         return sorted(self.problems, key=lambda p: (not p.stops, order.get(p.case, -1)))
 
     @property
     def labeled(self) -> list[CaseFacts]:
-        """Cases that can be trained or validated with: image and label were read."""
+        """Cases whose image and label were read."""
         return [case for case in self.cases if case.section != "test" and case.shape and case.label_ids]
 
     def label_table(self) -> list[dict[str, Any]]:
-        """One row an id: its name, voxels and number of cases; named ids that no case holds, too."""
+        """One row per id: name, voxels and number of cases; includes named ids without voxels."""
         names = {i: name for name, ids in (self.data.labels or {}).items() for i in ids}
         voxels, cases = Counter[int](), Counter[int]()
         for case in self.cases:
@@ -132,11 +131,9 @@ class DataReport:
 
 
 def check_data(path: str | Path, task: Task | None = None) -> DataReport:
-    """Inspect every case of a data set, to the last voxel, and the data set as a whole.
+    """Inspect every case of a data set (see `read_datalist`) and the data set as a whole.
 
-    Args:
-        path: see :func:`samda.data.datalists.read_datalist`.
-        task: a task that the data should fit; None takes the ids that the data set names, or any.
+    With a `task`, the data are checked against it; None accepts the ids that the data set names, or any.
     """
     problems: list[Problem] = []
     data = read_datalist(path, problems.append)
@@ -163,7 +160,7 @@ Tell = Callable[..., None]  # (kind, text, stops=True)
 
 
 def inspect_case(case: Case, section: str, report: Report) -> CaseFacts:
-    """Read a case to the last voxel; `report` is called with everything that is wrong with it."""
+    """Read a case completely; `report` is called with its problems."""
     facts = CaseFacts(str(case["id"]), section, [str(p) for p in files_of(case["image"])], case.get("label"))
 
     def tell(kind: str, text: str, stops: bool = True) -> None:
@@ -215,7 +212,7 @@ def _in_ras(scan: Scan) -> Scan:
 
 
 def _describe(scan: Scan, facts: CaseFacts, tell: Tell) -> None:
-    """The grid as the file states it, and whether it is plausible."""
+    """Grid of the file, and problems if it is implausible."""
     first = Path(facts.image[0])
     x, y, z = scan.array.shape[:3]
     sides = np.linalg.norm(scan.affine[:3, :3], axis=0)
@@ -228,10 +225,10 @@ def _describe(scan: Scan, facts: CaseFacts, tell: Tell) -> None:
         return
     extent, shown = float((sides * facts.shape).max()), " x ".join(f"{s:g}" for s in facts.spacing_mm)
     if sides.max() > COARSEST or not SMALLEST <= extent <= LARGEST:
-        text = f"{first} has voxels of {shown} mm and measures {extent:.4g} mm at most"
-        tell("spacing", f"{text}; its header may count in m or micrometers: convert it to mm")
+        text = f"{first} has voxels of {shown} mm and a longest side of {extent:.4g} mm"
+        tell("spacing", f"{text}; the unit of its header may be m or micrometers: convert it to mm")
     elif np.allclose(np.abs(scan.affine), np.eye(4)) and 1 not in facts.shape:
-        text = f"{first} states voxels of 1 x 1 x 1 mm at the origin, as files do whose geometry was lost"
+        text = f"{first} has voxels of 1 x 1 x 1 mm at the origin: the geometry may be lost"
         tell("spacing", f"{text}; check it against the original", stops=False)
 
 
@@ -243,7 +240,7 @@ def _measure(image: Scan, facts: CaseFacts, tell: Tell) -> None:
     name = facts.image[0]
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())
-        tell("NaN", f"{name} holds {bad} NaN or infinite values; replace them before use")
+        tell("NaN", f"{name} contains {bad} NaN or infinite values; replace them")
         values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
     facts.smallest, facts.largest = float(values.min()), float(values.max())
     for channel in range(values.shape[3]):
@@ -278,7 +275,7 @@ def _count_ids(array: np.ndarray, name: str, tell: Tell) -> dict[int, int]:
         counts += np.bincount(flat[start : start + CHUNK].astype(np.int64) - low, minlength=len(counts))
     ids = {int(k) + low: int(counts[k]) for k in np.flatnonzero(counts)}
     if len(ids) > MANY_IDS:
-        raise InputError(f"{name} holds {len(ids)} different values from {low} to {high}; give a label map, no image")
+        raise InputError(f"{name} contains {len(ids)} different values from {low} to {high}; give a label map")
     if set(ids) == {0}:
         text = f"{name} contains only background; leave the case out if it was not labeled"
         tell("empty label", text, stops=False)
@@ -286,7 +283,7 @@ def _count_ids(array: np.ndarray, name: str, tell: Tell) -> dict[int, int]:
 
 
 def _foreground(image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(n, C) intensities and (n,) ids of labeled voxels, evenly spread."""
+    """(n, C) intensities and (n,) ids of labeled voxels, evenly spaced."""
     places = np.flatnonzero(label.reshape(-1))
     places = places[:: max(1, len(places) // SAMPLES)][:SAMPLES]
     index = np.unravel_index(places, label.shape)
@@ -298,14 +295,12 @@ def _foreground(image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _label_problems(report: DataReport, task: Task | None) -> Iterator[Problem]:
-    """Ids of two names, ids without a name, and names that no label holds."""
+    """Ids with several names, ids without a name, and names without voxels."""
     labels = report.data.labels or {}
     owners = _grouped((i, name) for name, ids in labels.items() for i in ids)
     shared = ", ".join(f"{i} ({' and '.join(names)})" for i, names in owners.items() if len(names) > 1)
     if shared:
-        text = (
-            f"the data set gives ids to several names: {shared}; a voxel has one class, list ids for each in the task"
-        )
+        text = f"the data set assigns ids to several names: {shared}; list the ids of each class in the task"
         yield Problem("label ids", text, stops=False)
     try:
         known = _known_ids(report.data.labels, task)
@@ -316,19 +311,19 @@ def _label_problems(report: DataReport, task: Task | None) -> Iterator[Problem]:
         unknown = sorted(i for i in case.label_ids if known is not None and i not in known.ids)
         if known is not None and known.rest is None and unknown:
             shown = ", ".join(f"{i} ({case.label_ids[i]} voxels)" for i in unknown[:8]) + ", ..." * (len(unknown) > 8)
-            text = f"{case.label} holds ids that {known.source} does not name: {shown}; "
+            text = f"{case.label} contains ids that {known.source} does not name: {shown}; "
             if task is None:  # the suggested task lists ids, so these become background
                 text += "they become background unless the task lists them"
             else:
                 text += "list the ids of each class under `labels` in the task, and the others become background"
             yield case.problem("label ids", text, task is not None)
         elif known is None and any(i < 0 for i in case.label_ids):
-            text = f"{case.label} holds ids below 0; name them under `labels` in the task, or they become background"
+            text = f"{case.label} contains ids below 0; name them under `labels` in the task, or they become background"
             yield case.problem("label ids", text, False)
     held = {i for case in report.cases for i in case.label_ids}
     absent = [name for name, ids in labels.items() if held and not held & set(ids)]
     if absent:
-        text = f"no label holds {', '.join(absent)}; leave these classes out of the task, or check the ids"
+        text = f"no label contains {', '.join(absent)}; remove these classes from the task, or check the ids"
         yield Problem("absent class", text, stops=False)
 
 
@@ -341,7 +336,7 @@ def _known_ids(labels: Mapping[str, tuple[int, ...]] | None, task: Task | None) 
 
 
 def _channel_problems(facts: Sequence[CaseFacts], task: Task | None) -> Iterator[Problem]:
-    """Cases with other channels than the task, the network or the other cases have."""
+    """Cases whose channels differ from those of the task, the network or other cases."""
     counts = Counter(case.channels for case in facts if case.shape)
     usual = task.in_channels if task else max(counts, key=counts.__getitem__, default=0)
     for case in facts:
@@ -351,16 +346,16 @@ def _channel_problems(facts: Sequence[CaseFacts], task: Task | None) -> Iterator
         if case.picture and case.channels == 1 and usual == 3:
             text += f", the {'task' if task else 'others'} 3; save it in color"
         elif case.channels > LARGEST_CHANNELS:
-            text += f" or time points, the network takes {LARGEST_CHANNELS}; extract what you need"
+            text += f" or time points, the network takes {LARGEST_CHANNELS}; select channels"
         elif task:
             text += f", the task {usual}; set its in_channels, or leave the case out"
         else:
-            text += f", {counts[usual]} other cases {usual}; leave it out, or bring all to the same channels"
+            text += f", {counts[usual]} other cases {usual}; leave it out, or use the same channels for all"
         yield case.problem("channels", text)
 
 
 def _mixture_problems(facts: Sequence[CaseFacts]) -> Iterator[Problem]:
-    """Single slices among volumes, pictures among scans."""
+    """Single slices among volumes, 2-D images among scans."""
     volumes = [case for case in facts if case.shape and not case.picture]
     flat = [case for case in volumes if case.shape and 1 in case.shape]
     for case in flat if len(flat) < len(volumes) else []:
@@ -368,12 +363,12 @@ def _mixture_problems(facts: Sequence[CaseFacts]) -> Iterator[Problem]:
         yield case.problem("one slice", text, False)
     pictures = sum(case.picture for case in facts)
     if pictures and volumes:
-        text = f"{pictures} cases are pictures, {len(volumes)} are scans; make two data sets of them"
+        text = f"{pictures} cases are 2-D images, {len(volumes)} are scans; split them into two data sets"
         yield Problem("mixed", text, stops=False)
 
 
 def _patient_problems(data: DataList) -> Iterator[Problem]:
-    """A patient in several sections or folds; a file that is the image of several cases."""
+    """Patients in several sections or folds; files that are the image of several cases."""
     every = [(case, section) for section, cases in data.cases.items() for case in cases]
     sections = _grouped((patient_of(case), (section, case["id"])) for case, section in every)
     folds = _grouped(
@@ -382,8 +377,8 @@ def _patient_problems(data: DataList) -> Iterator[Problem]:
         if section == "training" and "fold" in case
     )
     for groups, what, remedy in (
-        (sections, "sections", "which flatters the scores; keep one"),
-        (folds, "folds", "which --fold refuses; give one fold"),
+        (sections, "sections", "which biases the scores; keep one"),
+        (folds, "folds", "which --fold refuses; use one fold"),
     ):
         for patient, places in groups.items():
             first: dict[Any, str] = {}
@@ -409,21 +404,21 @@ def _grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:
 
 
 def _foreground_problems(report: DataReport, task: Task | None) -> Iterator[Problem]:
-    """Nothing to train or validate with, as a training without further options would split the cases."""
+    """Missing training or validation foreground, for the default split."""
     training, validation = (report.data.cases[name] for name in ("training", "validation"))
     if not training:
-        text = f"no case can be trained with ({len(report.data.cases['test'])} without label)"
-        yield Problem("no label", f"{text}; list labeled ones as training")
+        text = f"no case has image and label ({len(report.data.cases['test'])} without label)"
+        yield Problem("no label", f"{text}; list labeled cases as training")
         return
     read = {case.id for case in report.labeled}
     foreground = {case.id for case in report.labeled if _has_foreground(case, report.data.labels, task)}
     if read and not foreground:
-        yield Problem("no foreground", "no label holds any class; check labels, ids and names")
+        yield Problem("no foreground", "no label contains any class; check labels, ids and names")
         return
     if not validation:
         try:
             parts = split(training, task or Task())
-        except InputError:  # of a scan that is in the list of problems already
+        except InputError:  # already listed as a problem
             return
         except SamdaError as error:
             yield Problem("split", str(error))
@@ -433,9 +428,9 @@ def _foreground_problems(report: DataReport, task: Task | None) -> Iterator[Prob
         training, validation = parts.training, parts.validation
     for name, cases in (("training", training), ("validation", validation)):
         ids = {case["id"] for case in cases}
-        if ids <= read and not ids & foreground:  # what could not be read is a problem of its own
+        if ids <= read and not ids & foreground:  # unreadable cases are separate problems
             names = ", ".join(case["id"] for case in cases[:5])
-            text = f"no label of the {name} cases ({names}) holds any class; choose others (--fold, --seed) or add some"
+            text = f"no label of the {name} cases ({names}) has any class; choose others (--fold, --seed) or add some"
             yield Problem("no foreground", text)
 
 
@@ -447,7 +442,7 @@ def _has_foreground(case: CaseFacts, labels: Mapping[str, Iterable[int]] | None,
 
 
 def task_problems(report: DataReport, task: Task) -> Iterator[Problem]:
-    """What a task cannot use: intensities that it maps to one value, voxels of another scale, slices out of range."""
+    """Problems with a task: intensities mapped to one value, voxels of another scale, slices out of range."""
     low, high = task.window
     entries = [entry for cases in report.data.cases.values() for entry in cases]
     for case, entry in zip(report.cases, entries, strict=True):
@@ -461,13 +456,13 @@ def task_problems(report: DataReport, task: Task) -> Iterator[Problem]:
         size = next(n for n, end in zip(case.shape, case.orientation, strict=True) if end in ends)
         for first, end in entry.get("slices", []):
             if not 0 <= first < end <= size:
-                text = f"slices {first} to {end} do not lie within its {size} slices; count from 0, end exclusive"
+                text = f"slices {first} to {end} are not within its {size} slices; count from 0, end exclusive"
                 yield case.problem("slices", text)
         if not case.quantiles or case.smallest == case.largest:
             continue
-        text = f"{case.image[0]} holds {case.smallest:g} to {case.largest:g}"
+        text = f"{case.image[0]} has values from {case.smallest:g} to {case.largest:g}"
         if task.modality == "CT" and (case.largest <= low or case.smallest >= high):
-            text += f", which the window {low:g} to {high:g} HU does not tell apart; check units and modality"
+            text += f", which the window {low:g} to {high:g} HU maps to one value; check units and modality"
             yield case.problem("intensity", text)
         elif task.modality == "CT" and case.smallest >= 0:
             text += "; a CT in Hounsfield units has air near -1000: check units and modality"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the ids in label files to the classes of a task, by name."""
+"""Map ids in label files to classes of a task, by name."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ LARGEST_RANGE = 1 << 20  # between the smallest and the largest id of a label fi
 
 @dataclasses.dataclass(frozen=True)
 class LabelMap:
-    """What every id of a label file means."""
+    """Class index of each id in label files."""
 
     ids: Mapping[int, int]  # id -> class index; ids of named structures outside the task map to 0
-    rest: int | None  # class index of all other ids: 0 (background), or None where they are refused
-    source: str  # where the ids come from, for messages
+    rest: int | None  # class index of all other ids: 0 (background), or None: refused
+    source: str  # source of the ids, for messages
 
 
 def label_map(task: Task, dataset_labels: Mapping[str, tuple[int, ...]] | None = None) -> LabelMap:
-    """Decide what the ids of the label files mean.
+    """Map the ids of label files to class indices.
 
-    1. `task.labels` names the ids of every class. Ids it does not list become background: the task has chosen.
-    2. Else the data set's own `labels` are matched with `task.classes` by name. Structures that the data set names but
-       the task does not become background; ids that neither names are refused.
-    3. Else id k is class k, and ids beyond the classes are refused.
+    1. If `task.labels` is given, these ids are used and all other ids become background.
+    2. Otherwise, the `labels` of the data set are matched with `task.classes` by name. Other named structures become
+       background; ids without a name are refused.
+    3. Otherwise, id k is class k, and larger ids are refused.
     """
     if task.labels is not None:
         _refuse_disagreement(task, dataset_labels or {})
@@ -46,7 +46,7 @@ def label_map(task: Task, dataset_labels: Mapping[str, tuple[int, ...]] | None =
     for name in task.classes[1:]:
         if name not in dataset_labels:
             raise InputError(
-                f"the data set names no class {name!r}; {nearest(name, dataset_labels)} or give the task `labels`"
+                f"the data set has no class {name!r}; {nearest(name, dataset_labels)} or add `labels` to the task"
             )
     ids = {i: 0 for values in dataset_labels.values() for i in values}
     named = {name: dataset_labels[name] for name in task.classes if name in dataset_labels}
@@ -59,7 +59,7 @@ def _invert(task: Task, labels: Mapping[str, tuple[int, ...]]) -> dict[int, int]
         for i in labels.get(name, ()):
             if i in ids:
                 both = f"{task.classes[ids[i]]!r} and {name!r}"
-                raise UsageError(f"task {task.name!r}: {both} share id {i}; give each its own")
+                raise UsageError(f"task {task.name!r}: {both} share id {i}; use different ids")
             ids[i] = index
     return ids
 
@@ -69,21 +69,21 @@ def _refuse_disagreement(task: Task, dataset_labels: Mapping[str, tuple[int, ...
         if name in dataset_labels and set(dataset_labels[name]) != set(ids):
             raise InputError(
                 f"class {name!r} has ids {list(ids)} in task {task.name!r} but {list(dataset_labels[name])} in the "
-                "data set; use the task file of this data set, or a task without `labels` to take the data set's ids"
+                "data set; use the task file of this data set, or a task without `labels`"
             )
 
 
 def id_range(array: np.ndarray, name: str) -> tuple[int, int]:
-    """The smallest and the largest id of a label file, refusing values that cannot be class ids."""
+    """The smallest and largest id of a label file; values that are not integers are refused."""
     low, high = float(array.min()), float(array.max())
     if not np.isfinite(high - low):
         bad = int((~np.isfinite(array)).sum())
-        raise InputError(f"{name} holds {bad} NaN or infinite values, not class ids; set them to an id")
+        raise InputError(f"{name} contains {bad} NaN or infinite values, not class ids; set them to an id")
     if high - low > LARGEST_RANGE:
-        raise InputError(f"{name} holds values from {low:g} to {high:g}, not class ids; is it a label map?")
+        raise InputError(f"{name} has values from {low:g} to {high:g}, not class ids; give a label map")
     bad = int((array != np.rint(array)).sum()) if array.dtype.kind == "f" else 0
     if bad:
-        raise InputError(f"{name} holds {bad} fractions, not class ids; resample labels with nearest neighbor")
+        raise InputError(f"{name} contains {bad} fractions, not class ids; resample labels with nearest neighbor")
     return int(low), int(high)
 
 
@@ -115,7 +115,7 @@ class MapLabelsd(MapTransform):
         table = table.to(torch.uint8)
         flat = values.reshape(-1)
         mapped = torch.empty(flat.shape, dtype=torch.uint8)
-        for start in range(0, len(flat), CHUNK):  # indices are int64: eight times the memory of a label
+        for start in range(0, len(flat), CHUNK):  # indices are int64, eight times the memory of a label
             mapped[start : start + CHUNK] = table[flat[start : start + CHUNK].long() - first]
         if self.map.rest is None and (mapped == UNKNOWN).any():
             self._refuse(flat[mapped == UNKNOWN], name)
@@ -125,6 +125,6 @@ class MapLabelsd(MapTransform):
         unknown = ", ".join(str(int(i)) for i in values.unique()[:8])
         known = ", ".join(map(str, sorted(self.map.ids)[:16]))
         raise InputError(
-            f"{name} holds ids that {self.map.source} does not name: {unknown} (known: {known}); list the ids of each "
+            f"{name} has ids that {self.map.source} does not name: {unknown} (known: {known}); list the ids of each "
             "class under `labels` in the task, and the others become background"
         )

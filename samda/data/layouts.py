@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layouts of data sets: lists (MONAI, MSD, CSV) and folders (nnU-Net v2, images and masks, DICOM, scans).
 
-Each function takes a list or a folder and returns section -> cases. What is wrong with one case is reported as a
-:class:`Problem`, and the case left out; what is wrong with the data set as a whole raises InputError.
+Each function takes a list or a folder and returns section -> cases. Problems of a case are reported as :class:`Problem`
+and the case is skipped; problems of the whole data set raise InputError.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from samda.errors import InputError, nearest
 
 logger = logging.getLogger(__name__)
 
-Case = dict[str, Any]  # "id", "image" (a path, or one a channel), perhaps "label", "fold", "patient" and "slices"
+Case = dict[str, Any]  # "id", "image" (a path, or one per channel), optional "label", "fold", "patient" and "slices"
 SECTIONS = {"training": "training", "validation": "validation", "test": "test", "testing": "test"}  # key -> section
 ALIASES = SECTIONS | {"train": "training", "tr": "training", "val": "validation", "valid": "validation", "ts": "test"}
 COLUMNS = ("image", "label", "id", "patient", "fold", "section")
@@ -31,19 +31,19 @@ NNUNET_SPLITS = {"training": ("imagesTr", "labelsTr"), "test": ("imagesTs", "lab
 CHANNEL_FILE = re.compile(r"(.+)_(\d{4})")
 IMAGE_FOLDERS = ("images", "image")
 LABEL_FOLDERS = ("masks", "labels", "mask", "label")
-ENDINGS = ("", "_mask", "_label", "_labels", "_seg", "_segmentation")  # of a label's name beside that of its image
-DEPTH = 3  # folders below that of a case in which its series is looked for
+ENDINGS = ("", "_mask", "_label", "_labels", "_seg", "_segmentation")  # suffixes of label names
+DEPTH = 3  # levels of folders below a case that are searched for its series
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a data set.
+    """A problem of a data set.
 
     Attributes:
-        kind: what, in a word or two, for programs: "missing", "grid", "label ids", ...
-        text: one line that names the file, the value and the remedy.
-        case: id of the case; empty where it concerns the data set as a whole.
-        stops: would training fail on it?
+        kind: for programs: "missing", "grid", "label ids", ...
+        text: one line with the file, the value and the remedy.
+        case: id of the case; empty for the whole data set.
+        stops: would it make training fail?
     """
 
     kind: str
@@ -56,11 +56,11 @@ class Problem:
         return f"case {self.case}: {self.text}" if self.case else self.text
 
 
-Report = Callable[[Problem], None]  # takes a problem, and decides what becomes of it
+Report = Callable[[Problem], None]  # handles a problem
 
 
 def refuse(problem: Problem) -> None:
-    """Raise what stops a training as an InputError; log the rest."""
+    """Raise InputError for problems that stop a training; log the others."""
     if problem.stops:
         raise InputError(problem.text)
     logger.warning("%s", problem.line())
@@ -72,11 +72,11 @@ def refuse(problem: Problem) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not JSON ({error}); repair it") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object, got {type(content).__name__}")
+        raise InputError(f"{path} must contain a JSON object, got {type(content).__name__}")
     return content
 
 
@@ -98,7 +98,7 @@ def listed_cases(content: Mapping[str, Any], listing: Path, report: Report) -> d
 
 
 def is_pair_list(path: Path) -> bool:
-    """Is this a CSV whose first line names the columns image and label?"""
+    """Is this a CSV with the columns image and label?"""
     try:
         with path.open(encoding="utf-8-sig") as file:
             header = file.readline(10_000)
@@ -108,10 +108,10 @@ def is_pair_list(path: Path) -> bool:
 
 
 def pair_cases(path: Path, report: Report) -> dict[str, list[Case]]:
-    """The cases of a CSV with the columns image and label, and perhaps id, patient, fold and section.
+    """The cases of a CSV with the columns image and label, and optionally id, patient, fold and section.
 
-    Paths are relative to the CSV file; columns are separated by commas, semicolons or tabs. A row with a label is a
-    training case, one without a test case, unless its section says otherwise. Other columns are ignored.
+    Paths are relative to the CSV file; columns are separated by commas, semicolons or tabs. By default, rows with a
+    label are training cases and rows without a label test cases. Other columns are ignored.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -138,8 +138,8 @@ def pair_cases(path: Path, report: Report) -> dict[str, list[Case]]:
             wrong += 1
         else:
             cases.setdefault(section, []).append(case)
-    if not cases and not wrong:  # else the report says more
-        raise InputError(f"{path} lists no usable case; write a line with image and label for each")
+    if not cases and not wrong:  # otherwise the report has details
+        raise InputError(f"{path} has no valid case; add a line with image and label for each")
     return cases
 
 
@@ -175,7 +175,7 @@ def _row(row: Mapping[str, str | None], where: str, folder: Path) -> tuple[str, 
 
 
 def _case(entry: Any, section: str, where: str, folder: Path) -> Case:
-    """The case that an entry of a list states, its paths joined to `folder`."""
+    """The case of an entry of a list, with paths joined to `folder`."""
     if isinstance(entry, str):
         entry = {"image": entry}
     if not isinstance(entry, Mapping):
@@ -189,7 +189,7 @@ def _case(entry: Any, section: str, where: str, folder: Path) -> Case:
     image, label = case["image"], case.pop("label", None)
     paths = image if isinstance(image, list) else [image]
     if not all(isinstance(path, str) for path in paths):
-        raise InputError(f"{where}: 'image' must be one path, or a list of one path a channel, got {image!r}")
+        raise InputError(f"{where}: 'image' must be one path, or a list of one path per channel, got {image!r}")
     joined = [str(folder / Path(path).expanduser()) for path in paths]
     case["image"] = joined[0] if len(joined) == 1 else joined
     if label:
@@ -214,7 +214,7 @@ def _check_ranges(value: Any, where: str) -> None:
     if not pairs or not all(_is_range(pair) for pair in pairs):
         raise InputError(f"{where}: slices must be pairs [[first, end], ...] of whole numbers, got {value!r}")
     for before, after in itertools.pairwise(sorted(pairs)):
-        if after[0] < before[1]:  # a slice that is there twice could train and validate
+        if after[0] < before[1]:  # a duplicate slice could be used for training and validation
             raise InputError(f"{where}: slices {before} and {after} overlap; join them")
 
 
@@ -226,7 +226,7 @@ def _is_range(value: Any) -> bool:
 
 
 def read_channels(content: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Names of the channels as nnU-Net ("channel_names") or MSD ("modality") states them."""
+    """Names of the channels from "channel_names" (nnU-Net) or "modality" (MSD)."""
     names = content.get("channel_names") or content.get("modality")
     return tuple(str(name) for name in names.values()) if isinstance(names, Mapping) and names else None
 
@@ -240,7 +240,7 @@ def nnunet_cases(content: Mapping[str, Any], listing: Path, report: Report) -> d
         groups = _channel_files(root / images, ending, report)
         for name, files in groups.items():
             last = max(files)
-            one_file = list(files) == [0] and ending.lower() in PICTURE_SUFFIXES  # colors lie in one picture
+            one_file = list(files) == [0] and ending.lower() in PICTURE_SUFFIXES  # one color image
             count = 1 if one_file else len(names) or last + 1
             missing = [k for k in range(count) if k not in files]
             if last >= count:
@@ -248,7 +248,7 @@ def nnunet_cases(content: Mapping[str, Any], listing: Path, report: Report) -> d
                 report(Problem("channels", f"{text}; name all channels there", name))
             elif missing:
                 stated = f" ({listing.name} names {len(names)} channels)" if names else ""
-                text = f"there is no {root / images / name}_{missing[0]:04}{ending}{stated}; add it"
+                text = f"missing {root / images / name}_{missing[0]:04}{ending}{stated}; add it"
                 report(Problem("missing", text, name))
             else:
                 paths = [str(files[k]) for k in range(count)]
@@ -260,7 +260,7 @@ def nnunet_cases(content: Mapping[str, Any], listing: Path, report: Report) -> d
         found = sorted((root / labels).glob(f"*{ending}"))
         _report_unused([p for p in found if p.name[: -len(ending)] not in groups], f"file in {images}", report)
     if not cases.get("training") and not cases.get("test"):
-        raise InputError(f"{root / 'imagesTr'} holds no CASE_0000{ending}; check file_ending in {listing}")
+        raise InputError(f"{root / 'imagesTr'} contains no CASE_0000{ending}; check file_ending in {listing}")
     return cases
 
 
@@ -280,21 +280,21 @@ def _channel_files(folder: Path, ending: str, report: Report) -> dict[str, dict[
 
 
 def mask_folder(folder: Path) -> tuple[Path, Path] | None:
-    """`images` and `masks` (or `labels`) in a folder, if both are there."""
+    """`images` and `masks` (or `labels`) in a folder, if both exist."""
     images, masks = _subfolders(folder, IMAGE_FOLDERS), _subfolders(folder, LABEL_FOLDERS)
     if not images or not masks:
         return None
     for found in (images, masks):
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
-            raise InputError(f"{folder} holds {names}, which mean the same; keep one, or list the pairs in a CSV")
+            raise InputError(f"{folder} contains {names}, which are alternatives; keep one, or list the pairs in a CSV")
     return images[0], masks[0]
 
 
 def masked_cases(images: Path, masks: Path, report: Report) -> dict[str, list[Case]]:
-    """Training cases: every picture, volume or DICOM series in `images` with the label of the same name in `masks`.
+    """Training cases: every 2-D image, volume or DICOM series in `images` with the label of the same name in `masks`.
 
-    A label's name may have an ending of its own: `scan_mask.png` for `scan.png`.
+    The name of a label may have a suffix: `scan_mask.png` for `scan.png`.
     """
     labels = by_stem(files_in(masks), report)
     cases, used = [], set()
@@ -306,18 +306,18 @@ def masked_cases(images: Path, masks: Path, report: Report) -> dict[str, list[Ca
         used.update(found)
     _report_unused([path for path in labels.values() if path not in used], f"file in {images.name}", report)
     if not cases:
-        raise InputError(f"no file in {images} has the name of one in {masks}; name image and label alike")
+        raise InputError(f"no file in {images} has the name of a file in {masks}; use the same names")
     return {"training": cases}
 
 
 def _with_label(
     name: str, image: Path, labels: Sequence[Path], place: Path, missing: str, report: Report
 ) -> list[Case]:
-    """The case with its label; nothing, and a report, where there is none or more than one."""
+    """The case with its label; if there is not exactly one, a report and no case."""
     if len(labels) == 1:
         return [{"id": name, "image": str(image), "label": str(labels[0])}]
     if labels:
-        text = f"{' and '.join(map(str, labels))} could all be the label of {place}; keep one"
+        text = f"{' and '.join(map(str, labels))} match as label of {place}; keep one"
         report(Problem("label", text, name))
     else:
         report(Problem("missing", missing, name))
@@ -326,20 +326,20 @@ def _with_label(
 
 def _report_unused(labels: Iterable[Path], what: str, report: Report) -> None:
     for path in labels:
-        text = f"{path} belongs to no {what}; remove it, or name both alike"
+        text = f"{path} matches no {what}; remove it, or use the same name"
         report(Problem("no image", text, stops=False))
 
 
 # --------------------------------------------------------------------------------------------------------------- DICOM
 
-Series = dict[Path, tuple[list[Path], list[Path]]]  # folder of a case -> folders of its series, its possible labels
+Series = dict[Path, tuple[list[Path], list[Path]]]  # folder of a case -> folders of its series, candidate labels
 
 
 def find_series(folder: Path) -> Series:
-    """The DICOM series of a folder with the labels that could be theirs; empty where not a single one has a label.
+    """The DICOM series of a folder with candidates for their labels; empty if none has a label.
 
-    A case is a folder CASE that holds a series, directly or further down, or `folder` itself. Its label is a volume in
-    CASE, or CASE.nii.gz (.nrrd, .mha) beside it or in `labels`.
+    A case is a folder CASE that contains a series at any depth, or `folder` itself. Its label is a volume in CASE, or
+    CASE.nii.gz (.nrrd, .mha) next to it or in `labels`.
     """
     if has_dicom(folder):
         own = files_in(folder, VOLUME_SUFFIXES)
@@ -362,12 +362,12 @@ def dicom_cases(folder: Path, series: Series, report: Report) -> dict[str, list[
         name = place.resolve().name
         used.update(labels)
         if len(folders) > 1:
-            text = f"{place} holds {len(folders)} series ({', '.join(str(p.relative_to(place)) for p in folders)}); "
+            text = f"{place} contains {len(folders)} series ({', '.join(str(p.relative_to(place)) for p in folders)}); "
             report(Problem("series", text + "keep one, or list the pairs in a CSV", name))
             continue
-        if len(labels) > 1:  # a converted image may lie there, too
+        if len(labels) > 1:  # a converted image may be there, too
             labels = [path for path in labels if any(end[1:] in stem(path).lower() for end in ENDINGS[1:])] or labels
-        missing = f"{place} has no label; put {name}.nii.gz (.nrrd, .mha) beside it or into {folder / 'labels'}"
+        missing = f"{place} has no label; put {name}.nii.gz (.nrrd, .mha) next to it or into {folder / 'labels'}"
         cases += _with_label(name, folders[0], labels, place, missing, report)
     _report_unused([path for path in _volumes(folder) if path not in used], "DICOM folder", report)
     return {"training": cases}
@@ -381,7 +381,7 @@ def _series_below(folder: Path, depth: int) -> list[Path]:
 
 
 def _volumes(folder: Path) -> list[Path]:
-    """Volumes in a folder and in its folders of labels."""
+    """Volumes in a folder and in its label folders."""
     places = [folder, *_subfolders(folder, LABEL_FOLDERS)]
     return [path for place in places for path in files_in(place, VOLUME_SUFFIXES)]
 
@@ -400,7 +400,7 @@ def scan_cases(path: Path) -> dict[str, list[Case]]:
     if not found:
         near = "add its dataset.json" if (path / "imagesTr").is_dir() else "list images and labels in a CSV or JSON"
         raise InputError(
-            f"{path} holds no scans; give {', '.join(SCAN_SUFFIXES)} files or DICOM folders, or {near} (data/README.md)"
+            f"{path} has no scans; give {', '.join(SCAN_SUFFIXES)} files or DICOM folders, or {near} (data/README.md)"
         )
     return {"test": [{"image": str(p)} for p in found]}
 
@@ -411,17 +411,17 @@ def _scans(folder: Path) -> list[Path]:
 
 
 def files_in(folder: Path, suffixes: Sequence[str] = SCAN_SUFFIXES) -> list[Path]:
-    """The files of a folder with one of the suffixes, sorted; hidden ones are left out."""
+    """The files of a folder with one of the suffixes, sorted, without hidden files."""
     return [path for path in _inside(folder) if path.is_file() and path.name.lower().endswith(tuple(suffixes))]
 
 
 def by_stem(paths: Iterable[Path], report: Report) -> dict[str, Path]:
-    """Files by their names without suffix."""
+    """Files by name without suffix."""
     found: dict[str, Path] = {}
     for path in paths:
         name = stem(path)
         if name in found:
-            report(Problem("label", f"{found[name]} and {path} have one name; keep one", name))
+            report(Problem("label", f"{found[name]} and {path} have the same name; keep one", name))
         found.setdefault(name, path)
     return found
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files to arrays with their geometry: NIfTI, NRRD, MetaImage, DICOM series folders and pictures.
+"""Read files to arrays with geometry: NIfTI, NRRD, MetaImage, DICOM series folders and 2-D images.
 
-NIfTI is read by nibabel, because its rule for the affine (sform, then qform) is the one viewers and our writer follow,
-and because it also reads affines that ITK refuses. Everything else is read by SimpleITK. All affines are voxel index to
-RAS millimeters.
+NIfTI is read by nibabel, which uses the same rule for the affine as viewers and the writer (sform, then qform) and
+accepts affines that ITK refuses. All other formats are read by SimpleITK. Affines map voxel indices to RAS mm.
 """
 
 from __future__ import annotations
@@ -35,22 +34,22 @@ from samda.errors import InputError
 from samda.io import Image, files_of
 
 NIFTI_ERRORS = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error)
-SAME_PLACE = 0.1  # of the smallest voxel side: how far apart the corners of one grid may lie in two files
+SAME_PLACE = 0.1  # tolerance between corners of the same grid in two files, relative to the smallest voxel side
 
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """A scan as its file states it."""
+    """A scan with the geometry of its file."""
 
-    array: np.ndarray  # (X, Y, Z), or (X, Y, Z, C) with more than one channel; the file's own axis order and type
+    array: np.ndarray  # (X, Y, Z), or (X, Y, Z, C) with more than one channel; axis order and type of the file
     affine: np.ndarray  # (4, 4) voxel index to RAS mm
 
 
 class SimpleITKReader(ImageReader):
-    """MONAI image reader for every format samda knows, refusing in one line what it cannot read as declared.
+    """MONAI image reader for all formats of samda.
 
-    MONAI's `LoadImage` falls back to other readers when its reader raises; :class:`samda.data.transforms.LoadScand`
-    does not.
+    MONAI's `LoadImage` falls back to other readers if its reader raises; :class:`samda.data.transforms.LoadScand` does
+    not.
     """
 
     def __init__(self, channels: int = 1) -> None:
@@ -58,15 +57,15 @@ class SimpleITKReader(ImageReader):
         self.channels = channels
 
     def verify_suffix(self, filename: Any) -> bool:
-        """Can this reader read `filename` (one file, or one a channel), by its name?"""
+        """Can this reader read `filename` (one file, or one per channel), by its name?"""
         return all(path.is_dir() or path.name.lower().endswith(SCAN_SUFFIXES) for path in files_of(filename))
 
     def read(self, data: Any, **kwargs: Any) -> Scan:
-        """Read the scan at path `data`: a file, the folder of a DICOM series, or one file a channel."""
+        """Read the scan at path `data`: a file, the folder of a DICOM series, or one file per channel."""
         return read_scan(data, self.channels)
 
     def get_data(self, img: Scan) -> tuple[np.ndarray, dict[str, Any]]:
-        """The array and the metadata MONAI's transforms need: affine, spatial shape and place of the channels."""
+        """Array and metadata for MONAI's transforms: affine, spatial shape and channel dimension."""
         meta = {
             "affine": img.affine.copy(),
             "original_affine": img.affine.copy(),
@@ -80,14 +79,13 @@ class SimpleITKReader(ImageReader):
 def read_scan(image: Image, channels: int | None = 1) -> Scan:
     """Read a scan with its geometry.
 
-    NIfTI affines need not be orthogonal: sheared ones are kept as the header states them. Pictures lie in the LPS
-    plane with 1 mm pixels, so that their first row is anterior and their first column is right. An opaque alpha channel
-    is dropped, and a colored picture whose channels are equal counts as gray. Volumes are taken as they are: equal
-    channels of a volume may be time points.
+    NIfTI affines need not be orthogonal: shears are kept. 2-D images are in the LPS plane with pixels of 1 mm, so the
+    first row is anterior and the first column is right. An opaque alpha channel is dropped, and a color image with
+    equal channels is gray. Channels of a volume are not merged, because they may be time points.
 
     Args:
-        image: a file, the folder of one DICOM series, or several of them, each one channel on the same grid.
-        channels: number of channels a voxel must have; None takes any.
+        image: a file, the folder of one DICOM series, or several of them, one per channel, on the same grid.
+        channels: required number of channels; None accepts any.
     """
     paths = [_existing(path) for path in files_of(image)]
     if len(paths) == 1:
@@ -96,7 +94,7 @@ def read_scan(image: Image, channels: int | None = 1) -> Scan:
         names = ", ".join(path.name for path in paths)
         raise InputError(
             f"{paths[0]} comes with {len(paths)} channel files ({names}) where {_number_of(channels)} declared; set "
-            "the task's in_channels, or list only what you need"
+            "in_channels of the task, or list fewer files"
         )
     return _stack([_read_file(path, 1) for path in paths], paths)
 
@@ -109,7 +107,7 @@ def _read_file(path: Path, channels: int | None) -> Scan:
     else:
         array, affine = read_itk(path)
         if path.name.lower().endswith(PICTURE_SUFFIXES) and array.shape[2] > 1:
-            raise InputError(f"{path} holds {array.shape[2]} pages; save each as a picture, or the stack as NIfTI")
+            raise InputError(f"{path} contains {array.shape[2]} pages; save each as a 2-D image, or the stack as NIfTI")
     _check_affine(affine, path)
     if 0 in array.shape:
         raise InputError(f"{path} has {' x '.join(map(str, array.shape))} voxels: it is empty; give a complete scan")
@@ -117,7 +115,7 @@ def _read_file(path: Path, channels: int | None) -> Scan:
 
 
 def _stack(scans: Sequence[Scan], paths: Sequence[Path]) -> Scan:
-    """Several scans of one grid as the channels of one."""
+    """Stack scans of one grid as channels."""
     first = scans[0]
     grid = first.array.shape, first.affine
     for scan, path in zip(scans[1:], paths[1:], strict=True):
@@ -127,7 +125,7 @@ def _stack(scans: Sequence[Scan], paths: Sequence[Path]) -> Scan:
 
 
 def read_geometry(image: Image) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Shape (X, Y, Z) and affine of a scan, or of its first channel; without its voxels where the format allows it."""
+    """Shape (X, Y, Z) and affine of a scan or its first channel, from the header if the format allows it."""
     path = _existing(files_of(image)[0])
     if path.is_file() and path.name.lower().endswith(NIFTI_SUFFIXES):
         header = _load_nifti(path)
@@ -144,15 +142,10 @@ def read_geometry(image: Image) -> tuple[tuple[int, int, int], np.ndarray]:
 def refuse_other_grid(
     shape: Sequence[int], affine: np.ndarray, reference: tuple[Sequence[int], np.ndarray], names: Sequence[Any]
 ) -> None:
-    """Refuse a volume that does not lie on the grid of a reference.
+    """Refuse a volume that is not on the grid of a reference (shape and affine).
 
-    Corners may lie apart by a tenth of the smallest voxel side, which is what formats lose in rounding.
-
-    Args:
-        shape: (X, Y, Z) of the volume.
-        affine: (4, 4) voxel index to RAS mm.
-        reference: shape and affine to compare with.
-        names: of the volume and of the reference, for the message.
+    Corners may differ by a tenth of the smallest voxel side, which covers rounding in file formats. `names` are those
+    of the volume and the reference in the message.
     """
     first, second = map(str, names)
     remedy = "give files of one scan, or resample them to one grid"
@@ -167,7 +160,7 @@ def refuse_other_grid(
 def _existing(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if not path.exists():
-        raise InputError(f"there is no file or folder {path}")
+        raise InputError(f"{path} does not exist; check the path")
     return path
 
 
@@ -176,12 +169,12 @@ def _existing(path: str | Path) -> Path:
 
 def _load_nifti(path: Path) -> Any:
     try:
-        image = nib.load(path, mmap=False)  # a mapped file could change under the array
+        image = nib.load(path, mmap=False)  # a mapped file could change later
         unit = image.header.get_xyzt_units()[0] if hasattr(image.header, "get_xyzt_units") else "mm"
     except NIFTI_ERRORS as error:
         raise not_a_scan(path, error) from error
     if unit in ("meter", "micron"):
-        raise InputError(f"{path} states its voxel size in {unit}; samda reads mm: convert the header")
+        raise InputError(f"{path} has voxel sizes in {unit}; convert the header to mm")
     return image
 
 
@@ -192,7 +185,7 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         if path.name.lower().endswith(".gz"):
             with gzip.open(path) as stream:
                 array = _nifti_voxels(type(image).from_stream(stream))
-                while stream.read(1 << 20):  # to the end, where gzip compares its checksum
+                while stream.read(1 << 20):  # gzip verifies its checksum at the end
                     pass
         else:
             array = _nifti_voxels(image)
@@ -200,7 +193,7 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise not_a_scan(path, error) from error
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
-    if array.ndim > 4 and array.shape[3] == 1:  # a vector image has its channels in the fifth dimension
+    if array.ndim > 4 and array.shape[3] == 1:  # vector images have channels in the fifth dimension
         array = array[:, :, :, 0]
     return array.reshape(array.shape + (1,) * (3 - array.ndim)), np.asarray(image.affine, float)
 
@@ -209,11 +202,11 @@ def _nifti_voxels(image: Any) -> np.ndarray:
     proxy = image.dataobj
     if proxy.slope == 1 and proxy.inter == 0:
         return np.asanyarray(proxy)
-    return image.get_fdata(dtype=np.float32, caching="unchanged")  # its default float64 takes twice the memory
+    return image.get_fdata(dtype=np.float32, caching="unchanged")  # half the memory of float64
 
 
 def _warn_of_form_codes(image: Any, path: Path) -> None:
-    """Say it where the header leaves the orientation open: no code at all, or two that differ."""
+    """Warn if the orientation is ambiguous: no form code, or two different forms."""
     sform, qform = image.get_sform(coded=True), _qform(image)
     if sform[1] == 0 and qform[1] == 0:
         warnings.warn(f"{path}: neither sform nor qform is set; left and right follow a convention only", stacklevel=4)
@@ -227,7 +220,7 @@ def _warn_of_form_codes(image: Any, path: Path) -> None:
 def _qform(image: Any) -> tuple[np.ndarray | None, int]:
     try:
         return image.get_qform(coded=True)
-    except HeaderDataError:  # an impossible quaternion, which the sform outranks
+    except HeaderDataError:  # an invalid quaternion; the sform has priority
         return None, 0
 
 
@@ -240,11 +233,11 @@ def _corners(shape: Sequence[int]) -> np.ndarray:
 
 
 def _fit_channels(array: np.ndarray, channels: int | None, path: Path) -> np.ndarray:
-    """The array with exactly `channels` channels, or a refusal; None takes any number."""
+    """The array, refused if it does not have `channels` channels; None accepts any number."""
     picture = path.name.lower().endswith(PICTURE_SUFFIXES)
     if picture and array.ndim == 4 and array.shape[3] in (2, 4):
         if np.ptp(array[..., -1]):
-            raise InputError(f"{path} is partly transparent; save the picture without an alpha channel")
+            raise InputError(f"{path} is partly transparent; save it without an alpha channel")
         array = array[..., :-1]
     if picture and array.ndim == 4 and channels in (1, None) and (array == array[..., :1]).all():
         array = array[..., 0]
@@ -255,7 +248,7 @@ def _fit_channels(array: np.ndarray, channels: int | None, path: Path) -> np.nda
         size = " x ".join(map(str, array.shape))
         raise InputError(
             f"{path} ({size}) has {found if array.ndim <= 4 else 'several'} channel(s) or time points where "
-            f"{_number_of(channels)} declared; extract what you need, or set the task's in_channels"
+            f"{_number_of(channels)} declared; select channels, or set in_channels of the task"
         )
     return array
 
@@ -265,9 +258,9 @@ def _number_of(channels: int | None) -> str:
 
 
 def _native(array: np.ndarray, path: Path) -> np.ndarray:
-    """The array in a number type that torch computes with, no wider than needed."""
+    """The array in the smallest suitable number type of torch."""
     if array.dtype.kind not in "biuf":
-        raise InputError(f"{path} has voxels of type {array.dtype}; save it with plain numbers")
+        raise InputError(f"{path} has voxels of type {array.dtype}; save it as integers or floats")
     if array.dtype.kind == "f":
         return array.astype(np.float32, copy=False)
     wider = {"b": np.uint8, "u2": np.int32, "u4": np.int64, "u8": np.int64}

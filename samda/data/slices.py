@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slices of a volume for the network, and maps of slices back on the volume: the only place that knows slices.
+"""Extraction of slices from a volume for the network, and restoration of maps to the volume.
 
-A slice is resampled once, from the volume's own in-plane grid to the task's spacing, and cropped or padded around the
-body in the same step. Slices keep their own distance: nothing is resampled across them. With `context` 1 a slice
-comes between its two neighbors as they lie in the scan: how many mm away follows from the scan's own through-plane
-spacing.
+A slice is resampled once, from the in-plane grid of the volume to the spacing of the task, and cropped or padded around
+the body in the same step. Nothing is resampled across slices. With `context` 1, a slice is stacked with its two
+neighbors, whose distance is the through-plane spacing of the scan.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from samda.task import AXES, Task
 logger = logging.getLogger(__name__)
 
 ANISOTROPIC = 1.5  # times the shortest voxel side: how long the longest is where all three axes are used
-FARTHEST = 64  # times that pixels may be finer or coarser than voxels; beyond it the units differ
+FARTHEST = 64  # largest ratio of pixel and voxel size; a larger one indicates wrong units
 
 
 def plane_axes(task: Task) -> tuple[int, int]:
-    """Axes of an RAS volume along the rows' direction and along the columns' direction of a slice.
+    """Axes of an RAS volume along the rows and along the columns of a slice.
 
-    All in-plane axes run against RAS: rows from anterior to posterior (axial) or superior to inferior, columns from
-    right to left (axial, coronal) or anterior to posterior (sagittal).
+    In-plane axes are reversed: rows run from anterior to posterior (axial) or superior to inferior, columns from right
+    to left (axial, coronal) or anterior to posterior (sagittal).
     """
     rows, columns = (axis for axis in (2, 1, 0) if axis != task.slice_axis)
     return rows, columns
@@ -40,12 +39,12 @@ def plane_axes(task: Task) -> tuple[int, int]:
 def interpolation_matrix(positions: np.ndarray, size: int, width: float = 1.0) -> torch.Tensor:
     """Linear interpolation of a sampled line as a matrix.
 
-    Row k holds the weights max(0, 1 - |j - positions[k]| / width) over the samples j, divided by their sum. With
-    `width` > 1 the triangle spans more samples: the anti-aliasing of a shrinking resampling. Positions within half a
-    sample beyond the ends take the end's value; rows of positions further out are zero.
+    Row k has the weights max(0, 1 - |j - positions[k]| / width) over the samples j, divided by their sum. With
+    `width` > 1 the triangle spans more samples (anti-aliasing). Positions up to half a sample beyond the ends take the
+    value of the end; rows of positions further out are zero.
 
     Args:
-        positions: (m,) in units of samples; sample j lies at j.
+        positions: (m,) in units of samples; sample j is at j.
         size: number of samples n; the matrix is (m, n) float32.
         width: half width of the triangle in samples, at least 1.
     """
@@ -57,11 +56,11 @@ def interpolation_matrix(positions: np.ndarray, size: int, width: float = 1.0) -
 
 
 def refuse_other_scale(spacing_mm: Sequence[float], task: Task) -> None:
-    """Refuse pixels far finer or coarser than the voxels (3,), RAS: slices would fill the memory or show nothing."""
+    """Refuse pixels much smaller or larger than the voxels (3,), RAS, which indicates wrong units."""
     for axis in plane_axes(task):
         if not 1 / FARTHEST <= task.spacing / spacing_mm[axis] <= FARTHEST:
             raise InputError(
-                f"pixels of {task.spacing:g} mm (the task's spacing) do not suit voxels of {spacing_mm[axis]:g} mm; "
+                f"pixels of {task.spacing:g} mm (spacing of the task) do not fit voxels of {spacing_mm[axis]:g} mm; "
                 "check that both are in mm"
             )
 
@@ -86,7 +85,7 @@ def axis_tasks(task: Task, shape: Sequence[int], spacing_mm: Sequence[float], na
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
-    """One in-plane direction: the volume's samples, the canvas, and the matrices between them."""
+    """One in-plane direction: matrices between the samples of the volume and the canvas."""
 
     forward: torch.Tensor  # (canvas, samples) volume -> canvas
     backward: torch.Tensor  # (samples, canvas) canvas -> volume
@@ -94,22 +93,19 @@ class _Line:
 
     @classmethod
     def build(cls, size: int, spacing_mm: float, body: Sequence[int], task: Task) -> _Line:
-        """A canvas centered on the body, of the task's size or, for a larger body, of the next multiple of 16.
+        """A canvas centered on the body, of the image size or, for a larger body, of the next multiple of 16.
 
-        Args:
-            size: samples of the volume along this axis.
-            spacing_mm: their distance.
-            body: first sample and end (exclusive) of the body.
-            task: spacing and image size.
+        `size` and `spacing_mm` are number and distance of the samples, `body` is the first sample and the end
+        (exclusive).
         """
-        # in samples, between two of them, as the middle of a canvas lies between two pixels: at equal spacing the
-        # pixels then are the samples, and nothing is interpolated
+        # the center is between two samples, as the center of a canvas is between two pixels: at equal spacing, pixels
+        # coincide with samples and nothing is interpolated
         center = np.floor(0.5 * (body[0] + body[1] - 1)) + 0.5
-        reach = max(center - body[0], body[1] - 1 - center) + 0.5  # from there to the end of the body, in samples
+        reach = max(center - body[0], body[1] - 1 - center) + 0.5  # samples from the center to the end of the body
         needed = 2 * reach * spacing_mm / task.spacing
         pixels = max(task.image_size, int(np.ceil(needed / 16 - 1e-6)) * 16)
         ratio = task.spacing / spacing_mm  # samples of the volume per pixel of the canvas
-        # pixel k of the canvas lies at sample center - (k - middle) * ratio: against the axis, see plane_axes
+        # pixel k of the canvas is at sample center - (k - middle) * ratio: reversed, see plane_axes
         middle = 0.5 * (pixels - 1)
         samples = center - (np.arange(pixels) - middle) * ratio
         pixel = middle - (np.arange(size) - center) / ratio
@@ -118,11 +114,10 @@ class _Line:
 
 
 class SliceGrid:
-    """The slices of one volume as the network sees them.
+    """The slices of a volume on the canvas of the network.
 
-    Slice i is plane i of the volume. Its rows run from anterior to posterior and its columns from right to left
-    (axial); superior to inferior and right to left (coronal); superior to inferior, anterior to posterior (sagittal).
-    The field of view is centered on the body; what lies beyond the volume is 0.
+    Slice i is plane i of the volume; for its directions see :func:`plane_axes`. The field of view is centered on the
+    body; pixels outside the volume are 0.
 
     Args:
         shape: (X, Y, Z) of the volume, in RAS order.
@@ -131,10 +126,10 @@ class SliceGrid:
         task: slice axis, spacing and image size.
 
     Attributes:
-        canvas: (rows, columns) in pixels: `task.image_size` both, or larger multiples of 16 where the body is larger
-            than the field of view; the network then sees it in windows of `task.image_size`.
+        canvas: (rows, columns) in pixels: `task.image_size`, or larger multiples of 16 if the body is larger than the
+            field of view; the network then processes windows of `task.image_size`.
         num_slices: number of slices.
-        body: first slice and end (exclusive) of those that reach the body.
+        body: first slice and end (exclusive) of the body.
     """
 
     def __init__(self, shape: Sequence[int], spacing_mm: Sequence[float], box: np.ndarray, task: Task) -> None:
@@ -151,12 +146,9 @@ class SliceGrid:
 
     @classmethod
     def from_volume(cls, volume: torch.Tensor, affine_or_spacing_mm: Any, task: Task) -> SliceGrid:
-        """The grid of a preprocessed volume, centered on its body.
+        """The grid of a preprocessed volume (C, X, Y, Z), centered on its body.
 
-        Args:
-            volume: (C, X, Y, Z) in [0, 1], RAS.
-            affine_or_spacing_mm: (4, 4) voxel index to RAS mm, or (3,) voxel size in mm.
-            task: the task.
+        `affine_or_spacing_mm` is (4, 4), voxel index to RAS mm, or (3,), voxel size in mm.
         """
         if volume.ndim != 4:
             raise InputError(f"a volume must be (C, X, Y, Z), got {volume.ndim} dimensions: {tuple(volume.shape)}")
@@ -169,22 +161,22 @@ class SliceGrid:
 
     def extract(self, volume: torch.Tensor, index: int | slice | Iterable[int]) -> torch.Tensor:
         """Slices `index` of a volume (C, X, Y, Z) on the canvas: (n, C, rows, columns) float32."""
-        # contiguous, so that the rounding of the products cannot depend on how the volume lies in memory
+        # contiguous, so that rounding does not depend on the memory layout of the volume
         planes = self._planes(volume, index).float().contiguous()
         return _resample(planes, self._rows.forward, self._columns.forward)
 
     def inputs(self, volume: torch.Tensor, index: int | slice | Iterable[int]) -> torch.Tensor:
-        """Slices `index` of a volume (C, X, Y, Z) as the network takes them, see `Task.context`.
+        """Slices `index` of a volume (C, X, Y, Z) as input of the network, see `Task.context`.
 
-        (n, `network_channels`, rows, columns) float32: without context the slice itself, else the slice below (of
-        smaller index: inferior, posterior, left), the slice, and the slice above. At both ends of the volume the last
-        slice stands in for the missing one.
+        (n, `network_channels`, rows, columns) float32: the slice itself, or with context the slice below (smaller
+        index: inferior, posterior, left), the slice, and the slice above. At both ends of the volume the last slice is
+        repeated.
         """
         chosen = self._chosen(index)
         if not self.task.context:
             return self.extract(volume, chosen)
         around = with_neighbors(chosen, 0, self.num_slices)
-        needed = sorted({i for triple in around for i in triple})  # each is resampled once
+        needed = sorted({i for triple in around for i in triple})  # resample each slice once
         place = {i: position for position, i in enumerate(needed)}
         places = torch.tensor([[place[i] for i in triple] for triple in around], dtype=torch.long).reshape(-1, 3)
         return self.extract(volume, needed)[places, 0]
@@ -192,7 +184,7 @@ class SliceGrid:
     def extract_labels(self, label: torch.Tensor, index: int | slice | Iterable[int]) -> torch.Tensor:
         """Slices `index` of a label map (1, X, Y, Z) on the canvas: (n, rows, columns) uint8.
 
-        A pixel has the class with the largest interpolated share of it; beyond the volume lies background.
+        A pixel has the class with the largest interpolated share; pixels outside the volume are background.
         """
         planes = self._planes(label, index)[:, 0]
         best = torch.zeros((len(planes), *self.canvas), dtype=torch.uint8, device=planes.device)
@@ -207,15 +199,10 @@ class SliceGrid:
         return best
 
     def restore(self, maps: torch.Tensor, outside: float = 1.0) -> torch.Tensor:
-        """Maps on the canvas back on the volume's own grid.
+        """Resample maps (n, K, rows, columns), background first, from the canvas to the grid of the volume.
 
-        Args:
-            maps: (n, K, rows, columns), class probabilities or other maps with background first.
-            outside: value of channel 0 where the canvas does not reach; the other channels are 0 there.
-
-        Returns:
-            (K, ...) with the n slices in the volume's axis order: (K, X, Y, n) axial, (K, X, n, Z) coronal,
-            (K, n, Y, Z) sagittal
+        `outside` is the value of channel 0 outside the canvas; the other channels are 0 there. The result has the axis
+        order of the volume: (K, X, Y, n) axial, (K, X, n, Z) coronal, (K, n, Y, Z) sagittal.
         """
         planes = self._to_planes(maps)
         covered = (self._rows.covered[:, None] & self._columns.covered[None]).to(planes.device)
@@ -223,14 +210,14 @@ class SliceGrid:
         return planes.permute(1, *self._to_volume())
 
     def _to_planes(self, maps: torch.Tensor) -> torch.Tensor:
-        """(n, K, rows, columns) on the canvas -> the same on the volume's in-plane grid."""
+        """(n, K, rows, columns) on the canvas -> on the in-plane grid of the volume."""
         if maps.ndim != 4 or tuple(maps.shape[2:]) != self.canvas:
             rows, columns = self.canvas
-            raise InputError(f"maps must be (n, K, {rows}, {columns}) as the canvas is, got {tuple(maps.shape)}")
+            raise InputError(f"maps must be (n, K, {rows}, {columns}), got {tuple(maps.shape)}")
         return _resample(maps.float(), self._rows.backward, self._columns.backward)
 
     def _planes(self, volume: torch.Tensor, index: int | slice | Iterable[int]) -> torch.Tensor:
-        """(n, C, rows, columns) the slices on the volume's own grid, a view where possible."""
+        """Slices (n, C, rows, columns) on the grid of the volume, a view if possible."""
         if tuple(volume.shape[1:]) != self.shape:
             raise InputError(f"the grid was made for a volume of {self.shape} voxels, got {tuple(volume.shape[1:])}")
         volume = _plain(volume)
@@ -243,29 +230,29 @@ class SliceGrid:
         return slab.permute(across, 0, rows, columns)
 
     def _chosen(self, index: int | slice | Iterable[int]) -> list[int]:
-        """The slices that `index` means."""
+        """The slices of `index` as a list."""
         if isinstance(index, slice):
             return list(range(*index.indices(self.num_slices)))
         return [index] if isinstance(index, int) else [int(i) for i in index]
 
     def _to_volume(self) -> tuple[int, int, int]:
-        """Dimensions of (n, K, rows, columns) in the order of the volume's axes."""
+        """Dimensions of (n, K, rows, columns) in the axis order of the volume."""
         place = {self.axes[0]: 0, self.axes[1]: 2, self.axes[2]: 3}
         return place[0], place[1], place[2]
 
 
 def with_neighbors(indices: Iterable[int], first: int, end: int) -> list[tuple[int, int, int]]:
-    """Each index between its neighbors in the range from `first` to `end` (exclusive); the ends repeat themselves."""
+    """Each index with its neighbors in the range from `first` to `end` (exclusive); ends are repeated."""
     return [(max(i - 1, first), i, min(i + 1, end - 1)) for i in indices]
 
 
 def center_channels(slices: Any, task: Task) -> Any:
-    """The channels (n, C, ...) of the slices themselves, without the neighbors that `Task.context` adds; a view."""
+    """The channels (n, C, ...) of the slices without the neighbors of `Task.context`; a view."""
     return slices[:, task.context : task.context + task.in_channels]
 
 
 def _plain(volume: torch.Tensor) -> torch.Tensor:
-    """Without MONAI's metadata, which costs a copy at every operation."""
+    """The tensor without MONAI's metadata, which is copied at every operation."""
     return volume.as_tensor() if hasattr(volume, "as_tensor") else volume
 
 

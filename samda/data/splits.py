@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Split cases into training and validation: by patient or, with a single patient, by blocks of slices."""
+"""Split cases into training and validation: by patient, or by blocks of slices for a single patient."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from samda.task import Task
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Two lists of cases and one sentence on how they were split.
+    """Two lists of cases and a description of the split.
 
-    A case that is used in part carries "slices": a list of (first, end) ranges along the task's slice axis, RAS order.
+    A case that is used in part has "slices": a list of (first, end) ranges along the slice axis of the task, RAS.
     """
 
     training: list[Case]
@@ -38,19 +38,20 @@ def split(
 ) -> Split:
     """Split the labeled cases of one section into training and validation.
 
-    * `fold` and cases that state a fold: those of this fold validate (MONAI's convention).
-    * `fold` and cases that state none: patients, shuffled by `seed`, are dealt into round(1 / fraction) folds.
-    * No fold: patients are shuffled by `seed`, and `fraction` of them, at least one, validate.
-    * One patient: each scan is cut into 2 * round(1 / fraction) blocks of slices, two of which, half a scan apart,
-      validate (`fold` or `seed` says which). Slices at the edge of a block resemble their neighbors, so the validation
-      is kinder than one on another patient; the note says so.
+    * `fold`, and cases with a fold: the cases of this fold are the validation set (as in MONAI).
+    * `fold`, and cases without: patients, shuffled by `seed`, are divided into round(1 / fraction) folds.
+    * No fold: patients are shuffled by `seed`; `fraction` of them, at least one, are the validation set.
+    * One patient: each scan is divided into 2 * round(1 / fraction) blocks of slices. Two blocks, half a scan apart,
+    are
+      the validation set (selected by `fold` or `seed`). Slices at the edge of a block resemble their neighbors, so the
+      scores are higher than on another patient; the note states this.
 
-    A patient is the entry "patient" of a case, else its "id"; no patient is on both sides.
+    The patient of a case is its entry "patient", else its "id"; no patient is in both sets.
     """
     if not cases:
         raise UsageError("there are no labeled cases to split; list some under training")
     if not 0 < fraction <= 0.5:
-        raise UsageError(f"the validation fraction must lie above 0 and be at most 0.5, got {fraction}")
+        raise UsageError(f"the validation fraction must be above 0 and at most 0.5, got {fraction}")
     patients = list(dict.fromkeys(patient_of(case) for case in cases))
     stated = {case["fold"] for case in cases if "fold" in case}
     if fold is not None and stated:
@@ -73,7 +74,7 @@ def split(
 
 
 def patient_of(case: Case) -> str:
-    """The patient that a case states, else its id."""
+    """The entry "patient" of a case, else its id."""
     patient = case.get("patient")
     return str(case["id"] if patient is None or patient == "" else patient)
 
@@ -85,7 +86,7 @@ def _by_patient(cases: Sequence[Case], chosen: set[str], note: str) -> Split:
 
 def _by_stated_fold(cases: Sequence[Case], fold: int, stated: set[int]) -> Split:
     if fold not in stated:
-        raise UsageError(f"no case states fold {fold}; choose from {', '.join(map(str, sorted(stated)))}")
+        raise UsageError(f"no case has fold {fold}; choose from {', '.join(map(str, sorted(stated)))}")
     chosen = {patient_of(case) for case in cases if case.get("fold") == fold}
     torn = [case["id"] for case in cases if patient_of(case) in chosen and case.get("fold") != fold]
     if torn:
@@ -110,7 +111,7 @@ def _by_slices(cases: Sequence[Case], task: Task, folds: int, fold: int) -> Spli
     number = sum(end - first for case in validation for first, end in case["slices"])
     if number == 0:
         few = "1 slice leaves" if count == 1 else f"{count} slices leave"
-        raise UsageError(f"{few} none to validate; add a patient")
+        raise UsageError(f"{few} none for validation; add a patient")
     note = (
         f"one patient only: {number} {task.axis} slices in contiguous blocks validate, the rest of the scan trains; "
         "expect lower scores on other patients"
@@ -119,7 +120,7 @@ def _by_slices(cases: Sequence[Case], task: Task, folds: int, fold: int) -> Spli
 
 
 def _slice_count(path: str, task: Task) -> int:
-    """Slices along the task's axis after reorientation to RAS, from the header."""
+    """Number of slices along the axis of the task in RAS, from the header."""
     shape, affine = read_geometry(path)
     axes = nib.io_orientation(affine)[:, 0]
     return shape[int(np.flatnonzero(axes == task.slice_axis)[0])]

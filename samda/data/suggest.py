@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Suggest a task for an inspected data set: each choice with its reason, to be reviewed and changed."""
+"""Suggest a task for an inspected data set, with the reason for each value."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ SMALL_PART = 16  # times as wide as its structures a picture may be cut into til
 WHOLE = 1.25  # times the body: how large a scan may be to be seen as a whole
 TAIL = 0.5  # percent of the foreground below and above the window
 MARGIN = 1.02  # of the field of view around the body
-WINDOW = 400.0  # HU, the narrowest window: what surrounds an organ should stay visible
+WINDOW = 400.0  # HU, the narrowest window; keeps the surroundings of organs visible
 SINGLE, UNNAMED = "foreground", "class_{}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Suggestion:
-    """A task with the reason of each choice (key of the task -> reason)."""
+    """A task with reasons (key of the task -> reason)."""
 
     task: Task
     reasons: dict[str, str]
 
     def to_yaml(self, head: Sequence[str] = ()) -> str:
-        """The task as a YAML file with the reasons as comments, below a comment of the lines `head`."""
+        """The task as YAML with reasons as comments, below the comment lines `head`."""
         values = self.task.to_dict()
         keys = ["name", "classes", "labels", "modality"]
         keys += ["window"] if self.task.modality == "CT" else ["percentiles"]
@@ -58,7 +58,7 @@ class Suggestion:
 
 
 def _short(value: Any) -> Any:
-    """Whole numbers without a point."""
+    """Whole numbers without decimal point."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, list):
@@ -67,9 +67,9 @@ def _short(value: Any) -> Any:
 
 
 def check_and_suggest(path: str | Path) -> tuple[DataReport, Suggestion | None]:
-    """Inspect a data set and suggest a task for it; None where its labels allow none.
+    """Inspect a data set and suggest a task for it; None if its labels do not allow one.
 
-    The report also holds the cases that this very task could not use.
+    The report includes problems of the data with this task.
     """
     report = check_data(path)
     try:
@@ -113,22 +113,22 @@ def _classes(report: DataReport, cases: Sequence[CaseFacts]) -> Choices:
     if named and len(set(every)) == len(every):
         names = sorted(named, key=lambda name: named[name])
         return {
-            "classes": (["background", *names], "as the data set names them"),
+            "classes": (["background", *names], "names of the data set"),
             "labels": ({name: list(named[name]) for name in names}, "all other ids become background"),
         }
     found = sorted({i for case in cases for i in case.label_ids if i > 0})
     if not found:
-        raise InputError(f"{report.path}: no label holds any id above 0, so no task can be suggested")
+        raise InputError(f"{report.path}: no label contains an id above 0, so no task can be suggested")
     names = [SINGLE] if len(found) == 1 else [UNNAMED.format(i) for i in found]
     return {
-        "classes": (["background", *names], "rename them as you like, here and below"),
-        "labels": (dict(zip(names, found, strict=True)), "the ids found; all others become background"),
+        "classes": (["background", *names], "placeholders; rename them here and below"),
+        "labels": (dict(zip(names, found, strict=True)), "ids found in the labels; all others become background"),
     }
 
 
 def _modality(report: DataReport, cases: Sequence[CaseFacts]) -> Choices:
     if all(case.picture for case in cases):
-        return {"modality": ("image", "the files are pictures")}
+        return {"modality": ("image", "the files are 2-D images")}
     channels = report.data.channels
     if channels and any(not name.isdigit() for name in channels):
         kind = "CT" if all(name.strip().lower() == "ct" for name in channels) else "MR"
@@ -142,8 +142,8 @@ def _modality(report: DataReport, cases: Sequence[CaseFacts]) -> Choices:
         return {"modality": (kind, f"{stated[name]} of {len(cases)} series state {name}{why}")}
     airy = sum(case.smallest <= AIR for case in cases)
     if airy * 2 > len(cases):
-        return {"modality": ("CT", f"{airy} of {len(cases)} scans reach below {AIR:g}, as air does in HU: a guess")}
-    return {"modality": ("MR", f"{len(cases) - airy} of {len(cases)} scans do not reach below {AIR:g}: a guess")}
+        return {"modality": ("CT", f"guess: {airy} of {len(cases)} scans have values below {AIR:g}, as air in HU")}
+    return {"modality": ("MR", f"guess: {len(cases) - airy} of {len(cases)} scans have no values below {AIR:g}")}
 
 
 def _geometry(cases: Sequence[CaseFacts], modality: str, labels: Mapping[str, Any]) -> Choices:
@@ -165,7 +165,7 @@ def _geometry(cases: Sequence[CaseFacts], modality: str, labels: Mapping[str, An
     spacing = _rounded_up(max(wanted, field / largest))
     size = int(np.ceil(field / spacing / 16 - 1e-6)) * 16
     unit = "pixels" if picture else "mm"
-    scans = f"the scans have {own:.3g}" if not picture else "a pixel of a picture counts as 1 mm"
+    scans = f"the scans have {own:.3g}" if not picture else "a pixel of a 2-D image counts as 1 mm"
     grid = f"mm per pixel of a slice; {scans}, {narrow} is {width:.3g} wide" if narrow else f"mm per pixel; {scans}"
     grid += f", the head tells {GRID * spacing:.3g} apart"
     if spacing > 1.01 * needed:
@@ -215,14 +215,14 @@ def _rounded_up(value: float) -> float:
 
 
 def _axis(cases: Sequence[CaseFacts], modality: str) -> tuple[str, int, str]:
-    """The slice axis, its number in RAS, and why: the one along which most scans are clearly coarsest, else axial."""
+    """The slice axis, its index in RAS, and the reason: the coarsest axis of most scans, else axial."""
     coarsest = [int(np.argmax(c.sides_mm)) for c in cases if max(c.sides_mm) > ANISOTROPIC * np.median(c.sides_mm)]
     across = Counter(coarsest).most_common(1)[0][0] if 2 * len(coarsest) > len(cases) else 2
     if modality == "image" or across == 2:
         return "axial", 2, ""
     name = next(name for name, axis in AXES.items() if axis == across)
     apart = np.median([case.sides_mm[across] for case in cases])
-    return name, across, f"slices are {apart:.3g} mm apart along it, which is coarser than within"
+    return name, across, f"the slice spacing of {apart:.3g} mm is coarser than that within slices"
 
 
 def _window(cases: Sequence[CaseFacts], ids: Sequence[int]) -> Choices:
@@ -232,4 +232,4 @@ def _window(cases: Sequence[CaseFacts], ids: Sequence[int]) -> Choices:
     low, high = np.percentile(samples, [TAIL, 100 - TAIL])
     wider = max(0.0, WINDOW - (high - low)) / 2
     window = [float(np.floor((low - wider) / 10) * 10), float(np.ceil((high + wider) / 10) * 10)]
-    return {"window": (window, f"HU; 99 % of the foreground lie in {low:.0f} to {high:.0f}, and their surroundings")}
+    return {"window": (window, f"HU; 99 % of the foreground is within {low:.0f} to {high:.0f}, plus a margin")}

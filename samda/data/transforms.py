@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random tissue contrast: what another scanner, sequence or contrast medium does to gray values, for training.
+"""MONAI transforms: preprocessing of scans from paths to volumes in [0, 1], and augmentation of slices.
 
-Intensities of a scan to [0, 1].
-
-MONAI transforms: from paths to preprocessed volumes, and random changes of slices for training.
+:class:`RandTissueContrastd` simulates other scanners, sequences and contrast media.
 """
 
 from __future__ import annotations
@@ -40,27 +38,26 @@ from samda.data.readers import SimpleITKReader, refuse_other_grid
 from samda.errors import InputError, UsageError, cause_of, nearest
 from samda.task import Task
 
-AIR = 0.05  # below this value a pixel fades into air, which is dark on every scanner
-POINTS = 6  # of the gray value curve
-EDGE = 1.0  # pixels: sigma by which an organ's offset fades out at its border
+AIR = 0.05  # pixels fade into air below this value; air is dark on every scanner
+POINTS = 6  # of the intensity curve
+EDGE = 1.0  # pixels; sigma of the smoothing of offsets at organ borders
 
 
 class RandTissueContrastd(RandomizableTransform):
-    """Give a slice other gray values: one curve for all tissue, and an offset of its own for each organ.
+    """Random intensities: a curve for all tissues and an offset for each organ.
 
     x -> t curve(x) + (1 - t) x + G * sum_k offset_k [label = k], clipped to [0, 1], with t = min(1, x / AIR), so that
-    air stays dark, and a small Gaussian G, so that organs keep soft borders. The curve runs through random points mixed
-    with the identity; it need not rise, since MR orders tissues differently from CT. Offsets stand for contrast media,
-    which brighten organs independently of each other. The idea of location-wise gray value maps: SLAug,
-    arXiv 2211.11514.
+    air stays dark, and a small Gaussian G, so that organs keep soft borders. The curve interpolates random points mixed
+    with the identity and need not be monotonic, because the order of tissues in MR differs from CT. Offsets simulate
+    contrast media. Compare the location-scale augmentation of SLAug, arXiv 2211.11514.
 
     Args:
-        prob: probability that a slice changes at all.
+        prob: probability of a change.
         curve: largest weight of the random curve, 0 (identity) to 1; the weight is uniform from 0.
         offset: largest offset of an organ, in either direction.
-        image_key: {image_key: (C, H, W) in [0, 1]}; all channels change alike.
-        label_key: {label_key: (1, H, W) class indices, background 0}; or (C, H, W), where the channels are neighboring
-            slices: an organ then shifts in all of them by the same offset, in each where it lies there.
+        image_key: {image_key: (C, H, W) in [0, 1]}; all channels have the same curve.
+        label_key: {label_key: (1, H, W) class indices, background 0}; or (C, H, W) for neighboring slices as channels:
+            an organ has the same offset in all channels.
     """
 
     def __init__(
@@ -89,12 +86,12 @@ class RandTissueContrastd(RandomizableTransform):
 
 
 def intensity_range(image: np.ndarray, spacing_mm: np.ndarray, task: Task) -> tuple[float, float]:
-    """The two intensities that become 0 and 1.
+    """The two intensities that are mapped to 0 and 1.
 
-    CT: the task's window, in HU. MR: percentiles inside the body, so that the amount of air around it does not decide.
-    Pictures: percentiles of all pixels and channels together, so that colors stay.
+    CT: window of the task in HU. MR: percentiles inside the body, independent of the amount of air. 2-D images:
+    percentiles of all pixels and channels together, which preserves colors.
 
-    `image` is (C, X, Y, Z), RAS; of an MR one channel, as every sequence has a scale of its own.
+    `image` is (C, X, Y, Z), RAS; for MR one channel, because sequences have different scales.
     """
     if task.modality == "CT":
         return task.window
@@ -109,7 +106,7 @@ def intensity_range(image: np.ndarray, spacing_mm: np.ndarray, task: Task) -> tu
 class ScaleBodyIntensityd(MapTransform):
     """Map the intensities of a scan (C, X, Y, Z) to [0, 1], float32, clipped; see :func:`intensity_range`.
 
-    The result lies in memory slice by slice along the last axis, which makes reading axial slabs fast.
+    The last axis is outermost in memory, for fast access to axial slabs.
     """
 
     def __init__(self, keys: KeysCollection, task: Task) -> None:
@@ -137,17 +134,17 @@ class ScaleBodyIntensityd(MapTransform):
         return scaled
 
     def _limits(self, image: torch.Tensor, spacing_mm: np.ndarray, name: str) -> tuple[float, float]:
-        """The intensities that become 0 and 1, refusing an image that they map to one value."""
-        smallest, largest = (float(v) for v in image.aminmax())  # NaN, if any voxel is NaN
+        """The intensities that are mapped to 0 and 1; an image that is mapped to one value is refused."""
+        smallest, largest = (float(v) for v in image.aminmax())  # NaN if any voxel is NaN
         if not (np.isfinite(smallest) and np.isfinite(largest)):
-            raise InputError(f"{name} holds NaN or infinite values; replace them before use")
+            raise InputError(f"{name} contains NaN or infinite values; replace them")
         if smallest == largest:
             raise InputError(f"{name} is constant ({smallest:g} everywhere); check the file")
         low, high = intensity_range(image.numpy(), spacing_mm, self.task)
         if largest <= low or smallest >= high or low >= high:
             raise InputError(
-                f"{name} holds {smallest:g} to {largest:g}, which {self._range(low, high)} does not tell apart; "
-                "check the units of the file and the task's modality, window and percentiles"
+                f"{name} has values {smallest:g} to {largest:g}, which {self._range(low, high)} maps to one value; "
+                "check the units of the file and the modality, window and percentiles of the task"
             )
         if self.task.modality == "CT" and smallest >= 0:
             warnings.warn(f"{name} has no value below 0; a CT in Hounsfield units has air near -1000", stacklevel=2)
@@ -163,7 +160,7 @@ RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
 class Preprocessing(Compose):
-    """MONAI's Compose, except that samda's own errors pass as they are instead of inside RuntimeErrors."""
+    """MONAI's Compose, but errors of samda are not wrapped in RuntimeErrors."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -176,7 +173,7 @@ class Preprocessing(Compose):
 
 
 class LoadScand(LoadImaged):
-    """MONAI's LoadImaged with samda's reader only: what it refuses, no other reader tries."""
+    """MONAI's LoadImaged with samda's reader and no fallback to other readers."""
 
     def __init__(self, keys: KeysCollection, channels: int = 1) -> None:
         self.reader = SimpleITKReader(channels)
@@ -193,7 +190,7 @@ class LoadScand(LoadImaged):
 
 
 class CheckSameGridd(MapTransform):
-    """Refuse a label that does not lie on the grid of its image, see :func:`samda.data.readers.refuse_other_grid`."""
+    """Refuse a label that is not on the grid of its image, see :func:`samda.data.readers.refuse_other_grid`."""
 
     def __init__(self, keys: KeysCollection, image_key: str = "image") -> None:
         super().__init__(keys)
@@ -210,23 +207,19 @@ class CheckSameGridd(MapTransform):
 
 
 def refuse_lossy_label(path: str | Path) -> None:
-    """Refuse a label file whose format alters ids."""
+    """Refuse a label file in a lossy format."""
     if Path(path).suffix.lower() in (".jpg", ".jpeg"):
-        raise InputError(f"{path} is a label saved as JPEG, which alters ids; save labels as PNG or NIfTI")
+        raise InputError(f"{path} is a label in JPEG format, which changes ids; save labels as PNG or NIfTI")
 
 
 def build_preprocessing(
     task: Task, labels: bool, dataset_labels: Mapping[str, tuple[int, ...]] | None = None
 ) -> Preprocessing:
-    """From the paths of a case to a volume the network's slices are cut from.
+    """Read and preprocess the volume of a case.
 
     {"image": path, "label": path} -> {"image": (C, X, Y, Z) float32 in [0, 1], "label": (1, X, Y, Z) uint8 class
-    indices}, both MetaTensors in RAS order on the scan's own grid. Other keys pass.
-
-    Args:
-        task: the task.
-        labels: read "label" too; otherwise it is left as it is.
-        dataset_labels: name -> ids as the data set states them, see :func:`samda.data.labels.label_map`.
+    indices}, both MetaTensors in RAS order on the grid of the scan. "label" is read only with `labels`; other keys are
+    passed through. For `dataset_labels`, see :func:`samda.data.labels.label_map`.
     """
     keys = ["image", "label"] if labels else ["image"]
     steps: list[Any] = [LoadScand("image", channels=task.in_channels)]
@@ -241,17 +234,16 @@ def build_preprocessing(
 
 
 def build_augmentation(task: Task, strength: float = 1.0, tissue: float = 1.0) -> Compose:
-    """Random changes of a slice: {"image": (C, H, W) in [0, 1], "label": (1, H, W)} -> the same, as plain tensors.
+    """Augmentation of a slice: {"image": (C, H, W) in [0, 1], "label": (1, H, W)} -> the same, as plain tensors.
 
-    Geometry: small rotations, scalings and shifts; no flips, as left and right organs differ. Intensity: strong, so
-    that the model meets the tissue contrasts of other scanners and contrast media: a gray value curve and an offset
-    per organ (:class:`samda.data.transforms.RandTissueContrastd`), gamma, a bias field, noise and blur. Seed it with
-    `set_random_state`.
+    Geometry: small rotations, scalings and shifts; no flips, because organs are lateralized. Intensity: strong changes
+    that simulate other scanners and contrast media: :class:`RandTissueContrastd`, gamma, bias field, noise and blur.
+    Seed it with `set_random_state`.
 
     Args:
         task: the task.
-        strength: 0 changes nothing, 1 is the default, 2 doubles every range.
-        tissue: multiplies the ranges of the gray value curve and of the organs' offsets; 0 leaves both out.
+        strength: factor of all ranges; 0 disables the augmentation.
+        tissue: factor of the ranges of the tissue contrast; 0 disables it.
     """
     for name, value in (("strength", strength), ("tissue contrast", tissue)):
         if value < 0:

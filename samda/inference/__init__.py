@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inference: scans to label maps on their own grids, label maps to scores, and how far the encoder sees."""
+"""Inference: prediction of label maps, evaluation, and effective receptive fields."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare label maps with labels: per case and class, in mm and ml, with the rules printed beside the numbers."""
+"""Evaluate label maps against labels, per case and class, in mm and ml; output includes the definitions of scores."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Evaluation:
     Attributes:
         classes: names of the foreground classes.
         cases: case -> scores of the foreground classes.
-        failed: case -> why it could not be scored, in one line; it is in no mean.
+        failed: case -> reason in one line; excluded from means.
         nsd_tolerance_mm: tolerance of the normalized surface distance.
     """
 
@@ -56,7 +56,7 @@ class Evaluation:
         return summarize(self.cases.values(), self.classes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; what has no value is None."""
+        """Plain values for JSON; missing values are None."""
         cases = {
             case: {name: dataclasses.asdict(score) for name, score in zip(self.classes, scores, strict=True)}
             for case, scores in self.cases.items()
@@ -71,7 +71,7 @@ class Evaluation:
         return plain(values)
 
     def to_csv(self) -> str:
-        """One row per case and class; what has no value is empty."""
+        """One row per case and class; missing values are empty."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["case", "class", *COLUMNS])
@@ -97,24 +97,24 @@ def evaluate(
     section: str | None = None,
     on_case: Callable[[str, str], None] | None = None,
 ) -> Evaluation:
-    """Score predictions against labels; a pair that cannot be compared is listed and does not stop the others.
+    """Evaluate predictions against labels; pairs that fail are listed and the others are still evaluated.
 
     Args:
-        predictions: folder of label maps as :func:`samda.inference.predict.predict_folder` writes them, or one file.
-        labels: folder of label files, one file, or a data set whose cases have labels.
+        predictions: folder of label maps of :func:`samda.predict_folder`, or one file.
+        labels: folder of label files, one file, or a data set with labels.
         task: classes, and the ids of the label files.
         output: folder for `metrics.csv` and `metrics.json`; None writes nothing.
         nsd_tolerance_mm: None takes the task's.
-        section: "training", "validation" or "test" of a data set; None takes those of which there are predictions.
-        on_case: called with case and "done" or the reason why it could not be scored.
+        section: "training", "validation" or "test" of a data set; None takes the sections with predictions.
+        on_case: called with case and "done" or the reason of the failure.
 
     Raises:
-        UsageError: nothing can be written to `output`, or a tolerance below 0.
-        InputError: no predictions, no labels, or not a single pair.
+        UsageError: `output` is not writable, or a tolerance below 0.
+        InputError: no predictions, no labels, or no pair.
     """
     tolerance = task.nsd_tolerance if nsd_tolerance_mm is None else nsd_tolerance_mm
-    if not 0 <= tolerance < math.inf:  # nor NaN, within which nothing lies
-        raise UsageError(f"the NSD tolerance must be a length from 0 (mm), got {tolerance:g}")
+    if not 0 <= tolerance < math.inf:  # also refuses NaN
+        raise UsageError(f"the NSD tolerance must be at least 0 mm, got {tolerance:g}")
     if output is not None:
         check_output_folder(output)
     pairs, dataset_labels = find_pairs(predictions, labels, section)
@@ -125,9 +125,9 @@ def evaluate(
         outcome = "done"
         try:
             if prediction is None:
-                raise InputError(f"there is no prediction for label {label}; predict this case too")
+                raise InputError(f"missing prediction for label {label}; predict this case")
             result.cases[case] = score_files(prediction, label, task, tolerance, mapping)
-        except Exception as error:  # whatever is wrong with this pair, the others are still wanted
+        except Exception as error:  # any failure of a pair must not stop the others
             result.failed[case] = outcome = log_failed(case, error)
         if on_case:
             on_case(case, outcome)
@@ -145,17 +145,14 @@ def score_files(
     nsd_tolerance_mm: float,
     mapping: MapLabelsd | None = None,
 ) -> list[ClassScores]:
-    """Score a label map of class indices against a label file; see :func:`samda.metrics.score_case`.
+    """Evaluate a label map of class indices against a label file; see :func:`samda.metrics.score_case`.
 
-    `mapping` leads from the ids of the label file to class indices; None takes the task's.
-
-    Raises:
-        InputError: a file cannot be read, the two are not on one grid, or a value is not a class.
+    `mapping` maps ids of the label file to class indices; None takes that of the task.
     """
     true = read_scan(label)
     predicted = _turned(read_scan(prediction), true)
     pictures = any(str(path).lower().endswith(PICTURE_SUFFIXES) for path in (prediction, label))
-    affine = true.affine if pictures else predicted.affine  # a picture states no place
+    affine = true.affine if pictures else predicted.affine  # 2-D images have no position
     refuse_other_grid(predicted.array.shape, affine, (true.array.shape, true.affine), (prediction, label))
     mapping = mapping or MapLabelsd("label", task)
     ids = MetaTensor(torch.from_numpy(np.ascontiguousarray(true.array)), meta={"filename_or_obj": str(label)})
@@ -165,7 +162,7 @@ def score_files(
 
 
 def _turned(scan: Scan, like: Scan) -> Scan:
-    """`scan` with its axes in the order and direction of `like`: one grid may be stored in several orders."""
+    """`scan` with axes in the order and direction of `like`: one grid may be stored in several orders."""
     turn = nib.orientations.ornt_transform(
         nib.orientations.io_orientation(scan.affine), nib.orientations.io_orientation(like.affine)
     )
@@ -174,11 +171,11 @@ def _turned(scan: Scan, like: Scan) -> Scan:
 
 
 def _whole(array: np.ndarray, path: str | Path) -> np.ndarray:
-    """Class indices as integers; a label map saved as float is accepted if it holds whole numbers."""
+    """Class indices as integers; float label maps are accepted if all values are integers."""
     if array.dtype.kind == "f":
         whole = array.astype(np.int32)
         if not np.array_equal(whole, array):
-            raise InputError(f"{path} holds fractions, and class indices are whole numbers; give the label map")
+            raise InputError(f"{path} contains fractions, which are not class indices; give a label map")
         return whole
     return array
 
@@ -187,7 +184,7 @@ def _whole(array: np.ndarray, path: str | Path) -> np.ndarray:
 
 
 def format_table(evaluation: Evaluation) -> str:
-    """The summary as text: the rules first, then one line per class with the number of cases behind each mean."""
+    """The summary as text: definitions, then one line per class with means and numbers of cases."""
     rules = [f"{key}: {DEFINITIONS[key]}" for key in (*SCORES, *COUNTED, "mean", "pooled_dice")]
     counts = f"cases: {len(evaluation.cases)} scored, {len(evaluation.failed)} failed"
     header = [counts, *rules, f"NSD tolerance: {evaluation.nsd_tolerance_mm:g} mm"]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the network's label map to the file: the largest connected piece of a class, the scan's own grid, saving.
+"""Postprocessing of label maps: largest connected component, inverse transform to the grid of the scan, saving.
 
-`samda predict` and the MONAI bundle share these steps.
+Used by `samda predict` and the MONAI bundle.
 """
 
 from __future__ import annotations
@@ -35,11 +35,10 @@ logger = logging.getLogger(__name__)
 
 
 def keep_largest(labels: np.ndarray, classes: Iterable[int]) -> np.ndarray:
-    """Turn all but the largest 3-D piece (26-connected) of each of `classes` into background.
+    """Set all but the largest 3-D component (26-connected) of each of `classes` to background.
 
-    Each class is processed within its bounding box: memory grows with that box, not with the volume. Of pieces of equal
-    size the first in the order of the array stays. Returns (X, Y, Z) of the same dtype; the array itself if nothing
-    changes.
+    Each class is processed in its bounding box, which limits the memory. Of components of equal size, the first in the
+    order of the array is kept. Returns (X, Y, Z) of the same dtype; the array itself if nothing changes.
     """
     chosen = sorted(set(classes))
     boxes = ndimage.find_objects(labels, max_label=max(chosen)) if chosen and labels.any() else []
@@ -97,7 +96,7 @@ def override(
     if isinstance(classes, str):
         classes = {"all": True, "none": False}.get(classes, [name.strip() for name in classes.split(",")])
     if not isinstance(classes, bool) and not all(classes):
-        raise UsageError(f"keep_largest {list(classes)} holds an empty name; give names of classes, or all, or none")
+        raise UsageError(f"keep_largest {list(classes)} contains an empty name; give names of classes, or all, or none")
     return dataclasses.replace(task, keep_largest=classes if isinstance(classes, bool) else tuple(classes))
 
 
@@ -108,18 +107,14 @@ def build_postprocessing(
     keys: KeysCollection = "pred",
     keep_largest: bool | str | Sequence[str] | None = None,
 ) -> Compose:
-    """Keep the largest pieces of the task's classes, bring predictions back to the axis order of the file, save them.
+    """Keep largest components, restore the axis order of the file, and save predictions.
 
     Args:
         task: a Task or its values.
-        preprocessing: the very object that preprocessed the image.
-        output_dir: folder of the label maps; None saves nothing.
+        preprocessing: the same object that preprocessed the image.
+        output_dir: folder of the label maps; None does not save.
         keys: keys of the predictions, (1, X, Y, Z) class indices.
-        keep_largest: classes of which only the largest piece stays, instead of the task's; see
-            :func:`samda.inference.postprocessing.override`.
-
-    Raises:
-        UsageError: the folder cannot be written to, or `keep_largest` names no class.
+        keep_largest: overrides the task, see :func:`override`.
     """
     task = override(task if isinstance(task, Task) else Task.from_dict(task), keep_largest)
     steps: list[Any] = [KeepLargestd(keys, task)] if task.largest_only else []
@@ -130,25 +125,15 @@ def build_postprocessing(
 
 
 def own_grid(preprocessing: InvertibleTransform, keys: KeysCollection = "pred") -> Invertd:
-    """MONAI's Invertd for predictions (C, X, Y, Z) of the preprocessed "image"; only the axis order changes."""
+    """MONAI's Invertd for predictions (C, X, Y, Z) of the preprocessed "image"; restores the axis order."""
     return Invertd(keys, transform=preprocessing, orig_keys="image", nearest_interp=True, to_tensor=True)
 
 
 class SaveLabelMapd(SaveImaged):
-    """Save label maps on their own grid, see :func:`samda.inference.writer.write_labels`.
+    """Save label maps, MetaTensors (1, X, Y, Z) in the axis order of the file, see `writer.write_labels`.
 
-    It derives from MONAI's SaveImaged only because MONAI Label removes those transforms and writes the result itself.
-    The file is named after the case ("id"), else after the file of the image. A map without foreground is saved with a
-    warning.
-
-    Args:
-        keys: keys of the label maps, MetaTensors (1, X, Y, Z) in the axis order of the scan's file.
-        output_dir: folder, made if missing.
-        task: a Task or its values.
-        image_key: key of the image.
-
-    Raises:
-        UsageError: the folder cannot be written to.
+    Derived from MONAI's SaveImaged, because MONAI Label removes such transforms and writes the result itself. The file
+    is named after the case ("id"), else after the file of the image. A map without foreground causes a warning.
     """
 
     def __init__(
@@ -178,5 +163,5 @@ class SaveLabelMapd(SaveImaged):
 
 
 def warn_empty(case: str) -> None:
-    """Say that a case has no foreground at all."""
+    """Warn that a label map has no foreground."""
     logger.warning("case %s: no foreground found; check modality, units and field of view of the scan", case)

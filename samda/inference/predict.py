@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predict one scan, or a folder of them, in which a bad one does not stop the others."""
+"""Predict one scan, or a folder of scans."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from samda.task import Task
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """The label map of one scan on the scan's own grid.
+    """The label map of one scan on the grid of the scan.
 
     Attributes:
         case: name of the case.
-        labels: (X, Y, Z) class indices, uint8 (uint16 beyond 255 classes), in the axis order of the scan's file.
+        labels: (X, Y, Z) class indices, uint8 (uint16 beyond 255 classes), in the axis order of the file.
         affine: (4, 4) voxel index to RAS mm.
         classes: names of the classes, background first.
-        scan: the scan's file or DICOM folder (of several channel files the first), or the nibabel image.
+        scan: file or DICOM folder (the first of several channel files), or the nibabel image.
         probabilities: (K, X, Y, Z) float32, if requested.
     """
 
@@ -55,7 +55,7 @@ class Prediction:
 
     @property
     def image(self) -> SpatialImage:
-        """The label map as a nibabel image; affine and form codes are the scan's own."""
+        """The label map as a nibabel image with affine and form codes of the scan."""
         return label_image(self.labels, self.scan, self.affine)
 
     @property
@@ -66,13 +66,13 @@ class Prediction:
     def volumes_ml(self) -> dict[str, float]:
         """Volume of each foreground class in ml."""
         counts = np.zeros(len(self.classes), np.int64)
-        for plane in np.moveaxis(self.labels, -1, 0):  # one at a time: counting needs 8 bytes a voxel
+        for plane in np.moveaxis(self.labels, -1, 0):  # by plane: counting needs 8 bytes per voxel
             counts += np.bincount(plane.ravel(), minlength=len(counts))
         voxel_ml = abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000.0
         return {name: int(counts[k]) * voxel_ml for k, name in enumerate(self.classes) if k}
 
     def save(self, folder: str | Path) -> Path:
-        """Write the label map (and the probabilities) into `folder`; returns the path of the label map."""
+        """Write the label map (and probabilities) to `folder`; returns the path of the label map."""
         folder = check_output_folder(folder)
         if self.probabilities is not None:
             write_probabilities(probability_path(folder, self.case), self.probabilities, self.scan, self.affine)
@@ -81,18 +81,16 @@ class Prediction:
 
 
 class Predictor:
-    """A network and its task, ready for scans.
+    """A network and its task for the prediction of scans.
 
     Args:
-        network: (n, C, H, W) slices in [0, 1] -> (n, K, H, W) logits; it is put into eval mode on `device`.
-        task: what it segments, the geometry it was trained with, and the classes of which it keeps the largest piece
-            (of the label map; probabilities stay as the network gives them).
-        device: torch device.
+        network: (n, C, H, W) slices in [0, 1] -> (n, K, H, W) logits; it is set to eval mode on `device`.
+        task: classes and preprocessing; `keep_largest` applies to the label map, not to probabilities.
         batch_size: slices per forward pass.
-        overlap: of the windows where a body is larger than the field of view.
-        memory_budget_mb: memory for class maps on the scan's grid, see :class:`VolumeInferer`.
+        overlap: of windows, if a body is larger than the field of view.
+        memory_budget_mb: memory for class maps on the grid of the scan, see :class:`VolumeInferer`.
         amp: "bf16", "fp16" or None.
-        progress: show a progress bar (terminals only) over the cases of a folder or the slices of a single scan.
+        progress: show a progress bar over the cases of a folder or the slices of a single scan.
         axes: "all" predicts along all three axes and averages, "one" along the task's; None as the task says.
     """
 
@@ -121,15 +119,10 @@ class Predictor:
         )
 
     def predict(self, image: str | Path | SpatialImage | Mapping[str, Any], probabilities: bool = False) -> Prediction:
-        """Segment one scan.
+        """Segment one scan; with `probabilities`, also return the class probabilities (4 K bytes per voxel).
 
-        Args:
-            image: path of a file or DICOM folder, a nibabel image, or a case {"image": one of these, "id": name}, whose
-                "image" may list one file a channel.
-            probabilities: also return the class probabilities, 4 K bytes per voxel.
-
-        Raises:
-            InputError: the scan cannot be read or used.
+        `image` is the path of a file or DICOM folder, a nibabel image, or a case {"image": one of these, "id": name},
+        whose "image" may be a list of one file per channel.
         """
         case = {k: image[k] for k in image if k != "label"} if isinstance(image, Mapping) else {"image": image}
         scan = case["image"]
@@ -153,12 +146,12 @@ class Predictor:
 
 @dataclasses.dataclass
 class FolderResult:
-    """The outcome of each case of a folder.
+    """Outcomes of the cases of a folder.
 
     Attributes:
         done: predicted cases.
-        skipped: cases that were finished before.
-        empty: predicted cases without any foreground.
+        skipped: cases that were already finished.
+        empty: predicted cases without foreground.
         failed: case -> reason in one line.
     """
 
@@ -168,7 +161,7 @@ class FolderResult:
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __add__(self, other: FolderResult) -> FolderResult:
-        """The outcome of the cases of two parts."""
+        """Outcomes of two parts."""
         return FolderResult(
             self.done + other.done,
             self.skipped + other.skipped,
@@ -178,7 +171,7 @@ class FolderResult:
 
     @property
     def exit_code(self) -> int:
-        """0 if every case is there, else 1."""
+        """0 if no case failed, else 1."""
         return 1 if self.failed else 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -195,20 +188,19 @@ def predict_folder(
     part: Shard | None = None,
     on_case: Callable[[str, str], None] | None = None,
 ) -> FolderResult:
-    """Predict every case and write its label map; a case that fails is listed, and the next one follows.
+    """Predict every case and write its label map; cases that fail are listed and the others are still predicted.
 
     Args:
         predictor: the predictor.
-        cases: as :func:`samda.find_cases` returns them, or the path where it finds them.
+        cases: cases, or their path, see :func:`samda.find_cases`.
         output: folder of the label maps, one per case, named as the case.
         save_probabilities: also write `probabilities/<case>.nii.gz`.
         skip_finished: skip cases whose result exists.
-        part: the share of the cases that this process predicts; None predicts all.
+        part: share of the cases for this process; None predicts all.
         on_case: called with case and "done", "skipped", "empty" or the reason of its failure.
 
     Raises:
-        UsageError: nothing can be written to `output`, or results would replace scans.
-        InputError: there are no scans.
+        UsageError: `output` is not writable, or results would replace scans.
     """
     cases = find_cases(cases) if isinstance(cases, str | Path) else cases
     folder = check_output_folder(output)
@@ -232,11 +224,7 @@ def predict_folder(
 
 
 def refuse_own_folder(cases: Sequence[Case], folder: Path) -> None:
-    """Refuse the scans' own folder as output: label maps are named as their scans and would replace them.
-
-    Raises:
-        UsageError: naming the scan.
-    """
+    """Refuse the folder of the scans as output: label maps have the names of scans and would replace them."""
     for image in (path for case in cases for path in files_of(case["image"])):
         if folder.resolve() == (image if image.is_dir() else image.parent).resolve():
             raise UsageError(f"output {folder} is the folder of the scan {image.name}; choose another output folder")
@@ -245,12 +233,12 @@ def refuse_own_folder(cases: Sequence[Case], folder: Path) -> None:
 def _predict_case(
     predictor: Predictor, case: Case, folder: Path, save_probabilities: bool, result: FolderResult
 ) -> str:
-    """The outcome of one case, which is also entered into `result`."""
+    """Predict one case; returns its outcome and adds it to `result`."""
     name = case["id"]
     try:
         prediction = predictor.predict(case, save_probabilities)
         prediction.save(folder)
-    except Exception as error:  # whatever is wrong with this scan, the others are still predicted
+    except Exception as error:  # any failure of a scan must not stop the others
         result.failed[name] = log_failed(name, error)
         return result.failed[name]
     result.done.append(name)

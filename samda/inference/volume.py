@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole volume through a network of slices: slab by slab, so that memory does not grow with classes x voxels."""
+"""Slice-wise inference on volumes, by slabs, so that memory does not grow with classes x voxels."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ from samda.task import Task
 
 OUTPUTS = ("labels", "probabilities", "logits")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-SMALLEST = 1e-12  # probability whose logarithm stands for zero
+SMALLEST = 1e-12  # lower bound of probabilities before the logarithm
 
 
 class VolumeInferer(Inferer):
-    """Segment a preprocessed volume slice by slice and return the result on the volume's own grid.
+    """Segment a preprocessed volume slice by slice and return the result on the grid of the volume.
 
-    Slices are cut by :class:`samda.data.slices.SliceGrid`, with their neighbors where the task has `context`, and go
-    through the network in batches; where the body is larger than the field of view, in overlapping windows that are
-    blended with Gaussian weights. The class probabilities are resampled to the volume's in-plane grid *before* the
-    argmax, so borders are as smooth as that grid allows. This is done for a few slices (a slab) at a time: in addition
-    to the volume, the label map and what the network needs for `batch_size` slices, memory stays within the budget. The
-    result does not depend on the budget.
+    Slices of :class:`samda.data.slices.SliceGrid` (with neighbors, if the task has `context`) are processed in batches;
+    if the body is larger than the field of view, in overlapping windows blended with Gaussian weights. The class
+    probabilities are resampled to the in-plane grid of the volume *before* the argmax, for smooth borders. Slabs of a
+    few slices keep the memory within the budget, in addition to volume, label map and the network on `batch_size`
+    slices. The result does not depend on the budget.
 
     Where the task's `axes` are "all" and the voxels nearly cubes, this is done along all three axes and the class
     probabilities are averaged; beyond the budget their mean lies in a temporary file.
@@ -99,12 +98,8 @@ class VolumeInferer(Inferer):
 
         Args:
             inputs: (1, C, X, Y, Z) in [0, 1], RAS; a MetaTensor, or a tensor with `spacing_mm`.
-            network: (n, C, H, W) slices -> (n, K, H, W) logits; called with the further `args` and `kwargs`.
+            network: (n, C, H, W) slices -> (n, K, H, W) logits; called with `args` and `kwargs`.
             spacing_mm: size of a voxel along X, Y, Z, for a plain tensor.
-
-        Raises:
-            UsageError: more than one volume, or no geometry.
-            InputError: the volume is not in RAS order.
         """
         labels, probabilities = self.segment(
             inputs, network, *args, spacing_mm=spacing_mm, keep_probabilities=self.output != "labels", **kwargs
@@ -124,7 +119,7 @@ class VolumeInferer(Inferer):
         keep_probabilities: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As the call, but labels (1, 1, X, Y, Z) and, if asked for, probabilities (1, K, X, Y, Z) in one pass."""
+        """As the call, but returns labels (1, 1, X, Y, Z) and optionally probabilities (1, K, X, Y, Z) in one pass."""
         geometry = _geometry(inputs, spacing_mm)
         volume = (inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs)[0]
         shape, classes = tuple(volume.shape[1:]), self.task.num_classes
@@ -170,21 +165,15 @@ class VolumeInferer(Inferer):
     def slabs(
         self, volume: torch.Tensor, grid: SliceGrid, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
-        """Class probabilities slab by slab; the network sees the same batches in the same order on every pass.
+        """Yield class probabilities by slabs: index of the slab in (X, Y, Z), and (K, ...) on the network's device.
 
-        Args:
-            volume: (C, X, Y, Z) in [0, 1], RAS.
-            grid: its slices.
-            network: as in the call, with its `args` and `kwargs`.
-
-        Yields:
-            The index of a slab in (X, Y, Z), and the probabilities (K, ...) there, on the network's device.
+        `volume` is (C, X, Y, Z) in [0, 1], RAS. Batches and their order are the same in every pass.
         """
         device = self._device(network, volume)
         across = grid.axes[0]
         size = self.slab_size(grid)
         shown = bar("segmenting", grid.num_slices, "slice") if self.progress else None
-        # a batch holds the same slices whatever the slab, so that the network's rounding cannot depend on it
+        # batches do not depend on the slabs, so that rounding in the network does not either
         for start in range(0, grid.num_slices, self.batch_size):
             stop = min(start + self.batch_size, grid.num_slices)
             logits = self._logits(grid.inputs(volume, range(start, stop)).to(device), network, args, kwargs)
@@ -199,7 +188,7 @@ class VolumeInferer(Inferer):
             shown.close()
 
     def slab_size(self, grid: SliceGrid) -> int:
-        """Slices whose class maps lie on the volume's grid at one time, from the memory budget."""
+        """Slices per slab, from the memory budget."""
         rows, columns = grid.canvas
         height, width = (grid.shape[axis] for axis in grid.axes[1:])
         maps = rows * columns + rows * width + height * width  # softmax, after the first of two products, restored
@@ -209,12 +198,12 @@ class VolumeInferer(Inferer):
     def _logits(
         self, slices: torch.Tensor, network: Callable[..., torch.Tensor], args: tuple, kwargs: Mapping[str, Any]
     ) -> torch.Tensor:
-        """(n, C, rows, columns) -> (n, K, rows, columns), float32, in windows where the canvas is larger than one."""
+        """(n, C, rows, columns) -> (n, K, rows, columns), float32; in windows if the canvas is larger."""
 
         def call(windows: torch.Tensor) -> torch.Tensor:
             with torch.autocast(windows.device.type, PRECISIONS.get(self.amp or ""), enabled=self.amp is not None):
                 logits = network(windows, *args, **kwargs)
-            return logits.to(torch.float32, copy=True)  # the blending multiplies in place what it is given
+            return logits.to(torch.float32, copy=True)  # blending multiplies in place
 
         size = self.task.image_size
         if tuple(slices.shape[2:]) == (size, size):
@@ -226,10 +215,10 @@ class VolumeInferer(Inferer):
             )
         classes = self.task.num_classes
         if logits.shape[1] != classes:
-            raise UsageError(f"the network gives {logits.shape[1]} classes, task {self.task.name!r} has {classes}")
+            raise UsageError(f"the network has {logits.shape[1]} classes, task {self.task.name!r} has {classes}")
         if not torch.isfinite(logits).all():
             remedy = "use bf16 or full precision" if self.amp == "fp16" else "its parameters are damaged"
-            raise SamdaError(f"the network gives values that are not finite; {remedy}")
+            raise SamdaError(f"the output of the network is not finite; {remedy}")
         return logits
 
     def _device(self, network: Callable, volume: torch.Tensor) -> torch.device:
@@ -246,7 +235,7 @@ class VolumeInferer(Inferer):
 def window_overlap(side: int, size: int, least: float) -> float:
     """Overlap, at least `least`, of an odd number of evenly spaced windows of `size` pixels on a canvas of `side`.
 
-    One of them then lies in the middle of the canvas, where the body is: the network was trained on centered bodies.
+    With an odd number, one window is centered on the body, as in the training.
     """
     if side <= size:
         return least
@@ -255,7 +244,7 @@ def window_overlap(side: int, size: int, least: float) -> float:
 
 
 def largest(maps: torch.Tensor) -> torch.Tensor:
-    """`maps.argmax(0)` of (K, ...), the first of equal ones, as int16; about ten times faster on contiguous maps."""
+    """`maps.argmax(0)` of (K, ...), the first of equal values, as int16; about ten times faster on contiguous maps."""
     best, index = maps[0], torch.zeros_like(maps[0], dtype=torch.int16)
     for k in range(1, len(maps)):
         index.masked_fill_(maps[k] > best, k)
@@ -274,5 +263,5 @@ def _geometry(inputs: torch.Tensor, spacing_mm: Sequence[float] | None) -> Any:
     affine = np.asarray(torch.as_tensor(inputs.affine).detach().cpu(), float).reshape(-1, 4, 4)[0]
     order = "".join(map(str, nib.orientations.aff2axcodes(affine)))
     if order != "RAS":
-        raise InputError(f"the volume lies in {order} order, slices are cut from RAS; preprocess it as the task says")
+        raise InputError(f"the volume has orientation {order} instead of RAS; preprocess it with build_preprocessing")
     return affine

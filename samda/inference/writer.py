@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Label maps and probabilities on disk, on exactly the grid of the scan they belong to."""
+"""Write label maps and probabilities on the grid of the scan."""
 
 from __future__ import annotations
 
@@ -21,11 +21,7 @@ PURPOSE = "research use only, not for clinical decisions"
 
 
 def check_output_folder(folder: str | Path) -> Path:
-    """The folder, made with its parents if missing, and known to be writable: called before any work is done.
-
-    Raises:
-        UsageError: it is a file, or nothing can be written into it.
-    """
+    """The folder, created with its parents if missing; UsageError if it is not writable."""
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output {folder} is a file; give a folder")
@@ -33,21 +29,19 @@ def check_output_folder(folder: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         try_writing(folder)
     except OSError as error:
-        raise UsageError(
-            f"nothing can be written to {folder} ({error.strerror}); choose another output folder"
-        ) from error
+        raise UsageError(f"{folder} cannot be written ({error.strerror}); choose another output folder") from error
     return folder
 
 
 def label_path(folder: str | Path, case: str, image: Image | SpatialImage | None = None) -> Path:
-    """Where the label map of a case goes: `case.nii.gz`, for a picture `case.png`."""
+    """Path of the label map of a case: `case.nii.gz`, for a 2-D image `case.png`."""
     name = "" if image is None or isinstance(image, SpatialImage) else str(files_of(image)[0])
     picture = name.lower().endswith(PICTURE_SUFFIXES)
     return Path(folder) / f"{case}{'.png' if picture else '.nii.gz'}"
 
 
 def probability_path(folder: str | Path, case: str) -> Path:
-    """Where the probabilities of a case go: a folder of their own, so that they are never taken for label maps."""
+    """Path of the probabilities of a case, in a separate folder, so that they are not mistaken for label maps."""
     return Path(folder) / "probabilities" / f"{case}.nii.gz"
 
 
@@ -58,17 +52,17 @@ def write_labels(
     image: str | Path | SpatialImage | None = None,
     affine: np.ndarray | None = None,
 ) -> Path:
-    """Write a label map, and beside it `<case>.json` with the name of each value; returns the path.
+    """Write a label map, and `<case>.json` with the names of its values; returns the path.
 
-    A NIfTI gets the header of the scan where that is NIfTI, so affine, shape and form codes are the scan's own, bit for
-    bit. The label map is put in place last, in one step: where it exists, the case is finished.
+    A NIfTI has the header of the scan, if that is NIfTI: affine, shape and form codes are bitwise the same. The label
+    map is moved into place last: if it exists, the case is finished.
 
     Args:
         path: `.nii.gz` or `.nii`, or `.png` for a map of one slice.
-        labels: (X, Y, Z) class indices in the axis order of the scan's file.
+        labels: (X, Y, Z) class indices in the axis order of the file.
         classes: names of the classes, background first.
-        image: the scan's file (or DICOM folder), or the scan as a nibabel image.
-        affine: (4, 4) voxel index to RAS mm; needed where `image` is not NIfTI.
+        image: file or DICOM folder of the scan, or a nibabel image.
+        affine: (4, 4) voxel index to RAS mm; required if `image` is not NIfTI.
     """
     path = Path(path)
     labels = labels.astype(np.uint8 if len(classes) <= 255 else np.uint16, copy=False)
@@ -79,7 +73,7 @@ def write_labels(
     }
     names = path.with_name(_case(path) + ".json")
     try:
-        with replacing(path) as temporary:  # put in place when the names are: it says that the case is finished
+        with replacing(path) as temporary:  # after the names: it marks the case as finished
             if path.suffix.lower() == ".png":
                 _save_png(labels, temporary)
             else:
@@ -100,8 +94,8 @@ def write_probabilities(
 ) -> Path:
     """Write class probabilities as one NIfTI (X, Y, Z, K), float32.
 
-    NIfTI keeps the grid and opens in every viewer, but has no half precision. `probabilities` are (K, X, Y, Z) in the
-    axis order of the scan's file; `image` and `affine` are as in :func:`write_labels`.
+    NIfTI has no half precision. `probabilities` are (K, X, Y, Z) in the axis order of the file; for `image` and
+    `affine` see :func:`write_labels`.
     """
     path = Path(path)
     maps = np.moveaxis(probabilities.astype(np.float32, copy=False), 0, -1)
@@ -113,11 +107,7 @@ def write_probabilities(
 def label_image(
     array: np.ndarray, image: str | Path | SpatialImage | None = None, affine: np.ndarray | None = None
 ) -> Any:
-    """A NIfTI image of `array` (X, Y, Z, ...) on the grid of a scan, see :func:`write_labels`.
-
-    Raises:
-        InputError: the scan and the array differ in shape.
-    """
+    """A NIfTI image of `array` (X, Y, Z, ...) on the grid of a scan, see :func:`write_labels`."""
     source: Any = _nifti_of(image)
     if source is None:
         if affine is None:
@@ -131,23 +121,23 @@ def label_image(
     shape = source.shape
     if (*shape, 1, 1)[:3] != array.shape[:3]:
         name = image if isinstance(image, str | Path) else "the scan"
-        raise InputError(f"{name} has {shape} voxels, its result {array.shape}; the scan has changed, predict it again")
+        raise InputError(f"{name} has {shape} voxels, its result {array.shape}; the scan was changed, predict it again")
     if array.ndim == 3 and array.size == int(np.prod(shape)):  # the scan may be (X, Y), or (X, Y, Z, 1)
         array = array.reshape(shape)
-    header.extensions.clear()  # may name the patient, as may the texts below
+    header.extensions.clear()  # extensions and the texts below may contain patient data
     for key, text in {"descrip": PURPOSE, "aux_file": "", "db_name": ""}.items():
-        if key in header:  # NIfTI-2 has fewer of them
+        if key in header:  # NIfTI-2 has fewer
             header[key] = text.encode()
     header["cal_min"] = header["cal_max"] = 0
     header.set_intent("none")  # clears its name, too
     header.set_data_dtype(array.dtype)
     header.set_slope_inter(1, 0)
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    return kind(array, header.get_best_affine(), header)  # its own affine: forms and codes stay as they are
+    return kind(array, header.get_best_affine(), header)  # own affine: keeps forms and codes
 
 
 def _nifti_of(image: str | Path | SpatialImage | None) -> Any:
-    """The scan as a NIfTI image whose header can be taken over; None where it is another format."""
+    """The scan as a NIfTI image, for its header; None for other formats."""
     if isinstance(image, nib.Nifti1Pair):  # NIfTI-1 and 2, as one file or two
         return copy_of(image)
     if isinstance(image, str | Path) and str(image).lower().endswith(NIFTI_SUFFIXES):

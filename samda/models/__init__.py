@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model as a folder: load, save, versions, export."""
+"""Model folders: load, save, versions, export."""
 
 from samda.models.folder import load_model as load_model
 from samda.models.folder import save_model as save_model

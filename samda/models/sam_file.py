@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks as SAM models: our encoders in segment_anything's `Sam`, and trained networks as SAM weight files.
+"""Networks as SAM models: encoders of samda in segment_anything's `Sam`, and trained networks as SAM weight files.
 
-Such a file holds the adapters merged into the weights and exactly the tensors of the base file under SAM's names, so
-`segment_anything` loads it strictly (MobileSAM's package for `vit_t`). The class head, which SAM does not have, is
-written to a file of its own.
+Such a file contains the weights with merged adapters and exactly the tensors of the base file under SAM's names, so
+`segment_anything` loads it strictly (MobileSAM's package for `vit_t`). The class head is not part of SAM and is
+written to a separate file.
 """
 
 from __future__ import annotations
@@ -22,17 +22,14 @@ from samda.networks.decoder import DEPTH, MLP_DIM, NUM_HEADS
 from samda.networks.segmenter import SamSegmenter
 from samda.networks.weights import HEAD_PREFIXES, QUALITY_PREFIXES, State, fetch_weights, name_in_network, read_state
 
-CLASSIFIER = 1000  # classes of ImageNet, which TinyViT was pre-trained on and SAM never uses
+CLASSIFIER = 1000  # classes of TinyViT's pre-training on ImageNet, not used by SAM
 PREFIX = "image_encoder."
 
 
 def to_segment_anything(backbone: str | BackboneConfig, weights: str | Path | None = "pretrained") -> Sam:
-    """A `segment_anything.Sam` in evaluation with our image encoder, for instance for `SamPredictor`.
+    """A `segment_anything.Sam` in evaluation mode with the image encoder of samda, for example for `SamPredictor`.
 
-    Arguments are those of :class:`samda.networks.segmenter.SamSegmenter`.
-
-    Raises:
-        WeightsError: the weights are missing, damaged or do not fit.
+    For the arguments, see :class:`samda.networks.segmenter.SamSegmenter`.
     """
     config = backbone_config(backbone)
     channels, grid = config.out_channels, config.image_size // 16

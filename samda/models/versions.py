@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Versions of a trained model: the source as it was trained, and candidates distilled at a site.
+"""Versions of a trained model: the source (as trained), and candidates distilled at a site.
 
-    model/adapter.json, adapter.safetensors        version "source"; never written to
-    model/versions/NAME/adapter.json, ...          a candidate, a complete adapter folder of its own
+    model/adapter.json, adapter.safetensors        version "source"; never changed
+    model/versions/NAME/adapter.json, ...          a candidate, a complete adapter folder
     model/versions/active.json                     {"stack": [..., NAME], "history": [{"time", "from", "to"}, ...]}
 
-The last version of the stack is active. Only the command `samda site activate` changes that (:func:`activate`).
+The last version of the stack is active; `samda site activate` and `rollback` change it.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def active_version(model: str | Path) -> str:
     """The version that `predict`, `adapt`, `erf` and `export` use by default.
 
     Raises:
-        InputError: the pointer is damaged or names a version that is gone.
+        InputError: `active.json` is damaged or names a missing version.
     """
     active = _pointer(model)["stack"][-1]
     if active not in list_versions(model):
-        raise InputError(f"{model}: the active version {active!r} is gone; choose another with samda site activate")
+        raise InputError(f"{model}: the active version {active!r} is missing; choose another with samda site activate")
     return active
 
 
@@ -66,7 +66,7 @@ def version_folder(model: str | Path, version: str | None = None) -> Path:
 
 
 def activate(model: str | Path, version: str) -> str:
-    """Make a version the active one; returns the one that was active before."""
+    """Make a version the active one; returns the previous one."""
     version_folder(model, version)
     pointer = _pointer(model)
     before = pointer["stack"][-1]
@@ -75,11 +75,7 @@ def activate(model: str | Path, version: str) -> str:
 
 
 def rollback(model: str | Path) -> tuple[str, str]:
-    """Return to the version that was active before the present one; (from, to).
-
-    Raises:
-        UsageError: nothing was ever activated.
-    """
+    """Return to the previously active version; returns (from, to)."""
     pointer = _pointer(model)
     if len(pointer["stack"]) == 1:
         raise UsageError(f"{model}: the version {SOURCE!r} is active and there is none before it")
@@ -119,4 +115,4 @@ def _pointer(model: str | Path) -> dict[str, Any]:
         pointer = json.loads(path.read_text(encoding="utf-8"))
         return {"stack": [str(name) for name in pointer["stack"]] or [SOURCE], "history": list(pointer["history"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); delete it, and the source version is active again") from error
+        raise InputError(f"{path} is damaged ({error}); delete it to activate the source version") from error

@@ -150,5 +150,5 @@ def test_reason_codes_are_documented_and_published() -> None:
 def test_settings_are_checked() -> None:
     with pytest.raises(UsageError, match=r"volume_factor must be at least 1, got 0\.5"):
         GuardSettings(volume_factor=0.5)
-    with pytest.raises(UsageError, match="absent must lie between 0 and 1"):
+    with pytest.raises(UsageError, match="absent must be between 0 and 1"):
         GuardSettings(absent=1.5)

@@ -84,7 +84,7 @@ def test_problems_come_with_exit_code_1(place: Path, tmp_path: Path, capsys: pyt
 def test_scans_alone(place: Path, capsys: pytest.CaptureFixture) -> None:
     code, out, err = samda(capsys, "check", place / "image")
     assert code == 1 and "scans without labels" in out and "suggested task" not in out
-    assert "error   no case can be trained with (3 without label)" in out
+    assert "error   no case has image and label (3 without label)" in out
     assert err.startswith("samda check: ") and "1 problem" in err
 
 
@@ -92,7 +92,7 @@ def test_scans_alone(place: Path, capsys: pytest.CaptureFixture) -> None:
     ("args", "code", "words"),
     [
         (["NOWHERE"], 1, ["NOWHERE", "does not exist"]),
-        (["DATA", "-o", "task.txt"], 2, ["must be named .yaml"]),
+        (["DATA", "-o", "task.txt"], 2, ["task.txt", ".yaml"]),
         (["DATA", "-o", "OWN"], 2, ["exists", "--overwrite"]),
         (["DATA", "-o", "new.yaml", "--task", "OWN"], 2, ["leave out one"]),
         (["DATA", "--task", "OWN"], 2, ["unknown key 'clases'; did you mean 'classes'?"]),

@@ -34,7 +34,7 @@ from samda.cli import main as cli
         ("train", ["--task", "TASK", "--set", "train::loss=5"], 2, "'train::loss' must be a mapping with _target_"),
         ("train", ["--task", "TASK", "--set", "record=5"], 2, "'record' must be a mapping with _target_, got 5"),
         ("train", ["--task", "TASK", "--set", "warmup=1"], 2, "'warmup' must be at least 0 and below 1, got 1"),
-        ("train", ["--task", "TASK", "--report", "out"], 2, "--report out is where the model goes; give another file"),
+        ("train", ["--task", "TASK", "--report", "out"], 2, "--report out"),
         ("adapt", ["--method", "tnet"], 2, "unknown method 'tnet'; did you mean 'tent'?"),
         ("adapt", ["--scope", "decodr"], 2, "there is no scope 'decodr'; did you mean 'decoder'?"),
         ("adapt", ["--scope", "gate+encoder+x"], 2, "there is no scope 'x'; choose from decoder, encoder, gate, norm"),

@@ -35,9 +35,7 @@ def test_names_of_the_data_set():
 
 
 def test_ids_that_the_data_set_does_not_name_are_refused():
-    with pytest.raises(
-        InputError, match=r"labels.nii.gz holds ids that the data set's labels does not name: 3, 9"
-    ) as e:
+    with pytest.raises(InputError, match=r"labels.nii.gz has ids that the data set's labels does not name: 3, 9") as e:
         mapped([0, 1, 9, 3], PLAIN, DATASET)
     assert "known: 0, 1, 2, 4" in str(e.value)
     assert "list the ids" in str(e.value)

@@ -64,14 +64,14 @@ def test_delimiters_of_spreadsheets(place, delimiter):
         ("image,label,label\na,b,c", "has column 'label' twice"),
         ("", "pairs.csv is empty; write a line with the columns image,label, and one for each case"),
         ("\n \n", "pairs.csv is empty; write a line"),
-        ("image,label\n", "lists no usable case"),
+        ("image,label\n", "has no valid case"),
         ("image,label\n,seg/0.nii.gz", "line 2 has no 'image'"),
         ("image,label,section\nct/0.nii.gz,seg/0.nii.gz,trainng", "section 'trainng' is unknown; did you mean 'train"),
         ("image,label,section\nct/0.nii.gz,,training", "line 2 has no 'label'"),
         ("image,label,fold\nct/0.nii.gz,seg/0.nii.gz,a", "fold must be a whole number, got 'a'"),
         ("image,label\nct/0.nii.gz,seg/0.nii.gz,x,y", "line 2 has more cells than the header (x, y)"),
         ("image,label\nct/0.nii.gz,seg/9.nii.gz", "seg/9.nii.gz; did you mean"),
-        ("image,label\nct/0.nii.gz,seg/0.nii.gz\nct/0.nii.gz,seg/1.nii.gz", "2 cases have one id, 'ct_0' ("),
+        ("image,label\nct/0.nii.gz,seg/0.nii.gz\nct/0.nii.gz,seg/1.nii.gz", "2 cases have the id 'ct_0' ("),
     ],
 )
 def test_what_is_wrong_is_one_line(place, text, message):
@@ -157,18 +157,18 @@ def test_masks_that_do_not_fit_are_told_apart(tmp_path):
         ("id", "d", True),
     ]
     assert "c.png has no label masks/c.*; add it, or move the image" in found[1].text
-    assert "e.png belongs to no file in images" in found[2].text
+    assert "e.png matches no file in images" in found[2].text
     assert "d.jpg and" in found[3].text and "rename or move all but one" in found[3].text
-    assert "could all be the label of" in refusal(tmp_path)
+    assert "match as label of" in refusal(tmp_path)
 
 
 def test_both_masks_and_labels_or_no_pair_at_all(tmp_path):
     touch(tmp_path, "images/a.png", "masks/b.png")
     assert "has no label masks/a.*" in refusal(tmp_path)
-    with pytest.raises(InputError, match=r"no file in .* has the name of one in"):
+    with pytest.raises(InputError, match=r"no file in .* has the name of a file in"):
         problems(tmp_path)
     touch(tmp_path, "labels/a.png")
-    assert "holds labels, masks" in refusal(tmp_path)
+    assert "contains labels, masks" in refusal(tmp_path)
 
 
 def test_series_with_labels_in_three_places(tmp_path):
@@ -197,9 +197,9 @@ def test_series_that_do_not_fit_are_told_apart(tmp_path):
         ("series", "p4", True),
         ("no image", "", False),
     ]
-    assert "p3 has no label; put p3.nii.gz (.nrrd, .mha) beside it or into" in found[1].text
-    assert "holds 2 series (T1, T2)" in found[2].text
-    assert "p9.nii.gz belongs to no DICOM folder" in found[3].text
+    assert "p3 has no label; put p3.nii.gz (.nrrd, .mha) next to it or into" in found[1].text
+    assert "contains 2 series (T1, T2)" in found[2].text
+    assert "p9.nii.gz matches no DICOM folder" in found[3].text
 
 
 def test_series_without_any_label_are_scans(tmp_path):

@@ -257,7 +257,7 @@ def test_other_pictures(tmp_path, ending):
 
 def test_tiff_of_several_pages_is_refused(tmp_path):
     sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 5, 8), np.uint8)), str(tmp_path / "a.tif"))
-    assert "holds 4 pages; save each as a picture" in refusal(tmp_path / "a.tif")
+    assert "4 pages" in refusal(tmp_path / "a.tif")
 
 
 def test_gray_picture_saved_with_three_equal_channels_is_gray(tmp_path):
@@ -355,7 +355,7 @@ def test_real_series_equals_its_own_values(examples):
 
 
 def test_missing_file(tmp_path):
-    assert "there is no" in refusal(tmp_path / "nothing.nii.gz")
+    assert "nothing.nii.gz" in refusal(tmp_path / "nothing.nii.gz")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "a.nrrd", "a.mha", "a.png", "a.nii", "a.nii.gz", "a.dcm"])
@@ -387,7 +387,7 @@ def test_gzip_with_a_flipped_byte(tmp_path):
 
 def test_folder_without_dicom(tmp_path, capfd):
     (tmp_path / "empty").mkdir()
-    assert "holds no DICOM series" in refusal(tmp_path / "empty")
+    assert "no DICOM series" in refusal(tmp_path / "empty")
     assert capfd.readouterr() == ("", "")  # ITK would say it a second time, in four lines
 
 

@@ -56,7 +56,7 @@ def test_stated_folds():
     listed = [case | {"fold": i % 3} for i, case in enumerate(cases(6))]
     result = split(listed, TASK, fold=1)
     assert [case["id"] for case in result.validation] == ["p1s0", "p4s0"]
-    with pytest.raises(UsageError, match="no case states fold 5; choose from 0, 1, 2"):
+    with pytest.raises(UsageError, match="fold 5; choose from 0, 1, 2"):
         split(listed, TASK, fold=5)
 
 
@@ -117,7 +117,7 @@ def test_two_scans_of_one_patient_are_one_patient(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"fraction": 0.0}, "fraction must lie above 0"),
+        ({"fraction": 0.0}, "fraction must be above 0"),
         ({"fraction": 0.8}, "at most 0.5, got 0.8"),
         ({"fold": 5}, "fold 5 does not exist: a fraction of 0.2 makes folds 0 to 4"),
         ({"fold": -1}, "fold -1 does not exist"),

@@ -391,7 +391,7 @@ def test_every_mr_sequence_has_its_own_scale():
 def test_nan_and_infinity_are_refused(bad):
     volume = body(2)
     volume[0, 3, 4, 5] = bad
-    with pytest.raises(InputError, match=r"scan.nii.gz holds NaN or infinite values"):
+    with pytest.raises(InputError, match=r"scan.nii.gz contains NaN or infinite values"):
         scale(volume, MR)
 
 

@@ -228,7 +228,7 @@ def test_refuses(tmp_path: Path, task: Task) -> None:
     out, labels = folders(tmp_path)
     (tmp_path / "empty").mkdir()
     for arguments, kind, message in (
-        ((out, labels, task, None, -1.0), UsageError, "a length from 0"),
+        ((out, labels, task, None, -1.0), UsageError, "NSD tolerance"),
         ((tmp_path / "empty", labels, task), InputError, "no label maps"),
         ((out, tmp_path / "empty", task), InputError, "no label files"),
         ((tmp_path / "nowhere", labels, task), InputError, "no predictions"),

@@ -400,7 +400,7 @@ def test_refuses_output_folders_before_any_work(
     scan = phantom.write(tmp_path / "scan.nii.gz", phantom.truth((40, 32, 4)), np.diag([1.0, 1.0, 4.0, 1.0]))
     (tmp_path / "file").write_text("")
     for output, message in (
-        (read_only, "nothing can be written to"),
+        (read_only, "cannot be written"),
         (tmp_path / "file", "is a file"),
         (tmp_path, "is the folder of the scan"),
     ):

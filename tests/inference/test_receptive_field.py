@@ -334,5 +334,5 @@ def test_tasks_that_prepare_scans_otherwise_are_refused(band_task: Task) -> None
     same = Task(**{**band_task.to_dict(), "name": "other", "classes": ("background", "liver")})
     check_same_slices({"a": band_task, "b": same})
     other = Task(**{**band_task.to_dict(), "spacing": 2.0})
-    with pytest.raises(UsageError, match=r"a and c see different images \(spacing 1.0 and 2.0\)"):
+    with pytest.raises(UsageError, match=r"a and c .*\(spacing 1.0 and 2.0\)"):
         check_same_slices({"a": band_task, "b": same, "c": other})
