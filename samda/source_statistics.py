@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the training slices looked like: stored with a model, so that predictions of another site can be judged, and
-features of another scanner aligned, without labels.
+"""Source statistics: measures of the training slices, stored with a model, by which the adaptation judges predictions
+and aligns features without labels.
 
-Shapes and intensities: for each class, quantiles over the slices that hold it, since scans differ in how much of the
-body they show; no value belongs to one patient. A prediction of a new scan is measured in the same way, so the two
-compare entry by entry.
+Shapes and intensities: for each class, quantiles over the slices with the class, since scans differ in how much of the
+body they show; no value belongs to one patient. Predictions of a new scan are measured in the same way.
 
 Features: mean and spread of each channel after each layer of the decoder, for each class, since a scan may show other
 organs than the training slices did.
@@ -12,7 +11,7 @@ organs than the training slices did.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -50,11 +49,7 @@ ClassFeatures = dict[str, list[float]]  # feature -> its value in each slice tha
 
 
 class SliceStatistics:
-    """Collect statistics of slices with their labels, case by case.
-
-    Args:
-        task: classes, spacing of the slices and modality.
-    """
+    """Collects statistics of slices with their labels, case by case."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -65,15 +60,7 @@ class SliceStatistics:
         self.body_histogram = np.zeros((task.in_channels, BINS), np.int64)
 
     def update(self, images: torch.Tensor | np.ndarray, labels: torch.Tensor | np.ndarray) -> None:
-        """Add the slices of one case.
-
-        Args:
-            images: (n, C, H, W) in [0, 1], neighboring slices of one scan in their order.
-            labels: (n, H, W) class indices.
-
-        Raises:
-            InputError: shapes that do not belong together, or a label that is not a class.
-        """
+        """Add neighboring slices (n, C, H, W) in [0, 1] of one case, in their order, with labels (n, H, W)."""
         images, labels = np.asarray(images), np.asarray(labels)
         self._check(images, labels)
         bodies = body_masks(images, self.task)
@@ -133,16 +120,6 @@ class SliceStatistics:
             self.body_histogram[channel] += np.bincount(bins[body], minlength=BINS)
 
 
-def slice_statistics(
-    cases: Iterable[tuple[torch.Tensor | np.ndarray, torch.Tensor | np.ndarray]], task: Task
-) -> dict[str, Any]:
-    """Statistics of several cases (images, labels) at once, see :class:`SliceStatistics`."""
-    statistics = SliceStatistics(task)
-    for images, labels in cases:
-        statistics.update(images, labels)
-    return statistics.to_dict()
-
-
 def body_masks(images: np.ndarray, task: Task) -> np.ndarray:
     """The body in neighboring slices, (n, C, H, W) -> (n, H, W), see :mod:`samda.data.body`; all of a picture."""
     values = images.mean(axis=1)
@@ -161,13 +138,7 @@ def body_boxes(images: torch.Tensor, task: Task) -> list[Box]:
 
 
 def shape_features(labels: np.ndarray, boxes: Sequence[Box], task: Task) -> list[ClassFeatures]:
-    """Features of each class, background included, in the slices of (n, H, W) labels that hold it.
-
-    Args:
-        labels: class indices.
-        boxes: of the body in each slice.
-        task: classes and spacing.
-    """
+    """Features of each class, background included, in the slices with it: labels (n, H, W), boxes of the body."""
     found: list[ClassFeatures] = [{name: [] for name in FEATURES} for _ in task.classes]
     for label, box in zip(labels, boxes, strict=True):
         for k in np.unique(label[label > 0]):
@@ -298,11 +269,11 @@ def feature_statistics(
     Args:
         network: the trained network.
         items: `items[i]` holds "label" (1, H, W) class indices, and "pyramid" or "image" (C, H, W).
-        indices: which of them; those with foreground, as they are without augmentation.
+        indices: those with foreground, without augmentation.
         batch_size: slices decoded at once.
 
     Returns:
-        Per layer {"mean", "std"}: K rows of C values each, None for a class that no slice holds; plain values for JSON.
+        Per layer {"mean", "std"}: K rows of C values each, None for a class without slices; plain values for JSON.
     """
     step = max(1, -(-len(indices) // MOST))
     sums: list[list[torch.Tensor]] = []

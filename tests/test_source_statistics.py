@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,12 +22,18 @@ from samda.source_statistics import (
     class_shares,
     ellipse_moments,
     feature_statistics,
-    slice_statistics,
 )
 from samda.task import Task
 
 MEDIAN = QUANTILES.index(0.5)
 TASK = Task(classes=("background", "organ", "vessel", "never"), spacing=2.0, image_size=64)
+
+
+def slice_statistics(cases: list[tuple[np.ndarray, np.ndarray]], task: Task) -> dict[str, Any]:
+    statistics = SliceStatistics(task)
+    for images, labels in cases:
+        statistics.update(images, labels)
+    return statistics.to_dict()
 
 
 def scan(n: int = 5) -> tuple[np.ndarray, np.ndarray]:

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A scan against the statistics of the training slices (:mod:`samda.source_statistics`): features and predictions.
 
-Alignment of features: the scan's features get the moments that the training slices had. Another scanner shifts and
-stretches the channels that the class head reads. Networks with batch norm re-estimate their moments at test time; SAM
-has none, so the adapter is asked to restore them, in the way of activation matching (ActMAD, arXiv 2211.12870). A scan
-may show other organs than the training slices, so the source's moments are kept by class and mixed in the proportions
-that the source model sees. Unlike entropy it has no trivial minimum, and no regularizer is needed.
+Alignment of features: another scanner shifts and scales the channels that the class head reads. Networks with batch
+norm re-estimate their moments at test time; SAM has none, so the adapter restores the moments of the training slices,
+as in activation matching (ActMAD, arXiv 2211.12870). A scan may show other organs than the training slices, so the
+source's moments are kept by class and mixed in the proportions that the source model predicts. Unlike entropy the
+distance has no trivial minimum.
 
 Plausibility of a prediction: for every class the model folder has the quantiles over training slices of area, number of
-pieces, compactness, elongation and position in the body. They hold for a slab as for a whole body, since only slices in
-which the class appears are compared. A feature scores 1 inside the source's 5 % to 95 % range and falls off outside
-like a Gaussian whose width is the distance from the median to that end. A class scores the mean over its slices,
-weighted by area, of the geometric mean of its features: one organ of the usual size at the usual place is near 1,
-specks and leaks into the neighborhood are near 0.
+pieces, compactness, elongation and position in the body; only slices with the class are compared, so a scan may be a
+slab. A feature scores 1 inside the source's 5 % to 95 % range and falls off outside like a Gaussian whose width is the
+distance from the median to that end. A class scores the mean over its slices, weighted by area, of the geometric mean
+of its features: an organ of usual size and position scores near 1, specks and leaks near 0.
 """
 
 from __future__ import annotations
@@ -98,10 +97,10 @@ class FeatureAlignment:
 
 
 class CaseAlignment:
-    """The alignment of one case while it adapts; it remembers the proportions that the source model saw.
+    """The alignment of one case while it adapts; it remembers the proportions that the source model predicted.
 
     Args:
-        alignment: to what the source had.
+        alignment: the distance.
         tap: open on the network.
         shape: (V, m), views and slices of a pass.
         shown: slices that take part.
@@ -149,10 +148,8 @@ def class_plausibility(
 ) -> float | None:
     """Plausibility of one class; None where no slice holds it.
 
-    Args:
-        measured: feature -> (n,) values over the slices that hold the class.
-        source: the class's entry of the model's statistics.
-        quantiles: which quantiles that entry lists.
+    `measured` has each feature's (n,) values over the slices with the class; `source` is the class's entry of the
+    model's statistics, which lists these `quantiles`.
     """
     areas = np.asarray(measured["area_mm2"], float)
     if not len(areas):
@@ -170,9 +167,7 @@ def class_plausibility(
 class Judge:
     """Turns predictions into evidence for the guard; its :attr:`alignment` measures features.
 
-    Args:
-        task: the task.
-        record: the model folder's record; InputError where it lacks the statistics of this task.
+    InputError where the model folder's `record` lacks the statistics of this task.
     """
 
     def __init__(self, task: Task, record: Mapping[str, Any]) -> None:
@@ -204,8 +199,5 @@ class Judge:
     def plausibility(self, labels: torch.Tensor, boxes: Sequence[Box]) -> dict[str, float | None]:
         """Plausibility of each foreground class in predicted slices (n, H, W), whose body lies in `boxes`."""
         measured = shape_features(np.asarray(labels), boxes, self.task)
-        return {
-            name: class_plausibility(measured[k], self.classes[name], self.quantiles)
-            for k, name in enumerate(self.task.classes)
-            if k
-        }
+        pairs = zip(self.task.classes[1:], measured[1:], strict=True)
+        return {name: class_plausibility(found, self.classes[name], self.quantiles) for name, found in pairs}

@@ -23,67 +23,39 @@ from samda.source_statistics import Box
 
 @dataclasses.dataclass(frozen=True)
 class Segmentation:
-    """A prediction on the volume's own grid, in RAS order.
+    """A prediction on the volume's own grid, in RAS order."""
 
-    Attributes:
-        labels: (X, Y, Z) class indices.
-        uncertainty: (X, Y, Z) float32, normalized entropy of the class probabilities, 0 certain to 1 undecided.
-    """
-
-    labels: np.ndarray
-    uncertainty: np.ndarray
+    labels: np.ndarray  # (X, Y, Z) class indices
+    uncertainty: np.ndarray  # (X, Y, Z) float32, normalized entropy of the class probabilities, 0 to 1
 
 
 @dataclasses.dataclass
 class PreparedCase:
-    """What every objective needs of a case; made once, used by as many objectives as one likes.
-
-    Attributes:
-        name: of the case.
-        input_sha256: of its files, or of its preprocessed values where it came as an object.
-        data: the preprocessed case; "image" (C, X, Y, Z) in [0, 1], RAS.
-        grid: its slices.
-        boxes: box of the body in each slice.
-        replay: the network that the inferer runs, with the embeddings of all slices.
-        source: the source model's prediction.
-        slices: the slices adapted on.
-        images: (m, C, H, W) their windows in [0, 1], as they are.
-        image_boxes: box of the body in each window.
-        views: their views.
-        inputs: levels (V, m, C, h, w) of the views where the encoder stays as it is, else their images alone.
-        seed: of the views.
-        started: when its preparation began, UTC.
-        seconds: time spent, by stage.
-        scan: the scan's file or DICOM folder, or the nibabel image that it came as.
-    """
+    """A case ready to be adapted to, with any objective."""
 
     name: str
-    input_sha256: str
-    data: dict[str, Any]
+    input_sha256: str  # of its files, or of its preprocessed values where it came as an object
+    data: dict[str, Any]  # preprocessed; "image" (C, X, Y, Z) in [0, 1], RAS
     grid: SliceGrid
-    boxes: list[Box]
-    replay: EmbeddingReplay
-    source: Segmentation
-    slices: list[int]
-    images: torch.Tensor
-    image_boxes: list[Box]
+    boxes: list[Box]  # of the body in each slice
+    replay: EmbeddingReplay  # the network that the inferer runs
+    source: Segmentation  # prediction of the source model
+    slices: list[int]  # those adapted on
+    images: torch.Tensor  # (m, C, H, W) their windows in [0, 1]
+    image_boxes: list[Box]  # of the body in each window
     views: list[View]
-    inputs: Pyramid
-    seed: int
-    started: str
-    seconds: dict[str, float]
-    scan: Path | SpatialImage | None = None
+    inputs: Pyramid  # levels (V, m, C, h, w) of the views; images alone where the encoder is adapted
+    seed: int  # of the views
+    started: str  # UTC
+    seconds: dict[str, float]  # by stage
+    scan: Path | SpatialImage | None = None  # file, DICOM folder or nibabel image
 
 
 class EmbeddingReplay:
     """A network that encodes a volume on the first pass and only decodes on every later one.
 
-    The inferer asks for the same batches in the same order on every pass, so pyramids are kept in that order.
-
-    Args:
-        network: the segmenter.
-        memory_mb: pyramids beyond it are not kept but computed again (MB = 10^6 bytes); 0 keeps none, which is what
-            an encoder that is adapted needs.
+    The inferer asks for the same batches in the same order on every pass, so pyramids are kept in that order. Those
+    beyond `memory_mb` (10^6 bytes) are computed again; 0 keeps none, as an adapted encoder needs.
     """
 
     def __init__(self, network: nn.Module, memory_mb: float) -> None:
@@ -121,19 +93,16 @@ def segment(inferer: VolumeInferer, data: dict[str, Any], grid: SliceGrid, repla
 
 
 def choose_slices(areas: np.ndarray, doubt: np.ndarray, count: int) -> list[int]:
-    """The slices to adapt on, chosen without labels.
+    """The slices to adapt on, chosen without labels: at most `count` indices in ascending order.
 
-    Half of them lie evenly over the scan, so that a source model which sees next to nothing is not trapped by its own
-    blindness. A quarter shows the predicted classes at their largest, class by class, where pseudo-labels are best. The
-    rest are the least certain ones, where there is most to gain. Neighbors show the same twice and are avoided.
+    Half of them lie evenly over the scan, whatever the source model predicts. A quarter shows the predicted classes at
+    their largest, class by class, where pseudo-labels are best. The rest are the least certain ones, where there is
+    most to gain. Neighbors are nearly equal and are avoided.
 
     Args:
         areas: (K - 1, n) predicted area of each foreground class in each slice.
-        doubt: (n,) how uncertain the prediction of a slice is.
-        count: how many.
-
-    Returns:
-        Indices in ascending order; all slices where there are no more than `count`.
+        doubt: (n,) uncertainty of the prediction of each slice.
+        count: number of slices.
     """
     n = len(doubt)
     if n <= count:
@@ -159,15 +128,9 @@ def choose_slices(areas: np.ndarray, doubt: np.ndarray, count: int) -> list[int]
 
 
 def cut_windows(images: torch.Tensor, labels: torch.Tensor, size: int) -> torch.Tensor:
-    """One window per slice where the canvas is larger than the field of view: the one around the predicted foreground.
+    """Per slice the window around the predicted foreground, where the canvas is larger than the field of view.
 
-    Args:
-        images: (m, C, rows, columns).
-        labels: (m, rows, columns) predicted classes.
-        size: side of a window.
-
-    Returns:
-        (m, C, size, size); the images themselves where they have that size.
+    `images` (m, C, rows, columns) and predicted `labels` (m, rows, columns) -> (m, C, size, size).
     """
     rows, columns = images.shape[-2:]
     if (rows, columns) == (size, size):

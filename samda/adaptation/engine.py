@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adaptation of a trained model to one scan: built once, then `adapt` a case at a time.
 
-Per case: the source model predicts all slices; a few slices are seen in several photometric views, encoded once; a few
-optimizer steps move the scope's parameters; the guard compares what came out with what went in; the parameters return
-to where they were, bit for bit. No case can see another, so their order changes nothing.
+Per case: the source model predicts all slices; a few slices are encoded once in several photometric views; a few
+optimizer steps move the scope's parameters; the guard compares the adapted prediction with the source's; the parameters
+get their values back, bit for bit. Cases are independent of each other and of their order.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from samda.adaptation.case import (
     segment,
     slice_areas,
 )
-from samda.adaptation.guard import Decision, Evidence, after, before, mean_plausibility
+from samda.adaptation.guard import Decision, after, before, mean_plausibility
 from samda.adaptation.loop import NotFinite, OutOfTime, Trajectory, keep_last, load, optimize, restoring
 from samda.adaptation.objectives import check_settings, log_probabilities, most_likely
 from samda.adaptation.record import Outcome, case_record
@@ -66,11 +66,11 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class AdaptedCase:
-    """What became of one scan, on the scan's own grid and in the axis order of its file.
+    """The result of one scan, on the scan's own grid and in the axis order of its file.
 
     Attributes:
         case: name of the case.
-        labels: (X, Y, Z) the map to use: the adapted one where it was accepted, else the source's byte for byte.
+        labels: (X, Y, Z) the map to use: the adapted one if accepted, else the source's byte for byte.
         source: (X, Y, Z) the plain prediction.
         uncertainty: (X, Y, Z) float32 in [0, 1], normalized entropy of the prediction in `labels`.
         affine: (4, 4) voxel index to RAS mm.
@@ -107,16 +107,15 @@ class Adaptation:
     Args:
         network: a trained segmenter; its base and class head never move.
         task: what it segments.
-        record: the model folder's record; its "statistics" are what the guard judges by.
+        record: the model folder's record, with the source statistics.
         device: torch device.
         version: name of the model's version, for the record.
         settings: of :class:`samda.adaptation.settings.AdaptationSettings`, for instance `steps=4`; None takes the
             default.
 
     Raises:
-        UsageError: an unknown setting or name, or a value of the wrong type or out of range.
         AdapterError: the model lacks the scope, or was never trained.
-        InputError: the model carries no source statistics.
+        InputError: the model has no source statistics.
 
     Example:
         >>> adaptation = Adaptation(*load_model("model"))  # doctest: +SKIP
@@ -208,7 +207,7 @@ class Adaptation:
         return self.restore(case, outcome)
 
     def decide(self, case: PreparedCase) -> Outcome:
-        """Adapt to a prepared case and let the guard decide; whatever goes wrong while adapting ends in a fallback."""
+        """Adapt to a prepared case and let the guard decide; any error while adapting ends in a fallback."""
         outcome = self.judge_source(case)
         if outcome.decision is not None:
             return outcome
@@ -217,7 +216,7 @@ class Adaptation:
             outcome.source = dataclasses.replace(outcome.source, drift=outcome.run.drift[0])
             if outcome.run.best_step > 0:
                 outcome.adapted = self.predict(case, outcome.run.tensors)
-                outcome.evidence = self.judge_adapted(case, outcome.run, outcome.adapted)
+                outcome.evidence = self.judge.evidence(case, outcome.adapted, *outcome.run.measures())
             outcome.decision = self.compare(case, outcome)
         except Exception as error:
             outcome.adapted = None
@@ -226,9 +225,9 @@ class Adaptation:
         return outcome
 
     def prepare(self, image: Scan) -> PreparedCase:
-        """Everything that precedes the steps: read, predict, choose slices, make their views and encode them.
+        """Read and predict a scan, choose slices, make their views and encode them.
 
-        A case may bring the "input_sha256" of its files, which are hashed otherwise. InputError where the scan cannot
+        A case may have the "input_sha256" of its files, which are hashed otherwise. InputError where the scan cannot
         be used.
         """
         started, begin = now(), time.perf_counter()
@@ -298,11 +297,7 @@ class Adaptation:
         return Outcome(source, before(source, bool(shown), self.guard))
 
     def optimize(self, case: PreparedCase) -> Trajectory:
-        """Adapt to a prepared case; the model is as it was afterwards, the result is in the trajectory.
-
-        Raises:
-            NotFinite, OutOfTime: the case should fall back.
-        """
+        """Adapt to a prepared case; the model keeps its values, the result is in the trajectory."""
         begin = time.perf_counter()
         limit = self.settings.time_limit_s
         with restoring(self.network, self.parameters), FeatureTap(self.network) as tap:
@@ -330,7 +325,7 @@ class Adaptation:
         return run
 
     def predict(self, case: PreparedCase, tensors: Mapping[str, torch.Tensor]) -> Segmentation:
-        """Predict all slices of a prepared case with other values of the scope's parameters; they are put back."""
+        """Predict all slices of a prepared case with other values of the scope's parameters."""
         begin = time.perf_counter()
         with restoring(self.network, self.parameters):
             load(self.parameters, tensors)
@@ -338,19 +333,14 @@ class Adaptation:
         case.seconds["predict_adapted"] = time.perf_counter() - begin
         return adapted
 
-    def judge_adapted(self, case: PreparedCase, run: Trajectory, adapted: Segmentation) -> Evidence:
-        """Evidence of the kept iterate."""
-        best = run.best_step
-        return self.judge.evidence(case, adapted, run.agreement[best], run.entropy[best], run.drift[best])
-
     def compare(self, case: PreparedCase, outcome: Outcome) -> Decision:
         """The guard's decision on what was adapted."""
         run, adapted, evidence = outcome.run, outcome.adapted, outcome.evidence
         if run is None or adapted is None or evidence is None:
             return Decision.of("accepted_unchanged", "no iterate was better than the source model")
         if np.array_equal(adapted.labels, case.source.labels):
-            return Decision.of("accepted_unchanged", "the adapted model predicts the same voxel by voxel")
-        # one set of classes for all: an organ that is found again must not lower the mean over those shown
+            return Decision.of("accepted_unchanged", "the adapted prediction is equal in every voxel")
+        # one set of classes for all: an organ that only the adapted model finds must not lower the mean
         best = run.best_step
         classes = {*run.by_class[0], *run.by_class[best], *run.by_class[-1]}
         was, now_, last = (mean_agreement(run.by_class[i], classes) for i in (0, best, -1))
@@ -408,25 +398,22 @@ class Adaptation:
         return self.network.decode(inputs if self.embedded else self.network.encode(inputs[IMAGE]))
 
     def _shown(self, case: PreparedCase) -> list[int]:
-        """Which chosen slices show foreground, as the slices did whose features the model remembers; all, if few do."""
+        """The chosen slices with foreground, as the slices of the source statistics had; all, if few do."""
         areas = slice_areas(case.source.labels, self.task.num_classes, case.grid.axes[0]).sum(0)
         shown = [place for place, index in enumerate(case.slices) if areas[index]]
         return shown if 2 * len(shown) >= len(case.slices) else list(range(len(case.slices)))
 
     def merit(self, case: PreparedCase, logits: torch.Tensor, by_class: Mapping[int, float]) -> float:
-        """Plausibility^2 x agreement of the chosen slices: it decides which iterates may be kept. No objective sees it.
+        """Plausibility^2 x agreement of the chosen slices, in [0, 1]; it decides which iterates may be kept.
 
-        Either alone can be misled: views agree perfectly on one big blob, and a speck at the right place looks fine.
+        Either alone can mislead: views agree perfectly on one big blob, and a speck at the right position is plausible.
         Agreement rises with every step of most objectives, so plausibility counts twice. Where slices exceed the field
-        of view, their windows are judged.
+        of view, their windows are judged. With a single view it is plausibility^2.
 
         Args:
             case: the case.
             logits: (V, m, K, h, w), the slice itself first.
             by_class: agreement of the classes shown; a class of the task that no view shows counts 0.
-
-        Returns:
-            A number in [0, 1]; with a single view plausibility^2 alone.
         """
         scores = F.interpolate(logits[0], case.images.shape[-2:], mode="bilinear")
         plausibility = self.judge.plausibility(most_likely(log_probabilities(scores)).cpu(), case.image_boxes)
@@ -442,7 +429,7 @@ def _fallback(error: Exception) -> Decision:
     if isinstance(error, OutOfTime):
         return Decision.of("fallback_timeout", f"the time limit passed at {text}")
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
-        return Decision.of("fallback_oom", "memory ran out while adapting; lower slices or views")
+        return Decision.of("fallback_oom", "out of memory; lower slices or views")
     if isinstance(error, SamdaError) and "not finite" in text:
         return Decision.of("fallback_nonfinite", text)
     return Decision.of("fallback_error", f"{type(error).__name__} while adapting: {text}")

@@ -32,28 +32,28 @@ class OutOfTime(Exception):
 
 @dataclasses.dataclass
 class Trajectory:
-    """The course of one adaptation. Curves have one entry per iterate, the source model first (`steps` + 1 entries).
-
-    `agreement` is the mean over the classes that the source model or the iterate predicts; `by_class` is per class.
-    `drift` is the distance of the features from the source's, NaN if not measured.
-    """
+    """The course of one adaptation. Curves have one entry per iterate, the source model first (`steps` + 1 entries)."""
 
     tensors: dict[str, torch.Tensor]  # of the kept iterate
     last: dict[str, torch.Tensor]  # of the last iterate
-    best_step: int
-    loss: list[float]
-    agreement: list[float]
-    by_class: list[dict[int, float]]
-    entropy: list[float]
-    merit: list[float]
-    displacement: list[float]
-    drift: list[float]
+    best_step: int = 0
+    loss: list[float] = dataclasses.field(default_factory=list)
+    agreement: list[float] = dataclasses.field(default_factory=list)  # mean over the classes of source and iterate
+    by_class: list[dict[int, float]] = dataclasses.field(default_factory=list)  # the same for each class
+    entropy: list[float] = dataclasses.field(default_factory=list)
+    merit: list[float] = dataclasses.field(default_factory=list)
+    displacement: list[float] = dataclasses.field(default_factory=list)
+    drift: list[float] = dataclasses.field(default_factory=list)  # of the features; NaN where it is not measured
+
+    def measures(self) -> tuple[float, float, float]:
+        """Agreement, entropy and drift of the kept iterate."""
+        return self.agreement[self.best_step], self.entropy[self.best_step], self.drift[self.best_step]
 
 
 @contextlib.contextmanager
 def restoring(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, torch.Tensor]]:
     """Enable gradients only for `parameters`, yield their initial values by name, and restore them bitwise at exit."""
-    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    start = copies(parameters)
     flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     modes = [(module, module.training) for module in network.modules()]
     try:
@@ -70,6 +70,11 @@ def restoring(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Ite
             parameter.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
+
+
+def copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """The present values, by name."""
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
 @torch.no_grad()
@@ -105,9 +110,9 @@ def optimize(
         alignment: distance of the features of the latest logits from the source's, see
             :mod:`samda.adaptation.alignment`; weighted by the objective.
     """
-    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    start = copies(parameters)
     optimizer = torch.optim.Adam(list(parameters.values()), lr=lr)
-    run = Trajectory(start, start, 0, [], [], [], [], [], [], [])
+    run = Trajectory(start, start)
     state: Any = None
     kept: dict[int, dict[str, torch.Tensor]] = {}
     for step in range(steps + 1):
@@ -121,17 +126,16 @@ def optimize(
         with torch.set_grad_enabled(step < steps):
             loss = objective.loss(logits, state) + objective.anchor * _anchor(parameters, start)
         with torch.set_grad_enabled(step < steps and objective.align > 0):
-            drift = alignment() if alignment is not None else None
-        if drift is not None:
-            run.drift.append(float(drift.detach()))
-            loss = loss + objective.align * drift if objective.align else loss
-        else:
-            run.drift.append(math.nan)
-        _measure(run, now, loss, merit, displacement(parameters, start))
+            drift = alignment() if alignment is not None else torch.tensor(math.nan)
+        if alignment is not None and objective.align:
+            loss = loss + objective.align * drift
+        run.drift.append(float(drift.detach()))
+        run.displacement.append(displacement(parameters, start))
+        _measure(run, now, loss, merit)
         share(0.35 + 0.55 * step / max(1, steps))  # of a case: after prediction and views
         kept = {i: tensors for i, tensors in kept.items() if _is_near(run, i)}
         if _is_near(run, step):
-            kept[step] = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+            kept[step] = copies(parameters)
         if step < steps:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -141,7 +145,7 @@ def optimize(
             optimizer.step()
     run.best_step = max(kept)
     run.tensors = kept[run.best_step]
-    run.last = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    run.last = copies(parameters)
     load(parameters, run.tensors)
     return run
 
@@ -157,13 +161,8 @@ def _anchor(parameters: Mapping[str, nn.Parameter], start: Mapping[str, torch.Te
     return moved / torch.stack([tensor.square().sum() for tensor in start.values()]).sum().clamp_min(1e-12)
 
 
-def _measure(
-    run: Trajectory,
-    logits: torch.Tensor,
-    loss: torch.Tensor,
-    merit: Merit | None,
-    moved: float,
-) -> None:
+def _measure(run: Trajectory, logits: torch.Tensor, loss: torch.Tensor, merit: Merit | None) -> None:
+    """Add the measures of an iterate to the curves."""
     value = float(loss.detach())
     if not math.isfinite(value) or not torch.isfinite(logits).all():
         raise NotFinite(f"loss {value} after {len(run.loss)} steps")
@@ -173,7 +172,6 @@ def _measure(
     run.agreement.append(agreed)
     run.entropy.append(foreground_entropy(logits))
     run.merit.append(agreed if merit is None else merit(logits, run.by_class[-1]))
-    run.displacement.append(moved)
 
 
 def _is_near(run: Trajectory, step: int) -> bool:

@@ -75,15 +75,14 @@ def make_views(
 def _strengths(family: str, sign: int, draw: torch.Tensor, strength: float) -> tuple[float, ...]:
     """The strengths of one view; `draw` is four numbers in [1/2, 1]."""
     a, b = float(draw[0]) * strength, float(draw[1]) * strength
-    if family == "window":
-        return (2.0 ** (0.5 * sign * a), -0.1 * sign * b)  # width factor, shift
-    if family == "gamma":
-        return (2.0 ** (0.8 * sign * a),)
-    if family == "noise":
-        return (0.08 * a,)
-    if family == "blur":
-        return (1.5 * a,)  # sigma in pixels
-    return tuple(0.4 * sign * strength * float(d) * side for d, side in zip(draw, (1, -1, 1, -1), strict=True))
+    surface = tuple(0.4 * sign * strength * float(d) * side for d, side in zip(draw, (1, -1, 1, -1), strict=True))
+    return {
+        "window": (2.0 ** (0.5 * sign * a), -0.1 * sign * b),  # width factor, shift
+        "gamma": (2.0 ** (0.8 * sign * a),),
+        "noise": (0.08 * a,),
+        "blur": (1.5 * a,),  # sigma in pixels
+        "bias": surface,
+    }[family]
 
 
 def apply_view(view: View, images: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
