@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters: the small modules that are trained, how they attach, freeze, merge and are saved."""
+"""Adapters: methods, and functions to attach, freeze, merge, save and load them."""
 
 from __future__ import annotations
 

@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapter files: `adapter.json` says what was trained, `adapter.safetensors` holds it. Neither can run code.
+"""Adapter files: `adapter.json` (description) and `adapter.safetensors` (parameters). Neither can run code.
 
 `adapter.json` (format version 1) has exactly these keys:
 
 ================ ===================================================================================
 format_version   1
 sha256           of `adapter.safetensors`
-adapters         adapter name -> its `type` and every setting
+adapters         adapter name -> `type` and all settings
 network          how to build the network (backbone, channels, ...)
 base             source and fingerprint of the base weights
 task             classes, labels, geometry and intensities
-record           what it was trained on and how, source statistics, versions, metrics
+record           training data and settings, source statistics, versions, metrics
 ================ ===================================================================================
 
-The last four are plain values that their owners check. `adapter.safetensors` holds the parameters of the adapters, the
-class head, and what a baseline trained, under the names that they have in the network, and what pins an adapter to its
-base weight (SALT's signature).
+The last four are plain values, validated by their users. `adapter.safetensors` contains the parameters of adapters and
+class head, those trained by a baseline, and signatures of base weights (SALT), under their names in the network.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ SECTIONS = ("network", "base", "task", "record")
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFile:
-    """The content of an adapter folder, validated as far as it can be without a network."""
+    """Content of an adapter folder, validated as far as possible without a network."""
 
     source: str  # the folder, for messages
     adapters: dict[str, AdapterConfig]
@@ -57,7 +56,7 @@ class AdapterFile:
 
 
 def state_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a file holds of `model`, by full name: trained parameters, persistent buffers of adapters and class head."""
+    """Tensors of `model` to save, by full name: trained parameters, persistent buffers of adapters and class head."""
     found: dict[str, torch.Tensor] = dict(trainable_parameters(model))
     found |= {name: model.get_buffer(name) for name in getattr(model, "head_buffers", list)()}
     for path, _, adapter in modules(model):
@@ -73,7 +72,7 @@ def save_adapters(
     task: Mapping[str, Any] | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `adapter.json` and `adapter.safetensors`; each appears complete or not at all.
+    """Write `adapter.json` and `adapter.safetensors`, each atomically.
 
     `network`, `base`, `task` and `record` are plain values (see the module); NaN and infinities become null.
 
@@ -105,11 +104,7 @@ def save_adapters(
 
 
 def read_adapters(folder: str | Path) -> AdapterFile:
-    """Read and validate an adapter folder.
-
-    Raises:
-        AdapterError: a file is missing, damaged, of a newer samda, or not what it should be.
-    """
+    """Read and validate an adapter folder; AdapterError if a file is missing, damaged or of a newer samda."""
     folder = Path(folder)
     header = _read_header(folder / HEADER)
     content = _read_bytes(folder / TENSORS)
@@ -121,16 +116,16 @@ def read_adapters(folder: str | Path) -> AdapterFile:
 
 
 def load_adapters(model: nn.Module, source: str | Path | AdapterFile) -> None:
-    """Load trained tensors into a model with the same adapters attached: all of them or, when one is refused, none.
+    """Load trained tensors into a model with the same adapters attached; on an error, the model is unchanged.
 
     Args:
         model: a network with adapters; it is unmerged first.
-        source: an adapter folder, its `adapter.safetensors`, or what :func:`read_adapters` returned. A safetensors file
-            without an `adapter.json` beside it is compared with the model's names and shapes only.
+        source: an adapter folder, its `adapter.safetensors`, or the result of :func:`read_adapters`. For a safetensors
+            file without `adapter.json`, only names and shapes are compared.
 
     Raises:
-        AdapterError: adapters, settings, names, shapes or values do not fit, or a tensor was trained on other base
-            weights; the model is unchanged.
+        AdapterError: adapters, settings, names, shapes or values do not match, or a tensor was trained on other base
+            weights.
     """
     if not isinstance(source, AdapterFile):
         path = Path(source)
@@ -162,7 +157,7 @@ def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) 
 
 
 def _fit(name: str, own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: str) -> torch.Tensor:
-    """The stored tensor in the type of the model's; refused where name, shape or values do not fit."""
+    """The stored tensor in the dtype of the model; refused if name, shape or values do not match."""
     if name not in tensors:
         raise AdapterError(f"{source}: lacks {name}; build the network with the adapters and classes of the file")
     shape, expected = tuple(tensors[name].shape), tuple(own[name].shape)
@@ -220,7 +215,7 @@ def _read_header(path: Path) -> dict[str, Any]:
 
 
 def _read_settings(settings: Mapping[str, Any], path: Path) -> dict[str, AdapterConfig]:
-    """Configs from a file, where every setting must be written out: a default may change, a trained model may not."""
+    """Configs from a file, which must contain all settings, because defaults may change."""
     try:
         configs = build_configs(settings)
     except UsageError as error:

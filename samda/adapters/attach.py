@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attaching adapters by name to a network, and what is asked of the network afterwards.
+"""Attach adapters to a network, the registry :data:`ADAPTERS`, and scopes of test-time adaptation.
 
-Settings from a config file or a command line become configs by the one registry, :data:`ADAPTERS`.
-
-Scopes say which of the trained parameters move when a model is adapted to new scans without labels:
+A scope is the set of trained parameters that the adaptation to a scan changes:
 
 =================== ==============================================================================================
 scope               parameters
 =================== ==============================================================================================
-gate                SAM-DA's gates and Lt: the smallest and safest choice
+gate                SAM-DA's gates and Lt: the smallest scope
 decoder             all of SAM-DA
 norm                the norm adapter, encoder and decoder
-encoder             every adapter of the encoder; embeddings cannot be kept between steps
-decoder+encoder     several scopes together, joined by "+"
+encoder             every adapter of the encoder; embeddings cannot be cached between steps
+decoder+encoder     several scopes, joined by "+"
 =================== ==============================================================================================
 
-Base weights and class head never belong to a scope.
+Base weights and class head are in no scope.
 """
 
 from __future__ import annotations
@@ -54,18 +52,15 @@ METHODS = (SaltConfig, LoraConfig, LkaConfig, DkaConfig, SamDaConfig, NormConfig
 BASELINES = (BottleneckConfig, HeadConfig, DecoderConfig, FullConfig)
 ADAPTERS: dict[str, type[AdapterConfig]] = {kind.name: kind for kind in (*METHODS, *BASELINES)}
 
-RESERVED = ("training", "trainable", "base")  # a module's own attribute, and entries of `count_parameters`
+RESERVED = ("training", "trainable", "base")  # attribute of modules, and entries of `count_parameters`
 
 
 def build_configs(adapters: Adapters) -> dict[str, AdapterConfig]:
     """Configs from names or plain settings.
 
     Args:
-        adapters: names of :data:`ADAPTERS`, which get their default settings; or adapter name -> settings, where the
-            name may be any other with the key `type` among the settings. A config that is already built is passed on.
-
-    Raises:
-        UsageError: an adapter or a setting is unknown (the message gives the nearest valid name) or out of range.
+        adapters: names of :data:`ADAPTERS` for default settings; or name -> settings or config. With the key `type` in
+            the settings, the name is arbitrary.
 
     Example:
         >>> build_configs({"salt": {"rank": 8}, "wide": {"type": "lka", "kernel_size": 15}})["wide"].kernel_size
@@ -81,7 +76,7 @@ def build_configs(adapters: Adapters) -> dict[str, AdapterConfig]:
 
 
 def check_together(adapters: Mapping[str, AdapterConfig], present: Mapping[str, AdapterConfig] | None = None) -> None:
-    """Raise AdapterError if a name is taken (by `present`) or not an identifier, or two configs exclude each other."""
+    """Raise AdapterError if a name exists (in `present`) or is not an identifier, or two configs exclude each other."""
     present = present or {}
     for name in adapters:
         if name in present:
@@ -110,21 +105,21 @@ def _build_config(name: str, settings: Mapping[str, Any] | AdapterConfig) -> Ada
 
 
 def attach(model: nn.Module, adapters: Adapters) -> None:
-    """Attach adapters to their sites; all of them or, when one refuses, none.
+    """Attach adapters to their sites; on an error, the model is unchanged.
 
-    At this moment the output of the model does not change, unless a config asks for its paper's own initialization.
-    Afterwards exactly the adapters' parameters, the class head and what a baseline declares require gradients.
+    The output of the model does not change, unless a config selects the initialization of its paper. Afterwards, only
+    parameters of adapters, class head and baselines require gradients.
 
     Args:
         model: a network with sites; attach after its base weights were loaded.
-        adapters: names ("salt", or ["salt", "sam_da"]), or name -> settings or config, for instance
-            `{"salt": samda.SaltConfig(rank=4)}`, see :func:`samda.adapters.build_configs`. The name is the key under
-            which the adapter is saved and addressed.
+        adapters: names ("salt", or ["salt", "sam_da"]), or name -> settings or config, for example
+            `{"salt": samda.SaltConfig(rank=4)}`, see :func:`samda.adapters.build_configs`. An adapter is saved and
+            addressed by its name.
 
     Raises:
         UsageError: an adapter or a setting is unknown or out of range.
-        AdapterError: a name is taken or not an identifier, a config finds no site, a site cannot be served, or two
-            configs exclude each other. The model is unchanged.
+        AdapterError: a name exists or is not an identifier, a config has no site, a site is not supported, or two
+            configs exclude each other.
     """
     if is_merged(model):
         raise AdapterError("adapters are merged; call unmerge before attaching more")
@@ -146,7 +141,7 @@ def attach(model: nn.Module, adapters: Adapters) -> None:
 def _build_at(site: Site, name: str, config: AdapterConfig, model: nn.Module) -> Adapter:
     reference = next(site.parameters(), None)
     reference = next(model.parameters()) if reference is None else reference
-    # a seed per site: equal layers must not start equal, and no global generator is touched
+    # one seed per site, so that equal layers differ; the global generator is not used
     generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}/{name}/{site.info.name}".encode()))
     with torch.device("meta" if reference.is_meta else "cpu"):
         adapter = config.build(site, generator)
@@ -154,7 +149,7 @@ def _build_at(site: Site, name: str, config: AdapterConfig, model: nn.Module) ->
 
 
 def detach(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Remove adapters (all when `names` is None); the base is as it was before, but for what a baseline trained."""
+    """Remove adapters (all if `names` is None); base weights trained by a baseline keep their values."""
     names = attached_names(model, names)
     unmerge(model)
     for site in sites(model).values():
@@ -169,11 +164,7 @@ SCOPES = ("gate", "decoder", "norm", "encoder")
 
 
 def check_scope(scope: str) -> list[str]:
-    """The names that `scope` joins by "+", each once and in the order of :data:`SCOPES`; no model is needed.
-
-    Raises:
-        UsageError: there is no such scope.
-    """
+    """The names in `scope`, joined by "+", each once and in the order of :data:`SCOPES`."""
     parts = str(scope).split("+")
     for part in parts:
         if part not in SCOPES:
@@ -182,11 +173,10 @@ def check_scope(scope: str) -> list[str]:
 
 
 def scope_parameters(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
-    """The parameters of a scope, or of several joined by "+", by their full name in `model`, in module order.
+    """The parameters of a scope, or of several joined by "+", by full name in module order.
 
     Raises:
-        UsageError: there is no such scope.
-        AdapterError: it is empty in this model; the message lists the scopes it has.
+        AdapterError: the scope is empty in this model; the message lists its scopes.
     """
     found = _parameters_by_scope(model)
     chosen: dict[str, nn.Parameter] = {}
@@ -213,13 +203,10 @@ def _parameters_by_scope(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]
 
 @torch.no_grad()
 def fold(model: nn.Module) -> None:
-    """Write what merges into the base weights themselves and drop the adapters that it came from, for export.
+    """Overwrite base weights by merged weights and remove the merged adapters, for export.
 
-    Adapters that are modules stay, their own parts folded into fewer where possible. This cannot be undone (see
-    :func:`merge` for what can): give a copy.
-
-    Raises:
-        AdapterError: a merged weight is not finite; the model is unchanged.
+    Adapters that are modules remain, reparameterized if possible. This cannot be undone (see :func:`merge`): pass a
+    copy.
     """
     merge(model)
     for site in sites(model).values():

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter contract: small modules at named sites of a frozen network, each with a dataclass of settings.
+"""The interface of adapters: modules at named sites of a frozen network, each with a dataclass of settings.
 
-Everything that happens to an adapter later (freezing, counting, saving, merging, the scope of test-time adaptation)
-derives from one answer: which parameters it calls its own (:meth:`Adapter.adapter_params`). The functions below derive
-it for a whole network. :mod:`samda.adapters.attach` attaches adapters and holds the registry of all methods.
+Freezing, counting, saving, merging and the scopes of test-time adaptation derive from the parameters that an adapter
+declares (:meth:`Adapter.adapter_params`). The functions below evaluate them for a whole network.
+:mod:`samda.adapters.attach` attaches adapters and has the registry of all methods.
 
-What a network offers: sites; `head_params()`, the names of its class head's parameters, if it has one; and `parts`, its
-modules "encoder" and "decoder", for baselines that train them and for :func:`changes_encoder`.
+A network provides sites; optionally `head_params()`, the names of the parameters of its class head; and `parts`, its
+modules "encoder" and "decoder", for baselines and for :func:`changes_encoder`.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ Choices = Mapping[str, tuple[str | None, ...]]  # setting -> its values
 class Adapter(nn.Module):
     """One adapter module at one site.
 
-    `forward` is what the kind of site asks for (see :mod:`samda.adapters.sites`). A weight delta (`linear` and `norm`
-    sites) returns the *additive* part and offers `delta()`; a module of a token or decoder site returns what replaces
+    `forward` depends on the kind of site (see :mod:`samda.adapters.sites`). A weight delta (`linear` and `norm` sites)
+    returns the *additive* part and implements `delta()`; a module at a token or decoder site returns the replacement of
     its input.
     """
 
     enabled: bool = True
-    mergeable: bool = False  # can its effect be folded into the base weights?
-    reparameterized: bool = False  # are its own parts folded into fewer?
+    mergeable: bool = False  # can it be merged into the base weights?
+    reparameterized: bool = False  # are its parts folded into fewer?
 
     def adapter_params(self) -> list[str]:
-        """Names of the parameters that are this adapter's own (a fresh list)."""
+        """Names of the parameters of this adapter (a new list)."""
         return [name for name, _ in self.named_parameters()]
 
     def scope_params(self) -> dict[str, list[str]]:
-        """Own parameters by scope of adaptation (see :mod:`samda.adapters.attach`), beyond "encoder"."""
+        """Parameters by scope of adaptation (see :mod:`samda.adapters.attach`), other than "encoder"."""
         return {}
 
     def delta(self) -> Any:
@@ -52,47 +52,47 @@ class Adapter(nn.Module):
         raise AdapterError(f"{type(self).__name__} is not a weight delta and cannot be merged into the base weights")
 
     def fused_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-        """Base layer and delta in one, x (W + dW)^T + b, where that is cheaper than their sum; else None."""
+        """Base layer and delta together, x (W + dW)^T + b, if that is cheaper than their sum; else None."""
         return None
 
     def rebase(self, weight: torch.Tensor) -> None:
-        """Called after other base weights were loaded into the site: renew what was derived from them."""
+        """Called after base weights were loaded into the site: update derived tensors."""
 
     def regularizer(self) -> torch.Tensor | None:
-        """The method's own penalty on its parameters, a scalar; None where it has none."""
+        """Penalty of the method on its parameters, a scalar; None if it has none."""
         return None
 
     def check_state(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
-        """Raise AdapterError for a state (names and shapes checked) that was trained on another base weight."""
+        """Raise AdapterError for a state (names and shapes are checked) that was trained on another base weight."""
 
     def reparameterize(self) -> bool:
-        """Fold the adapter's own parts into fewer, where the mathematics allows; True if anything changed."""
+        """Fold parts of the adapter into fewer, if possible; True if anything changed."""
         return False
 
     def restore(self) -> None:
         """Undo :meth:`reparameterize`."""
 
     def prepare_export(self) -> None:
-        """Compute with operations that ONNX runtimes have; the numbers stay the same."""
+        """Use operations that ONNX runtimes support; results do not change."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """Settings of one adapter. A subclass adds fields, states the roles it serves and builds the module of a site."""
+    """Settings of one adapter. A subclass adds fields, lists its roles and builds the module of a site."""
 
     name: ClassVar[str] = ""
-    roles: ClassVar[tuple[str, ...]] = ()  # all roles that this kind of adapter can serve
-    alone: ClassVar[bool] = False  # does it move what other adapters build on?
+    roles: ClassVar[tuple[str, ...]] = ()  # all roles that the adapter supports
+    alone: ClassVar[bool] = False  # does it change base weights that other adapters depend on?
     free: ClassVar[tuple[str, ...]] = ("seed", "init")  # settings that may differ when a trained file is loaded
     positive: ClassVar[tuple[str, ...]] = ()  # settings that are integers of at least 1
     choices: ClassVar[Choices] = {}
 
-    seed: int = 0  # of the adapter's own random initialization; the global generators stay untouched
+    seed: int = 0  # of the random initialization; global generators are not used
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, np.generic):  # as Python's number, which is what a file of adapters holds
+            if isinstance(value, np.generic):  # as a Python number, for JSON
                 object.__setattr__(self, field.name, value.item())
             if field.type == "bool":
                 self.require(field.name, isinstance(getattr(self, field.name), bool), "true or false")
@@ -104,31 +104,31 @@ class AdapterConfig:
             self.require(key, getattr(self, key) in values, f"one of {listed}")
 
     def require(self, key: str, valid: bool, what: str) -> None:
-        """Refuse the setting `key` unless `valid`; `what` says what it must be."""
+        """Refuse the setting `key` unless `valid`; `what` describes valid values."""
         if not valid:
             raise UsageError(f"adapter {self.name!r}: {key} must be {what}, got {getattr(self, key)!r}")
 
     def serves(self) -> tuple[str, ...]:
-        """The roles that this adapter goes to with these settings."""
+        """The roles of this adapter with these settings."""
         return self.roles
 
     def targets(self, info: SiteInfo) -> bool:
-        """Does this adapter go to that site?"""
+        """Is the adapter attached to this site?"""
         return info.role in self.serves()
 
     def review(self, places: Sequence[Site]) -> None:
-        """Look at all of its sites at once before the first is built: warn, or raise AdapterError."""
+        """Check all sites before the first module is built: warn, or raise AdapterError."""
 
     def build(self, site: Site, generator: torch.Generator) -> Adapter:
-        """The module for `site`; it raises AdapterError with the place and the reason where it cannot serve it."""
+        """The module for `site`; AdapterError with site and reason if the site is not supported."""
         raise NotImplementedError
 
     def base_params(self, model: nn.Module) -> list[str]:
-        """Base parameters that this "adapter" trains itself (the baselines `decoder` and `full`); usually none."""
+        """Base parameters that the adapter trains (baselines `decoder` and `full`); usually none."""
         return []
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: `type` and every setting."""
+        """Plain values for JSON: `type` and all settings."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {"type": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
@@ -139,7 +139,7 @@ class LinearAdapterConfig(AdapterConfig):
 
     roles: ClassVar[tuple[str, ...]] = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
-    layers: tuple[str, ...] = roles  # which of the encoder's linear layers
+    layers: tuple[str, ...] = roles  # linear layers of the encoder
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,12 +156,12 @@ def is_int(value: Any, low: int | None = None) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and (low is None or value >= low)
 
 
-# Initialization draws from an explicit generator: building an adapter never touches the global random state.
+# Initialization uses an explicit generator; the global random state does not change.
 
 
 def random_linear(in_features: int, out_features: int, bias: bool, generator: torch.Generator) -> nn.Linear:
     """A linear layer with PyTorch's default distribution, U(-1/sqrt(in), 1/sqrt(in)) for weight and bias."""
-    layer = nn.Linear(in_features, out_features, bias=bias, device="meta")  # its own initialization draws nothing there
+    layer = nn.Linear(in_features, out_features, bias=bias, device="meta")  # without initialization
     layer = layer.to_empty(device=torch.get_default_device())
     for parameter in layer.parameters():
         nn.init.uniform_(parameter, -1 / math.sqrt(in_features), 1 / math.sqrt(in_features), generator=generator)
@@ -184,17 +184,17 @@ def zeros(*shape: int) -> nn.Parameter:
 
 
 def sites(model: nn.Module) -> dict[str, Site]:
-    """All sites of `model` by their full name, in module order."""
+    """All sites of `model` by full name, in module order."""
     return {module.info.name: module for module in model.modules() if isinstance(module, Site)}
 
 
 def attached(model: nn.Module) -> dict[str, AdapterConfig]:
-    """The adapters of `model` by name, in the order of attachment (a fresh dict)."""
+    """The adapters of `model` by name, in the order of attachment (a new dict)."""
     return dict(getattr(model, "_samda_adapters", {}))
 
 
 def attached_names(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
-    """`names`, or all adapters when it is None; raises AdapterError for one that the model lacks."""
+    """`names`, or all adapters if None; raises AdapterError for a missing one."""
     present = list(attached(model))
     names = present if names is None else list(names)
     for name in names:
@@ -205,7 +205,7 @@ def attached_names(model: nn.Module, names: Iterable[str] | None = None) -> list
 
 
 def modules(model: nn.Module, names: Iterable[str] | None = None) -> Iterator[tuple[str, Site, Adapter]]:
-    """The adapter modules of `model` (of all adapters when `names` is None): full path, site, module."""
+    """The adapter modules of `model` (of all adapters if `names` is None): full path, site, module."""
     names = attached_names(model, names)
     for path, site in model.named_modules():
         if isinstance(site, Site):
@@ -215,7 +215,7 @@ def modules(model: nn.Module, names: Iterable[str] | None = None) -> Iterator[tu
 
 
 def adapter_parameters(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, nn.Parameter]:
-    """The adapters' own parameters by their full name in `model`."""
+    """The parameters of adapters by full name."""
     found = {}
     for path, _, adapter in modules(model, names):
         own = dict(adapter.named_parameters())
@@ -224,7 +224,7 @@ def adapter_parameters(model: nn.Module, names: Iterable[str] | None = None) -> 
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What the supervised phase trains: adapters, class head, and what a baseline declares; also what is saved."""
+    """Parameters that are trained and saved: of adapters, class head and baselines."""
     names = set(adapter_parameters(model)) | _head(model)
     for config in attached(model).values():
         names |= set(config.base_params(model))
@@ -232,7 +232,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Everything that is neither adapter nor class head: the pre-trained SAM."""
+    """The parameters of the pre-trained SAM, without adapters and class head."""
     outside = set(adapter_parameters(model)) | _head(model)
     return {name: parameter for name, parameter in model.named_parameters() if name not in outside}
 
@@ -242,9 +242,9 @@ def _head(model: nn.Module) -> set[str]:
 
 
 def in_part(model: nn.Module, part: str, parameters: Mapping[str, nn.Parameter]) -> list[str]:
-    """The names of those `parameters` that lie in a part of `model`, "encoder" or "decoder", adapters there included.
+    """The names of `parameters` in a part of `model`, "encoder" or "decoder", with its adapters.
 
-    A model without such a part has none of them.
+    Empty if the model does not have the part.
     """
     module = getattr(model, "parts", {}).get(part)
     inside = {id(parameter) for parameter in module.parameters()} if module is not None else set()
@@ -252,15 +252,15 @@ def in_part(model: nn.Module, part: str, parameters: Mapping[str, nn.Parameter])
 
 
 def changes_encoder(model: nn.Module, parameters: Mapping[str, nn.Parameter] | None = None) -> bool:
-    """Is anything in the encoder among `parameters` (those that are trained when None)?
+    """Are any of `parameters` (None: the trained ones) in the encoder?
 
-    Else the embedding of an image stays as it is, and is computed once.
+    If not, the embedding of an image is constant and can be cached.
     """
     return bool(in_part(model, "encoder", trainable_parameters(model) if parameters is None else parameters))
 
 
 def freeze(model: nn.Module) -> None:
-    """Let exactly :func:`trainable_parameters` require gradients."""
+    """Set `requires_grad` for exactly :func:`trainable_parameters`."""
     trainable = {id(parameter) for parameter in trainable_parameters(model).values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trainable)
@@ -275,9 +275,9 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def regularization(model: nn.Module, names: Iterable[str] | None = None) -> torch.Tensor:
-    """Sum of the adapters' own penalties (:meth:`Adapter.regularizer`), a scalar; 0 where none has one.
+    """Sum of the penalties of adapters (:meth:`Adapter.regularizer`), a scalar; 0 if there are none.
 
-    Only SALT has one. A training adds it to the loss with a weight of its own; 0 is what was published.
+    Only SALT has one. A training adds it to the loss with a weight, by default 0 as published.
     """
     terms = [term for _, _, adapter in modules(model, names) if (term := adapter.regularizer()) is not None]
     return torch.stack(terms).sum() if terms else next(model.parameters()).new_zeros(())
@@ -285,12 +285,12 @@ def regularization(model: nn.Module, names: Iterable[str] | None = None) -> torc
 
 @contextlib.contextmanager
 def disabled(model: nn.Module, names: Iterable[str] | None = None) -> Iterator[None]:
-    """Within the block adapters are off (all when `names` is None): the network answers as the unadapted base does.
+    """Disable adapters within the block (all if `names` is None).
 
-    The class head, and what a baseline trained, stay as they are. Merged adapters are merged again afterwards.
+    The class head and base weights trained by a baseline do not change. Merged adapters are merged again afterwards.
 
     Raises:
-        AdapterError: a named adapter has no modules (a baseline trains the base itself).
+        AdapterError: a named adapter has no modules (a baseline).
     """
     for name in names if names is not None else ():
         if not any(True for _ in modules(model, [name])):
@@ -311,17 +311,15 @@ def disabled(model: nn.Module, names: Iterable[str] | None = None) -> Iterator[N
 
 
 def merge(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
-    """Fold adapters into the base for inference at the base model's cost; harmless when done twice.
+    """Merge adapters for inference at the cost of the base model; returns the names of merged adapters. Idempotent.
 
-    Weight deltas go into a merged copy of the weight (the base weight is never written to); kernel adapters fold their
-    two kernels into one. What cannot be merged stays as it is, unless it is in `names`.
-
-    Returns:
-        The names of the adapters that are now merged into base weights.
+    Weight deltas are added to a copy of the weight (the base weight is never changed); kernel adapters fold their two
+    kernels into one. Other adapters do not change, unless they are in `names`.
 
     Raises:
-        AdapterError: a named adapter cannot be merged, only part of a site's deltas was named, or a merged weight is
-            not finite. Nothing is merged then.
+        AdapterError: a named adapter cannot be merged, only some of the deltas of a site are named, or a merged weight
+        is
+            not finite. Nothing is merged.
     """
     chosen = attached_names(model, names)
     able = {path.rpartition(".")[2] for path, _, a in modules(model) if a.mergeable and a.enabled}
@@ -345,7 +343,7 @@ def merge(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo :func:`merge`; base weights were never touched, so the way back is exact."""
+    """Undo :func:`merge`, exactly, because base weights are never changed."""
     for site in sites(model).values():
         if isinstance(site, WeightSite):
             site.unmerge()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What adapters are compared with: the class head alone, the mask decoder, everything, and a plain bottleneck."""
+"""Baselines: the class head alone, the mask decoder, all of SAM, and a bottleneck adapter without kernel."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from samda.errors import AdapterError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadConfig(AdapterConfig):
-    """The class head alone: nothing is added to it, which is the floor for every adapter."""
+    """Train only the class head."""
 
     name: ClassVar[str] = "head"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig(AdapterConfig):
-    """Train SAM's mask decoder itself; a file then holds the decoder."""
+    """Fine-tune SAM's mask decoder; adapter files contain the decoder."""
 
     name: ClassVar[str] = "decoder"
 
@@ -37,7 +37,7 @@ class DecoderConfig(AdapterConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FullConfig(AdapterConfig):
-    """Train all of SAM; a file then holds the whole network. No adapter that builds on the base may join."""
+    """Fine-tune all of SAM; adapter files contain the whole network. Cannot be combined with weight deltas."""
 
     name: ClassVar[str] = "full"
     alone: ClassVar[bool] = True
@@ -48,7 +48,7 @@ class FullConfig(AdapterConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BottleneckConfig(AdapterConfig):
-    """A plain bottleneck adapter after attention and after the MLP: what kernel adapters add to, without the kernel."""
+    """A bottleneck adapter after attention and after the MLP: a kernel adapter without the kernel."""
 
     name: ClassVar[str] = "bottleneck"
     roles: ClassVar[tuple[str, ...]] = ("attn.after", "mlp.after")

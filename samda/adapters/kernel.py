@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernel adapters: a bottleneck with large depthwise kernels, which widens the receptive field of every block.
+"""Kernel adapters: a bottleneck with large depthwise kernels, which increases the receptive field of every block.
 
-LKA, Large Kernel Adapter (arXiv 2506.19118), beside attention and beside the MLP, kernel 7:
+LKA, Large Kernel Adapter (arXiv 2506.19118), parallel to attention and MLP, kernel 7:
 
     y = Up( DW_7( GELU( Down(x) ) ) )            added to the stream by the block
 
@@ -9,8 +9,8 @@ DKA, Dual-Kernel Adapter (arXiv 2602.18888), on the stream after attention and a
 
     y = x + Up( GELU( DW_51(u) + DW_5(u) ) ),    u = Down(x)
 
-Both run on the un-windowed token map (B, H, W, C), so that a kernel crosses the borders of attention windows, with
-stride 1 and zero padding (k - 1) / 2. A file holds the full kernels and serves every image size.
+Both run on the un-windowed token map (B, H, W, C), so that kernels cross the borders of attention windows, with stride
+1 and zero padding (k - 1) / 2. Files contain the full kernels, for every image size.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ PLACEMENTS = {  # the placements (a), (b) and (c) of the LKA paper
 
 BACKENDS = ("auto", "direct", "fft")
 
-# On a CPU the direct gradient of a depthwise convolution grows with k^2 and the FFT's does not; they cross near 15, for
-# grids of 16 to 64 and widths of 8 to 192. Without gradient the direct form on channels-last memory is the faster one.
+# On a CPU, the cost of the gradient of a depthwise convolution grows with k^2, that of the FFT does not; they are equal
+# near k = 15 for grids of 16 to 64 and widths of 8 to 192. Without gradient, the direct form (channels last) is faster.
 FFT_FROM = 15
 
 
 class Bottleneck(Adapter):
-    """The plain bottleneck adapter, GELU between the projections (arXiv 1902.00751 without its LayerNorm).
+    """Bottleneck adapter with GELU between the projections (arXiv 1902.00751 without its LayerNorm).
 
-    At a token site it holds its own skip, x + Up(GELU(Down(x))); at a branch site the stream is added there. Only `up`
-    starts at zero (`zero`): with both projections at zero neither would ever get a gradient. Dropout is before `up`.
+    At a token site it includes the skip, x + Up(GELU(Down(x))); at a branch site the block adds the stream. Only `up`
+    starts at zero (`zero`): with both projections at zero, neither would get a gradient. Dropout is before `up`.
     Parameters: 2 C width, with biases width + C more.
     """
 
@@ -60,12 +60,12 @@ class Bottleneck(Adapter):
                 nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, H, W, C) -> tokens with the skip at a token site, the branch's part alone at a branch site."""
+        """Tokens (B, H, W, C) -> tokens with the skip at a token site, without it at a branch site."""
         y = self.up(F.dropout(self.mix(self.down(x)), self.dropout, self.training))
         return x + y if self.skip else y
 
     def mix(self, z: torch.Tensor) -> torch.Tensor:
-        """What happens between the projections, on (B, H, W, width)."""
+        """The operation between the projections, on (B, H, W, width)."""
         return F.gelu(z)
 
     def extra_repr(self) -> str:
@@ -75,10 +75,10 @@ class Bottleneck(Adapter):
 class KernelAdapter(Bottleneck):
     """x -> Up(act(sum_k DW_k(act(Down(x))))), each activation optional.
 
-    A sum of depthwise convolutions of one input is the convolution with the sum of their zero-padded kernels, and is
-    computed so. Parameters with C channels, width h and n kernels: 2 C h + h sum_k k^2, with biases h (1 + n) + C more.
+    The sum of depthwise convolutions is computed as one convolution with the sum of the zero-padded kernels. Parameters
+    with C channels, width h and n kernels: 2 C h + h sum_k k^2, with biases h (1 + n) + C more.
 
-    `act`, "pre", "post" or "both", is where the GELU is: before or after the convolution.
+    `act` is the position of the GELU: "pre" (before the convolution), "post" or "both".
     """
 
     def __init__(self, site: Site, config: KernelAdapterConfig, act: str, generator: torch.Generator) -> None:
@@ -103,7 +103,7 @@ class KernelAdapter(Bottleneck):
         return F.gelu(z) if self.act in ("post", "both") else z
 
     def _fold(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Kernel (width, 1, k, k) and bias (width,) of all branches together; summed in fp32 or wider, then cast."""
+        """Sum of the kernels (width, 1, k, k) and biases (width,) of all branches, in fp32 or wider, then cast."""
         if self.folded_kernel is not None:
             return self.folded_kernel, self.folded_bias
         first, *others = self.kernels
@@ -118,7 +118,7 @@ class KernelAdapter(Bottleneck):
         return kernel.to(first.dtype), bias
 
     def reparameterize(self) -> bool:
-        """Keep the branches as one kernel; False for an adapter of one kernel. The branches stay as they are."""
+        """Cache the sum of the branches as one kernel; False for a single kernel. The branches do not change."""
         if len(self.kernels) > 1 and not self.reparameterized:
             kernel, bias = self._fold()
             self.folded_kernel, self.folded_bias = kernel.detach(), None if bias is None else bias.detach()
@@ -130,7 +130,7 @@ class KernelAdapter(Bottleneck):
         self.reparameterized = False
 
     def prepare_export(self) -> None:
-        self.backend = "direct"  # ONNX has no FFT of this kind
+        self.backend = "direct"  # not supported by ONNX otherwise
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.restore()  # a folded kernel would be stale
@@ -142,24 +142,24 @@ class KernelAdapter(Bottleneck):
 
 
 def crop_kernel(weight: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The central part of kernels (C, 1, k, k), at most (2H - 1) x (2W - 1), that can meet a token on an H x W grid.
+    """The central part of kernels (C, 1, k, k), at most (2H - 1) x (2W - 1), that overlaps an H x W grid.
 
-    The other taps see only padding; leaving them out is exact.
+    All other taps multiply only padding.
     """
     rows, cols = (max(0, (weight.shape[-1] - (2 * side - 1)) // 2) for side in (height, width))
     return weight[..., rows : weight.shape[-2] - rows, cols : weight.shape[-1] - cols]
 
 
 def depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str = "auto") -> torch.Tensor:
-    """Depthwise convolution (a cross-correlation, as everywhere in deep learning) of tokens (B, H, W, C).
+    """Depthwise convolution (cross-correlation) of tokens (B, H, W, C).
 
     `weight` is one odd k x k kernel per channel, (C, 1, k, k). The backend "fft" computes in fp32 or wider; "auto"
-    chooses the faster one.
+    selects the faster one.
     """
     weight = crop_kernel(weight, *x.shape[1:3])
     if backend == "fft" or (backend == "auto" and _prefers_fft(x, weight)):
         return _fft(x, weight, bias)
-    # the permuted tokens are channels-last already, which is what the fast kernels want
+    # the permuted tokens are in channels-last memory format, which is faster
     x = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     padding = (weight.shape[-2] // 2, weight.shape[-1] // 2)
     return F.conv2d(x, weight, bias, padding=padding, groups=x.shape[1]).permute(0, 2, 3, 1)
@@ -173,7 +173,7 @@ def _prefers_fft(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def _fft(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """y[i] = sum_j w[j] x[i + j - p] with p = (k - 1) / 2, by the correlation theorem.
 
-    A period of H + p keeps what wraps around out of the first H outputs.
+    With a period of H + p, the first H outputs are free of wrap-around.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
@@ -189,7 +189,7 @@ def _fft(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> to
 
 
 def _fast_size(length: int) -> int:
-    """The next even length without prime factors above 5, which FFTs handle well."""
+    """The next even length without prime factors above 5, which is fast for FFTs."""
     rest = length
     for factor in (2, 3, 5):
         while rest % factor == 0:
@@ -199,7 +199,7 @@ def _fast_size(length: int) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelAdapterConfig(AdapterConfig):
-    """What LKA and DKA have in common."""
+    """Common settings of LKA and DKA."""
 
     roles: ClassVar[tuple[str, ...]] = sum(PLACEMENTS.values(), ())
     free: ClassVar[tuple[str, ...]] = ("seed", "init", "dropout", "conv_backend")
@@ -209,14 +209,14 @@ class KernelAdapterConfig(AdapterConfig):
         "init": ("identity", "paper"),
         "conv_backend": BACKENDS,
     }
-    kernels: ClassVar[tuple[str, ...]] = ()  # the settings that are kernel sizes, the largest first
+    kernels: ClassVar[tuple[str, ...]] = ()  # names of the settings that are kernel sizes, the largest first
 
     width: int  # channels between the projections
     placement: str  # "parallel" to the sublayer, on its "output", or "after" the sum
     bias: bool  # of projections and kernels
     dropout: float = 0.0  # before Up
-    init: str = "identity"  # "identity": Up = 0; "paper": the published code's own distributions
-    conv_backend: str = "auto"  # "direct", "fft" (fp32), or "auto": FFT where a CPU trains kernels of 15 or more
+    init: str = "identity"  # "identity": Up = 0; "paper": distributions of the published code
+    conv_backend: str = "auto"  # "direct", "fft" (fp32), or "auto": FFT for training kernels of 15 or more on a CPU
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -255,7 +255,7 @@ class LkaConfig(KernelAdapterConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DkaConfig(KernelAdapterConfig):
-    """Settings of DKA. The paper takes width 16 for classification and 192 for segmentation."""
+    """Settings of DKA. The paper uses width 16 for classification and 192 for segmentation."""
 
     name: ClassVar[str] = "dka"
     kernels: ClassVar[tuple[str, ...]] = ("large_kernel", "small_kernel")

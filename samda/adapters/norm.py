@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scale and shift of LayerNorms, as deltas that an adapter holds; the base's own stay what they are."""
+"""Scale and shift of LayerNorms as deltas; the base parameters do not change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from samda.adapters.sites import Site, SiteInfo
 
 
 class NormAdapter(Adapter):
-    """weight + scale, bias + shift, both deltas (C,) and zero at the start: 2 C parameters."""
+    """weight + scale, bias + shift; both deltas (C,) start at zero: 2 C parameters."""
 
     mergeable = True
 

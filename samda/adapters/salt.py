@@ -6,13 +6,13 @@ With the thin SVD W = U diag(s) V^T of the frozen weight, k = min(out, in), spli
     Sigma' = ReLU( blockdiag( diag(alpha s[:r] + beta),  diag(s[r:]) + X Y ) )     (k, k), ReLU element by element
     W~     = U Sigma' V^T
 
-Trained are alpha, beta (r,), X (k-r, d) and Y (d, k-r): 2 r + 2 d (k-r) parameters. `rank` is d, the number that the
-paper's tables call rank; `r` is the split. r = k is S-SAM (arXiv 2408.06447).
+Trained are alpha, beta (r,), X (k-r, d) and Y (d, k-r): 2 r + 2 d (k-r) parameters. `rank` is d, called rank in the
+tables of the paper; `r` is the split. r = k is S-SAM (arXiv 2408.06447).
 
-X and Y mean something only in the singular basis that they were trained in. An SVD is unique only up to the sign of
-every pair (u_i, v_i) and up to rotations where singular values repeat, and it changes much with small changes of the
-weight where they lie close. So a file holds a signature of the basis: its singular values, and the projections of
-every u_i and v_i onto a fixed probe vector.
+X and Y depend on the singular basis of the training. An SVD is unique only up to the sign of every pair (u_i, v_i) and
+up to rotations for equal singular values, and it is sensitive to small changes of the weight if they are close. Files
+therefore contain a signature of the basis: the singular values, and projections of every u_i and v_i onto a fixed probe
+vector.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from samda.adapters.base import Adapter, Choices, LinearAdapterConfig, is_int, r
 from samda.adapters.sites import LinearSite, Site
 from samda.errors import AdapterError, is_finite
 
-# entries of a signature are of order 1; the tolerance admits a copy in bfloat16, a rotated vector exceeds it
+# entries of a signature are of order 1; the tolerance covers a copy in bfloat16, but not a rotated vector
 TOLERANCE = 1e-2
 
 
 def singular_basis(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The thin SVD of a weight (out, in), k = min(out, in): U (out, k), s (k,) descending, V^T (k, in).
 
-    It is computed in fp64 on the CPU, so that it does not depend on the device, and returned in fp32 (fp64 for a weight
-    in fp64). Canonical signs: the entry of largest magnitude of each u_i is positive. The basis of a weight on the meta
-    device has no values either. A weight that is not finite is refused; `name` is its layer.
+    Computed in fp64 on the CPU, independent of the device, and returned in fp32 (fp64 for a weight in fp64). Canonical
+    signs: the entry of largest magnitude of each u_i is positive. The basis of a weight on the meta device is on the
+    meta device. A weight that is not finite is refused; `name` is its layer.
     """
     k = min(weight.shape)
     if weight.is_meta:
@@ -49,7 +49,7 @@ def singular_basis(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch
         raise AdapterError(f"{name}: the base weight holds values that are not finite; load the base weights first")
     if w.shape[0] >= w.shape[1]:
         u, s, vt = torch.linalg.svd(w, full_matrices=False)
-    else:  # tall matrices are decomposed about twice as fast
+    else:  # the SVD of tall matrices is about twice as fast
         v, s, ut = torch.linalg.svd(w.T, full_matrices=False)
         u, vt = ut.T, v.T
     largest = u.gather(0, u.abs().argmax(0, keepdim=True))[0]
@@ -68,15 +68,15 @@ def signature_of(u: torch.Tensor, s: torch.Tensor, vt: torch.Tensor) -> torch.Te
 
 
 def _probe(length: int, like: torch.Tensor) -> torch.Tensor:
-    """A fixed irregular vector of variance 1; a formula, since random generators may change between versions."""
+    """A fixed irregular vector of variance 1, by a formula that does not depend on random generators."""
     index = torch.arange(1, length + 1, dtype=torch.float64, device=like.device)
     return ((index * index * 0.6180339887498949) % 1.0 - 0.5).mul(12**0.5).to(like.dtype)
 
 
 def find_signs(own: torch.Tensor, stored: torch.Tensor, name: str, source: str) -> torch.Tensor:
-    """The signs (k,) that turn the basis of signature `own` into the one of signature `stored`.
+    """The signs (k,) that map the basis of signature `own` to that of signature `stored`.
 
-    Where no choice of signs does, AdapterError names the layer (`name`) and the `source` of the stored signature.
+    If there are none, AdapterError names the layer (`name`) and the `source` of the stored signature.
     """
     stored = stored.to(own.device, own.dtype)
     s, at_u, at_v = own
@@ -96,7 +96,7 @@ def find_signs(own: torch.Tensor, stored: torch.Tensor, name: str, source: str) 
 def check_reconstruction(
     own: tuple[torch.Tensor, torch.Tensor, torch.Tensor], stored: Mapping[str, torch.Tensor], name: str, source: str
 ) -> None:
-    """Refuse a stored basis (tensors u, s, vt) that does not give the same weight within 1e-3."""
+    """Refuse a stored basis (tensors u, s, vt) that does not reproduce the weight within 1e-3."""
     u, s, vt = (tensor.float() for tensor in own)
     u2, s2, vt2 = (stored[key].to(u) for key in ("u", "s", "vt"))
     if float(torch.dist((u * s) @ vt, (u2 * s2) @ vt2)) > 1e-3 * float(torch.linalg.vector_norm(s)):
@@ -160,13 +160,13 @@ class SaltAdapter(Adapter):
         return F.linear(*self._halves(x, change=False), bias)
 
     def _at_identity(self) -> bool:
-        """Is dW exactly zero? On a GPU the question costs a synchronization and is asked only until it is not."""
+        """Is dW exactly zero? On a GPU this synchronizes and is checked only until it is not."""
         if self.scale.is_cpu or not self._moved:
             self._moved = bool(self.scale.any() or self.shift.any() or (self.left.any() and self.right.any()))
         return not self._moved
 
     def _halves(self, x: torch.Tensor, change: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """(q, F) with q F^T = x W~^T, or x dW^T for `change`: the last, largest product is left to the caller."""
+        """(q, F) with q F^T = x W~^T, or x dW^T for `change`; the caller computes the last, largest product."""
         top, tail = self._core(change)
         top, tail = top.to(x.dtype), None if tail is None else tail.to(x.dtype)
         if tail is not None and self._folds(x.shape[:-1].numel()):
@@ -184,14 +184,14 @@ class SaltAdapter(Adapter):
         return torch.cat([p * top, q_tail if change else q_tail + p_tail * self.s[self.r :]], dim=-1)
 
     def _folds(self, tokens: int) -> bool:
-        """Is the tail cheaper multiplied into V (or U) than into the tokens? Products of forward and backward pass."""
+        """Is it cheaper to multiply the tail into V (or U) than into the tokens, in forward and backward pass?"""
         k = self.r + self.m
         return tokens * k**2 + 2 * self.m**2 * k < 3 * tokens * self.m**2
 
     def _core(self, change: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Diagonal (r,) and tail (m, m) of Sigma', less diag(s) for `change`, in fp32 or wider.
 
-        Without ReLU the tail stays X Y and is never formed: None.
+        Without ReLU the tail is X Y and is not computed: None.
         """
         wide = torch.promote_types(self.s.dtype, torch.float32)
         with torch.autocast(self.s.device.type, enabled=False):
@@ -215,7 +215,7 @@ class SaltAdapter(Adapter):
 
     @torch.no_grad()
     def rebase(self, weight: torch.Tensor) -> None:
-        """Take the SVD of a newly loaded base weight, where it is another one."""
+        """Compute the SVD of a newly loaded base weight, if it has changed."""
         if not torch.allclose((self.u * self.s) @ self.vt, weight, rtol=0, atol=1e-5 * float(self.s.max())):
             basis = (t.to(weight.device, weight.dtype) for t in singular_basis(weight.detach(), self.site_name))
             self.u, self.s, self.vt = basis
@@ -253,11 +253,11 @@ class SaltConfig(LinearAdapterConfig):
         "init": ("identity", "paper"),
     }
 
-    rank: int = 4  # d, of X Y; 4 is the light preset, 256 the paper's headline
-    r: int | float | str = "preset"  # scaled values: a number, a fraction of k, or "preset" (k - 8; 50 in the MLP)
+    rank: int = 4  # d, of X Y; the paper uses up to 256
+    r: int | float | str = "preset"  # number of scaled values, fraction of k, or "preset" (k - 8; 50 in the MLP)
     activation: str | None = "relu"  # "relu" as in the paper, or null
     init: str = "identity"  # "identity": Y = 0; "paper": X and Y from N(0, 0.01^2), as in the released SAM code
-    save_basis: bool = False  # store U, s, V in the file (large; needed where an SVD cannot be reproduced)
+    save_basis: bool = False  # store U, s, V in the file (large; for SVDs that cannot be reproduced)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,8 +6,7 @@ After each two-way layer l of the mask decoder, N learned prompts A (N, C) modul
     S  = Lo( softmax( Lq(T) Lk(A)^T / sqrt(d_head) ) Lv(A) )
     T^ = Lt( T + g S )                                            g a scalar, 0 at the start
 
-T is the image side (keys, n = HW) or the token side (queries). Everything before the decoder keeps its embeddings, so
-an image is encoded once however often the adapter moves.
+T is the image side (keys, n = HW) or the token side (queries). The encoder is unchanged, so images are encoded once.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ SIDES = {"image": ("image",), "token": ("token",), "both": ("token", "image")}
 class PromptAttention(nn.Module):
     """T -> Lt(T + g S) on one side.
 
-    Lt is the identity plus `residual`, a linear map without bias that starts at zero: the same functions and the same
-    count as a matrix that starts as the identity, but exact in every precision and pulled to the identity by weight
-    decay. Prompts start from N(0, 1), projections from PyTorch's default.
+    Lt is the identity plus `residual`, a linear map without bias that starts at zero. This is equivalent to a matrix
+    that starts as the identity, but exact in every precision, and weight decay pulls it to the identity. Prompts start
+    from N(0, 1), projections from PyTorch's default.
     """
 
     def __init__(self, dim: int, config: SamDaConfig, generator: torch.Generator) -> None:
@@ -55,7 +54,7 @@ class PromptAttention(nn.Module):
         k, v = (self._heads(layer(prompts)[None]) for layer in (self.key, self.value))  # (1, heads, N, d_head)
         k, v = (t.expand(len(tokens), -1, -1, -1) for t in (k, v))
         found = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        # cast back: under autocast a sum of two types would pass on the wider one, and the start be no identity
+        # cast back: under autocast the sum would have the wider type, and the start would not be the identity
         tokens = tokens + (self.gate * self.out(found)).to(tokens.dtype)
         return tokens + F.linear(tokens, self.residual).to(tokens.dtype)
 
@@ -82,7 +81,7 @@ class SamDaAdapter(Adapter):
         return queries, keys
 
     def scope_params(self) -> dict[str, list[str]]:
-        """`decoder`: all of it; `gate`: gates and Lt, all that gets a gradient while the gate is zero."""
+        """`decoder`: all parameters; `gate`: gates and Lt, which get a gradient while the gate is zero."""
         gate = [f"sides.{side}.{name}" for side in self.sides for name in ("gate", "residual")]
         return {"gate": gate, "decoder": self.adapter_params()}
 
@@ -103,7 +102,7 @@ class SamDaConfig(AdapterConfig):
     num_prompts: int = 2  # N, learned prompts of each layer
     num_heads: int = 8  # of the attention
     inner_dim: int = 128  # width of the attention, a multiple of num_heads
-    prompt_dim: int | None = None  # width of the prompts; null: the decoder's, else a linear map brings them to it
+    prompt_dim: int | None = None  # width of the prompts; null: that of the decoder, otherwise a linear map is added
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sites: the named places of a network where adapters attach.
 
-A network's blocks build these modules into themselves and give each a :class:`SiteInfo`. Adapters find their places by
-kind and role, never by searching attribute paths, so ViT and TinyViT look alike to them. A site without adapters is the
-plain module: same numbers, same `state_dict` keys.
+The blocks of a network contain these modules, each with a :class:`SiteInfo`. Adapters select sites by kind and role,
+not by attribute path, so they work with ViT and TinyViT. A site without adapters is equivalent to the original module:
+same outputs, same `state_dict` keys.
 
 Roles, the same for every backbone (the full name is `encoder.<block>.<role>` or `decoder.<layer>.<role>`):
 
@@ -15,10 +15,10 @@ attn.proj        linear     output projection of encoder attention
 mlp.fc1          linear     first linear layer of the encoder MLP
 mlp.fc2          linear     second linear layer of the encoder MLP
 norm             norm       every LayerNorm of the encoder blocks and of the mask decoder's transformer
-attn.branch      branch     beside attention: reads the normalized input of attention, adds to the stream
+attn.branch      branch     parallel to attention: reads its normalized input, adds to the stream
 attn.output      tokens     the output of attention, before it is added to the stream
 attn.after       tokens     the stream after attention was added
-mlp.branch       branch     beside the MLP: reads the normalized input of the MLP, adds to the stream
+mlp.branch       branch     parallel to the MLP: reads its normalized input, adds to the stream
 mlp.output       tokens     the output of the MLP, before it is added to the stream
 mlp.after        tokens     the stream after the MLP was added
 layer            decoder    after a two-way layer of the mask decoder: (queries, keys)
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SiteInfo:
-    """Where a site is and what it carries."""
+    """Position and width of a site."""
 
-    name: str  # unique in the model, for instance "encoder.3.attn.qkv"
+    name: str  # unique in the model, for example "encoder.3.attn.qkv"
     kind: str  # "linear", "norm", "branch", "tokens" or "decoder"
     role: str  # a role of the table above
     block: int  # index of the encoder block or decoder layer, from 0
@@ -55,16 +55,16 @@ class SiteInfo:
 
     @property
     def part(self) -> str:
-        """The half of the network: "encoder" or "decoder", the first word of the name."""
+        """The part of the network: "encoder" or "decoder", the first word of the name."""
         return self.name.split(".")[0]
 
 
 class Site(nn.Module):
-    """Common part of all sites: the adapters that are attached here, by name, in the order of attachment."""
+    """Base class of sites: the attached adapters by name, in the order of attachment."""
 
     info: SiteInfo
     adapters: nn.ModuleDict
-    merged: bool = False  # are weight deltas folded into a copy of the base parameters?
+    merged: bool = False  # are weight deltas merged into a copy of the base parameters?
 
     def __init__(self, info: SiteInfo) -> None:
         super().__init__()
@@ -75,14 +75,14 @@ class Site(nn.Module):
         self.adapters = nn.ModuleDict()
 
     def active(self) -> Iterator[Adapter]:
-        """The attached adapters that are switched on."""
+        """The enabled adapters."""
         return (adapter for adapter in self.adapters.values() if adapter.enabled)  # type: ignore[misc]
 
 
 class WeightSite(Site):
     """A site with base parameters, to which weight deltas are added.
 
-    `merge` keeps the sums beside the base parameters, which are never written to; `unmerge` drops them.
+    `merge` stores the sums in addition to the base parameters, which are never changed; `unmerge` removes them.
     """
 
     merged_weight: torch.Tensor | None
@@ -95,20 +95,16 @@ class WeightSite(Site):
 
     @property
     def merged(self) -> bool:  # type: ignore[override]
-        """Are weight deltas folded into a copy of the base parameters?"""
+        """Are weight deltas merged into a copy of the base parameters?"""
         return self.merged_weight is not None
 
     def sums(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias with the deltas of the active adapters; None for a bias that no delta changes."""
+        """Weight and bias with the deltas of the active adapters; None for an unchanged bias."""
         raise NotImplementedError
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the active deltas into a copy of the base parameters; harmless when repeated.
-
-        Raises:
-            AdapterError: the result is not finite; nothing is merged.
-        """
+        """Merge the active deltas into a copy of the base parameters; idempotent."""
         if self.merged or not any(True for _ in self.active()):
             return
         weight, bias = self.sums()
@@ -123,8 +119,8 @@ class WeightSite(Site):
         self.merged_weight = self.merged_bias = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # a merged copy would be stale after any load, and so would be what an adapter derived from the base weight;
-        # adapters load after this, so their own tensors meet the new base
+        # a merged copy, and tensors that an adapter derived from the base weight, are stale after loading; adapters
+        # load after this
         self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "weight" in state_dict:
@@ -160,7 +156,7 @@ class LinearSite(WeightSite, nn.Linear):
         return y
 
     def sums(self) -> tuple[torch.Tensor, None]:
-        """The sum in fp32 or wider, then one cast; the bias takes no delta."""
+        """The sum in fp32 or wider, cast once; the bias has no delta."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         total = self.weight.to(wide) + sum(adapter.delta().to(wide) for adapter in self.active())
         return total.to(self.weight.dtype), None
@@ -182,7 +178,7 @@ class NormSite(WeightSite, nn.LayerNorm):
         return weight, bias
 
     def affine(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and shift in force, both (C,)."""
+        """Current scale and shift, both (C,)."""
         if self.merged_weight is not None and self.merged_bias is not None:
             return self.merged_weight, self.merged_bias
         return self.sums()
@@ -192,7 +188,7 @@ class NormSite(WeightSite, nn.LayerNorm):
 
 
 class TokenSite(Site):
-    """Adapters in a chain on one token map (B, H, W, C): x -> adapter(x), the adapter's own skip included."""
+    """A chain of adapters on a token map (B, H, W, C): x -> adapter(x), with the skip of the adapter."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for adapter in self.active():
@@ -201,7 +197,7 @@ class TokenSite(Site):
 
 
 class BranchSite(Site):
-    """Adapters beside a sublayer: stream + sum_a adapter_a(inputs), both (B, H, W, C)."""
+    """Adapters parallel to a sublayer: stream + sum_a adapter_a(inputs), both (B, H, W, C)."""
 
     def forward(self, stream: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         for adapter in self.active():
@@ -210,7 +206,7 @@ class BranchSite(Site):
 
 
 class DecoderSite(Site):
-    """After one two-way layer of the mask decoder: queries (B, N, C) and keys (B, HW, C) pass every adapter."""
+    """Adapters after a two-way layer of the mask decoder, on queries (B, N, C) and keys (B, HW, C)."""
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         for adapter in self.active():
@@ -221,7 +217,7 @@ class DecoderSite(Site):
 class ResidualSites(nn.Module):
     """The three token sites of one residual sublayer, "attn" or "mlp": `output`, `branch` and `after` (see the table).
 
-    `prefix` is the name of the block, for instance "encoder.3".
+    `prefix` is the name of the block, for example "encoder.3".
     """
 
     def __init__(self, prefix: str, sublayer: str, block: int, dim: int) -> None:
@@ -236,5 +232,5 @@ class ResidualSites(nn.Module):
         self.after = TokenSite(info("after", "tokens"))
 
     def forward(self, stream: torch.Tensor, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Add the sublayer's `output` to the `stream`; `inputs` is what the sublayer read (normalized stream)."""
+        """Add `output` of the sublayer to the `stream`; `inputs` is the input of the sublayer (normalized stream)."""
         return self.after(self.branch(stream + self.output(output), inputs))
