@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feature pyramids computed once: training that leaves the encoder unchanged pays for it once, not in every epoch.
+"""Feature pyramids kept: training that leaves the encoder unchanged does not pay for it in every step.
 
-Every slice is encoded in a fixed number of augmented views before the first step; an epoch then draws one view of each
-slice. All choices are functions of (seed, epoch, index), so a resumed training sees what an uninterrupted one sees.
+Every slice is encoded in a few augmented views before the first step; a pass over the slices draws one view of each,
+and in the meantime old views are replaced by new ones. All choices follow from (seed, pass, index) and the number of
+renewed views, so a resumed training sees what an uninterrupted one sees.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn as nn
+from monai.networks.utils import eval_mode
 from torch.utils.data import Dataset
 
 from samda.errors import InputError, UsageError
 from samda.networks.head import Pyramid, map_levels
-from samda.processes import exchange, rank_and_world
+from samda.processes import broadcast, exchange, rank_and_world
 from samda.progress import bar
 
 HALF = torch.float16  # of the kept levels
+GRID = 16  # pixels: cuts begin at places of the coarsest level
 
 logger = logging.getLogger(__name__)
 
@@ -100,23 +103,34 @@ class EmbeddingDataset(Dataset):
     """Slices as the frozen encoder sees them: {"pyramid": {level: (C, h, w)}, "label": (1, H, W), ...}.
 
     The pyramid holds the levels that the network's class head reads, in half precision. `dataset[index]` is the slice
-    without augmentation; `dataset[epoch, index]` the view that this epoch draws. Each slice runs through its views in
-    turn, from a start of its own, so a view returns after `views` epochs. Connected processes share the encoding, batch
-    by batch, and each keeps all of it: an epoch deals out its slices anew.
+    without augmentation; `dataset[pass, index]` the view that this pass over the slices draws: a slice runs through the
+    views that it holds in turn, from a start of its own. Connected processes share the first encoding, batch by batch,
+    and each keeps all of it.
+
+    Each slice has room for `views` views. Slot 0 holds the slice itself; view v > 0 lies in slot 1 + (v - 1) % (views -
+    1). With `first` < `views`, :meth:`renew` fills the other slots during the training and then replaces the oldest
+    views by new ones: a view is never the last of its kind, and the training starts early. What is held follows from
+    the number of renewed slices alone, so a resumed training sees what an uninterrupted one sees.
 
     Args:
         slices: what is encoded; see :class:`Views`. Its further entries (numbers, for instance the case) pass through.
         network: has `encode(image) -> pyramid`; `encoder_adapted` must not be true.
-        views: views of each slice, the unchanged one included.
+        views: views of each slice that are kept, the unchanged one included.
         seed: of the choice of views.
         batch_size: slices encoded at once.
         device: where the encoder runs; the pyramids stay in main memory.
         memory_mb: size beyond which the pyramids lie on disk (MB).
         folder: folder of these files; None takes the system's temporary folder.
         amp: encode under bfloat16 autocast (CUDA only).
+        first: views that are encoded before the training; None takes all.
+        enough: asked before each batch behind view 0 of all slices; true ends the first encoding.
+        collect: called with the pyramids and labels (B, 1, H, W) of view 0, batch by batch, as they are encoded.
+        crop: sides of the image beyond this are cut to it in augmented views (pixels, a multiple of 16); every other
+            cut lies around a foreground pixel. None never cuts.
 
     Attributes:
-        cost: what it took: {"seconds", "megabytes", "slices", "views", "on_disk"}.
+        cost: what the first encoding took: {"seconds", "megabytes", "slices", "views", "on_disk"}.
+        renewed: slices that were encoded anew since.
 
     Raises:
         UsageError: an adapter changes the encoder, or `views` is below 1.
@@ -134,6 +148,10 @@ class EmbeddingDataset(Dataset):
         memory_mb: float = 2048,
         folder: str | Path | None = None,
         amp: bool = False,
+        first: int | None = None,
+        enough: Callable[[], bool] = lambda: False,
+        collect: Callable[[Pyramid, torch.Tensor], None] | None = None,
+        crop: int | None = None,
     ) -> None:
         if views < 1:
             raise UsageError(f"views must be at least 1 (the slice itself), got {views}")
@@ -141,19 +159,20 @@ class EmbeddingDataset(Dataset):
             raise UsageError(
                 "these adapters change the encoder, so embeddings cannot be computed once; set embeddings=False"
             )
-        self.slices, self.views, self.seed = slices, views, seed
+        self.slices, self.network, self.views, self.seed = slices, network, views, seed
+        self.batch_size, self.device, self.amp, self.crop = batch_size, torch.device(device), amp, crop
+        self.memory_mb, self.folder = memory_mb, folder
+        self.first = views if first is None else min(first, views)
         self.extras: list[dict[str, Any]] = []
+        self.latest = torch.full((len(slices),), -1)  # newest view of each slice
+        self.renewed = 0
         start = time.perf_counter()
-        device = torch.device(device)
-        cast = torch.autocast("cuda", torch.bfloat16, enabled=amp and device.type == "cuda")
-        with torch.no_grad(), cast:
-            network.eval()
-            self._fill(network.encode, batch_size, device, memory_mb, folder)  # type: ignore[arg-type]
+        self._fill(enough, collect)
         self.cost = {
             "seconds": round(time.perf_counter() - start, 3),
             "megabytes": round(self.nbytes / 1e6, 3),
             "slices": len(slices),
-            "views": views,
+            "views": int(self.latest.min()) + 1,
             "on_disk": self.nbytes > memory_mb * 1e6,
         }
         logger.info("encoded %(slices)d slices x %(views)d views in %(seconds).1f s: %(megabytes).0f MB", self.cost)
@@ -163,48 +182,55 @@ class EmbeddingDataset(Dataset):
         """Bytes of all pyramids."""
         return sum(level.nbytes for level in self.pyramids.values())
 
-    def _fill(
-        self,
-        encode: Callable[[torch.Tensor], Pyramid],
-        batch_size: int,
-        device: torch.device,
-        memory_mb: float,
-        folder: str | Path | None,
-    ) -> None:
-        keys = [(index, view) for index in range(len(self.slices)) for view in range(self.views)]
-        batches = [keys[at : at + batch_size] for at in range(0, len(keys), batch_size)]
-        progress = bar("encoding", len(keys), "slice")
+    def _fill(self, enough: Callable[[], bool], collect: Callable[[Pyramid, torch.Tensor], None] | None) -> None:
+        """Encode the first views: view 0 of all slices, then view 1, ..."""
+        count, size = len(self.slices), self.batch_size
+        progress = bar("encoding", count * self.first, "slice")
         rank, world = rank_and_world()
-        for first in range(0, len(batches), world):
-            own = [self._encode(batch, encode, device) for batch in batches[first + rank : first + rank + 1]]
-            for batch, pyramid, labels, extras in (result for results in exchange(own) for result in results):
-                if not self.extras:
-                    self._allocate(pyramid, labels, memory_mb, folder)
-                for position, (index, view) in enumerate(batch):
-                    for name, level in pyramid.items():
-                        self.pyramids[name][index, view] = level[position]
-                    self.labels[index, view] = labels[position]
-                self.extras += extras
-                progress.update(len(batch))
+        for view in range(self.first):
+            batches = [[(i, view) for i in range(at, min(at + size, count))] for at in range(0, count, size)]
+            for start in range(0, len(batches), world):
+                if view and broadcast(enough()):
+                    break
+                own = [self._encode(batch) for batch in batches[start + rank : start + rank + 1]]
+                for batch, pyramid, labels, extras in (result for results in exchange(own) for result in results):
+                    self._store(batch, pyramid, labels)
+                    self.extras += extras
+                    if view == 0 and collect is not None:
+                        collect(pyramid, labels)
+                    progress.update(len(batch))
         progress.close()
 
-    def _allocate(self, pyramid: Pyramid, labels: torch.Tensor, memory_mb: float, folder: str | Path | None) -> None:
+    def _store(self, batch: list[tuple[int, int]], pyramid: Pyramid, labels: torch.Tensor) -> None:
+        if not hasattr(self, "pyramids"):
+            self._allocate(pyramid, labels)
+        for position, (index, view) in enumerate(batch):
+            slot = self.slot(view)
+            for name, level in pyramid.items():
+                self.pyramids[name][index, slot] = level[position]
+            self.labels[index, slot] = labels[position]
+            self.latest[index] = max(int(self.latest[index]), view)
+
+    def _allocate(self, pyramid: Pyramid, labels: torch.Tensor) -> None:
         """Room for all levels and labels, like those of a first batch: all levels in memory or all on disk."""
         places = (len(self.slices), self.views)
         shapes = {name: places + tuple(level.shape[1:]) for name, level in pyramid.items()}
         needed = sum(math.prod(shape) * HALF.itemsize for shape in shapes.values())
-        limit = memory_mb if needed <= memory_mb * 1e6 else 0.0
+        limit = self.memory_mb if needed <= self.memory_mb * 1e6 else 0.0
         if not limit:
-            check_disk(needed, memory_mb, folder)
-        self.pyramids = {name: allocate(shape, HALF, limit, folder) for name, shape in shapes.items()}
-        self.labels = allocate(places + tuple(labels.shape[1:]), labels.dtype, memory_mb, folder)
+            check_disk(needed, self.memory_mb, self.folder)
+        self.pyramids = {name: allocate(shape, HALF, limit, self.folder) for name, shape in shapes.items()}
+        self.labels = allocate(places + tuple(labels.shape[1:]), labels.dtype, self.memory_mb, self.folder)
 
     def _encode(
-        self, batch: list[tuple[int, int]], encode: Callable[[torch.Tensor], Pyramid], device: torch.device
+        self, batch: list[tuple[int, int]]
     ) -> tuple[list[tuple[int, int]], Pyramid, torch.Tensor, list[dict[str, Any]]]:
         """The batch itself, its pyramid and labels, and the further entries of the slices whose view 0 it holds."""
         items = [self.slices.view(index, view) for index, view in batch]
-        pyramid = map_levels(_halved, encode(torch.stack([item["image"] for item in items]).to(device)))
+        images = torch.stack([item["image"] for item in items]).to(self.device)
+        cast = torch.autocast("cuda", torch.bfloat16, enabled=self.amp and self.device.type == "cuda")
+        with torch.no_grad(), cast, eval_mode(self.network):
+            pyramid = map_levels(_halved, self.network.encode(images))  # type: ignore[operator]
         extras = [
             {key: value for key, value in item.items() if key not in ("image", "label")}
             for (_, view), item in zip(batch, items, strict=True)
@@ -212,9 +238,51 @@ class EmbeddingDataset(Dataset):
         ]
         return batch, pyramid, torch.stack([item["label"] for item in items]), extras
 
-    def choose(self, epoch: int, index: int) -> int:
-        """The view of slice `index` in this epoch; epoch 0 is the slice itself."""
-        return 0 if epoch == 0 else (draw(self.seed, "view", index) + epoch) % self.views
+    def slot(self, view: int) -> int:
+        """Where a view is kept."""
+        return view if view < self.views else 1 + (view - 1) % (self.views - 1)
+
+    def renew(self, count: int) -> None:
+        """Encode the next `count` slices in a view that none has seen; every process does so by itself."""
+        if self.views == 1:
+            return
+        for turn in range(self.renewed, self.renewed + count):
+            index = self._turn(turn)
+            self._renew(index, int(self.latest[index]) + 1)
+        self.renewed += count
+
+    def _renew(self, index: int, view: int) -> None:
+        """One slice by itself: in a batch with others it would round otherwise."""
+        batch, pyramid, labels, _ = self._encode([(index, view)])
+        self._store(batch, pyramid, labels)
+
+    def _turn(self, turn: int) -> int:
+        """The slice that is renewed at this turn: all once, in an order of its own, before any again."""
+        cycle, position = divmod(turn, len(self))
+        generator = torch.Generator().manual_seed(draw(self.seed, "renew", cycle))
+        return int(torch.randperm(len(self), generator=generator)[position])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is held, for a checkpoint; the pyramids themselves are computed again."""
+        return {"renewed": self.renewed, "latest": self.latest.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Hold what :meth:`state_dict` noted."""
+        missing = []
+        for index, (latest, wanted) in enumerate(zip(self.latest.tolist(), state["latest"].tolist(), strict=True)):
+            missing += [(index, view) for view in range(max(1, wanted - self.views + 2), wanted + 1) if view > latest]
+            self.latest[index] = wanted
+        progress = bar("encoding", len(missing), "slice")
+        for index, view in missing:
+            self._renew(index, view)
+            progress.update()
+        progress.close()
+        self.renewed = state["renewed"]
+
+    def choose(self, turn: int, index: int) -> int:
+        """The slot of slice `index` in this pass; pass 0 is the slice itself."""
+        held = min(self.views, int(self.latest[index]) + 1)
+        return 0 if turn == 0 else (draw(self.seed, "view", index) + turn) % held
 
     @property
     def foreground(self) -> torch.Tensor:
@@ -229,12 +297,38 @@ class EmbeddingDataset(Dataset):
         return len(self.slices)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
-        epoch, index = split_key(key)
+        turn, index = split_key(key)
         if not 0 <= index < len(self):
             raise IndexError(f"slice {index} of {len(self)}")
-        view = self.choose(epoch, index)
-        pyramid = map_levels(lambda level: level[index, view], self.pyramids)
-        return {"pyramid": pyramid, "label": self.labels[index, view], **self.extras[index]}
+        slot = self.choose(turn, index)
+        pyramid, label = map_levels(lambda level: level[index, slot], self.pyramids), self.labels[index, slot]
+        if turn and self.crop is not None and max(label.shape[-2:]) > self.crop:
+            pyramid, label = self._cut(pyramid, label, draw(self.seed, "crop", turn, index))
+        return {"pyramid": pyramid, "label": label, **self.extras[index]}
+
+    def _cut(self, pyramid: Pyramid, label: torch.Tensor, seed: int) -> tuple[Pyramid, torch.Tensor]:
+        """A random part of at most `crop` pixels a side, on the grid of the coarsest level."""
+        random = np.random.default_rng(seed)
+        center = None
+        places = label[0].nonzero()
+        if len(places) and random.random() < 0.5:
+            center = places[random.integers(len(places))].tolist()
+        starts, sizes = [], []
+        for axis, side in enumerate(label.shape[-2:]):
+            size = min(side, self.crop or side)
+            last = (side - size) // GRID
+            start = int(random.integers(last + 1))
+            if center is not None:
+                start = min(max((center[axis] - int(random.integers(size))) // GRID, 0), last)
+            starts.append(start * GRID)
+            sizes.append(size)
+
+        def part(level: torch.Tensor) -> torch.Tensor:
+            stride = label.shape[-1] // level.shape[-1]
+            rows, columns = (slice(a // stride, (a + n) // stride) for a, n in zip(starts, sizes, strict=True))
+            return level[:, rows, columns]
+
+        return map_levels(part, pyramid), part(label)
 
 
 def labeled_batches(

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress bars on terminals, from the main process, and not with `--quiet`."""
+"""Progress from one process, and not with `--quiet`: on a terminal a bar with the time left, elsewhere now and then a
+line.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
 
 from samda.processes import is_main
+
+EVERY = 15.0  # seconds between lines
 
 _quiet = False
 _outer: list[Cases] = []  # the bar of the current job, if any
@@ -32,18 +37,34 @@ def quiet(on: bool = True) -> Iterator[None]:
         _quiet = before
 
 
+class _Bar(tqdm):
+    """tqdm; where that shows nothing, a line every :data:`EVERY` seconds."""
+
+    def __init__(self, shown: bool, **settings: Any) -> None:
+        super().__init__(**settings, disable=None if shown else True)  # None: tqdm looks whether it is a terminal
+        self._lines = shown and self.disable
+        self._what = settings
+        self._began = self._last = time.monotonic()
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Count `n` more."""
+        if not self._lines:
+            return super().update(n)
+        self.n += n or 0
+        now = time.monotonic()
+        if now - self._last >= EVERY:
+            self._last = now
+            what, total, unit = (self._what[key] for key in ("desc", "total", "unit"))
+            units = unit if unit == "s" else f"{unit}s"
+            line(f"{what}: {self.n:.0f} of {total:.0f} {units}, {now - self._began:.0f} s")
+        return None
+
+
 def bar(what: str, total: float, unit: str, initial: float = 0, **settings: Any) -> tqdm:
-    """A progress bar of tqdm on standard error; nothing is shown if that is not a terminal."""
-    return tqdm(
-        desc=what,
-        total=total,
-        unit=unit,
-        initial=initial,
-        leave=False,
-        dynamic_ncols=True,
-        disable=True if _quiet or _outer or not is_main() else None,  # None: only on terminals
-        **settings,
-    )
+    """A progress bar of tqdm on standard error with count, rate and time left; lines where that is not a terminal."""
+    shown = not (_quiet or _outer) and is_main()
+    common = {"desc": what, "total": total, "unit": unit, "initial": initial, "leave": False, "dynamic_ncols": True}
+    return _Bar(shown, **common, **settings)
 
 
 def line(text: str) -> None:

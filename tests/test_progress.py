@@ -86,3 +86,19 @@ def test_no_module_draws_bars_of_its_own() -> None:
     package = Path(__file__).parent.parent / "samda"
     users = [path.name for path in package.rglob("*.py") if "tqdm" in path.read_text(encoding="utf-8")]
     assert users == ["progress.py"]
+
+
+def test_a_pipe_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    monkeypatch.setattr("samda.progress.time.monotonic", lambda: now[0])
+    slow = bar("encoding", 10, "slice")
+    for _ in range(10):
+        now[0] += 6
+        slow.update()
+    slow.close()
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == [
+        "encoding: 3 of 10 slices, 18 s",
+        "encoding: 6 of 10 slices, 36 s",
+        "encoding: 9 of 10 slices, 54 s",
+    ]

@@ -22,7 +22,8 @@ from samda.cli.run_report import RunReport
 from samda.errors import UsageError
 from samda.processes import launched
 
-OVERRIDES = ("weights", "epochs", "batch_size", "learning_rate", "fold", "seed")  # keys with a separate option
+# keys with an option of their own
+OVERRIDES = ("weights", "head", "minutes", "steps", "epochs", "batch_size", "learning_rate", "fold", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,11 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         metavar="NAME[,NAME]",
-        help="adapters to train, by name or as YAML files with their settings; default sam_da (samda info lists them)",
+        help="adapters to train, by name or as YAML files with their settings (samda info lists them); default none, "
+        "with --head sam sam_da",
     )
     parser.add_argument("--backbone", metavar="NAME", help="vit_t, vit_b, vit_l or vit_h; default vit_t")
     parser.add_argument("--weights", metavar="FILE", help="base weights; default: published weights, downloaded once")
-    parser.add_argument("--epochs", type=positive, metavar="N", help="passes over the training slices")
+    parser.add_argument("--head", choices=("pyramid", "sam"), help="class head; default pyramid")
+    parser.add_argument("--minutes", type=float, metavar="N", help="wall time of the whole training; instead of steps")
+    parser.add_argument("--steps", type=positive, metavar="N", help="gradient steps; default 1500")
+    parser.add_argument("--epochs", type=positive, metavar="N", help="passes over the training slices, instead")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="slices per step")
     parser.add_argument(
         "--learning-rate",
@@ -105,6 +110,7 @@ def run(args: argparse.Namespace) -> None:
                 tracking=args.tracking,
                 begin=begin,
                 with_base=args.with_base,
+                **{key: overrides.pop(key) for key in ("head", "minutes", "steps") if key in overrides},
             )
         if rank != 0:  # the main process reports for all
             return

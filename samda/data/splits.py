@@ -16,6 +16,8 @@ from samda.data.readers import read_geometry
 from samda.errors import UsageError
 from samda.task import Task
 
+MOST_VALIDATION = 8  # patients
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -28,6 +30,11 @@ class Split:
     validation: list[Case]
     note: str
 
+    @property
+    def apart(self) -> bool:
+        """Is no patient on both sides? Otherwise the validation says too little to choose by."""
+        return not {patient_of(case) for case in self.training} & {patient_of(case) for case in self.validation}
+
 
 def split(
     cases: Sequence[Case],
@@ -38,13 +45,13 @@ def split(
 ) -> Split:
     """Split the labeled cases of one section into training and validation.
 
-    * `fold`, and cases with a fold: the cases of this fold are the validation set (as in MONAI).
-    * `fold`, and cases without: patients, shuffled by `seed`, are divided into round(1 / fraction) folds.
-    * No fold: patients are shuffled by `seed`; `fraction` of them, at least one, are the validation set.
-    * One patient: each scan is divided into 2 * round(1 / fraction) blocks of slices. Two blocks, half a scan apart,
-    are
-      the validation set (selected by `fold` or `seed`). Slices at the edge of a block resemble their neighbors, so the
-      scores are higher than on another patient; the note states this.
+    * `fold` and cases that state a fold: those of this fold validate (MONAI's convention).
+    * `fold` and cases that state none: patients, shuffled by `seed`, are dealt into round(1 / fraction) folds.
+    * No fold: patients are shuffled by `seed`, and `fraction` of them validate, at least one and at most eight: that
+      tells good parameters from bad, and the others teach more.
+    * One patient: each scan is cut into 2 * round(1 / fraction) blocks of slices, two of which, half a scan apart,
+      validate (`fold` or `seed` says which). Slices at the edge of a block resemble their neighbors, so the validation
+      is kinder than one on another patient; the note says so.
 
     The patient of a case is its entry "patient", else its "id"; no patient is in both sets.
     """
@@ -63,7 +70,7 @@ def split(
         return _by_slices(cases, task, folds, random.Random(seed).randrange(folds) if fold is None else fold)
     random.Random(seed).shuffle(patients)
     if fold is None:
-        chosen = patients[: max(1, round(fraction * len(patients)))]
+        chosen = patients[: min(max(1, round(fraction * len(patients))), MOST_VALIDATION)]
     else:
         folds = min(folds, len(patients))
         if fold >= folds:

@@ -22,12 +22,15 @@ from monai.transforms import (
     LoadImaged,
     MapTransform,
     Orientationd,
+    Rand2DElasticd,
     RandAdjustContrastd,
-    RandAffined,
     RandBiasFieldd,
     RandGaussianNoised,
     RandGaussianSmoothd,
     RandomizableTransform,
+    RandScaleIntensityd,
+    RandShiftIntensityd,
+    RandSimulateLowResolutiond,
     ScaleIntensityRanged,
 )
 from scipy import ndimage
@@ -236,9 +239,10 @@ def build_preprocessing(
 def build_augmentation(task: Task, strength: float = 1.0, tissue: float = 1.0) -> Compose:
     """Augmentation of a slice: {"image": (C, H, W) in [0, 1], "label": (1, H, W)} -> the same, as plain tensors.
 
-    Geometry: small rotations, scalings and shifts; no flips, because organs are lateralized. Intensity: strong changes
-    that simulate other scanners and contrast media: :class:`RandTissueContrastd`, gamma, bias field, noise and blur.
-    Seed it with `set_random_state`.
+    Geometry: rotation, scale, shear and shift with an elastic deformation; no flips, as left and right organs differ.
+    Intensity: strong, so that the model meets the tissue contrasts of other scanners and contrast media: a gray value
+    curve and an offset per organ (:class:`samda.data.transforms.RandTissueContrastd`), gamma, contrast and brightness,
+    a bias field, noise, blur and lower resolution. Seed it with `set_random_state`.
 
     Args:
         task: the task.
@@ -251,24 +255,32 @@ def build_augmentation(task: Task, strength: float = 1.0, tissue: float = 1.0) -
     plain = EnsureTyped(["image", "label"], dtype=(torch.float32, torch.uint8), track_meta=False)
     if strength == 0:
         return Compose([plain])
-    s = strength
-    shift = 0.06 * s * task.image_size  # pixels
+    s, size = strength, task.image_size
+    shift = 0.08 * s * size  # pixels
     steps: list[Any] = [
-        RandAffined(
+        Rand2DElasticd(
             ["image", "label"],
-            prob=0.8,
-            rotate_range=np.deg2rad(12) * s,
-            scale_range=(0.15 * s, 0.15 * s),
+            spacing=(max(4, size // 6),) * 2,
+            magnitude_range=(0, 0.015 * s * size),  # pixels, a standard deviation
+            prob=0.9,
+            rotate_range=np.deg2rad(20) * s,
+            shear_range=(0.1 * s, 0.1 * s),
             translate_range=(shift, shift),
+            scale_range=((-0.2 * s, 0.25 * s),) * 2,
             mode=("bilinear", "nearest"),
             padding_mode="zeros",
         ),
         plain,
         RandTissueContrastd(prob=min(1.0, 0.7 * s), curve=min(1.0, s * tissue), offset=0.25 * s * tissue),
-        RandAdjustContrastd("image", prob=min(1.0, 0.3 * s), gamma=(1 / (1 + 0.6 * s), 1 + 0.6 * s)),
-        RandBiasFieldd("image", degree=3, coeff_range=(-0.1 * s, 0.1 * s), prob=min(1.0, 0.3 * s)),
+        RandAdjustContrastd("image", prob=min(1.0, 0.5 * s), gamma=(1 / (1 + 0.6 * s), 1 + 0.6 * s)),
+        RandScaleIntensityd("image", factors=0.2 * s, prob=min(1.0, 0.5 * s)),
+        RandShiftIntensityd("image", offsets=0.1 * s, prob=min(1.0, 0.5 * s)),
+        RandBiasFieldd("image", degree=3, coeff_range=(-0.15 * s, 0.15 * s), prob=min(1.0, 0.3 * s)),
         RandGaussianSmoothd("image", sigma_x=(0.3, 0.3 + s), sigma_y=(0.3, 0.3 + s), prob=min(1.0, 0.2 * s)),
-        RandGaussianNoised("image", std=0.15 * s, prob=min(1.0, 0.4 * s)),
+        RandSimulateLowResolutiond(
+            "image", prob=min(1.0, 0.2 * s), zoom_range=(1 / (1 + s), 1.0), upsample_mode="bilinear"
+        ),
+        RandGaussianNoised("image", std=0.1 * s, prob=min(1.0, 0.5 * s)),
         ScaleIntensityRanged("image", a_min=0.0, a_max=1.0, b_min=0.0, b_max=1.0, clip=True),
     ]
     return Compose([*steps, plain])

@@ -3,27 +3,42 @@
 
 from __future__ import annotations
 
+from samda.training.average import BackToTraining, ParameterAverage
 from samda.training.cases import build_task, dataset_labels, labeled_cases, training_cases
 from samda.training.checkpoint import Checkpoint, Resume, SaveCheckpoint
 from samda.training.config_check import check_config, check_overrides
-from samda.training.datasets import SliceDataset, SliceSampler, build_dataset, prepare_batch
+from samda.training.datasets import RenewViews, SliceDataset, SliceSampler, build_dataset, prepare_batch
 from samda.training.ddp import PaddedDataset, RankSampler, WholeBatchLoss, batch_share, distribute
 from samda.training.finish import save_training
 from samda.training.handlers import CaseDice, MLflow, Progress, RecordEpoch, TensorBoard, TrainingRecord
 from samda.training.loss import DiceCELoss
-from samda.training.optim import PenalizedLoss, build_optimizer, build_schedule, parameter_groups
+from samda.training.optim import (
+    ClipGradients,
+    PenalizedLoss,
+    build_optimizer,
+    build_schedule,
+    parameter_groups,
+)
+from samda.training.pace import Attach, Ended, Pace
 from samda.training.run import train
 
 __all__ = [
+    "Attach",
+    "BackToTraining",
     "CaseDice",
     "Checkpoint",
+    "ClipGradients",
     "DiceCELoss",
+    "Ended",
     "MLflow",
+    "Pace",
     "PaddedDataset",
+    "ParameterAverage",
     "PenalizedLoss",
     "Progress",
     "RankSampler",
     "RecordEpoch",
+    "RenewViews",
     "Resume",
     "SaveCheckpoint",
     "SliceDataset",

@@ -92,6 +92,8 @@ def training_cases(
     else:
         result = split(training, task, fraction, fold, seed)
     logger.info("validation %s", result.note)
+    if not result.apart:
+        logger.info("the patient trains and validates: no parameters are chosen by that, the last average is kept")
     return result
 
 

@@ -86,7 +86,8 @@ class Checkpoint:
         if not is_main():
             return
         state: dict[str, Any] = {name: thing.state_dict() for name, thing in self._all(engine).items()}
-        state |= {"epoch": engine.state.epoch, "settings": self.settings, "random": _random_state()}
+        state |= {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
+        state |= {"settings": self.settings, "random": _random_state()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(".last.pt.tmp")
         try:
@@ -109,7 +110,7 @@ class Checkpoint:
             if name in state:
                 thing.load_state_dict(state[name])
         engine.state.epoch = state["epoch"]
-        engine.state.iteration = state["epoch"] * engine.state.epoch_length
+        engine.state.iteration = state.get("iteration", state["epoch"] * engine.state.epoch_length)
         _set_random_state(state["random"])
         logger.info("resumed after epoch %d", state["epoch"])
 

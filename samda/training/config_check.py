@@ -24,16 +24,27 @@ from monai.bundle import ComponentLocator, ConfigParser, ConfigWorkflow
 from samda.adapters.attach import build_configs, check_together
 from samda.errors import UsageError, nearest
 from samda.networks.backbones import backbone_config
+from samda.networks.segmenter import head_config
 from samda.networks.weights import check_published, existing_weights
 from samda.task import Task
 from samda.training.cases import build_task
+from samda.training.pace import check_length
 
-FREE = ("adapters", "backbone", "task", "_meta_")  # these may be mappings whose keys their own builders check
-NAMED = ("backbone", "task")  # and these may be names
+FREE = ("adapters", "backbone", "task", "head", "_meta_")  # these may be mappings whose keys their own builders check
+NAMED = ("backbone", "task", "head")  # and these may be names
 TRACKING = ("tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0", "output_dir")
-NULL = ("head_learning_rate", "weights", "train::augmentation")  # keys with a default that may be null
+NULL = ("head_learning_rate", "weights", "crop", "train::augmentation")  # keys with a default that may be null
 COMPUTED = ("device", "train::dataloader::batch_size")  # components of multi_gpu_train.json that stand for plain values
-UNSET = {"fold": 0, "image_size": 256, "spacing": 1.0}  # keys that are null by default; other values are of this type
+UNSET = {
+    "fold": 0,
+    "image_size": 256,
+    "spacing": 1.0,
+    "steps": 1,
+    "minutes": 1.0,
+    "epochs": 1,
+    "val_interval": 1,
+    "head_learning_rate": 0.01,
+}  # keys that are null by default; other values are of this type
 TYPES = {
     bool: "true or false",
     int: "a whole number",
@@ -44,9 +55,15 @@ TYPES = {
 }
 LIMITS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 RANGES: dict[str, dict[str, float]] = {  # keys whose wrong values PyTorch and ignite take, or refuse without their name
+    "steps": {"at least": 1},
+    "minutes": {"above": 0},
     "epochs": {"at least": 1},
     "batch_size": {"at least": 1},
     "views": {"at least": 1},
+    "renewed_views": {"at least": 0},
+    "crop": {"at least": 64},
+    "gradient_norm": {"at least": 0},
+    "average_decay": {"at least": 0, "below": 1},
     "val_interval": {"at least": 1},
     "checkpoint_interval": {"at least": 1},
     "patience": {"at least": 0},
@@ -56,7 +73,7 @@ RANGES: dict[str, dict[str, float]] = {  # keys whose wrong values PyTorch and i
     "regularization": {"at least": 0},
     "augmentation": {"at least": 0},
     "fold": {"at least": 0},
-    "head_learning_rate": {"at least": 0},  # 0 or null is the rate of the adapters
+    "head_learning_rate": {"at least": 0},  # 0 is the rate of the adapters, null what suits the head
     "learning_rate": {"above": 0},
     "seed": {"at least": 0, "at most": 2**63 - 1},  # of PyTorch's generators
     "validation_fraction": {"above": 0, "at most": 0.5},
@@ -108,6 +125,9 @@ def _check_by_builders(plain: Mapping[str, Any], config: Mapping[str, Any]) -> N
         backbone = backbone_config(plain["backbone"])
         if weights == "pretrained":
             check_published(backbone)
+    if "head" in plain:
+        head_config(plain["head"])
+    check_length(**{key: plain.get(key) for key in ("steps", "minutes", "epochs")})
     if isinstance(weights, str | Path) and weights != "pretrained":
         existing_weights(weights)
     if "task" in plain:  # null is chosen for the scans later, but not its size

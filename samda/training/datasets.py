@@ -14,19 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
+from ignite.engine import Engine, Events
+from monai.networks.utils import eval_mode
 from monai.transforms import Compose
 from torch.utils.data import Dataset, DistributedSampler
 
 from samda.data.slices import SliceGrid, axis_tasks, center_channels, with_neighbors
-from samda.embeddings import EmbeddingDataset, allocate, draw, split_key
+from samda.embeddings import EmbeddingDataset, allocate, draw, labeled_batches, split_key
 from samda.errors import InputError, UsageError, nearest
 from samda.io import files_of
 from samda.networks.head import Pyramid, map_levels
+from samda.networks.segmenter import SamSegmenter
 from samda.processes import rank_and_world
 from samda.progress import bar
 from samda.source_statistics import SliceStatistics
 from samda.task import Task
+from samda.training.pace import Pace, clock
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,8 @@ class SliceSampler(DistributedSampler):
 
     Several processes divide what one would draw: process r of R takes the items r, r + R, ... Where these are not
     equally many, the last is (epoch, None), see :class:`samda.training.ddp.PaddedDataset`.
+
+    After :meth:`start_at` it does not end: one epoch, here a pass, follows on the other without an incomplete batch.
     """
 
     def __init__(
@@ -60,19 +65,40 @@ class SliceSampler(DistributedSampler):
         wanted = round(len(self.full) * empty_share / (1 - empty_share))
         self.num_empty = min(len(self.empty), max(1, wanted)) if empty_share else 0
         self.num_samples = math.ceil((len(self.full) + self.num_empty) / replicas)
+        self._place: int | None = None  # of the stream of passes
+
+    def start_at(self, place: int) -> None:
+        """Become a stream of passes, from its item `place` on; several processes count their own items."""
+        self._place = place
 
     def __iter__(self) -> Iterator[tuple[int, int | None]]:  # type: ignore[override]
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        chosen = self.empty[torch.randperm(len(self.empty), generator=generator)[: self.num_empty]]
-        indices = torch.cat([self.full, chosen])
-        own = indices[torch.randperm(len(indices), generator=generator)][self.rank :: self.num_replicas].tolist()
+        if self._place is not None:
+            return self._stream(self._place * self.num_replicas + self.rank)
+        own: list[int | None] = list(self._order(self.epoch)[self.rank :: self.num_replicas])
         own += [None] * (self.num_samples - len(own))
         return iter([(self.epoch, index) for index in own])
+
+    def _stream(self, place: int) -> Iterator[tuple[int, int]]:
+        turn, place = divmod(place, len(self.full) + self.num_empty)
+        while True:
+            order = self._order(turn + 1)
+            while place < len(order):
+                yield turn + 1, order[place]
+                place += self.num_replicas
+            turn, place = turn + 1, place - len(order)
+
+    def _order(self, turn: int) -> list[int]:
+        """The slices of a pass."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
+        chosen = self.empty[torch.randperm(len(self.empty), generator=generator)[: self.num_empty]]
+        indices = torch.cat([self.full, chosen])
+        return indices[torch.randperm(len(indices), generator=generator)].tolist()
 
     def __len__(self) -> int:
         return self.num_samples
 
 
+FIRST_VIEWS = 2  # the slice itself and another one; the rest comes during the training
 DEFAULT = 8  # slices, for which the learning rates of train.json were chosen
 PIXELS = 256 * 256  # of the slices that were measured
 SHARE = 0.7  # of the memory that is free: the rest is for scans, and for others
@@ -117,7 +143,7 @@ def build_dataset(
     data: Sequence[Mapping[str, Any]],
     transform: Callable,
     task: Task,
-    network: nn.Module,
+    network: SamSegmenter,
     augmentation: Compose | None = None,
     views: int = 1,
     seed: int = 0,
@@ -127,11 +153,16 @@ def build_dataset(
     memory_mb: float = 2048,
     amp: bool = False,
     part: str = "training",
+    renew: bool = False,
+    crop: int | None = None,
+    closed_form: bool = False,
+    pace: Pace | None = None,
 ) -> SliceDataset | EmbeddingDataset:
     """The data set of one part of a training.
 
     Embeddings are computed once where `embeddings` allows it and no adapter changes the encoder; otherwise every item
-    is an image, augmented anew in every epoch.
+    is an image, augmented anew in every pass. With `closed_form` the class head, where it can, starts from view 0 of
+    the slices as soon as these are encoded: the network is usable from then on.
 
     Args:
         data, transform, task, augmentation, seed, part: see :class:`SliceDataset`.
@@ -141,12 +172,84 @@ def build_dataset(
         batch_size: slices encoded at once.
         memory_mb: memory for slices and for embeddings, each (MB); what exceeds it lies on disk.
         amp: encode under autocast (CUDA only).
+        renew: views will be renewed during the training, so two are enough to begin with.
+        crop: see :class:`EmbeddingDataset`; without effect on images, and for heads that read SAM's decoder.
+        pace: the length of the training, which bounds the time for encoding.
     """
     slices = SliceDataset(data, transform, task, augmentation, seed, memory_mb, part)
+    start = network.head.closed_form(slices.counts) if closed_form and network.head.name != "sam" else None
     if not embeddings or network.encoder_adapted:
+        if start is not None:
+            _start_from_images(network, slices, start, device)
         return slices
-    views = views if augmentation is not None else 1
-    return EmbeddingDataset(slices, network, views, seed, batch_size, device, memory_mb, amp=amp)
+    timed = pace is not None and pace.minutes is not None
+    dataset = EmbeddingDataset(
+        slices,
+        network,
+        views if augmentation is not None else 1,
+        seed,
+        batch_size=8,
+        device=device,
+        memory_mb=memory_mb,
+        amp=amp,
+        first=FIRST_VIEWS if renew and not timed else None,
+        enough=pace.encoded_enough if pace is not None else lambda: False,
+        collect=None if start is None else _on(device, start.add),
+        crop=None if network.head_config.reads_decoder else crop,
+    )
+    if start is not None:
+        start.finish()
+        logger.info("the class head starts in closed form")
+    return dataset
+
+
+def _on(device: torch.device | str, add: Callable[[Pyramid, torch.Tensor], None]) -> Callable:
+    """`add` with what it is given on `device`, labels without their channel."""
+
+    def collect(pyramid: Pyramid, labels: torch.Tensor) -> None:
+        add(map_levels(lambda level: level.to(device), pyramid), labels[:, 0].to(device))
+
+    return collect
+
+
+def _start_from_images(network: SamSegmenter, slices: SliceDataset, start: Any, device: torch.device | str) -> None:
+    """The closed-form start where nothing is encoded for good: slices with foreground, once through the network."""
+    chosen = slices.foreground.nonzero().flatten().tolist()
+    progress = bar("encoding", len(chosen), "slice")
+    with torch.no_grad(), eval_mode(network):
+        for images, labels in labeled_batches(slices, chosen):
+            _on(device, start.add)(network.encode(images.to(device)), labels)  # type: ignore[union-attr]
+            progress.update(len(labels))
+    progress.close()
+    start.finish()
+
+
+class RenewViews:
+    """Encodes slices in new views between the steps, `rate` of them per step, or with minutes for a share of the time.
+
+    `dataset` is an :class:`EmbeddingDataset`; with another one, or rate 0, nothing happens.
+    """
+
+    def __init__(self, dataset: Dataset, rate: float, pace: Pace) -> None:
+        if rate < 0:
+            raise UsageError(f"renewed views per step must not be negative, got {rate}")
+        self.dataset, self.rate, self.pace = dataset, rate, pace
+        self._seconds = 0.0
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the training engine."""
+        if self.rate and isinstance(self.dataset, EmbeddingDataset):
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if self.pace.minutes is None:
+            due = int(self.rate * engine.state.iteration) - self.dataset.renewed  # type: ignore[attr-defined]
+        else:
+            due = int(self.pace.may_renew(self._seconds))
+        if due > 0:
+            start = clock()
+            self.dataset.renew(due)  # type: ignore[attr-defined]
+            self._seconds += clock() - start
 
 
 def prepare_batch(
@@ -189,6 +292,7 @@ class SliceDataset(Dataset):
 
     Attributes:
         foreground: (N,) bool, does the item hold foreground?
+        counts: (K,) pixels of each class.
         present: (K,) bool, does the class occur at all?
         statistics: of the training slices as they are, for the record of the model; empty for another part.
     """
@@ -226,7 +330,8 @@ class SliceDataset(Dataset):
         self._checksum = checksum
         self.foreground = torch.cat([(label > 0).flatten(1).any(1) for label in self.labels])
         counts = sum(torch.bincount(label.flatten().long(), minlength=task.num_classes) for label in self.labels)
-        self.present = torch.as_tensor(counts) > 0
+        self.counts = torch.as_tensor(counts)
+        self.present = self.counts > 0
         self._check_foreground()
 
     def _read(self, case: Mapping[str, Any], name: str, transform: Callable) -> tuple[torch.Tensor, torch.Tensor]:

@@ -105,7 +105,7 @@ def copy_bundle(
     """Make a model folder a MONAI bundle: configs, docs, license, metadata that name the classes, models/model.pt.
 
     models/model.pt repeats adapter.safetensors for MONAI's own tools; samda does not read it. configs/train.json takes
-    the task, backbone and adapters of this training as its defaults, so model.pt fits its `network_def`.
+    the task, backbone, head and adapters of this training as its defaults, so model.pt fits its `network_def`.
     """
     source, folder = Path(bundle_root), Path(folder)
     if not (source / "configs" / "train.json").is_file():
@@ -120,7 +120,7 @@ def copy_bundle(
     path = folder / "configs" / "train.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config |= {"task": literal(task.to_dict()), "image_size": None, "spacing": None}
-    write_json(path, config | {key: literal(settings[key]) for key in ("backbone", "adapters")})
+    write_json(path, config | {key: literal(settings[key]) for key in ("backbone", "adapters", "head")})
     path = folder / "configs" / "metadata.json"
     metadata = json.loads(path.read_text(encoding="utf-8"))
     metadata["name"] = f"{task.name}: SAM segmentation with adapters"

@@ -35,6 +35,7 @@ from samda.networks.head import map_levels
 from samda.processes import exchange, is_main
 from samda.progress import bar
 from samda.report import paint
+from samda.training.pace import Pace
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +115,8 @@ class TrainingRecord:
     """The curve of a training and its best parameters; a checkpoint carries it through a resume.
 
     Attributes:
-        history: one row per epoch: {"epoch", "loss", "learning_rate", "seconds"} and, where validated, "mean_dice" and
-            "dice" (class -> Dice).
+        history: one row per round: {"epoch" (number of the round), "step", "loss", "learning_rate", "seconds"} and,
+            where validated, "mean_dice" and "dice" (class -> Dice).
         best_score, best_epoch: of the best validation; -inf and 0 before the first.
         best_state: the trainable parameters at that moment, on the CPU.
         misses: validations since then.
@@ -126,9 +127,9 @@ class TrainingRecord:
         self.best_score, self.best_epoch, self.misses = -float("inf"), 0, 0
         self.best_state: dict[str, torch.Tensor] = {}
 
-    def validated(self, score: float, epoch: int, network: nn.Module) -> bool:
-        """Note a validation; True if it is better than every one before."""
-        if score > self.best_score:
+    def validated(self, score: float, epoch: int, network: nn.Module, select: bool = True) -> bool:
+        """Note a validation; True if it is better than every one before, or if the last one counts anyway."""
+        if not select or score > self.best_score:
             self.best_score, self.best_epoch, self.misses = score, epoch, 0
             self.best_state = {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
             return True
@@ -155,7 +156,8 @@ class RecordEpoch:
 
     Attach it after the ValidationHandler. The curve is written to `folder`/history.json. Handlers that follow find the
     output of the engine as a list of one item, in which MONAI's own (StatsHandler, MLFlowHandler) look for the loss.
-    `patience` counts validations without a better one before the training stops; 0 never stops it.
+    `patience` counts validations without a better one before the training stops; 0 never stops it. Without `select`
+    the last parameters count, and nothing stops early: a validation on the patient that trains says too little.
     """
 
     def __init__(
@@ -166,9 +168,11 @@ class RecordEpoch:
         optimizer: torch.optim.Optimizer,
         patience: int = 0,
         folder: str | Path = ".",
+        pace: Pace | None = None,
+        select: bool = True,
     ) -> None:
-        self.record, self.network, self.evaluator = record, network, evaluator
-        self.optimizer, self.patience, self.folder = optimizer, patience, Path(folder)
+        self.record, self.network, self.evaluator, self.pace = record, network, evaluator, pace
+        self.optimizer, self.patience, self.folder, self.select = optimizer, patience, Path(folder), select
 
     def attach(self, engine: Engine) -> None:
         """Register with the training engine."""
@@ -198,13 +202,16 @@ class RecordEpoch:
         loss = float(torch.stack(self._losses).mean())
         if not math.isfinite(loss):
             raise InputError(f"the loss of epoch {epoch} is not finite; lower learning_rate or set amp=False")
-        row: dict[str, Any] = {"epoch": epoch, "loss": loss, "learning_rate": self._rates}
+        row: dict[str, Any] = {"epoch": epoch, "step": engine.state.iteration}
+        row |= {"loss": loss, "learning_rate": self._rates}
         row["seconds"] = round(engine.state.times.get(Events.EPOCH_COMPLETED.name) or 0.0, 3)
         validation = self.evaluator.state
         if validation.epoch == epoch and validation.metrics:  # not at every epoch when val_interval > 1
             row["mean_dice"] = validation.metrics[validation.key_metric_name]
             row["dice"] = validation.metric_details.get(validation.key_metric_name, {})
-            record.validated(row["mean_dice"], epoch, self.network)
+            record.validated(row["mean_dice"], epoch, self.network, self.select)
+            if self.pace is not None:
+                self.pace.validated()
         record.history.append(row)
         best = {"epoch": record.best_epoch, "mean_dice": record.best_score} if record.best_epoch else None
         if is_main():
@@ -219,32 +226,47 @@ class RecordEpoch:
 
 
 class Progress:
-    """A bar over the epochs on a terminal, else a log line per epoch. Attach it after :class:`RecordEpoch`."""
+    """A bar over the training on a terminal, lines elsewhere, and a log line per round. Attach it after
+    :class:`RecordEpoch`.
+    """
 
-    def __init__(self, record: TrainingRecord) -> None:
-        self.record = record
+    def __init__(self, record: TrainingRecord, pace: Pace | None = None) -> None:
+        self.record, self.pace = record, pace
         self.bar: Any = None  # until the training starts, which another handler may prevent
 
     def attach(self, engine: Engine) -> None:
         """Register with the training engine."""
         engine.add_event_handler(Events.STARTED, self.start)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self.advance)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.advance)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.show)
         engine.add_event_handler(Events.COMPLETED, self.close)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self.fail)
 
     def start(self, engine: Engine) -> None:
-        """Open the bar at the epoch that the training starts from."""
-        self.bar = bar("training", engine.state.max_epochs or 0, "epoch", initial=engine.state.epoch)
+        """Open the bar where the training starts from."""
+        done, total, unit = self._progress(engine)
+        self.bar = bar("training", total, unit, initial=done)
 
     def advance(self, engine: Engine) -> None:
-        """One epoch further."""
+        """One step further."""
+        self.bar.update(self._progress(engine)[0] - self.bar.n)
+
+    def show(self, engine: Engine) -> None:
+        """The newest row."""
         row = self.record.history[-1]
         text = f"loss {row['loss']:.4f}"
         if "mean_dice" in row:
             text += f", mean Dice {row['mean_dice']:.4f} (best {self.record.best_score:.4f})"
         self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(1)
-        logger.info("epoch %d/%d: %s", row["epoch"], engine.state.max_epochs, text)
+        done, total, unit = self._progress(engine)
+        if self.pace is None or self.pace.epochs:
+            done, total, unit = row["epoch"], engine.state.max_epochs or 0, "epoch"
+        logger.info("%s %.0f/%.0f: %s", unit, done, total, text)
+
+    def _progress(self, engine: Engine) -> tuple[float, float, str]:
+        if self.pace is not None:
+            return self.pace.progress(engine)
+        return engine.state.iteration, (engine.state.max_epochs or 0) * (engine.state.epoch_length or 0), "step"
 
     def close(self, engine: Engine) -> None:
         """Close the bar."""

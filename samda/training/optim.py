@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from ignite.engine import Engine
+from monai.engines import IterationEvents
 
 from samda.adapters.base import adapter_parameters, modules, regularization, trainable_parameters
 from samda.errors import UsageError
+from samda.training.pace import Pace
 
 
 def parameter_groups(network: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
@@ -30,7 +33,7 @@ def parameter_groups(network: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 def build_optimizer(
     network: nn.Module,
-    learning_rate: float | Mapping[str, float] = 1e-3,
+    learning_rate: float | Mapping[str, float | None] = 1e-3,
     weight_decay: float = 0.01,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.AdamW:
@@ -38,7 +41,7 @@ def build_optimizer(
 
     Vectors and scalars (biases, scales and shifts of norms, gates, singular values) do not decay, matrices and kernels
     do; a group "adapters" therefore appears as "adapters" and "adapters/vectors". `learning_rate` is one rate, or a
-    rate per group name ("adapters", "head", "base").
+    rate per group name ("adapters", "head", "base"); None for the head is the rate that suits its kind.
     """
     groups = parameter_groups(network)
     if isinstance(learning_rate, Mapping):
@@ -50,7 +53,9 @@ def build_optimizer(
     settings: list[dict[str, Any]] = []
     for group, parameters in groups.items():
         rate = learning_rate[group] if isinstance(learning_rate, Mapping) else learning_rate
-        if not 0 < rate < math.inf:
+        if rate is None and group == "head":
+            rate = network.head_config.learning_rate  # type: ignore[union-attr,assignment]
+        if rate is None or not 0 < rate < math.inf:
             raise UsageError(f"learning_rate of {group!r} must be positive, got {rate}")
         for name, vectors in ((group, False), (f"{group}/vectors", True)):
             chosen = [p for p in parameters.values() if (p.ndim < 2) == vectors]
@@ -63,27 +68,65 @@ def build_optimizer(
 
 
 def build_schedule(
-    optimizer: torch.optim.Optimizer, epochs: int, iterations: int, warmup: float = 0.05
+    optimizer: torch.optim.Optimizer,
+    epochs: int = 1,
+    iterations: int = 1,
+    warmup: float = 0.05,
+    pace: Pace | None = None,
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up, then half a cosine to zero, one step per iteration.
 
     Unlike MONAI's `WarmupCosineSchedule` it does not spend the first iteration at rate zero, and its state leaves the
-    length of the training open, so one can resume with more epochs.
+    length of the training open, so one can resume with more steps.
 
-    With T = epochs x iterations (of an epoch) and w = round(warmup T), 0 <= warmup < 1, the rate of step t is
-    multiplied by (t + 1) / (w + 1) for t < w, else by (1 + cos(pi (t - w) / (T - w))) / 2.
+    With T steps and w = round(warmup T), 0 <= warmup < 1, the rate of step t is multiplied by (t + 1) / (w + 1) for
+    t < w, else by (1 + cos(pi (t - w) / (T - w))) / 2. Where only the used share u of the time is known, by
+    max(u / warmup, 0.1) for u < warmup, else by (1 + cos(pi (u - warmup) / (1 - warmup))) / 2.
+
+    Args:
+        epochs: passes over the training slices.
+        iterations: steps of a pass.
+        warmup: share of the training.
+        pace: the length of the training; None is `epochs` times `iterations`.
     """
     if not 0 <= warmup < 1:
         raise UsageError(f"warmup is a share of the training, in [0, 1); got {warmup}")
     total = max(1, epochs * iterations)
+    if pace is not None:
+        total = pace.steps or (pace.epochs or 1) * iterations
     rise = round(warmup * total)
 
-    def factor(step: int) -> float:
+    def by_steps(step: int) -> float:
         if step < rise:
             return (step + 1) / (rise + 1)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, total - rise))))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    def by_time(step: int) -> float:
+        share = pace.share if pace is not None else 0.0
+        if share < warmup:
+            return max(share / warmup, 0.1)
+        return 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
+
+    timed = pace is not None and pace.minutes is not None
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, by_time if timed else by_steps)
+
+
+class ClipGradients:
+    """Shortens the gradient of all parameters of `optimizer` to `norm` before a step; 0 leaves it as it is."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, norm: float = 1.0) -> None:
+        self.optimizer, self.norm = optimizer, norm
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the training engine."""
+        if self.norm:
+            engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if getattr(engine, "scaler", None) is not None:  # the gradients are still scaled
+            engine.scaler.unscale_(self.optimizer)  # type: ignore[attr-defined]
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.norm)
 
 
 class PenalizedLoss(nn.Module):

@@ -32,6 +32,8 @@ OWN = {  # keys that follow from an argument of another name -> remedy
 }
 WRAPPERS = ("Failed to evaluate", "Failed to instantiate")  # how MONAI's errors begin that only say where
 
+SAM_HEAD: dict[str, Any] = {"adapters": {"sam_da": {}}, "batch_size": 8}  # what suits the head "sam", where not given
+
 Adapters = Mapping[str, Mapping[str, Any]] | Sequence[str | Path] | str | Path
 
 
@@ -48,6 +50,9 @@ def train(
     tracking: str | Sequence[str] = "tensorboard",
     begin: Callable[[], None] | None = None,
     with_base: bool = False,
+    head: str | Mapping[str, Any] | None = None,
+    minutes: float | None = None,
+    steps: int | None = None,
 ) -> dict[str, Any]:
     """Train on a data set and write a model folder.
 
@@ -69,6 +74,10 @@ def train(
             tracking_uri, experiment_name and run_name say), both with a comma between, or "none".
         begin: called once all settings were accepted, before anything is read.
         with_base: copy the base weights into the model folder.
+        head: the class head, "pyramid" or "sam" (with the adapter sam_da and batches of 8 unless these are given), or
+            a mapping {"type": name, settings}.
+        minutes: wall time of the whole training; excludes `steps` and the key `epochs`.
+        steps: gradient steps.
 
     Returns:
         What was trained and reached, see :func:`samda.training.finish.save_training`; the same on every process.
@@ -95,6 +104,9 @@ def train(
         "with_base": with_base,
         "task": task.to_dict() if isinstance(task, Task) else task,
         "backbone": backbone,
+        "head": head,
+        "minutes": minutes,
+        "steps": steps,
         "device": None if device is None else str(device),
     }
     given = {key: literal(value) for key, value in arguments.items() if value is not None}
@@ -124,7 +136,11 @@ def _read_settings(given: dict[str, Any], adapters: Adapters | None, overrides: 
         if not isinstance(names, Sequence) or not all(isinstance(name, str | Path) for name in names):
             raise UsageError(f"adapters must be names, files or a mapping of name to settings, got {adapters!r}")
         given |= _merged([find_overlay(name) for name in names], overrides)
-    return given | overrides
+    settings = given | overrides
+    kind = settings.get("head")
+    if (kind.get("type") if isinstance(kind, Mapping) else kind) == "sam":
+        settings = SAM_HEAD | settings
+    return settings
 
 
 def _checked_workflow(settings: Mapping[str, Any]) -> ConfigWorkflow:

@@ -58,12 +58,12 @@ def model(
     files = [str(bundle / "configs" / "train.json"), str(packaged("configs", "adapters", "sam_da.yaml"))]
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files)]
     keys = {"bundle_root": bundle, "dataset_dir": datalist, "output_dir": "model", "task": "task.yaml"}
-    keys |= {"backbone": tiny_vit_config.to_json(), "weights": tiny_weights, "epochs": 2, "views": 2, "device": "cpu"}
+    keys |= {"backbone": tiny_vit_config.to_json(), "weights": tiny_weights, "epochs": 12, "views": 2, "device": "cpu"}
     for key, value in keys.items():
         command += [f"--{key}", str(value)]
     root = str(Path(__file__).parents[2])  # for a checkout that is not installed
     environment = os.environ | {"PYTHONPATH": root}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "samda.training.handlers - INFO - epoch 2/2: loss" in done.stderr
+    assert "samda.training.handlers - INFO - epoch 12/12: loss" in done.stderr
     return folder / "model"

@@ -153,7 +153,7 @@ def test_an_overlay_replaces_the_adapters_and_plus_adds_to_them(tmp_path: Path) 
     salt = str(packaged("configs", "adapters", "salt.yaml"))
     (tmp_path / "more.yaml").write_text("+adapters:\n  lora: {rank: 2}\n")
     assert list(ConfigParser.load_config_files([config, salt])["adapters"]) == ["salt"]
-    assert list(ConfigParser.load_config_files([config, str(tmp_path / "more.yaml")])["adapters"]) == ["sam_da", "lora"]
+    assert list(ConfigParser.load_config_files([config, str(tmp_path / "more.yaml")])["adapters"]) == ["head", "lora"]
 
 
 def _targets(value: Any) -> Iterator[str]:
@@ -205,7 +205,7 @@ def test_training_from_a_model_folder_works(model: Path, datalist: Path, tmp_pat
     """The copied bundle trains as the packaged one does."""
     task = TASK | {"name": "again"}
     a = run("train", model, dataset_dir=str(datalist), output_dir=str(tmp_path / "a"), task=task, **keys)
-    result = train(datalist, tmp_path / "b", task, overrides=keys)
+    result = train(datalist, tmp_path / "b", task, "sam_da", overrides=keys)
     assert a.parser.get_parsed_content("record").best_score == result["mean_dice"]
     metadata = json.loads((tmp_path / "a" / "configs" / "metadata.json").read_text())
     assert metadata["name"].startswith("again")

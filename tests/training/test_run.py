@@ -46,7 +46,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_a_training_writes_a_model_that_loads(datalist: Path, tmp_path: Path, keys: Keys) -> None:
-    result = train(datalist, tmp_path / "model", Task.from_dict(TASK), overrides=keys)
+    result = train(datalist, tmp_path / "model", Task.from_dict(TASK), overrides=keys, head="sam")
     assert result["epochs"] == 2 and 0 <= result["mean_dice"] <= 1
     assert result["parameters"]["sam_da"] == 395_522
     assert result["embeddings"]["views"] == 2
@@ -104,11 +104,11 @@ def test_killed_and_resumed_equals_uninterrupted(datalist: Path, tmp_path: Path,
 import time, torch
 torch.set_num_threads(1)
 from samda.training import Progress, train
-advance = Progress.advance
+show = Progress.show
 def slow(self, engine):  # leave the killer time between two epochs
-    advance(self, engine)
+    show(self, engine)
     time.sleep(0.5)
-Progress.advance = slow
+Progress.show = slow
 train({str(datalist)!r}, {str(tmp_path / "parts")!r}, {TASK!r}, overrides={keys!r})
 """
     killed = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
@@ -131,15 +131,15 @@ def test_resuming_continues_augmentation_and_dropout(
     """Images instead of embeddings, dropout in the adapters, an error in the third epoch."""
     adapters = {"lka": {"act": "both", "dropout": 0.5}}
     train(datalist, tmp_path / "whole", TASK, adapters, overrides=keys | {"epochs": 4})
-    advance = Progress.advance
+    show = Progress.show
 
     def fail(self: Progress, engine: Engine) -> None:
-        advance(self, engine)
+        show(self, engine)
         if engine.state.epoch == 3:
             raise MemoryError("no memory left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "advance", fail)
+        patch.setattr(Progress, "show", fail)
         with pytest.raises(MemoryError, match="no memory left"):
             train(datalist, tmp_path / "parts", TASK, adapters, overrides=keys | {"epochs": 4})
     train(datalist, tmp_path / "parts", TASK, adapters, overrides=keys | {"epochs": 4}, resume=True)
@@ -240,8 +240,8 @@ def test_overlays_that_are_none(datalist: Path, tmp_path: Path, keys: Keys, text
         ({"dataset_dir": "x"}, "override 'dataset_dir' is not taken; give dataset (--data)"),
         ({"epochs::x": 3}, "config key 'epochs::x' has no place in the config; set the key above it as a whole"),
         (
-            {"train::handlers::9::x": 1},
-            "config key 'train::handlers::9::x' has no place in the config; set the key above it as a whole",
+            {"train::handlers::99::x": 1},
+            "config key 'train::handlers::99::x' has no place in the config; set the key above it as a whole",
         ),
     ],
 )
@@ -278,11 +278,13 @@ def test_arguments_of_another_type_are_refused(tmp_path: Path, arguments: Keys, 
 
 
 def test_null_and_arguments_that_a_component_passes_on(datalist: Path, tmp_path: Path, keys: Keys) -> None:
-    keys |= {"epochs": 1, "head_learning_rate": None, "weights": None, "train::dataloader::drop_last": True}
+    keys |= {"epochs": 1, "weights": None, "train::dataloader::drop_last": True}
     keys |= {"train::loss": {"_target_": "DiceFocalLoss", "softmax": True, "to_onehot_y": True}}
-    train(datalist, tmp_path / "model", TASK, overrides=keys)
-    rates = curve(tmp_path / "model")[0]["learning_rate"]
-    assert rates["head"] == rates["adapters"]
+    for rate, share in ((None, 10 / 3), (0, 1)):  # what suits the head, and the rate of the adapters
+        changes = {"head_learning_rate": rate, "learning_rate": 0.003}
+        train(datalist, tmp_path / "model", TASK, overrides=keys | changes, head="sam", overwrite=True)
+        rates = curve(tmp_path / "model")[0]["learning_rate"]
+        assert rates["head"] == pytest.approx(share * rates["adapters"])
 
 
 def test_numbers_of_numpy_and_paths_are_taken(datalist: Path, tmp_path: Path, keys: Keys) -> None:
