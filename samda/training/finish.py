@@ -120,7 +120,9 @@ def copy_bundle(
     path = folder / "configs" / "train.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config |= {"task": literal(task.to_dict()), "image_size": None, "spacing": None}
-    write_json(path, config | {key: literal(settings[key]) for key in ("backbone", "adapters", "head")})
+    write_json(
+        path, config | {key: literal(settings[key]) for key in ("backbone", "adapters", "head") if key in settings}
+    )
     path = folder / "configs" / "metadata.json"
     metadata = json.loads(path.read_text(encoding="utf-8"))
     metadata["name"] = f"{task.name}: SAM segmentation with adapters"
