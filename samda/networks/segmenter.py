@@ -197,8 +197,6 @@ class SamSegmenter(nn.Module):
         """
         if isinstance(x, dict):
             return self._upsampled(self.decode(x))
-        if isinstance(x, MetaTensor):
-            x = x.as_tensor()  # it would carry its metadata through every operation
         if x.ndim == 5:
             return torch.stack([self(image) for image in x.unbind(-1)], -1)
         return self._upsampled(self.decode(self.encode(x)))
@@ -209,6 +207,8 @@ class SamSegmenter(nn.Module):
 
     def encode(self, image: torch.Tensor) -> Pyramid:
         """Images (B, C, H, W) in [0, 1] -> the levels that :meth:`decode` needs."""
+        if isinstance(image, MetaTensor):
+            image = image.as_tensor()  # it would carry its metadata through every operation
         inner = [name for name in self.levels if name != IMAGE]
         pyramid = self.image_encoder.pyramid(self.normalize(image), inner)  # type: ignore[operator]
         return {name: image if name == IMAGE else pyramid[name] for name in self.levels}
@@ -229,7 +229,11 @@ class SamSegmenter(nn.Module):
 
     def decode(self, pyramid: Pyramid) -> torch.Tensor:
         """Levels of :meth:`encode`, also in half precision -> class logits at the stride of the head."""
-        pyramid = {name: level.to(self.pixel_mean.dtype) for name, level in pyramid.items()}
+        missing = [name for name in self.levels if name not in pyramid]
+        if missing:
+            read = ", ".join(self.levels)
+            raise UsageError(f"the pyramid lacks the level {missing[0]!r}; give what encode returns ({read})")
+        pyramid = {name: pyramid[name].to(self.pixel_mean.dtype) for name in self.levels}
         if self.mask_decoder is not None:
             tokens, upscaled = self.mask_decoder(pyramid[EMBEDDING], *self.prompts(pyramid[EMBEDDING]))
             pyramid |= {TOKENS: tokens, UPSCALED: upscaled}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.nn as nn
 from timm.models.tiny_vit import TinyVit
 
 from samda.adapters import attach, count_parameters, trainable_parameters
+from samda.embeddings import EmbeddingDataset, labeled_batches
 from samda.errors import AdapterError, InputError, UsageError
 from samda.models import load_model, save_model
 from samda.networks.backbones import BACKBONES, TinyViTConfig
@@ -150,6 +152,14 @@ def test_single_precision_leaves_autocast(make_segmenter: Make) -> None:
     assert (found - network(image)).norm() < 0.05 * network(image).norm()
 
 
+def test_a_missing_level_is_named(make_segmenter: Make) -> None:
+    network = make_segmenter("tiny_vit", head="pyramid")
+    pyramid = network.encode(images(1, 1, 64, 64))
+    del pyramid["8"]
+    with pytest.raises(UsageError, match="lacks the level '8'"):
+        network(pyramid)
+
+
 @pytest.mark.parametrize("adapters", [{"sam_da": {}}, {"decoder": {}}, {"norm": {"where": "both"}}, {"full": {}}])
 def test_the_decoder_is_read_where_something_in_it_is_trained(make_segmenter: Make, adapters: dict[str, Any]) -> None:
     network = moved(make_segmenter("tiny_vit", head="pyramid", adapters=adapters)).train()
@@ -210,6 +220,42 @@ def test_building_draws_no_random_number_and_is_reproducible(make_segmenter: Mak
 def test_refusals(tiny_tinyvit_config: TinyViTConfig, head: Any, named: str) -> None:
     with pytest.raises(UsageError, match=named):
         SamSegmenter(tiny_tinyvit_config, 3, weights=None, head=head)
+
+
+class Slices:
+    """Four labeled slices."""
+
+    foreground = torch.ones(4, dtype=torch.bool)
+
+    def __len__(self) -> int:
+        return 4
+
+    def signature(self) -> list[int]:
+        return [4]
+
+    def view(self, index: int, view: int) -> dict[str, Any]:
+        return {"image": images(4, 1, 64, 64)[index], "label": labels(4)[index]}
+
+
+@pytest.mark.parametrize("memory_mb", [100, 0])
+@torch.no_grad()
+def test_kept_levels_give_the_logits_of_the_images(make_segmenter: Make, memory_mb: float) -> None:
+    network = make_segmenter("tiny_vit", head="pyramid", adapters={"sam_da": {}})
+    network.fit_closed_form([(images(4, 1, 64, 64), labels(4))], counts(labels(4)))
+    network = moved(network)
+    kept = EmbeddingDataset(Slices(), network, batch_size=3, memory_mb=memory_mb)
+    ((pyramid, found),) = labeled_batches(kept, range(4))
+    assert isinstance(pyramid, dict) and set(pyramid) == set(network.levels)
+    assert {level.dtype for level in pyramid.values()} == {torch.float16} and torch.equal(found, labels(4))
+    expected = network(images(4, 1, 64, 64))
+    assert (network(pyramid) - expected).norm() <= 16 * torch.finfo(torch.float16).eps * expected.norm()
+
+
+def test_levels_that_fit_nowhere_are_refused(make_segmenter: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(InputError, match="do not fit into memory_mb=0 nor on the disk"):
+        EmbeddingDataset(Slices(), make_segmenter("tiny_vit", head="pyramid"), memory_mb=0)
 
 
 # ------------------------------------------------------------------------------------------------------- closed form
