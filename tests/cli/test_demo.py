@@ -76,5 +76,5 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     page = (output / "report.html").read_text(encoding="utf-8")
     assert page.count("<img ") == 3 * (len(blocks) + 2) + 1  # three slices of each block, of B and of M, and the curves
     assert not re.search(r"(src|href)=\"(?!data:)", page)
-    assert "no expert" in page
+    assert "not expert annotations" in page
     assert "Research use only" in page
