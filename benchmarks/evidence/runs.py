@@ -10,7 +10,7 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from .methods import ABLATIONS, ENCODER, METHODS, rivals_of, train_and_predict
 
 SHORT, LONG = 300, 1800  # CPU seconds
 SEEDS, DEMO_SEEDS = 3, 5
-FROZEN = tuple(name for name in METHODS if name not in ENCODER)
 BASELINE = "pyramid"  # what adapters are compared with
 SCORES = ("dice", "nsd", "hd95_mm")
 
@@ -58,19 +57,23 @@ def _setup(run: Run) -> str:
 
 
 def _trainings(data: str) -> list[Run]:
-    """Everybody at every count; adapters of the encoder where there are patients for them; some with more time."""
-    entry = DATASETS[data]
-    everybody = (*FROZEN, *rivals_of(entry.dimensions))
-    some = [n for n in entry.counts if n in (10, 30)] or [ALL]
-    runs = []
-    for seed in range(SEEDS):
-        for count in (*some, *(n for n in entry.counts if n not in some)):
-            methods = everybody + (ENCODER if count in some and (seed == 0 or data == "hippocampus") else ())
-            runs += [_training(data, count, method, seed, SHORT) for method in methods]
-        if seed == 0:
-            long = ([30] if 30 in entry.counts else []) + [ALL]
-            methods = ("pyramid", "pyramid + SAM-DA", "pyramid, full fine-tuning", *rivals_of(entry.dimensions))
-            runs += [_training(data, count, method, seed, LONG) for count in long for method in methods]
+    """The head and its rivals at every count, then with more time; other heads and adapters; then further seeds."""
+    entry, runs = DATASETS[data], []
+    key = (BASELINE, *rivals_of(entry.dimensions))
+    others = tuple(name for name in METHODS if name not in (*key, *ENCODER))
+    some = [n for n in entry.counts if n in (10, 30)] or [ALL]  # patients for adapters of the encoder
+    long = [n for n in entry.counts if n in (30, ALL)]
+
+    def add(methods: tuple[str, ...], counts: Sequence[int], seeds: Sequence[int] = (0,), budget: int = SHORT) -> None:
+        runs.extend(_training(data, n, name, seed, budget) for seed in seeds for n in counts for name in methods)
+
+    add(key, entry.counts)
+    add(key, long, budget=LONG)
+    add(others, entry.counts)
+    add(ENCODER, some)
+    add((*key, *others), entry.counts, range(1, SEEDS))
+    if data == "hippocampus":
+        add(ENCODER, some, range(1, SEEDS))
     return runs
 
 
