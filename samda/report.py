@@ -46,6 +46,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; m
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; border-bottom: 1px solid #ccc; }
 .purpose { background: #fff3cd; border: 1px solid #e0c36a; padding: .5rem .8rem; font-weight: 600; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; image-rendering: auto; } figcaption { color: #444; }
+.row { display: flex; gap: .5rem; } .row div { flex: 0 1 22rem; } .row img { width: 100%; image-rendering: pixelated; }
 table { border-collapse: collapse; margin: 1rem 0; } caption { text-align: left; color: #444; padding: .3rem 0; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
@@ -143,14 +144,8 @@ def changed_legend() -> str:
 
 def pictures(columns: Mapping[str, np.ndarray], caption: str = "") -> str:
     """Pictures, title -> (H, W, 3) uint8, in a row with titles and a caption."""
-    height, width = next(iter(columns.values())).shape[:2]
-    side = 3.2  # inches
-    figure, panels = _panels(len(columns), side, side * height / width + 0.4)
-    for axes, (title, colors) in zip(panels, columns.items(), strict=True):
-        axes.imshow(colors, interpolation="nearest")
-        axes.set_title(_literal(title), fontsize=10)
-        axes.set_axis_off()
-    return _figure(figure, ", ".join(columns), caption)
+    cells = "".join(f"<div>{_text(title)}<br>{_image(_png(colors), title)}</div>" for title, colors in columns.items())
+    return f'<figure><div class="row">{cells}</div>{_below(caption)}</figure>'
 
 
 def curve(history: Sequence[Mapping[str, Any]], keys: Sequence[str], x: str = "epoch", caption: str = "") -> str:
@@ -209,9 +204,23 @@ def _panels(count: int, width: float, height: float) -> tuple[Any, Any]:
 def _figure(figure: Any, description: str, caption: str) -> str:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=110, metadata={"Software": None})
-    source = base64.b64encode(data.getvalue()).decode("ascii")
-    below = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
-    return f'<figure><img alt="{_text(description)}" src="data:image/png;base64,{source}">{below}</figure>'
+    return f"<figure>{_image(data.getvalue(), description)}{_below(caption)}</figure>"
+
+
+def _png(colors: np.ndarray) -> bytes:
+    from matplotlib.image import imsave
+
+    data = io.BytesIO()
+    imsave(data, np.ascontiguousarray(colors), format="png", metadata={"Software": None})
+    return data.getvalue()
+
+
+def _image(png: bytes, description: str) -> str:
+    return f'<img alt="{_text(description)}" src="data:image/png;base64,{base64.b64encode(png).decode("ascii")}">'
+
+
+def _below(caption: str) -> str:
+    return f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
 
 
 def _legend(colors: Mapping[str, tuple[int, int, int]]) -> str:

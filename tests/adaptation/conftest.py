@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from samda.adaptation.engine import Adaptation
 from samda.data.slices import SliceGrid
 from samda.data.transforms import build_preprocessing
+from samda.models.folder import save_model
 from samda.networks.segmenter import SamSegmenter
 from samda.source_statistics import SliceStatistics, feature_statistics
 from samda.task import Task
@@ -130,3 +132,20 @@ def make_adaptation(network: SamSegmenter, trained: tuple[dict, dict[str, Any]])
         return Adaptation(network, TASK, trained[1], **({"views": 4, "slices": 4, "steps": 3} | settings))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def saved(tiny_tinyvit_weights: Path, trained: tuple, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained network as a model folder that needs nothing beside it."""
+    network = build(tiny_tinyvit_weights)
+    network.load_state_dict(trained[0])
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    task = Task.from_dict(TASK.to_dict() | {"labels": {"liver": [1], "spleen": [2]}})
+    save_model(network, folder, task, trained[1], with_base=True)
+    return folder
+
+
+@pytest.fixture
+def model(saved: Path, tmp_path: Path) -> Path:
+    """A copy of the model folder for one test."""
+    return shutil.copytree(saved, tmp_path / "model")

@@ -17,23 +17,14 @@ import pytest
 
 from samda.adaptation.job import run_adaptation
 from samda.errors import UsageError
-from samda.models.folder import save_model
 from samda.models.versions import list_versions
-from samda.networks.segmenter import SamSegmenter
 from samda.processes import Shard
-from tests.adaptation.conftest import ALWAYS, TASK
+from tests.adaptation.conftest import ALWAYS
 
 ROOT = str(Path(__file__).parents[2])
 SETTINGS = {"method": "class_entropy", "lr": 0.02, "steps": 1, "views": 2, "slices": 2, "keep": "last", "guard": ALWAYS}
 QUICK = ["--views", "2", "--slices", "2", "--steps", "1", "--device", "cpu"]
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-
-
-@pytest.fixture
-def model(network: SamSegmenter, trained: tuple, tmp_path: Path) -> Path:
-    """A model folder that needs nothing beside it."""
-    save_model(network, tmp_path / "model", TASK, trained[1], with_base=True)
-    return tmp_path / "model"
 
 
 @pytest.fixture

@@ -74,7 +74,9 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         assert np.array_equal(found.affine, scan.affine)
     assert nib.load(output / "predictions" / "B.nii.gz").shape == (512, 512, 20)
     page = (output / "report.html").read_text(encoding="utf-8")
-    assert page.count("<img ") == 3 * (len(blocks) + 2) + 1  # three slices of each block, of B and of M, and the curves
+    assert (
+        page.count("<figure>") == 3 * (len(blocks) + 2) + 1
+    )  # three slices of each block, of B and of M, and the curves
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "not expert annotations" in page
     assert "Research use only" in page
