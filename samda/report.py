@@ -211,7 +211,7 @@ def _png(colors: np.ndarray) -> bytes:
     from matplotlib.image import imsave
 
     data = io.BytesIO()
-    imsave(data, np.ascontiguousarray(colors), format="png", metadata={"Software": None})
+    imsave(data, np.ascontiguousarray(colors), format="png", metadata={"Software": None})  # type: ignore[dict-item]
     return data.getvalue()
 
 
