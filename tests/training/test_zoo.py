@@ -92,7 +92,7 @@ def test_the_table_of_the_readme_states_the_defaults() -> None:
     config = json.loads((BUNDLE / "configs" / "train.json").read_text())
     text = (BUNDLE / "docs" / "README.md").read_text()
     rows = dict(re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (.+?) \|", text, re.MULTILINE))
-    for key in ("learning_rate", "head_learning_rate", "epochs", "batch_size", "seed", "augmentation", "memory_mb"):
+    for key in ("learning_rate", "batch_size", "seed", "augmentation", "memory_mb", "views", "crop"):
         assert float(rows[f"`{key}`"]) == float(config[key])
 
 
