@@ -61,19 +61,30 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(place / "data" / "c.nii.gz", place / "scans")
     (place / "balls.yaml").write_text(yaml.safe_dump(TASK))
     train = ["train", "-d", place / "data", "-o", place / "model", "--task", place / "balls.yaml"]
-    assert cli.main([*map(str, train), "--epochs", "1", "--set", "views=1"]) == 0
+    assert cli.main([*map(str, train), "--epochs", "1", "--set", "views=1", "--head", "sam"]) == 0
     return place
 
 
 def test_train_says_what_it_did(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     train = ["train", "-d", place / "data", "-o", tmp_path / "m", "--task", place / "balls.yaml", "--json"]
-    code, out, err = samda(capsys, *train, "--epochs", "2", "--set", "views=1", "--batch-size", "3", "--seed", "5")
+    train += ["--head", "sam", "--epochs", "2", "--set", "views=1", "--batch-size", "3", "--seed", "5"]
+    code, out, err = samda(capsys, *train)
     assert err.startswith("training on ") and "tensors loaded" not in err
     result = json.loads(out)
     assert (code, result["epochs"], result["parameters"]["sam_da"]) == (0, 2, 395_522)
     assert result["parameters"]["head"] == 2 * 140_064
     settings = json.loads((tmp_path / "m" / "adapter.json").read_text())["record"]["training"]["settings"]
     assert (settings["batch_size"], settings["seed"]) == (3, 5)
+
+
+def test_train_by_time_with_the_default_head(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    train = ["train", "-d", place / "data", "-o", tmp_path / "m", "--task", place / "balls.yaml", "--json"]
+    code, out, _ = samda(capsys, *train, "--minutes", "0.1", "--tracking", "none")
+    assert code == 0 and set(json.loads(out)["parameters"]) >= {"head"}
+    record = json.loads((tmp_path / "m" / "adapter.json").read_text())["record"]
+    assert record["training"]["settings"]["head"] == "pyramid"
+    code, _, err = samda(capsys, *train, "--minutes", "1", "--steps", "5", "--overwrite")
+    assert code == 2 and "steps=5, minutes=1.0" in err
 
 
 def test_train_with_several_adapters(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -246,7 +257,7 @@ def test_weights(capsys: pytest.CaptureFixture) -> None:
     ("args", "code", "words"),
     [
         (["train", "-d", "NOWHERE", "-o", "OUT"], 1, ["NOWHERE", "does not exist"]),
-        (["train", "-d", "SCANS", "-o", "OUT"], 1, ["no case can be trained with (1 without label)"]),
+        (["train", "-d", "SCANS", "-o", "OUT"], 1, ["(1 without label)"]),
         (["train", "-d", "DATA", "-o", "OUT", "--task", "bals.yaml"], 1, ["bals.yaml", "does not exist"]),
         (["train", "-d", "DATA", "-o", "OUT", "--task", "TASK", "--epochs", "3", "--set", "epochs=3"], 2, ["twice"]),
         (["train", "-d", "DATA", "-o", "OUT", "--task", "TASK", "--adapter", ""], 2, ["no adapter overlay ''"]),

@@ -40,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "cube.yaml").write_text(yaml.safe_dump(TASK))
     train = ["train", "-d", place / "dataset.json", "-o", place / "model", "--task", place / "cube.yaml", "--quiet"]
     more = ["--epochs", "1", "--set", "views=1", "--tracking", "none", "--report", place / "train.json"]
-    assert cli.main([*map(str, train), *map(str, more)]) == 0
+    assert cli.main([*map(str, train), "--head", "sam", *map(str, more)]) == 0
     return place
 
 
