@@ -182,7 +182,7 @@ def scope_parameters(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
     chosen: dict[str, nn.Parameter] = {}
     for part in check_scope(scope):
         if part not in found:
-            have = ", ".join(name for name in SCOPES if name in found) or "none; train an adapter first"
+            have = ", ".join(name for name in SCOPES if name in found) or "none; train with --adapter sam_da"
             raise AdapterError(f"this model has no parameters in scope {part!r}; it has: {have}")
         chosen |= found[part]
     order = [name for name, _ in model.named_parameters()]
