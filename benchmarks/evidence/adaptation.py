@@ -88,7 +88,9 @@ def source_model(seed: int) -> Path:
     model, recipe = folder / f"seed{seed}", RECIPE | {"seed": seed}
     with FileLock(f"{model}.lock"):
         if not (model / "adapter.json").exists():
-            train(examples.folder / "abdomen_ct.json", model, examples["A"].task, overrides=recipe, overwrite=True)
+            train(
+                examples.folder / "abdomen_ct.json", model, examples["A"].task, "sam_da", None, recipe, overwrite=True
+            )
     return model
 
 

@@ -77,7 +77,7 @@ def train_and_predict(
     Args:
         name: of `METHODS`, `ABLATIONS` or `RIVALS`.
         lists: data lists; the training section of the first trains, the test section of each is predicted into
-            `folder`/predictions.
+            `folder`/predictions/ and the list's name.
         folder: work folder, empty.
         budget: CPU seconds of the training; planning and preprocessing of nnU-Net and all predictions do not count.
         seed: of everything random.
@@ -99,7 +99,17 @@ def train_and_predict(
         return train_nnunet(lists, folder, classes, budget, seed, configuration=name.split()[-1])
     row = train_samda((METHODS | ABLATIONS)[name], lists[0], folder, budget, seed)
     for file in lists:
-        words = ["-m", folder / "model", "-i", file, "-o", folder / "predictions", "--quiet", "--device", "cpu"]
+        words = [
+            "-m",
+            folder / "model",
+            "-i",
+            file,
+            "-o",
+            folder / "predictions" / file.stem,
+            "--quiet",
+            "--device",
+            "cpu",
+        ]
         run_there([sys.executable, "-m", "samda", "predict", *words], timeout=None)
     return row
 

@@ -33,7 +33,7 @@ def train_nnunet(
     """Train a configuration on the first list until the CPU time is spent; write label maps of all test cases.
 
     Args:
-        lists: data lists; the test section of each goes to `folder`/predictions.
+        lists: data lists; the test section of each goes to `folder`/predictions/ and its name.
         folder: work folder.
         classes: background first.
         cpu_seconds: of the training steps, with nnU-Net's augmentation; planning and preprocessing do not count.
@@ -65,8 +65,8 @@ def train_nnunet(
     surroundings["nnUNet_n_proc_DA"] = "0"  # augmentation in the process whose CPU time is counted
     learn = [ID, configuration, "all", "-tr", TRAINER, "-device", "cpu"]
     run_there([python.with_name("nnUNetv2_train"), *learn], wait + 10 * cpu_seconds, **surroundings)
-    for number, content in enumerate(contents):
-        source, target = folder / f"scans{number}", folder / f"maps{number}"
+    for file, content in zip(lists, contents, strict=True):
+        source, target, output = (folder / name / file.stem for name in ("scans", "maps", "predictions"))
         for case in content["test"]:
             write_case(case, source)
         predict = ["-i", source, "-o", target, "-d", ID, "-c", configuration, "-f", "all", "-tr", TRAINER]
@@ -75,7 +75,7 @@ def train_nnunet(
         for case in content["test"]:
             labels = np.asarray(nib.load(target / f"{case['id']}.nii.gz").dataobj).astype(np.uint8)
             affine = read_scan(case["image"], None).affine
-            Prediction(case["id"], labels, affine, classes, Path(case["image"])).save(folder / "predictions")
+            Prediction(case["id"], labels, affine, classes, Path(case["image"])).save(output)
     counted = folder / "results" / NAME / f"{TRAINER}__nnUNetPlans__{configuration}" / "fold_all" / "budget.json"
     row = json.loads(counted.read_text(encoding="utf-8"))
     return row | {"losses": row["losses"][-1:]}

@@ -142,7 +142,7 @@ def _measure_training(run: Run, root: Path, folder: Path) -> Run:
     row["test"] = {}
     for file in lists:
         task = Task(name=file.stem, classes=entry.classes)
-        found = evaluate(folder / "predictions", file, task, None, DATASETS[file.stem].tolerance, "test")
+        found = evaluate(folder / "predictions" / file.stem, file, task, None, DATASETS[file.stem].tolerance, "test")
         if found.failed:
             raise RuntimeError(
                 f"{file.stem}: {len(found.failed)} cases without scores: {next(iter(found.failed.values()))}"

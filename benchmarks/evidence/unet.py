@@ -125,7 +125,7 @@ def build_augmentation(patch: Sequence[int], num_classes: int) -> Compose:
 def train_unet(
     lists: Sequence[Path], output: Path, classes: tuple[str, ...], cpu_seconds: float, seed: int, dimensions: int
 ) -> dict[str, Any]:
-    """Train on the first list until the CPU time is spent, reading included; write label maps of all test cases.
+    """Train on the first list until the CPU time is spent, reading included; write a folder of label maps per list.
 
     Returns:
         {"cpu_seconds", "steps", "parameters", "patch", "batch"}
@@ -137,9 +137,9 @@ def train_unet(
     network = build_unet(dimensions, len(items[0]["image"]), len(classes))
     patch = patch_of(items, dimensions)
     steps, spent = _train(network, items, patch, len(classes), cpu_seconds, seed, start)
-    for content in contents:
+    for file, content in zip(lists, contents, strict=True):
         for case in content["test"]:
-            predict(network.eval(), case, patch, classes).save(output)
+            predict(network.eval(), case, patch, classes).save(output / file.stem)
     return {
         "cpu_seconds": round(spent, 1),
         "steps": steps,

@@ -106,10 +106,11 @@ def test_a_run_from_files_to_a_row(nuclei: Path, tmp_path: Path, monkeypatch: py
     from benchmarks.evidence import runs
 
     def copy_labels(name, lists, folder, budget, seed, classes):
-        (folder / "predictions").mkdir()
+        output = folder / "predictions" / lists[0].stem
+        output.mkdir(parents=True)
         for case in json.loads(lists[0].read_text())["test"]:
             label = Path(case["label"]) if case["id"] == "stain_c" else nuclei / "nuclei_stain" / "masks" / "empty.png"
-            shutil.copy(label, folder / "predictions" / f"{case['id']}.png")
+            shutil.copy(label, output / f"{case['id']}.png")
         return {"cpu_seconds": 1.0, "parameters": 2}
 
     from PIL import Image
