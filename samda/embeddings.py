@@ -8,6 +8,7 @@ renewed views, so a resumed training sees what an uninterrupted one sees.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import shutil
@@ -30,6 +31,7 @@ from samda.processes import broadcast, exchange, rank_and_world
 from samda.progress import bar
 
 HALF = torch.float16  # of the kept levels
+LEAST = 256  # slices that are encoded in any case, for the start of the class head
 GRID = 16  # pixels: cuts begin at places of the coarsest level
 
 logger = logging.getLogger(__name__)
@@ -123,7 +125,8 @@ class EmbeddingDataset(Dataset):
         folder: folder of these files; None takes the system's temporary folder.
         amp: encode under bfloat16 autocast (CUDA only).
         first: views that are encoded before the training; None takes all.
-        enough: asked before each batch behind view 0 of all slices; true ends the first encoding.
+        enough: asked before each batch; true ends the first encoding. A slice that it did not reach is encoded when it
+            is asked for.
         collect: called with the pyramids and labels (B, 1, H, W) of view 0, batch by batch, as they are encoded.
         crop: sides of the image beyond this are cut to it in augmented views (pixels, a multiple of 16); every other
             cut lies around a foreground pixel. None never cuts.
@@ -163,7 +166,7 @@ class EmbeddingDataset(Dataset):
         self.batch_size, self.device, self.amp, self.crop = batch_size, torch.device(device), amp, crop
         self.memory_mb, self.folder = memory_mb, folder
         self.first = views if first is None else min(first, views)
-        self.extras: list[dict[str, Any]] = []
+        self.extras: list[dict[str, Any]] = [{} for _ in range(len(slices))]
         self.latest = torch.full((len(slices),), -1)  # newest view of each slice
         self.renewed = 0
         start = time.perf_counter()
@@ -172,10 +175,10 @@ class EmbeddingDataset(Dataset):
             "seconds": round(time.perf_counter() - start, 3),
             "megabytes": round(self.nbytes / 1e6, 3),
             "slices": len(slices),
-            "views": int(self.latest.min()) + 1,
+            "views": round(float((self.latest + 1).float().mean()), 1),
             "on_disk": self.nbytes > memory_mb * 1e6,
         }
-        logger.info("encoded %(slices)d slices x %(views)d views in %(seconds).1f s: %(megabytes).0f MB", self.cost)
+        logger.info("encoded %(slices)d slices x %(views)g views in %(seconds).1f s: %(megabytes).0f MB", self.cost)
 
     @property
     def nbytes(self) -> int:
@@ -183,25 +186,29 @@ class EmbeddingDataset(Dataset):
         return sum(level.nbytes for level in self.pyramids.values())
 
     def _fill(self, enough: Callable[[], bool], collect: Callable[[Pyramid, torch.Tensor], None] | None) -> None:
-        """Encode the first views: view 0 of all slices, then view 1, ..."""
+        """Encode the first views: view 0 of all slices, then view 1, ...; in random order, as time may end."""
         count, size = len(self.slices), self.batch_size
-        progress = bar("encoding", count * self.first, "slice")
+        generator = torch.Generator().manual_seed(draw(self.seed, "first"))
+        order = torch.randperm(count, generator=generator).tolist()
+        keys = [(index, view) for view in range(self.first) for index in order]
+        cuts = sorted({*range(0, len(keys), size), *range(0, len(keys), count), len(keys)})  # a batch is of one view
+        batches = [keys[a:b] for a, b in itertools.pairwise(cuts)]
+        progress = bar("encoding", len(keys), "slice")
         rank, world = rank_and_world()
-        for view in range(self.first):
-            batches = [[(i, view) for i in range(at, min(at + size, count))] for at in range(0, count, size)]
-            for start in range(0, len(batches), world):
-                if view and broadcast(enough()):
-                    break
-                own = [self._encode(batch) for batch in batches[start + rank : start + rank + 1]]
-                for batch, pyramid, labels, extras in (result for results in exchange(own) for result in results):
-                    self._store(batch, pyramid, labels)
-                    self.extras += extras
-                    if view == 0 and collect is not None:
-                        collect(pyramid, labels)
-                    progress.update(len(batch))
+        for start in range(0, len(batches), world):
+            if start * size >= LEAST and broadcast(enough()):
+                break
+            own = [self._encode(batch) for batch in batches[start + rank : start + rank + 1]]
+            for batch, pyramid, labels, extras in (result for results in exchange(own) for result in results):
+                self._store(batch, pyramid, labels, extras)
+                if batch[0][1] == 0 and collect is not None:
+                    collect(pyramid, labels)
+                progress.update(len(batch))
         progress.close()
 
-    def _store(self, batch: list[tuple[int, int]], pyramid: Pyramid, labels: torch.Tensor) -> None:
+    def _store(
+        self, batch: list[tuple[int, int]], pyramid: Pyramid, labels: torch.Tensor, extras: list[dict[str, Any]]
+    ) -> None:
         if not hasattr(self, "pyramids"):
             self._allocate(pyramid, labels)
         for position, (index, view) in enumerate(batch):
@@ -209,6 +216,7 @@ class EmbeddingDataset(Dataset):
             for name, level in pyramid.items():
                 self.pyramids[name][index, slot] = level[position]
             self.labels[index, slot] = labels[position]
+            self.extras[index] = extras[position]
             self.latest[index] = max(int(self.latest[index]), view)
 
     def _allocate(self, pyramid: Pyramid, labels: torch.Tensor) -> None:
@@ -225,17 +233,13 @@ class EmbeddingDataset(Dataset):
     def _encode(
         self, batch: list[tuple[int, int]]
     ) -> tuple[list[tuple[int, int]], Pyramid, torch.Tensor, list[dict[str, Any]]]:
-        """The batch itself, its pyramid and labels, and the further entries of the slices whose view 0 it holds."""
+        """The batch itself, its pyramid and labels, and the further entries of its slices."""
         items = [self.slices.view(index, view) for index, view in batch]
         images = torch.stack([item["image"] for item in items]).to(self.device)
         cast = torch.autocast("cuda", torch.bfloat16, enabled=self.amp and self.device.type == "cuda")
         with torch.no_grad(), cast, eval_mode(self.network):
             pyramid = map_levels(_halved, self.network.encode(images))  # type: ignore[operator]
-        extras = [
-            {key: value for key, value in item.items() if key not in ("image", "label")}
-            for (_, view), item in zip(batch, items, strict=True)
-            if view == 0
-        ]
+        extras = [{key: value for key, value in item.items() if key not in ("image", "label")} for item in items]
         return batch, pyramid, torch.stack([item["label"] for item in items]), extras
 
     def slot(self, view: int) -> int:
@@ -253,8 +257,7 @@ class EmbeddingDataset(Dataset):
 
     def _renew(self, index: int, view: int) -> None:
         """One slice by itself: in a batch with others it would round otherwise."""
-        batch, pyramid, labels, _ = self._encode([(index, view)])
-        self._store(batch, pyramid, labels)
+        self._store(*self._encode([(index, view)]))
 
     def _turn(self, turn: int) -> int:
         """The slice that is renewed at this turn: all once, in an order of its own, before any again."""
@@ -270,8 +273,9 @@ class EmbeddingDataset(Dataset):
         """Hold what :meth:`state_dict` noted."""
         missing = []
         for index, (latest, wanted) in enumerate(zip(self.latest.tolist(), state["latest"].tolist(), strict=True)):
-            missing += [(index, view) for view in range(max(1, wanted - self.views + 2), wanted + 1) if view > latest]
-            self.latest[index] = wanted
+            views = [0, *range(max(1, wanted - self.views + 2), wanted + 1)]
+            missing += [(index, view) for view in views if latest < view <= wanted]
+            self.latest[index] = max(latest, wanted)
         progress = bar("encoding", len(missing), "slice")
         for index, view in missing:
             self._renew(index, view)
@@ -300,6 +304,8 @@ class EmbeddingDataset(Dataset):
         turn, index = split_key(key)
         if not 0 <= index < len(self):
             raise IndexError(f"slice {index} of {len(self)}")
+        if self.latest[index] < 0:  # there was no time
+            self._renew(index, 0)
         slot = self.choose(turn, index)
         pyramid, label = map_levels(lambda level: level[index, slot], self.pyramids), self.labels[index, slot]
         if turn and self.crop is not None and max(label.shape[-2:]) > self.crop:

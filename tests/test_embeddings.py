@@ -138,3 +138,16 @@ def test_training_on_embeddings_equals_encoding_in_every_step() -> None:
     for name in gradients:
         difference = (gradients[name] - cached[name]).norm()
         assert difference <= 8 * HALF_EPS * gradients[name].norm() + 1e-7
+
+
+def test_slices_that_there_was_no_time_for_are_encoded_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("samda.embeddings.LEAST", 2)
+    seen: list[int] = []
+    dataset = EmbeddingDataset(
+        Slices(), Pool(), views=3, batch_size=2, enough=lambda: True, collect=lambda p, y: seen.extend(y[:, 0, 0, 0])
+    )
+    assert len(seen) == 2 and (dataset.latest >= 0).sum() == 2
+    for index in range(7):
+        assert torch.equal(dataset[1, index]["pyramid"]["embedding"], torch.full((4, 2, 2), float(index)).half())
+        assert dataset[index]["case"] == index // 3
+    assert (dataset.latest == 0).all()
