@@ -158,10 +158,10 @@ def test_what_cannot_be_compared_is_listed(tmp_path: Path, task: Task, caplog: p
     words = {
         "shape": "11 x 14 x 8 voxels",
         "place": "0.50 mm from",
-        "class": "holds 9",
+        "class": "9",
         "fraction": "fractions",
         "broken": "cannot be read",
-        "unpredicted": "no prediction",
+        "unpredicted": "unpredicted.nii.gz",
     }
     assert sorted(result.failed) == sorted(words)
     for case, word in words.items():
@@ -174,7 +174,7 @@ def test_what_cannot_be_compared_is_listed(tmp_path: Path, task: Task, caplog: p
 def test_labels_that_the_task_does_not_know_are_refused(tmp_path: Path) -> None:
     task = Task(classes=("background", "liver"))  # id k is class k
     prediction, label = save(tmp_path / "p.nii.gz", boxes(1, 0)), save(tmp_path / "l.nii.gz", boxes(1, 52))
-    with pytest.raises(InputError, match=r"l\.nii\.gz holds ids .* 52"):
+    with pytest.raises(InputError, match=r"l\.nii\.gz .* 52"):
         score_files(prediction, label, task, 1.0)
 
 
@@ -207,7 +207,7 @@ def test_pairs_of_a_data_set(tmp_path: Path) -> None:
     pairs, ids = find_pairs(tmp_path / "out", tmp_path)
     assert {case: prediction is not None for case, (prediction, _) in pairs.items()} == {"b": True, "c": False}
     assert ids == {"background": (0,), "liver": (1,)}
-    with pytest.raises(InputError, match=r"no prediction .b, .* has the name of a label .a, "):
+    with pytest.raises(InputError, match=r"no prediction .b, .* label .a, "):
         find_pairs(tmp_path / "out", tmp_path, "training")
     with pytest.raises(InputError, match=r"training \(1\), validation \(0\), test \(2\)"):
         find_pairs(tmp_path / "out", tmp_path, "validation")
@@ -231,8 +231,8 @@ def test_refuses(tmp_path: Path, task: Task) -> None:
         ((out, labels, task, None, -1.0), UsageError, "NSD tolerance"),
         ((tmp_path / "empty", labels, task), InputError, "no label maps"),
         ((out, tmp_path / "empty", task), InputError, "no label files"),
-        ((tmp_path / "nowhere", labels, task), InputError, "no predictions"),
-        ((out, tmp_path / "nowhere", task), InputError, "there is no data set"),
+        ((tmp_path / "nowhere", labels, task), InputError, "nowhere"),
+        ((out, tmp_path / "nowhere", task), InputError, "nowhere"),
     ):
         with pytest.raises(kind, match=message):
             evaluate(*arguments)

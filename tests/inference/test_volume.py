@@ -256,7 +256,7 @@ def test_refuses_volumes_and_networks(band_network: torch.nn.Module, band_task: 
     image = volume(phantom.truth(SHAPE))
     with pytest.raises(UsageError, match="one at a time"):
         VolumeInferer(band_task)(torch.cat([image, image]), band_network)
-    with pytest.raises(InputError, match="LAS order"):
+    with pytest.raises(InputError, match="LAS"):
         flipped = MetaTensor(image.as_tensor(), affine=torch.diag(torch.tensor([-1.0, 1, 1, 1])))
         VolumeInferer(band_task)(flipped, band_network)
     with pytest.raises(UsageError, match="2 classes, task 'bands' has 3"):

@@ -45,7 +45,7 @@ def test_check_train_predict_evaluate(place: tuple[str, Path], tmp_path: Path, k
     assert suggestion is not None
     task = suggestion.task
     assert (task.modality, task.in_channels, task.classes) == EXPECTED[layout]
-    assert (task.image_size, task.spacing) == ((112, 0.5) if layout == "masks" else (80, 2.03))
+    assert (task.image_size, task.spacing) == ((112, 0.5) if layout == "masks" else (96, 2.03))
     (tmp_path / "task.yaml").write_text(suggestion.to_yaml(), encoding="utf-8")
     result = train(dataset, tmp_path / "model", tmp_path / "task.yaml", SMALL, overrides=keys | {"epochs": 1})
     assert {"salt", "dka", "sam_da", "head"} < set(result["parameters"])
