@@ -93,7 +93,7 @@ def write_scan(image: Path, label: Path, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that the pages speak of, and a model trained for one epoch."""
+    """Everything that the pages speak of, and a model with an adapter, trained for one epoch."""
     place = tmp_path_factory.mktemp("docs")
     data = place / "Dataset001_Liver"
     for seed in range(3):
@@ -114,6 +114,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(place / "scans" / "new.nii.gz", place / "scan.nii.gz")
     shutil.copytree(place / "true_labels", place / "labels_of_another_tool")
     train = ["train", "-d", data, "-o", place / "model", "--task", place / "liver.yaml", "--epochs", 1]
+    train += ["--adapter", "sam_da"]  # samda adapt needs one
     predict = ["predict", "-m", place / "model", "-i", data, "-o", place / "labels", "--section", "training"]
     for args in ([*train, "--set", "views=1"], predict):
         assert cli.main(list(map(str, args))) == 0
