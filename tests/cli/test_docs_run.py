@@ -28,7 +28,8 @@ from samda.task import Task
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = ("start.md", "how-to.md")
 REASONS = ("takes minutes", "needs a network", "starts a server", "make integration tests it")
-SHORT = {"--epochs": "1", "--set views": "views=1"}  # added to every `samda train` that does not say otherwise
+# added to every `samda train` that does not say otherwise; the adapter is that of the model, which `--resume` continues
+SHORT = {"--epochs": "1", "--set views": "views=1", "--adapter": "sam_da"}
 BLOCK = re.compile(
     r"^(?: *<!-- (?:not run: (?P<reason>[^>]*?)|(?P<goes_on>goes on)) -->\n)?"
     r"(?P<indent> *)```(?P<language>\w*)\n(?P<body>.*?)^(?P=indent)```",

@@ -52,7 +52,7 @@ def test_unknown_versions_are_refused(model: Path) -> None:
 def test_a_version_that_is_gone_is_not_replaced_in_silence(model: Path) -> None:
     versions.activate(model, "a")
     (model / "versions" / "a" / "adapter.json").unlink()
-    with pytest.raises(InputError, match="active version 'a' is gone"):
+    with pytest.raises(InputError, match="active version 'a'"):
         versions.active_version(model)
 
 
