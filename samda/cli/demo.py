@@ -50,7 +50,7 @@ class Part:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `samda demo`."""
     parser.add_argument("-o", "--output", type=Path, default=Path("demo"), metavar="FOLDER", help="default demo")
-    parser.add_argument("--epochs", type=positive, default=300, metavar="N", help="number of epochs; default 300")
+    parser.add_argument("--epochs", type=positive, default=100, metavar="N", help="number of epochs; default 100")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed; default 0")
     add_shared(parser, "--quiet", "--device")
 
