@@ -21,7 +21,7 @@ REASONS = {
     "accepted": "the adapted prediction is more plausible or its views agree better, and neither is much worse",
     "accepted_unchanged": "no voxel changed, no iterate was better, or no step was taken",
     "skipped_quality": "before adapting: the source prediction is plausible and its views agree",
-    "skipped_empty": "before adapting: no view shows any foreground; a person should look at the scan",
+    "skipped_empty": "before adapting: no view shows any foreground; review the scan",
     "fallback_vanished": "a class that the source predicts plausibly is gone (TENT's collapse)",
     "fallback_volume": "a class grew or shrank beyond the limit, became implausible, and the whole less plausible",
     "fallback_plausibility": "plausibility fell by more than better agreement makes up for",

@@ -260,7 +260,7 @@ class SamSegmenter(nn.Module):
         start.finish()
 
     def prompts(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What SAM adds where nobody prompts: positions (1, 256, h, w) and the "no mask" vector (1, 256, 1, 1)."""
+        """What SAM adds without prompts: positions (1, 256, h, w) and the "no mask" vector (1, 256, 1, 1)."""
         assert self.prompt_encoder is not None
         frequencies = self.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
         no_mask = self.prompt_encoder.no_mask_embed.weight

@@ -24,7 +24,7 @@ class ParameterAverage:
 
     Args:
         network: whose parameters; frozen ones stay.
-        decay: in [0, 1); 0 is no average at all.
+        decay: in [0, 1); 0 disables averaging.
     """
 
     def __init__(self, network: nn.Module, decay: float = 0.99) -> None:

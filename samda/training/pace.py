@@ -28,7 +28,7 @@ FINISH_STEPS = 25  # as much time as so many steps, for the statistics of featur
 
 
 def clock() -> float:
-    """Seconds of a clock that nobody sets."""
+    """Seconds of a monotonic clock."""
     return time.monotonic()
 
 
