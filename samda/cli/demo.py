@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 BLOCK = 5  # slices; the part of patient A with organs is split into blocks of this length
 TEST_BLOCKS, VALIDATION_BLOCKS = (2, 7), (4,)  # all others are training blocks
 RECIPE = {"views": 6, "val_interval": 5, "patience": 0}  # otherwise the defaults of train.json
+TISSUE_SHARE = 0.7  # B and M come from other scanners, M of another modality
 SHOWN = 3  # slices shown per case
 
 
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     say(f"[2/6] training on {device}")
     # short runs use as many views as epochs and validate at the end
     overrides = {"epochs": args.epochs} | {key: min(value, args.epochs) for key, value in RECIPE.items()}
-    overrides["seed"] = args.seed
+    overrides |= {"seed": args.seed, "train::augmentation::tissue_share": TISSUE_SHARE}
     trained = train(
         parts[0].dataset, output / "model", task, "sam_da", "vit_t", overrides, overwrite=True, device=device
     )

@@ -236,7 +236,7 @@ def build_preprocessing(
     return Preprocessing(steps)
 
 
-def build_augmentation(task: Task, strength: float = 1.0, tissue: float = 1.0) -> Compose:
+def build_augmentation(task: Task, strength: float = 1.0, tissue: float = 1.0, tissue_share: float = 0.25) -> Compose:
     """Augmentation of a slice: {"image": (C, H, W) in [0, 1], "label": (1, H, W)} -> the same, as plain tensors.
 
     Geometry: rotation, scale, shear and shift with an elastic deformation; no flips, as left and right organs differ.
@@ -248,8 +248,10 @@ def build_augmentation(task: Task, strength: float = 1.0, tissue: float = 1.0) -
         task: the task.
         strength: factor of all ranges; 0 disables the augmentation.
         tissue: factor of the ranges of the tissue contrast; 0 disables it.
+        tissue_share: share of the slices with another tissue contrast. More of them prepare for another modality and
+            cost accuracy on scans like those of the training.
     """
-    for name, value in (("strength", strength), ("tissue contrast", tissue)):
+    for name, value in (("strength", strength), ("tissue contrast", tissue), ("tissue share", tissue_share)):
         if value < 0:
             raise UsageError(f"the {name} of the augmentation must not be negative, got {value}")
     plain = EnsureTyped(["image", "label"], dtype=(torch.float32, torch.uint8), track_meta=False)
@@ -272,7 +274,7 @@ def build_augmentation(task: Task, strength: float = 1.0, tissue: float = 1.0) -
         ),
         plain,
         # rarely: offsets show where the organs are, and cost accuracy on scans of the same kind
-        RandTissueContrastd(prob=min(1.0, 0.25 * s), curve=min(1.0, s * tissue), offset=0.25 * s * tissue),
+        RandTissueContrastd(prob=min(1.0, tissue_share * s), curve=min(1.0, s * tissue), offset=0.25 * s * tissue),
         RandAdjustContrastd("image", prob=min(1.0, 0.5 * s), gamma=(1 / (1 + 0.6 * s), 1 + 0.6 * s)),
         RandScaleIntensityd("image", factors=0.2 * s, prob=min(1.0, 0.5 * s)),
         RandShiftIntensityd("image", offsets=0.1 * s, prob=min(1.0, 0.5 * s)),
