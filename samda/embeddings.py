@@ -169,6 +169,7 @@ class EmbeddingDataset(Dataset):
         self.extras: list[dict[str, Any]] = [{} for _ in range(len(slices))]
         self.latest = torch.full((len(slices),), -1)  # newest view of each slice
         self.renewed = 0
+        self._order: tuple[int, list[int]] | None = None  # of renewal: number of the cycle, slices
         start = time.perf_counter()
         self._fill(enough, collect)
         self.cost = {
@@ -262,8 +263,10 @@ class EmbeddingDataset(Dataset):
     def _turn(self, turn: int) -> int:
         """The slice that is renewed at this turn: all once, in an order of its own, before any again."""
         cycle, position = divmod(turn, len(self))
-        generator = torch.Generator().manual_seed(draw(self.seed, "renew", cycle))
-        return int(torch.randperm(len(self), generator=generator)[position])
+        if self._order is None or self._order[0] != cycle:
+            generator = torch.Generator().manual_seed(draw(self.seed, "renew", cycle))
+            self._order = cycle, torch.randperm(len(self), generator=generator).tolist()
+        return self._order[1][position]
 
     def state_dict(self) -> dict[str, Any]:
         """What is held, for a checkpoint; the pyramids themselves are computed again."""

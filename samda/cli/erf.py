@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `samda erf`."""
     parser.add_argument(
         "-m", "--model", type=Path, nargs="+", required=True, metavar="MODEL", help="model folders of one geometry"
     )
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run `samda erf`."""
     existing(args.input, "input")
     device = pick_device(args.device)
     import torch

@@ -22,6 +22,7 @@ FORMATS = ("sam", "onnx", "torch")  # as in samda.models.export, without importi
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `samda export`."""
     add_shared(parser, "--model")
     add_shared(parser, "--output", metavar="FOLDER", help="new folder")
     parser.add_argument("--format", choices=FORMATS, required=True, help="format of the files")
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run `samda export`."""
     from samda.models.export import check_folder, export_model
     from samda.models.versions import load_version
 

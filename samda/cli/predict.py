@@ -25,6 +25,7 @@ from samda.processes import exchange, is_main, join_for_cases, launched, leave, 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `samda predict`."""
     add_shared(parser, "--model", "--input")
     add_shared(parser, "--output", metavar="LABELS", help="folder of the label maps")
     add_shared(parser, "--version", "--weights", "--section")

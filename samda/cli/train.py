@@ -27,6 +27,7 @@ OVERRIDES = ("weights", "head", "minutes", "steps", "epochs", "batch_size", "lea
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `samda train`."""
     parser.add_argument("-d", "--data", type=Path, required=True, metavar="DATASET", help="labeled scans")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL", help="model folder to write")
     parser.add_argument(
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run `samda train`."""
     run_report, out = RunReport(args, "train"), args.output.resolve()
     if args.report is not None and args.report.resolve() in (out, *out.parents):  # outside of the report
         raise UsageError(f"--report {args.report} contains the model folder; give another file")

@@ -169,7 +169,7 @@ def build_dataset(
         network: the segmenter with its adapters attached, on `device`.
         views: augmented views of a slice that are encoded, the unchanged one included; without effect on images.
         embeddings: encode once where possible.
-        batch_size: slices encoded at once.
+        batch_size: without effect, configs of saved models name it; slices are encoded eight at once.
         memory_mb: memory for slices and for embeddings, each (MB); what exceeds it lies on disk.
         amp: encode under autocast (CUDA only).
         renew: views will be renewed during the training, so two are enough to begin with.
