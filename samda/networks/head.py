@@ -66,10 +66,12 @@ class ClassHead(nn.Module):
         stride: of the logits.
         feature_stride: of the features by which adaptation aligns scans (:meth:`feature_modules`).
         gradient_cost: memory of a slice in a pass with gradients, relative to the `sam` head.
+        has_closed_form: can it start without gradient steps (:meth:`closed_form`)?
     """
 
     name: ClassVar[str]
     gradient_cost: ClassVar[int] = 1
+    has_closed_form: ClassVar[bool] = False
     reads: tuple[str, ...]
     stride: int
     feature_stride: int

@@ -91,6 +91,7 @@ class PyramidHead(ClassHead):
 
     name = "pyramid"
     gradient_cost = 4
+    has_closed_form = True
     feature_stride = 8
 
     def __init__(self, config: PyramidHeadConfig, num_classes: int, levels: Mapping[str, Level]) -> None:

@@ -177,7 +177,7 @@ def build_dataset(
         pace: the length of the training, which bounds the time for encoding.
     """
     slices = SliceDataset(data, transform, task, augmentation, seed, memory_mb, part)
-    start = network.head.closed_form(slices.counts) if closed_form and network.head.name != "sam" else None
+    start = network.head.closed_form(slices.counts) if closed_form and network.head.has_closed_form else None
     if not embeddings or network.encoder_adapted:
         if start is not None:
             _start_from_images(network, slices, start, device)
