@@ -11,6 +11,7 @@ import difflib
 import errno
 import logging
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any, TypeVar
@@ -42,6 +43,20 @@ class WeightsError(SamdaError):
 
 class AdapterError(SamdaError):
     """An adapter that cannot be attached, merged, saved or loaded as asked."""
+
+
+def printable(text: object) -> str:
+    """The text with control characters and halves of surrogate pairs written out, as they could drive a terminal."""
+    return re.sub(r"[^\n\t\x20-\x7e\xa0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\U0010ffff]", _escape, str(text))
+
+
+def _escape(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def one_line(text: object) -> str:
+    """The text in one printable line; "no message" for none."""
+    return printable(" ".join(str(text).split())) or "no message"
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -129,4 +144,4 @@ def log_failed(case: str, error: BaseException) -> str:
 def reason_of(error: BaseException) -> str:
     """One-line reason of a failure: the samda error in the chain of `error`, else type and message."""
     known = cause_of(error) or disk_trouble(error)
-    return " ".join(str(known).split()) if known else f"unexpected {type(error).__name__}: {error}"
+    return one_line(known) if known else one_line(f"unexpected {type(error).__name__}: {error}")

@@ -7,7 +7,9 @@ checkout) and of the cache.
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -15,20 +17,22 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from samda.errors import InputError, WeightsError
+from samda.errors import InputError, WeightsError, printable
 
 DOWNLOAD_TIMEOUT = 10  # seconds without data
 
 # PyYAML implements YAML 1.1, which parses `1e-3`, `1.5e3` and `-.5` as strings; in YAML 1.2 and JSON they are numbers
 FLOAT = re.compile(r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$")
 
+# what spreadsheets take for a formula, behind spaces, too; a plain number is none
+FORMULA = re.compile(r"(?!\s*[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?$)(\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n])")
 
 Image = str | Path | Sequence[str | Path]  # one file or DICOM folder, or one file per channel
 
@@ -99,12 +103,25 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> None:
     """Write a text (UTF-8)."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be no UTF-8
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write plain values as JSON, see :func:`plain`."""
     write_text(path, json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as CSV. Texts that a spreadsheet would take for a formula get an apostrophe in front; numbers do not."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([[_no_formula(cell) for cell in row] for row in rows])
+    return text.getvalue()
+
+
+def _no_formula(cell: Any) -> Any:
+    if not isinstance(cell, str):
+        return cell
+    return f"'{printable(cell)}" if FORMULA.match(cell) else printable(cell)
 
 
 def plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from samda.errors import printable
 from samda.processes import is_main
 
 EVERY = 15.0  # seconds between lines
@@ -69,7 +70,7 @@ def bar(what: str, total: float, unit: str, initial: float = 0, **settings: Any)
 
 def line(text: str) -> None:
     """Write a line to standard error above the progress bar, if there is one."""
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(printable(text), file=sys.stderr)
 
 
 def share(of_case: float) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from samda.errors import UsageError, from_mapping, nearest
+from samda.errors import UsageError, from_mapping, nearest, one_line
 from samda.io import load_yaml
 
 LARGEST_IMAGE = 4096  # pixels; limits the memory of a slice
@@ -122,7 +122,7 @@ class Task:
         except OSError as error:
             raise UsageError(f"task file {path} cannot be read ({error.strerror}); give a YAML or JSON file") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} is not YAML or JSON ({' '.join(str(error).split())}); repair it") from error
+            raise UsageError(f"{path} is not YAML or JSON ({one_line(error)}); repair it") from error
         if not isinstance(values, Mapping):
             raise UsageError(f"{path}: expected a mapping of task keys, got {type(values).__name__}")
         return cls.from_dict(values.get("task", values))

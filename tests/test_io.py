@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from samda.errors import InputError
-from samda.io import check_room, new_folder, plain, replacing, write_json
+from samda.io import check_room, csv_text, new_folder, plain, replacing, write_json
 
 
 def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -62,3 +63,22 @@ def test_room_is_asked_for(tmp_path: Path) -> None:
     check_room(tmp_path, 1)
     with pytest.raises(InputError, match=r"MB left where 1000000000000 MB are needed; make room"):
         check_room(tmp_path, 1e18)
+
+
+@pytest.mark.parametrize("text", ["=1+2", "+cmd", "-x", "@SUM(A1)", "\tx", " =1", "\uff1d1", '-1+cmd|" /C calc"!A0'])
+def test_a_text_is_no_formula_in_a_table(text: str) -> None:
+    rows = list(csv.reader(csv_text([["case", "dice"], [text, -0.5]]).splitlines(keepends=True)))
+    assert rows == [["case", "dice"], ["'" + text, "-0.5"]]
+
+
+def test_a_text_is_no_row_of_its_own_in_a_table() -> None:
+    assert csv_text([["a\r=1", "b\n=2", "\x1b[2J"]]) == 'a\\r=1,"b\n=2",\\x1b[2J\n'
+
+
+def test_numbers_stay_numbers_in_a_table() -> None:
+    assert csv_text([[-1, 2.5, -1e-9, "-3", "+2.5", "1e-3", "-2e5"]]) == "-1,2.5,-1e-09,-3,+2.5,1e-3,-2e5\n"
+
+
+def test_names_that_are_no_text_are_written_out(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"case": "a\udcff"})  # how Python reads a file name in Latin-1
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"case": "a\udcff"}

@@ -14,10 +14,8 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import errno
-import io
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -29,10 +27,10 @@ from safetensors.torch import save_file
 from samda.adaptation.engine import Adaptation, AdaptedCase
 from samda.adaptation.record import failed_record, read_record, validate_record, write_lines
 from samda.data.datalists import Case
-from samda.errors import InputError, SamdaError, UsageError
+from samda.errors import InputError, SamdaError, UsageError, one_line
 from samda.inference.predict import refuse_own_folder
 from samda.inference.writer import check_output_folder, label_path, write_labels, write_probabilities
-from samda.io import files_of, new_folder, replacing, write_json, write_text
+from samda.io import csv_text, files_of, new_folder, replacing, write_json, write_text
 from samda.processes import Shard
 from samda.progress import Cases
 from samda.provenance import conceal, now, path_sha256
@@ -215,7 +213,7 @@ class _Job:
             result = self.adaptation.adapt(case)
             record = result.record
         except Exception as error:
-            logger.error("case %s: %s", name, " ".join(str(error).split()))
+            logger.error("case %s: %s", name, one_line(error))
             logger.debug("case %s failed", name, exc_info=True)
             record = failed_record(self.about, case.get("input_sha256"), str(paths[0]), error, started)
         record["dry_run"] = self.dry_run
@@ -224,7 +222,7 @@ class _Job:
         else:
             for key in ("error", "explanation"):  # messages contain file names, records must not
                 names = (*map(str, paths), *(path.name for path in paths), name)
-                record[key] = conceal(record[key], dict.fromkeys(names, record["case_id"]))
+                record[key] = conceal(record[key], dict.fromkeys([*names, *map(one_line, names)], record["case_id"]))
         try:
             self._publish(case, record, result)
         except BaseException as error:  # also Ctrl-C: remove partial results
@@ -283,9 +281,6 @@ class _Job:
         found = self.records(cases) if found is None else found
         while found != written:  # whoever writes looks again afterwards, so the last lists miss no case
             write_lines(report, list(found.values()))
-            text = io.StringIO()
-            table = csv.writer(text)
-            table.writerow(["case_id", "case", "decision", "reason"])
-            table.writerows([r["case_id"], name, r["decision"], r["reason"]] for name, r in found.items())
-            write_text(self.folder / "cases.csv", text.getvalue())
+            rows = [[r["case_id"], name, r["decision"], r["reason"]] for name, r in found.items()]
+            write_text(self.folder / "cases.csv", csv_text([["case_id", "case", "decision", "reason"], *rows]))
             written, found = found, self.records(cases) if shared else found

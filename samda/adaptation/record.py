@@ -20,7 +20,7 @@ import numpy as np
 from samda.adaptation.case import PreparedCase, Segmentation
 from samda.adaptation.guard import Decision, Evidence
 from samda.adaptation.loop import Trajectory
-from samda.errors import InputError, SamdaError
+from samda.errors import InputError, SamdaError, one_line
 from samda.io import write_text
 from samda.provenance import canonical_json, now, pseudonym, sha256_of, versions
 
@@ -106,7 +106,7 @@ def failed_record(
         "decision": "failed",
         "reason": "failed_input" if unusable else "failed_error",
         "explanation": "the scan cannot be used" if unusable else "an unexpected error",
-        "error": f"{type(error).__name__}: {' '.join(str(error).split())}",
+        "error": f"{type(error).__name__}: {one_line(error)}",
     }
 
 

@@ -15,9 +15,10 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import Any, TextIO
 
 from samda.cli.options import Parser
-from samda.errors import UsageError, cause_of, disk_trouble
+from samda.errors import UsageError, cause_of, disk_trouble, one_line, printable
 from samda.version import __version__
 
 COMMANDS = {  # name -> module, in the order of the help
@@ -44,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name; None takes the process's own) and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _run(argv)
-        sys.stdout.flush()
+        with contextlib.redirect_stdout(_Printable(sys.stdout)):
+            code = _run(argv)
+            sys.stdout.flush()
         return code
     except BrokenPipeError:  # by `| head`, for example; avoid a second error in the interpreter's last flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -88,11 +90,13 @@ def _run(argv: list[str]) -> int:
         known = cause_of(error)
         trouble = disk_trouble(error)
         if known is None and trouble is not None:
-            return _report(f"{name}: {_line(trouble)}", 1, debug)
+            return _report(f"{name}: {one_line(trouble)}", 1, debug)
         if known is None:
-            return _report(f"{name}: unexpected {type(error).__name__}: {_line(error)} (--debug shows where)", 1, debug)
+            return _report(
+                f"{name}: unexpected {type(error).__name__}: {one_line(error)} (--debug shows where)", 1, debug
+            )
         hint = f" (see samda {argv[0]} --help)" if name != "samda" and isinstance(known, UsageError) else ""
-        return _report(f"{name}: {_line(known)}{hint}", 2 if isinstance(known, UsageError) else 1, debug)
+        return _report(f"{name}: {one_line(known)}{hint}", 2 if isinstance(known, UsageError) else 1, debug)
 
 
 @contextlib.contextmanager
@@ -111,11 +115,24 @@ def _line_logging(debug: bool, quiet: bool = False) -> Iterator[None]:
         with warnings.catch_warnings(), progress.quiet(quiet):
             if not debug:
                 warnings.filterwarnings("ignore", category=FutureWarning)
-                warnings.showwarning = lambda message, *_: print(f"warning: {_line(message)}", file=sys.stderr)
+                warnings.showwarning = lambda message, *_: print(f"warning: {one_line(message)}", file=sys.stderr)
             yield
     finally:
         logging.getLogger().removeHandler(handler)
         own.setLevel(before)
+
+
+class _Printable:
+    """Standard output on which names from files cannot drive the terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(printable(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class _Lines(logging.Handler):
@@ -133,11 +150,6 @@ def _report(line: str, code: int, debug: bool) -> int:
     sys.stdout.flush()  # keeps the order if stdout and stderr go to one file
     print(line, file=sys.stderr)
     return code
-
-
-def _line(error: object) -> str:
-    """The message of an error or warning, in one line."""
-    return " ".join(str(error).split()) or "no message"
 
 
 def _module(name: str) -> ModuleType:

@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "with --head sam sam_da",
     )
     parser.add_argument("--backbone", metavar="NAME", help="vit_t, vit_b, vit_l or vit_h; default vit_t")
-    parser.add_argument("--weights", metavar="FILE", help="base weights; default: published weights, downloaded once")
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="base weights; default: published weights, downloaded once"
+    )
     parser.add_argument("--head", choices=("pyramid", "sam"), help="class head; default pyramid")
     parser.add_argument("--minutes", type=float, metavar="N", help="wall time of the whole training; instead of steps")
     parser.add_argument("--steps", type=positive, metavar="N", help="gradient steps; default 1500")

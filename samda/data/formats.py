@@ -7,6 +7,7 @@ image is accepted in place of the path of a scan.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +57,8 @@ def has_dicom(folder: str | Path) -> bool:
 
 def _series_of(folder: str | Path) -> tuple[str, ...]:
     """The UIDs of the DICOM series in a folder."""
+    if re.search("[\ud800-\udfff]", str(folder)):  # no UTF-8, on which ITK aborts
+        return ()
     shown = sitk.ProcessObject.GetGlobalWarningDisplay()
     sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK warns about every folder without series
     try:

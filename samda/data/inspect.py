@@ -27,7 +27,7 @@ from samda.data.slices import refuse_other_scale
 from samda.data.splits import patient_of, split
 from samda.data.transforms import refuse_lossy_label
 from samda.data.widths import structure_widths
-from samda.errors import InputError, SamdaError, reason_of
+from samda.errors import InputError, SamdaError, one_line, reason_of
 from samda.io import files_of
 from samda.progress import Cases
 from samda.task import Task
@@ -201,7 +201,7 @@ def _collect(kind: str, tell: Tell) -> Iterator[None]:
             tell(kind, reason_of(error))
     for warning in caught:
         if issubclass(warning.category, UserWarning):
-            tell("header", " ".join(str(warning.message).split()), stops=False)
+            tell("header", one_line(warning.message), stops=False)
 
 
 def _in_ras(scan: Scan) -> Scan:

@@ -161,6 +161,12 @@ def _existing(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if not path.exists():
         raise InputError(f"{path} does not exist; check the path")
+    if not path.is_file() and not path.is_dir():  # a pipe or device, which may never end
+        raise InputError(f"{path} is no regular file; give a scan")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # which aborts ITK
+        raise InputError(f"{path} has a name that is not UTF-8; rename it") from None
     return path
 
 

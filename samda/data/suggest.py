@@ -15,7 +15,7 @@ import yaml
 from samda.data.inspect import AIR, CaseFacts, DataReport, check_data, task_problems
 from samda.data.layouts import Problem
 from samda.data.widths import ANISOTROPIC
-from samda.errors import InputError
+from samda.errors import InputError, one_line, printable
 from samda.task import AXES, Task
 
 GRID = 2  # pixels: the class head tells apart what lies on every second pixel of a slice, its logits have stride 2
@@ -48,7 +48,7 @@ class Suggestion:
         keys += ["window"] if self.task.modality == "CT" else ["percentiles"]
         keys += ["in_channels", *(["context"] if self.task.context else [])]
         keys += ["spacing", "image_size", "axis", "nsd_tolerance"]
-        lines = [f"# {line}".rstrip() for line in head]
+        lines = [f"# {' '.join(printable(line).splitlines())}".rstrip() for line in head]
         for key in keys:
             value = values[key]
             if key == "labels":
@@ -57,7 +57,7 @@ class Suggestion:
                 [_short(value)], default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True
             )
             text = f"{key}: {listed.strip()[1:-1]}"
-            lines.append(f"{text} # {self.reasons[key]}" if key in self.reasons else text)
+            lines.append(f"{text} # {one_line(self.reasons[key])}" if key in self.reasons else text)
         return "\n".join(lines) + "\n"
 
 
@@ -104,7 +104,6 @@ def suggest_task(report: DataReport) -> Suggestion:
     if modality == "CT":
         choices |= _window(cases, [i for ids in labels.values() for i in np.atleast_1d(ids)])
     values = {key: value for key, (value, _) in choices.items()}
-    values["name"] = report.path.resolve().stem.replace(" ", "_") or "segmentation"
     values["in_channels"] = _channels(cases)
     return Suggestion(Task.from_dict(values), {key: reason for key, (_, reason) in choices.items() if reason})
 

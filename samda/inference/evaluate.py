@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +20,7 @@ from samda.data.labels import MapLabelsd
 from samda.data.readers import Scan, read_scan, refuse_other_grid
 from samda.errors import InputError, UsageError, log_failed
 from samda.inference.writer import check_output_folder
-from samda.io import plain, write_json, write_text
+from samda.io import csv_text, plain, write_json, write_text
 from samda.metrics import COUNTED, DEFINITIONS, SCORES, ClassScores, score_case, summarize
 from samda.progress import bar
 from samda.task import Task
@@ -72,14 +70,12 @@ class Evaluation:
 
     def to_csv(self) -> str:
         """One row per case and class; missing values are empty."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["case", "class", *COLUMNS])
+        rows: list[list[Any]] = [["case", "class", *COLUMNS]]
         for case, scores in self.cases.items():
             for name, score in zip(self.classes, scores, strict=True):
                 values = [getattr(score, column) for column in COLUMNS]
-                writer.writerow([case, name, *("" if _is_nan(v) else v for v in values)])
-        return text.getvalue()
+                rows.append([case, name, *("" if _is_nan(v) else v for v in values)])
+        return csv_text(rows)
 
     def save(self, folder: str | Path) -> None:
         """Write `metrics.csv` and `metrics.json` into `folder`."""

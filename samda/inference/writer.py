@@ -125,9 +125,13 @@ def label_image(
     if array.ndim == 3 and array.size == int(np.prod(shape)):  # the scan may be (X, Y), or (X, Y, Z, 1)
         array = array.reshape(shape)
     header.extensions.clear()  # extensions and the texts below may contain patient data
-    for key, text in {"descrip": PURPOSE, "aux_file": "", "db_name": ""}.items():
-        if key in header:  # NIfTI-2 has fewer
-            header[key] = text.encode()
+    for key in ("aux_file", "db_name", "data_type", "unused_str"):
+        if key in header:  # NIfTI-1 and 2 differ
+            header[key] = b""
+    header["descrip"] = PURPOSE.encode()
+    for key in ("extents", "session_error", "glmax", "glmin"):
+        if key in header:  # not used by NIfTI, and free for any content
+            header[key] = 0
     header["cal_min"] = header["cal_max"] = 0
     header.set_intent("none")  # clears its name, too
     header.set_data_dtype(array.dtype)

@@ -28,6 +28,7 @@ from samda.networks.segmenter import head_config
 from samda.networks.weights import check_published, existing_weights
 from samda.task import Task
 from samda.training.cases import build_task
+from samda.training.literals import decoded
 from samda.training.pace import check_length
 
 FREE = ("adapters", "backbone", "task", "head", "_meta_")  # these may be mappings whose keys their own builders check
@@ -111,6 +112,7 @@ def check_config(config: Mapping[str, Any], reference: Mapping[str, Any]) -> Non
         if not math.isfinite(value) or not all(LIMITS[words](value, limit) for words, limit in limits.items()):
             allowed = " and ".join(f"{words} {limit}" for words, limit in limits.items())
             raise UsageError(f"config key {key!r} must be {allowed}, got {value!r}")
+    config = {key: decoded(value) for key, value in config.items()}
     _check_by_builders({key: config[key] for key in config if key in reference and _is_plain(config[key])}, config)
 
 

@@ -24,7 +24,7 @@ from samda.source_statistics import feature_statistics
 from samda.task import Task
 from samda.training.datasets import SliceDataset
 from samda.training.handlers import TrainingRecord
-from samda.training.run import literal
+from samda.training.literals import literal
 from samda.version import __version__
 
 PACKAGES = ("torch", "monai", "timm", "segment-anything", "numpy", "nibabel", "SimpleITK")
@@ -125,9 +125,9 @@ def copy_bundle(
     )
     path = folder / "configs" / "metadata.json"
     metadata = json.loads(path.read_text(encoding="utf-8"))
-    metadata["name"] = f"{task.name}: SAM segmentation with adapters"
+    metadata["name"] = literal(f"{task.name}: SAM segmentation with adapters")
     metadata["network_data_format"]["inputs"]["image"] |= {"modality": task.modality, "num_channels": task.in_channels}
-    channels = {str(k): name for k, name in enumerate(task.classes)}
+    channels = literal({str(k): name for k, name in enumerate(task.classes)})
     metadata["network_data_format"]["outputs"]["pred"] |= {"num_channels": task.num_classes, "channel_def": channels}
     write_json(path, metadata)
     with replacing(folder / "models" / "model.pt") as temporary:

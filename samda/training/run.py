@@ -16,13 +16,14 @@ import numpy as np
 import yaml
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from samda.errors import UsageError, cause_of, nearest
+from samda.errors import UsageError, cause_of, nearest, one_line
 from samda.io import load_yaml, packaged
 from samda.processes import launched
 from samda.task import Task
 from samda.training.checkpoint import check_model_folder
 from samda.training.config_check import check_config
 from samda.training.handlers import mlflow_settings, trackers
+from samda.training.literals import literal, refuse_syntax
 
 OWN = {  # keys that follow from an argument of another name -> remedy
     "dataset_dir": "give dataset (--data)",
@@ -178,9 +179,13 @@ def _overlay(file: Path) -> dict[str, Any]:
         else:
             values = load_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"{file} is not YAML or JSON ({' '.join(str(error).split())}); repair it") from error
+        raise UsageError(f"{file} is not YAML or JSON ({one_line(error)}); repair it") from error
     if not isinstance(values, Mapping) or not isinstance(values.get("adapters", {}), Mapping):
         raise UsageError(f"{file} must hold a mapping with the key `adapters`, itself a mapping; see configs/adapters")
+    refuse_syntax(values, file)
+    for key in OWN:
+        if key in values:
+            raise UsageError(f"{file} sets {key!r}, which is no setting of adapters; {OWN[key]}")
     return dict(values)
 
 
@@ -197,23 +202,6 @@ def _merged(files: Sequence[Path], overrides: Mapping[str, Any]) -> dict[str, An
                     )
                 target[name] = entry
     return merged
-
-
-def literal(value: Any) -> Any:
-    """A value that MONAI's config takes as it is.
-
-    MONAI replaces `#` in every text and reads texts that begin with `$`, `@` or `%`; such texts become an expression
-    that evaluates to themselves.
-    """
-    if isinstance(value, Mapping):
-        return {key: literal(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [literal(entry) for entry in value]
-    if isinstance(value, Path):
-        return literal(str(value))
-    if isinstance(value, str) and ("#" in value or value.startswith(("$", "@", "%"))):
-        return "$" + repr(value).replace("#", "\\x23").replace("@", "\\x40")
-    return value
 
 
 def _plain(value: Any) -> Any:

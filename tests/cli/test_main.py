@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -51,6 +52,20 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture) -> None:
         text = capsys.readouterr().out
         assert f"usage: samda {name}" in text
         assert "--debug" in text
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2J", "a\rb", "a\x9b31m", "a\u202eb", "a\udcff"])
+def test_names_of_files_do_not_drive_the_terminal(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    hostile = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\ud800-\udfff]")
+    (tmp_path / f"{name}.png").write_bytes(b"no picture")
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": [{"image": f"{name}.png", "label": "b.png"}]}))
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    assert cli.main(["check", str(tmp_path), "--device", "cpu"]) == 1
+    shown = capsys.readouterr()
+    assert "cannot be read as a scan" in shown.out and not hostile.search(shown.out + shown.err)
+    assert cli.main(["info", name]) != 0
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1 and not hostile.search(shown.out + shown.err)
 
 
 def test_no_command_is_wrong_usage(capsys: pytest.CaptureFixture) -> None:

@@ -46,12 +46,21 @@ def report(*cases: CaseFacts, **data: Any) -> DataReport:
 def test_a_ct() -> None:
     suggestion = suggest_task(report(case("a"), case("b"), case("c")))
     task = suggestion.task
-    assert (task.name, task.classes) == ("My_data", ("background", "class_1", "class_3"))
+    assert (task.name, task.classes) == ("segmentation", ("background", "class_1", "class_3"))
     assert task.labels == {"class_1": (1,), "class_3": (3,)}
     assert task.modality == "CT" and "3 of 3 scans have values below -500" in suggestion.reasons["modality"]
     assert (task.spacing, task.image_size, task.axis) == (2.0, 192, "axial")  # 20 / 5 / 2, and 1.02 * 370 mm
     assert task.window == (-130.0, 270.0)  # the middle 99 % are 20.5 to 119.5: 400 HU around 70
     assert task.in_channels == 1 and task.nsd_tolerance == 3
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028", "\x00", "\x1b[2J"])
+def test_names_in_comments_stay_comments(end: str) -> None:
+    hostile = f"T1{end}spacing: 99.0{end}#"
+    suggestion = suggest_task(report(case(), channels=(hostile,)))
+    text = suggestion.to_yaml([f"A task for {hostile}"])
+    assert Task.from_dict(yaml.safe_load(text)) == suggestion.task
+    assert suggestion.task.spacing == 2.0 and "\x1b" not in text
 
 
 def test_the_file_is_a_task_with_its_reasons(tmp_path: Path) -> None:
@@ -60,7 +69,7 @@ def test_the_file_is_a_task_with_its_reasons(tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text(suggestion.to_yaml(["first", "", "third"]), encoding="utf-8")
     assert Task.from_file(tmp_path / "task.yaml") == suggestion.task
     lines = (tmp_path / "task.yaml").read_text().splitlines()
-    assert lines[:4] == ["# first", "#", "# third", "name: My data".replace(" data", "_data")]
+    assert lines[:4] == ["# first", "#", "# third", "name: segmentation"]
     assert "spacing: 2.95 # mm per pixel of a slice; the scans have 0.8, no: liver is 60 wide" in "\n".join(lines)
     assert yaml.safe_load("\n".join(lines))["labels"] == {"no: liver": 1, "1": [2, 4]}
 

@@ -46,6 +46,9 @@ def test_what_the_header_says_of_the_patient_or_the_intensities_is_not_passed_on
     scan = kind(np.ones((5, 4, 3), np.float32), AFFINE)
     scan.header["descrip"], scan.header["aux_file"] = b"Doe, Jane", b"jane.txt"
     scan.header["cal_max"] = 400
+    for key in ("data_type", "db_name", "unused_str"):
+        if key in scan.header:
+            scan.header[key] = b"jane"
     scan.header.set_intent("z score", name="jane")
     scan.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Jane Doe, born 1970"))
     nib.save(scan, tmp_path / "scan.nii")

@@ -27,7 +27,8 @@ from samda.io import packaged
 from samda.models.folder import load_model
 from samda.task import Task
 from samda.training import Progress, train
-from samda.training.run import find_overlay, literal
+from samda.training.literals import literal
+from samda.training.run import find_overlay
 
 Keys = dict[str, Any]
 
