@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # `as` marks re-exports
     from samda.adapters import NormConfig as NormConfig
     from samda.adapters import SaltConfig as SaltConfig
     from samda.adapters import SamDaConfig as SamDaConfig
+    from samda.adapters import SsfConfig as SsfConfig
     from samda.adapters import attach as attach
     from samda.adapters import build_configs as build_configs
     from samda.adapters import count_parameters as count_parameters
@@ -80,6 +81,7 @@ _PLACES = {
         "NormConfig",
         "SaltConfig",
         "SamDaConfig",
+        "SsfConfig",
     ),
     "samda.data": ("find_cases",),
     "samda.task": ("Task",),

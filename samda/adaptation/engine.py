@@ -42,7 +42,7 @@ from samda.adaptation.objectives import check_settings, log_probabilities, most_
 from samda.adaptation.record import Outcome, case_record
 from samda.adaptation.views import make_views, mirrored_classes, restore_view, seed_of
 from samda.adapters.adapter_file import state_tensors
-from samda.adapters.attach import scope_parameters
+from samda.adapters.attach import default_scope, scope_parameters
 from samda.adapters.base import changes_encoder, modules, unmerge
 from samda.data.formats import name_of, scan_path
 from samda.data.slices import SliceGrid, center_channels
@@ -139,7 +139,9 @@ class Adaptation:
         unmerge(network)  # a merged adapter has no parameters of its own to move
         self.network, self.task, self.device = network.to(device).eval(), task, torch.device(device)
         self.version = version
-        self.parameters = scope_parameters(network, self.settings.scope)
+        scope = self.settings.scope or default_scope(network)
+        self.settings = dataclasses.replace(self.settings, scope=scope)
+        self.parameters = scope_parameters(network, scope)
         _check_trained(network, self.parameters)
         self.judge = Judge(task, record)
         self.embedded = not changes_encoder(network, self.parameters)  # then views are encoded once

@@ -347,14 +347,14 @@ def build_objective(name: str, settings: Mapping[str, Any] | None = None) -> Obj
 def check_settings(settings: Mapping[str, Any] | None = None) -> tuple[AdaptationSettings, Objective]:
     """Check settings before a model is loaded (also `initialize` of adapt.json); returns settings and objective.
 
-    Missing steps and learning rate are those of the objective; scopes are sorted as
-    :data:`samda.adapters.attach.SCOPES`. Modality and keep_largest depend on the task and are checked later.
+    Missing steps and learning rate are those of the objective, a missing scope follows from the model; scopes are
+    sorted as :data:`samda.adapters.attach.SCOPES`. Modality and keep_largest depend on the task and are checked later.
     """
     given = AdaptationSettings.from_values(settings or {})
     objective = build_objective(given.method, given.objective)
     resolved = dataclasses.replace(
         given,
-        scope="+".join(check_scope(given.scope)),
+        scope=None if given.scope is None else "+".join(check_scope(given.scope)),
         steps=objective.steps if given.steps is None else given.steps,
         lr=objective.lr if given.lr is None else given.lr,
     )

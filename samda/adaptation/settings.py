@@ -28,7 +28,7 @@ METHODS = (  # of samda.adaptation.objectives
     "anchored",
     "default",
 )
-SCOPES = ("gate", "decoder", "norm", "encoder")  # of samda.adapters.attach
+SCOPES = ("ssf", "gate", "decoder", "norm", "encoder")  # of samda.adapters.attach
 
 
 def _whole(default: int | None, least: int, text: str = "", **option: Any) -> Any:
@@ -71,9 +71,9 @@ class AdaptationSettings:
         flag="--method",
         metavar="NAME",
     )
-    scope: str = _value(
-        "decoder",
-        f"parameters to adapt: {', '.join(SCOPES)}; join several by +; default: decoder, for models with sam_da",
+    scope: str | None = _value(
+        None,
+        f"parameters to adapt: {', '.join(SCOPES)}; join several by +; default: ssf and decoder, as the model has them",
         flag="--scope",
         metavar="NAME[+NAME]",
     )

@@ -12,6 +12,7 @@ from samda.adapters.attach import SCOPES as SCOPES
 from samda.adapters.attach import attach as attach
 from samda.adapters.attach import build_configs as build_configs
 from samda.adapters.attach import check_scope as check_scope
+from samda.adapters.attach import default_scope as default_scope
 from samda.adapters.attach import detach as detach
 from samda.adapters.attach import fold as fold
 from samda.adapters.attach import scope_parameters as scope_parameters
@@ -40,3 +41,4 @@ from samda.adapters.lora import LoraConfig as LoraConfig
 from samda.adapters.norm import NormConfig as NormConfig
 from samda.adapters.salt import SaltConfig as SaltConfig
 from samda.adapters.sam_da import SamDaConfig as SamDaConfig
+from samda.adapters.ssf import SsfConfig as SsfConfig

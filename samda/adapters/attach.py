@@ -6,14 +6,16 @@ A scope is the set of trained parameters that the adaptation to a scan changes:
 =================== ==============================================================================================
 scope               parameters
 =================== ==============================================================================================
-gate                SAM-DA's gates and Lt: the smallest scope
+ssf                 scale and shift of the levels that the head `pyramid` reads
+gate                SAM-DA's gates and Lt
 decoder             all of SAM-DA
 norm                the norm adapter, encoder and decoder
 encoder             every adapter of the encoder; embeddings cannot be cached between steps
 decoder+encoder     several scopes, joined by "+"
 =================== ==============================================================================================
 
-Base weights and class head are in no scope.
+Base weights and class head are in no scope. Without a choice, it is what follows the encoder (`ssf`, `decoder`), else
+`norm` or `encoder`.
 """
 
 from __future__ import annotations
@@ -44,11 +46,12 @@ from samda.adapters.norm import NormConfig
 from samda.adapters.salt import SaltConfig
 from samda.adapters.sam_da import SamDaConfig
 from samda.adapters.sites import Site, WeightSite
+from samda.adapters.ssf import SsfConfig
 from samda.errors import AdapterError, UsageError, from_mapping, nearest
 
 Adapters = Mapping[str, Mapping[str, Any] | AdapterConfig] | Iterable[str] | str
 
-METHODS = (SaltConfig, LoraConfig, LkaConfig, DkaConfig, SamDaConfig, NormConfig)
+METHODS = (SaltConfig, LoraConfig, LkaConfig, DkaConfig, SamDaConfig, SsfConfig, NormConfig)
 BASELINES = (BottleneckConfig, HeadConfig, DecoderConfig, FullConfig)
 ADAPTERS: dict[str, type[AdapterConfig]] = {kind.name: kind for kind in (*METHODS, *BASELINES)}
 
@@ -160,7 +163,7 @@ def detach(model: nn.Module, names: Iterable[str] | None = None) -> None:
     freeze(model)
 
 
-SCOPES = ("gate", "decoder", "norm", "encoder")
+SCOPES = ("ssf", "gate", "decoder", "norm", "encoder")
 
 
 def check_scope(scope: str) -> list[str]:
@@ -170,6 +173,15 @@ def check_scope(scope: str) -> list[str]:
         if part not in SCOPES:
             raise UsageError(f"there is no scope {part!r}; {nearest(part, SCOPES)}")
     return [name for name in SCOPES if name in parts]
+
+
+def default_scope(model: nn.Module) -> str:
+    """The scope of this model without a choice, see the module; AdapterError where it has none."""
+    found = _parameters_by_scope(model)
+    for group in (("ssf", "decoder"), ("norm",), ("encoder",)):
+        if chosen := [scope for scope in group if scope in found]:
+            return "+".join(chosen)
+    raise AdapterError("this model has no adapter, and nothing else adapts; train it with one, such as ssf")
 
 
 def scope_parameters(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
@@ -182,7 +194,7 @@ def scope_parameters(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
     chosen: dict[str, nn.Parameter] = {}
     for part in check_scope(scope):
         if part not in found:
-            have = ", ".join(name for name in SCOPES if name in found) or "none; train with --adapter sam_da"
+            have = ", ".join(name for name in SCOPES if name in found) or "none; train it with an adapter, such as ssf"
             raise AdapterError(f"this model has no parameters in scope {part!r}; it has: {have}")
         chosen |= found[part]
     order = [name for name, _ in model.named_parameters()]

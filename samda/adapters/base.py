@@ -31,8 +31,8 @@ class Adapter(nn.Module):
     """One adapter module at one site.
 
     `forward` depends on the kind of site (see :mod:`samda.adapters.sites`). A weight delta (`linear` and `norm` sites)
-    returns the *additive* part and implements `delta()`; a module at a token or decoder site returns the replacement of
-    its input.
+    returns the *additive* part and implements `delta()`; that of a `level` has `delta()` only; a module at a token or
+    decoder site returns the replacement of its input.
     """
 
     enabled: bool = True
@@ -48,7 +48,7 @@ class Adapter(nn.Module):
         return {}
 
     def delta(self) -> Any:
-        """The change of the base parameter: a tensor of the weight's shape, or (scale, shift) at a norm."""
+        """The change of the base parameter: a tensor of the weight's shape, or (scale, shift) at a norm or a level."""
         raise AdapterError(f"{type(self).__name__} is not a weight delta and cannot be merged into the base weights")
 
     def fused_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:

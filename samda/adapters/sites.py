@@ -5,7 +5,8 @@ The blocks of a network contain these modules, each with a :class:`SiteInfo`. Ad
 not by attribute path, so they work with ViT and TinyViT. A site without adapters is equivalent to the original module:
 same outputs, same `state_dict` keys.
 
-Roles, the same for every backbone (the full name is `encoder.<block>.<role>` or `decoder.<layer>.<role>`):
+Roles, the same for every backbone (the full name is `encoder.<block>.<role>`,
+`decoder.<layer>.<role>` or `head.<index of the level>.<role>`):
 
 ================ ========== ==============================================================================
 role             kind       place
@@ -22,6 +23,7 @@ mlp.branch       branch     parallel to the MLP: reads its normalized input, add
 mlp.output       tokens     the output of the MLP, before it is added to the stream
 mlp.after        tokens     the stream after the MLP was added
 layer            decoder    after a two-way layer of the mask decoder: (queries, keys)
+level            level      a standardized level that the head `pyramid` reads: maps (B, C, h, w)
 ================ ========== ==============================================================================
 
 Tokens are (B, H, W, C) on the un-windowed grid everywhere in the encoder.
@@ -48,14 +50,14 @@ class SiteInfo:
     """Position and width of a site."""
 
     name: str  # unique in the model, for example "encoder.3.attn.qkv"
-    kind: str  # "linear", "norm", "branch", "tokens" or "decoder"
+    kind: str  # "linear", "norm", "branch", "tokens", "decoder" or "level"
     role: str  # a role of the table above
-    block: int  # index of the encoder block or decoder layer, from 0
+    block: int  # index of the encoder block, decoder layer or level, from 0
     dim: int  # channels of the tokens that enter the site
 
     @property
     def part(self) -> str:
-        """The part of the network: "encoder" or "decoder", the first word of the name."""
+        """The part of the network: "encoder", "decoder" or "head", the first word of the name."""
         return self.name.split(".")[0]
 
 
@@ -203,6 +205,23 @@ class BranchSite(Site):
         for adapter in self.active():
             stream = stream + adapter(inputs)
         return stream
+
+
+class LevelSite(Site):
+    """Scale and shift of the channels of maps (B, C, h, w), whose deltas are added to 1 and 0.
+
+    They are multiplied into the 1 x 1 convolutions that read the maps, which is cheaper than to change the maps and
+    needs no gradient of them.
+    """
+
+    def read(self, layer: nn.Conv2d, maps: torch.Tensor) -> torch.Tensor:
+        """`layer` of the scaled and shifted maps."""
+        deltas = [adapter.delta() for adapter in self.active()]
+        if not deltas:
+            return layer(maps)
+        scale, shift = (sum(parts).view(1, -1, 1, 1) for parts in zip(*deltas, strict=True))  # type: ignore[attr-defined]
+        bias = (layer.weight * shift).sum((1, 2, 3))
+        return F.conv2d(maps, layer.weight * (1 + scale), bias if layer.bias is None else layer.bias + bias)
 
 
 class DecoderSite(Site):

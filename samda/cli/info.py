@@ -65,12 +65,14 @@ def describe_package() -> dict[str, Any]:
         backbones[backbone] = {"parameters": counts["base"]}
         head = counts["head"] // 2
         for entry in adapters.values():
+            configs = build_configs(entry["settings"])
+            host = pyramid if any("level" in config.roles for config in configs.values()) else network
             with warnings.catch_warnings(action="ignore"):  # warnings about settings concern trainings
-                attach(network, build_configs(entry["settings"]))
-            counts = count_parameters(network)
+                attach(host, configs)
+            counts = count_parameters(host)
             entry["parameters"][backbone] = counts["trainable"] - counts["head"]
-            entry["encoded_once"] = not network.encoder_adapted
-            detach(network)
+            entry["encoded_once"] = not host.encoder_adapted
+            detach(host)
     heads = {"head_per_class": head, "pyramid_head": pyramids}
     return {"version": __version__, "backbones": backbones, **heads, "adapters": adapters}
 

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         metavar="NAME[,NAME]",
-        help="adapters to train, by name or as YAML files with their settings (samda info lists them); default none, "
+        help="adapters to train, by name or as YAML files with their settings (samda info lists them); default ssf, "
         "with --head sam sam_da",
     )
     parser.add_argument("--backbone", metavar="NAME", help="vit_t, vit_b, vit_l or vit_h; default vit_t")

@@ -12,8 +12,8 @@ level          content                                                       str
 others         inner maps of the encoder, see `BackboneConfig.levels`        the backbone's
 ============== ============================================================= =====================
 
-A head names the levels that it reads (`reads`); only these are computed and cached. All its parameters are trained:
-counting, freezing and saving derive from `named_parameters` and its persistent buffers.
+A head names the levels that it reads (`reads`); only these are computed and cached. All its parameters but those of
+adapters at its sites are trained: counting, freezing and saving derive from `named_parameters` and its buffers.
 """
 
 from __future__ import annotations

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from samda.adapters.sites import LevelSite, SiteInfo
 from samda.errors import UsageError, nearest
 from samda.networks.closed_form import RidgeSolution, RidgeStatistics
 from samda.networks.head import IMAGE, UPSCALED, ClassHead, ClassHeadConfig, Level, Pyramid
@@ -102,6 +103,10 @@ class PyramidHead(ClassHead):
         fine, middle, coarse = (levels[name].channels for name in self.levels)
         w16, w8, w4, w2 = config.widths
         self.standardize = nn.ModuleList(Standardize(levels[name].channels) for name in self.levels)
+        self.sites = nn.ModuleList(
+            LevelSite(SiteInfo(f"head.{index}.level", "level", "level", index, levels[name].channels))
+            for index, name in enumerate(self.levels)
+        )
         self.stem = nn.Sequential(conv_block(levels[IMAGE].channels, w2, stride=2), conv_block(w2, w2))
         self.stem4 = conv_block(w2, w4, stride=2)
         self.lateral16, self.stage16 = nn.Conv2d(coarse, w16, 1), Stage(w16)
@@ -127,11 +132,12 @@ class PyramidHead(ClassHead):
         image = pyramid[IMAGE]
         s16, s8, s4, s2 = ((image.shape[-2] // s, image.shape[-1] // s) for s in (16, 8, 4, 2))
         levels = self.standardized(pyramid)
-        fine, middle, coarse = levels
+        laterals = (self.lateral4, self.lateral8, self.lateral16)
+        fine, middle, coarse = (self._read(*parts) for parts in zip(self.sites, laterals, levels, strict=True))
         stem = self.stem((image - 0.5) * 4)
-        x = self.stage16(resize(self.lateral16(coarse), s16))
-        x = self.stage8(resize(self.lateral8(middle), s8), resize(self.down8(x), s8))
-        maps = [resize(self.lateral4(fine), s4), resize(self.down4(x), s4), self.stem4(stem)]
+        x = self.stage16(resize(coarse, s16))
+        x = self.stage8(resize(middle, s8), resize(self.down8(x), s8))
+        maps = [resize(fine, s4), resize(self.down4(x), s4), self.stem4(stem)]
         if self.lateral_decoder is not None:
             maps.append(resize(self.lateral_decoder(pyramid[UPSCALED]), s4))
         x = self.stage4(*maps)
@@ -139,9 +145,13 @@ class PyramidHead(ClassHead):
             x = self.stage2(resize(self.down2(x), s2), stem)
         logits = self.read(self.features(x))
         linear = self.linear_bias.view(1, -1, 1, 1)
-        for (_, layer), level in zip(self._paths(), levels, strict=True):
-            linear = linear + resize(layer(level), s4)
+        for parts in zip(self.sites, self.linear, levels, strict=True):
+            linear = linear + resize(self._read(*parts), s4)
         return logits + LINEAR_RATE * self.linear_gain * resize(linear, logits.shape[-2:])
+
+    @staticmethod
+    def _read(site: Any, layer: Any, level: torch.Tensor) -> torch.Tensor:
+        return site.read(layer, level)
 
     def standardized(self, pyramid: Pyramid) -> list[torch.Tensor]:
         """The encoder's levels, fine to coarse."""

@@ -42,6 +42,7 @@ from samda.networks.pyramid_head import PyramidHead, PyramidHeadConfig
 from samda.networks.weights import BaseReport, check_published, fetch_weights, read_base
 
 STRIDE = 16  # pixels of the image per embedding pixel
+ADAPTERS = ".adapters."  # in names of tensors that belong to adapters
 MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)  # SAM's, for intensities in [0, 1]
 STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 
@@ -176,7 +177,7 @@ class SamSegmenter(nn.Module):
         """The state dict of base and class head, without adapters."""
         before, self.full_state_dict = self.full_state_dict, True
         try:
-            return {key: tensor for key, tensor in self.state_dict().items() if ".adapters." not in key}
+            return {key: tensor for key, tensor in self.state_dict().items() if ADAPTERS not in key}
         finally:
             self.full_state_dict = before
 
@@ -271,11 +272,13 @@ class SamSegmenter(nn.Module):
     def head_params(self) -> list[str]:
         """Full names of the class head's parameters (a fresh list)."""
         tokens = ["mask_decoder.mask_tokens.weight"] if self.mask_decoder is not None else []
-        return tokens + [f"{self._head_path}.{name}" for name, _ in self.head.named_parameters()]
+        return tokens + [
+            f"{self._head_path}.{name}" for name, _ in self.head.named_parameters() if ADAPTERS not in name
+        ]
 
     def head_buffers(self) -> list[str]:
         """Full names of the class head's persistent buffers: saved with its parameters."""
-        return [f"{self._head_path}.{name}" for name, _ in self.head.named_buffers()]
+        return [f"{self._head_path}.{name}" for name, _ in self.head.named_buffers() if ADAPTERS not in name]
 
     @property
     def head_trained(self) -> bool:

@@ -31,6 +31,7 @@ class Row(NamedTuple):
     count: int
     keys: set[str]  # of one module, in a file
     mergeable: bool = False
+    head: str = "sam"
 
 
 def salt_count(r_attention: int, r_mlp: int, d: int) -> int:
@@ -75,27 +76,40 @@ ROWS = {
     "sam_da": Row({}, 2 * SAM_DA_COUNT, sides("image")),
     "sam_da-token": Row({"type": "sam_da", "side": "token"}, 2 * SAM_DA_COUNT, sides("token")),
     "sam_da-both": Row({"type": "sam_da", "side": "both"}, 4 * SAM_DA_COUNT, sides("token", "image")),
+    "ssf": Row({}, 2 * (32 + 32 + 256), {"scale", "shift"}, head="pyramid"),  # blocks 0 and 0, and the embedding
     "norm": Row({}, 2 * 2 * 2 * 32 + 9 * 2 * 256, {"scale", "shift"}, True),
     "norm-encoder": Row({"type": "norm", "where": "encoder"}, 2 * 2 * 2 * 32, {"scale", "shift"}, True),
     "bottleneck": Row({}, 4 * (2 * 32 * 8 + 8 + 32), BOTTLENECK_KEYS),
 }
 every = pytest.mark.parametrize("row", list(ROWS))
 Build = Callable[..., nn.Module]
-PLAIN: dict[str, nn.Module] = {}
+PLAIN: dict[tuple[str, str], nn.Module] = {}
 
 
 @pytest.fixture
-def build(make_segmenter: Callable[..., nn.Module]) -> Build:
-    """`build(adapters(row))`: a tiny segmenter with these adapters, equal base weights every time."""
+def build(make_segmenter: Callable[..., nn.Module], request: pytest.FixtureRequest) -> Build:
+    """`build(adapters(row))`: a tiny segmenter with these adapters and the row's head, equal weights every time."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    head = ROWS[params["row"]].head if "row" in params else "sam"
 
     def make(adapters: dict[str, Any] | None = None, kind: str = "vit") -> nn.Module:
-        if kind not in PLAIN:
-            PLAIN[kind] = make_segmenter(kind)
-        model = copy.deepcopy(PLAIN[kind])
+        if (kind, head) not in PLAIN:
+            PLAIN[kind, head] = started(make_segmenter(kind, head=head))
+        model = copy.deepcopy(PLAIN[kind, head])
         attach(model, build_configs(adapters or {}))
         return model
 
     return make
+
+
+@torch.no_grad()
+def started(model: nn.Module) -> nn.Module:
+    """Where the class head starts at zero, noise: with logits of zero, no adapter would have an effect."""
+    for index, name in enumerate(model.head_params()):
+        parameter = model.get_parameter(name)
+        if not parameter.any():
+            parameter.copy_(noise(*parameter.shape, seed=index))
+    return model
 
 
 def adapters(row: str) -> dict[str, Any]:
@@ -148,8 +162,9 @@ def test_count_and_keys(row: str, build: Build, tmp_path: Path) -> None:
     (name,) = adapters(row)
     counts = base.count_parameters(model)
     assert counts[name] == ROWS[row].count
-    assert counts["head"] == HEAD
-    assert counts["trainable"] == ROWS[row].count + HEAD
+    head = HEAD if ROWS[row].head == "sam" else base.count_parameters(build())["head"]
+    assert counts["head"] == head
+    assert counts["trainable"] == ROWS[row].count + head
     assert counts["base"] == sum(p.numel() for p in model.parameters()) - counts["trainable"]
     stored = {key.split(f".adapters.{name}.")[1] for key in model.state_dict() if ".adapters." in key}
     assert stored == ROWS[row].keys
@@ -273,7 +288,7 @@ def test_equal_layers_start_differently_and_equal_seeds_alike(row: str, build: B
 
     first, again, other = start(), start(), start(seed=1)
     random = [name for name, p in first.items() if p.numel() and p.any()]
-    assert bool(random) == (row not in ("norm", "norm-encoder", "salt-all"))
+    assert bool(random) == (row not in ("ssf", "norm", "norm-encoder", "salt-all"))
     for name in random:
         assert torch.equal(first[name], again[name])
         assert not torch.equal(first[name], other[name])

@@ -80,7 +80,11 @@ def test_train_says_what_it_did(place: Path, tmp_path: Path, capsys: pytest.Capt
 def test_train_by_time_with_the_default_head(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     train = ["train", "-d", place / "data", "-o", tmp_path / "m", "--task", place / "balls.yaml", "--json"]
     code, out, _ = samda(capsys, *train, "--minutes", "0.1", "--tracking", "none")
-    assert code == 0 and set(json.loads(out)["parameters"]) >= {"head"}
+    assert code == 0 and json.loads(out)["parameters"]["ssf"] == 896
+    adapt = ["adapt", "-m", tmp_path / "m", "-i", place / "scans", "-o", tmp_path / "out", "--json"]
+    code, _, _ = samda(capsys, *adapt, "--views", "2", "--slices", "2", "--steps", "1", "--quiet")
+    (line,) = (tmp_path / "out" / "run.jsonl").read_text().splitlines()
+    assert code == 0 and json.loads(line)["scope"] == "ssf" and json.loads(line)["error"] is None
     record = json.loads((tmp_path / "m" / "adapter.json").read_text())["record"]
     assert record["training"]["settings"]["head"] == "pyramid"
     code, _, err = samda(capsys, *train, "--minutes", "1", "--steps", "5", "--overwrite")

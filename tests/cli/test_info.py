@@ -94,7 +94,7 @@ def test_sam_da_and_head(facts: dict) -> None:
     assert set(facts["pyramid_head"]) == set(facts["backbones"])
     assert all(100_000 < count < 500_000 for count in facts["pyramid_head"].values())
     once = {name for name, entry in facts["adapters"].items() if entry["encoded_once"]}
-    assert once == {"sam_da", "head", "decoder"}
+    assert once == {"ssf", "sam_da", "head", "decoder"}
 
 
 def test_full_trains_everything(facts: dict) -> None:

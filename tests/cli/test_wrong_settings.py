@@ -37,7 +37,12 @@ from samda.cli import main as cli
         ("train", ["--task", "TASK", "--report", "out"], 2, "--report out"),
         ("adapt", ["--method", "tnet"], 2, "unknown method 'tnet'; did you mean 'tent'?"),
         ("adapt", ["--scope", "decodr"], 2, "there is no scope 'decodr'; did you mean 'decoder'?"),
-        ("adapt", ["--scope", "gate+encoder+x"], 2, "there is no scope 'x'; choose from decoder, encoder, gate, norm"),
+        (
+            "adapt",
+            ["--scope", "gate+encoder+x"],
+            2,
+            "there is no scope 'x'; choose from decoder, encoder, gate, norm, ssf",
+        ),
         ("adapt", ["--steps", "-1"], 2, "steps must be at least 0 and whole, got -1"),
         ("adapt", ["--learning-rate", "0"], 2, "the learning rate (lr) must be positive, got 0.0"),
         ("adapt", ["--set", "guard={tolerence: 1}"], 2, "guard: unknown key 'tolerence'; did you mean 'tolerance'?"),
