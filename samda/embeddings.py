@@ -41,6 +41,7 @@ class Views(Protocol):
     """A data set of slices that can be seen in augmented views; view 0 is the slice as it is."""
 
     foreground: torch.Tensor  # (N,) bool, does the slice hold foreground?
+    late: torch.Tensor  # (N,) bool, does the slice train only later on?
 
     def __len__(self) -> int: ...
 
@@ -127,7 +128,8 @@ class EmbeddingDataset(Dataset):
         first: views that are encoded before the training; None takes all.
         enough: asked before each batch; true ends the first encoding. A slice that it did not reach is encoded when it
             is asked for.
-        collect: called with the pyramids and labels (B, 1, H, W) of view 0, batch by batch, as they are encoded.
+        collect: called with the pyramids and labels (B, 1, H, W) of view 0, batch by batch, as they are encoded;
+            without those of late slices.
         crop: sides of the image beyond this are cut to it in augmented views (pixels, a multiple of 16); every other
             cut lies around a foreground pixel. None never cuts.
 
@@ -202,8 +204,9 @@ class EmbeddingDataset(Dataset):
             own = [self._encode(batch) for batch in batches[start + rank : start + rank + 1]]
             for batch, pyramid, labels, extras in (result for results in exchange(own) for result in results):
                 self._store(batch, pyramid, labels, extras)
-                if batch[0][1] == 0 and collect is not None:
-                    collect(pyramid, labels)
+                early = [place for place, (index, view) in enumerate(batch) if view == 0 and not self.late[index]]
+                if early and collect is not None:
+                    collect(map_levels(lambda level, early=early: level[early], pyramid), labels[early])
                 progress.update(len(batch))
         progress.close()
 
@@ -295,6 +298,11 @@ class EmbeddingDataset(Dataset):
     def foreground(self) -> torch.Tensor:
         """(N,) bool, does the slice hold foreground?"""
         return self.slices.foreground
+
+    @property
+    def late(self) -> torch.Tensor:
+        """(N,) bool, does the slice train only later on?"""
+        return self.slices.late
 
     def signature(self) -> list[int]:
         """Numbers that tell these slices from others."""

@@ -10,7 +10,16 @@ from samda.training.config_check import check_config, check_overrides
 from samda.training.datasets import RenewViews, SliceDataset, SliceSampler, build_dataset, prepare_batch
 from samda.training.ddp import PaddedDataset, RankSampler, WholeBatchLoss, batch_share, distribute
 from samda.training.finish import save_training
-from samda.training.handlers import CaseDice, MLflow, Progress, RecordEpoch, TensorBoard, TrainingRecord
+from samda.training.handlers import (
+    CaseDice,
+    JoinValidation,
+    MLflow,
+    Progress,
+    RecordEpoch,
+    TensorBoard,
+    TrainingRecord,
+    Validate,
+)
 from samda.training.loss import DiceCELoss
 from samda.training.optim import (
     ClipGradients,
@@ -30,6 +39,7 @@ __all__ = [
     "ClipGradients",
     "DiceCELoss",
     "Ended",
+    "JoinValidation",
     "MLflow",
     "Pace",
     "PaddedDataset",
@@ -45,6 +55,7 @@ __all__ = [
     "SliceSampler",
     "TensorBoard",
     "TrainingRecord",
+    "Validate",
     "WholeBatchLoss",
     "batch_share",
     "build_dataset",

@@ -76,10 +76,16 @@ def _task_for(dataset: str | Path) -> Task:
 
 
 def training_cases(
-    datalist: DataList, task: Task, fold: int | None = None, fraction: float = 0.2, seed: int = 0
+    datalist: DataList,
+    task: Task,
+    fold: int | None = None,
+    fraction: float = 0.2,
+    seed: int = 0,
+    join: bool = False,
 ) -> Split:
     """Which cases train and which validate: the data set's own sections, or with `fold` or without validation cases
-    a split of its training cases by :func:`samda.data.splits.split`.
+    a split of its training cases by :func:`samda.data.splits.split`. With `join` the patients that samda chose for
+    validation will train in the end (`late`), see :class:`samda.training.JoinValidation`.
     """
     training, validation = datalist.cases["training"], datalist.cases["validation"]
     if not training:
@@ -91,6 +97,8 @@ def training_cases(
         result = Split(training, validation, f"by the data set: {len(validation)} cases validate")
     else:
         result = split(training, task, fraction, fold, seed)
+    if join and result.own:
+        result = dataclasses.replace(result, late=result.validation, note=f"{result.note}, in the end they train, too")
     logger.info("validation %s", result.note)
     if not result.apart:
         logger.info("the patient trains and validates: no parameters are chosen by that, the last average is kept")

@@ -78,6 +78,7 @@ RANGES: dict[str, dict[str, float]] = {  # keys whose wrong values PyTorch and i
     "learning_rate": {"above": 0},
     "seed": {"at least": 0, "at most": 2**63 - 1},  # of PyTorch's generators
     "validation_fraction": {"above": 0, "at most": 0.5},
+    "join_validation": {"above": 0, "at most": 1},
     "warmup": {"at least": 0, "below": 1},
     "empty_share": {"at least": 0, "below": 1},
 }

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 class SliceSampler(DistributedSampler):
     """Every slice with foreground once, and so many without that they make up `empty_share` of the epoch, in [0, 1).
 
+    Slices that are `late`, (N,) bool, take part after :meth:`join`.
+
     Empty slices are many and alike; at least one is drawn where there is any, at most all. It yields (epoch, index), so
     a data set can derive the augmentation of a slice from the epoch. Order and choice follow from (seed, epoch) alone;
     MONAI's engines call `set_epoch`. `foreground` is (N,) bool.
@@ -54,18 +56,28 @@ class SliceSampler(DistributedSampler):
         seed: int = 0,
         num_replicas: int | None = None,
         rank: int | None = None,
+        late: torch.Tensor | None = None,
     ) -> None:
         if not 0 <= empty_share < 1:
             raise UsageError(f"empty_share must lie in [0, 1), got {empty_share}")
         own, world = rank_and_world()
         replicas, rank = num_replicas or world, own if rank is None else rank
         super().__init__(foreground, num_replicas=replicas, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
-        self.full = torch.nonzero(foreground).flatten()
-        self.empty = torch.nonzero(~foreground).flatten()
-        wanted = round(len(self.full) * empty_share / (1 - empty_share))
-        self.num_empty = min(len(self.empty), max(1, wanted)) if empty_share else 0
-        self.num_samples = math.ceil((len(self.full) + self.num_empty) / replicas)
+        self.foreground, self.empty_share = foreground, empty_share
+        self.late = late is not None and bool(late.any())
+        self._choose(torch.ones_like(foreground) if late is None else ~late)
         self._place: int | None = None  # of the stream of passes
+
+    def join(self) -> None:
+        """Draw from the late slices, too; to be called between two passes or before :meth:`start_at`."""
+        self._choose(torch.ones_like(self.foreground))
+
+    def _choose(self, among: torch.Tensor) -> None:
+        self.full = torch.nonzero(self.foreground & among).flatten()
+        self.empty = torch.nonzero(~self.foreground & among).flatten()
+        wanted = round(len(self.full) * self.empty_share / (1 - self.empty_share))
+        self.num_empty = min(len(self.empty), max(1, wanted)) if self.empty_share else 0
+        self.num_samples = math.ceil((len(self.full) + self.num_empty) / self.num_replicas)
 
     def start_at(self, place: int) -> None:
         """Become a stream of passes, from its item `place` on; several processes count their own items."""
@@ -157,6 +169,7 @@ def build_dataset(
     crop: int | None = None,
     closed_form: bool = False,
     pace: Pace | None = None,
+    late: Sequence[Mapping[str, Any]] = (),
 ) -> SliceDataset | EmbeddingDataset:
     """The data set of one part of a training.
 
@@ -175,8 +188,9 @@ def build_dataset(
         renew: views will be renewed during the training, so two are enough to begin with.
         crop: see :class:`EmbeddingDataset`; without effect on images, and for heads that read SAM's decoder.
         pace: the length of the training, which bounds the time for encoding.
+        late: further cases, which train later on, see :class:`JoinValidation`; the closed-form start does not see them.
     """
-    slices = SliceDataset(data, transform, task, augmentation, seed, memory_mb, part)
+    slices = SliceDataset([*data, *late], transform, task, augmentation, seed, memory_mb, part, len(late))
     start = network.head.closed_form(slices.counts) if closed_form and network.head.has_closed_form else None
     if not embeddings or network.encoder_adapted:
         if start is not None:
@@ -214,7 +228,7 @@ def _on(device: torch.device | str, add: Callable[[Pyramid, torch.Tensor], None]
 
 def _start_from_images(network: SamSegmenter, slices: SliceDataset, start: Any, device: torch.device | str) -> None:
     """The closed-form start where nothing is encoded for good: slices with foreground, once through the network."""
-    chosen = slices.foreground.nonzero().flatten().tolist()
+    chosen = (slices.foreground & ~slices.late).nonzero().flatten().tolist()
     progress = bar("encoding", len(chosen), "slice")
     with torch.no_grad(), eval_mode(network):
         for images, labels in labeled_batches(slices, chosen):
@@ -289,9 +303,11 @@ class SliceDataset(Dataset):
         augmentation: random transforms of a slice; None leaves the slices as they are.
         memory_mb: memory for the slices (MB); what exceeds it lies on disk.
         part: "training" or "validation", for messages.
+        late: so many of the last cases train later on.
 
     Attributes:
         foreground: (N,) bool, does the item hold foreground?
+        late: (N,) bool, is it of these cases?
         counts: (K,) pixels of each class.
         present: (K,) bool, does the class occur at all?
         statistics: of the training slices as they are, for the record of the model; empty for another part.
@@ -306,6 +322,7 @@ class SliceDataset(Dataset):
         seed: int = 0,
         memory_mb: float = 2048,
         part: str = "training",
+        late: int = 0,
     ) -> None:
         self.task, self.augmentation, self.seed, self.part = task, augmentation, seed, part
         self.images: list[torch.Tensor] = []  # per case (n, C, H, W)
@@ -329,6 +346,7 @@ class SliceDataset(Dataset):
         progress.close()
         self._checksum = checksum
         self.foreground = torch.cat([(label > 0).flatten(1).any(1) for label in self.labels])
+        self.late = torch.tensor([case >= len(data) - late for case, _ in self.items])
         counts = sum(torch.bincount(label.flatten().long(), minlength=task.num_classes) for label in self.labels)
         self.counts = torch.as_tensor(counts)
         self.present = self.counts > 0

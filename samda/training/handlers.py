@@ -25,7 +25,7 @@ import torch.nn as nn
 from ignite.engine import Engine, Events
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from monai.engines import Evaluator
-from monai.handlers import MLFlowHandler, TensorBoardHandler
+from monai.handlers import MLFlowHandler, TensorBoardHandler, ValidationHandler
 from monai.networks.utils import eval_mode
 from monai.utils import version_geq
 
@@ -131,10 +131,14 @@ class TrainingRecord:
         """Note a validation; True if it is better than every one before, or if the last one counts anyway."""
         if not select or score > self.best_score:
             self.best_score, self.best_epoch, self.misses = score, epoch, 0
-            self.best_state = {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
+            self.keep(network)
             return True
         self.misses += 1
         return False
+
+    def keep(self, network: nn.Module) -> None:
+        """Let the present parameters count as the best ones; the best validation stays what it was."""
+        self.best_state = {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
 
     def restore_best(self, network: nn.Module) -> None:
         """Put the best parameters back into the network; the last ones stay where nothing was ever validated."""
@@ -149,6 +153,50 @@ class TrainingRecord:
         """Restore what :meth:`state_dict` gave."""
         for key in vars(self):
             setattr(self, key, state[key])
+
+
+class Validate(ValidationHandler):
+    """MONAI's ValidationHandler, until the validation patients train (:class:`JoinValidation`)."""
+
+    def __init__(self, pace: Pace, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.pace = pace
+
+    def __call__(self, engine: Engine) -> None:
+        if not self.pace.joined:
+            super().__call__(engine)
+
+
+class JoinValidation:
+    """From the share `after` of the training on, the late slices of `sampler` train, too: few labels are not wasted.
+
+    What validated until then estimates the model from below; from then on nothing validates, nothing stops early, and
+    the last average is kept. It happens at the end of a round. Attach it behind :class:`RecordEpoch`.
+
+    Args:
+        sampler: :class:`samda.training.SliceSampler`; without late slices nothing happens.
+        pace: the length of the training.
+        after: share in (0, 1).
+    """
+
+    def __init__(self, sampler: Any, pace: Pace, after: float = 0.6) -> None:
+        self.sampler, self.pace, self.after = sampler, pace, after
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the training engine."""
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def start(self, engine: Engine) -> None:
+        """Where a resumed training has come to."""
+        if self.pace.joined:
+            self.sampler.join()
+
+    def __call__(self, engine: Engine) -> None:
+        if self.sampler.late and not self.pace.joined and self.pace.share >= self.after:
+            self.pace.joined = True
+            self.sampler.join()
+            logger.info("the validation patients train from here on")
 
 
 class RecordEpoch:
@@ -212,6 +260,8 @@ class RecordEpoch:
             record.validated(row["mean_dice"], epoch, self.network, self.select)
             if self.pace is not None:
                 self.pace.validated()
+        elif self.pace is not None and self.pace.joined:
+            record.keep(self.network)
         record.history.append(row)
         best = {"epoch": record.best_epoch, "mean_dice": record.best_score} if record.best_epoch else None
         if is_main():

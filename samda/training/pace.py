@@ -64,6 +64,7 @@ class Pace:
         self._validated = 0.0  # share at the last one
         self._last_validation, self._round_over = 0.0, clock()  # seconds of the last one, and when it began
         self.ended = False
+        self.joined = False  # do the validation patients train? see samda.training.JoinValidation
 
     @property
     def share(self) -> float:
@@ -142,11 +143,13 @@ class Pace:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
-        return {"seconds": self.seconds, "share": self._share, "validated": self._validated}
+        state = {"seconds": self.seconds, "share": self._share, "validated": self._validated}
+        return state | {"joined": self.joined}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
         self._before, self._share, self._validated = state["seconds"], state["share"], state["validated"]
+        self.joined = state.get("joined", False)  # an older samda never did
 
     def _place_sampler(self, engine: Engine) -> None:
         loader: Any = engine.state.dataloader

@@ -226,6 +226,7 @@ class Slices:
     """Four labeled slices."""
 
     foreground = torch.ones(4, dtype=torch.bool)
+    late = torch.zeros(4, dtype=torch.bool)
 
     def __len__(self) -> int:
         return 4

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,16 @@ def test_the_data_sets_own_validation_cases_are_taken_unless_a_fold_is_asked_for
     folded = training_cases(data, task, fold=0, fraction=0.5)
     assert sorted(case["id"] for case in folded.training + folded.validation) == ["a", "b"]
     assert len(folded.validation) == 1
+
+
+def test_only_patients_that_samda_chose_join(datalist: Path, task: Task) -> None:
+    data = read_datalist(datalist)
+    assert training_cases(data, task, join=True).late == []  # the data set names its validation cases
+    assert training_cases(data, task, fold=0, join=True).late == []
+    data = dataclasses.replace(data, cases=data.cases | {"validation": []})
+    split = training_cases(data, task, join=True)
+    assert split.late == split.validation != []
+    assert training_cases(data, task).late == []
 
 
 def test_a_data_set_without_labels_is_one_line() -> None:

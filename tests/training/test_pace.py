@@ -106,7 +106,7 @@ def test_a_training_by_time_ends_in_time(datalist: Path, tmp_path: Path, by_step
     result = train(datalist, tmp_path / "model", TASK, overrides=by_steps, minutes=0.1, tracking="none")
     assert time.monotonic() - start < 3 * 6, "six seconds, of a machine that others may use, too"
     rows = curve(tmp_path / "model")
-    assert rows[-1]["step"] > 1 and "mean_dice" in rows[-1]
+    assert rows[-1]["step"] >= 1 and "mean_dice" in rows[-1]
     assert result["mean_dice"] is not None
     load_model(tmp_path / "model", weights=by_steps["weights"])
 
@@ -137,6 +137,60 @@ def test_a_training_by_steps_resumes_bit_for_bit(
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_validation_patients_train_in_the_end_and_a_resume_knows_it(
+    tmp_path: Path, by_steps: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve steps, a round of three: at 9 of 12 steps the third patient joins; the error comes behind that."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    cases = [write_case(tmp_path, name, seed) for seed, name in enumerate("abc")]
+    (tmp_path / "three.json").write_text(json.dumps({"training": cases}))
+    keys = by_steps | {"val_interval": 3, "renewed_views": 0.0}
+    drawn: list[int] = []  # numbers of the cases that train, the late one is 2
+    get = EmbeddingDataset.__getitem__
+
+    def note(self: EmbeddingDataset, key: Any) -> dict[str, Any]:
+        item = get(self, key)
+        if isinstance(key, tuple):
+            drawn.append(item["case"])
+        return item
+
+    monkeypatch.setattr(EmbeddingDataset, "__getitem__", note)
+
+    def run(name: str, **more: Any) -> dict[str, Any]:
+        overrides = keys | more.pop("keys", {})
+        return train(
+            tmp_path / "three.json", tmp_path / name, TASK, overrides=overrides, steps=12, tracking="none", **more
+        )
+
+    result = run("joined", keys={"join_validation": 0.7})
+    size = keys["batch_size"]
+    assert set(drawn[: 9 * size]) == {0, 1} and 2 in drawn[9 * size :]
+    rows = curve(tmp_path / "joined")
+    assert [(row["step"], "mean_dice" in row) for row in rows] == [(3, True), (6, True), (9, True), (12, False)]
+    assert result["best_epoch"] <= 3 and "train, too" in result["split"]
+    run("apart", keys={"join_validation": 1.0})
+    assert all("mean_dice" in row for row in curve(tmp_path / "apart"))
+    one, two = (load_file(tmp_path / name / "adapter.safetensors") for name in ("joined", "apart"))
+    assert not all(torch.equal(one[key], two[key]) for key in one)
+
+    step = Pace.step
+
+    def fail(self: Pace, engine: Any) -> None:
+        step(self, engine)
+        if engine.state.iteration == 11:
+            raise MemoryError("no memory left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pace, "step", fail)
+        with pytest.raises(MemoryError):
+            run("parts", keys={"join_validation": 0.7})
+    run("parts", keys={"join_validation": 0.7}, resume=True)
+    torch.set_num_threads(threads)
+    two = load_file(tmp_path / "parts" / "adapter.safetensors")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
 def test_one_patient_keeps_the_last_parameters(
     tmp_path: Path, by_steps: Keys, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -152,6 +206,7 @@ def test_one_patient_keeps_the_last_parameters(
 def test_new_views_take_the_places_of_the_oldest() -> None:
     class Slices:
         foreground = torch.ones(5, dtype=torch.bool)
+        late = torch.zeros(5, dtype=torch.bool)
 
         def __len__(self) -> int:
             return 5
@@ -181,6 +236,7 @@ def test_new_views_take_the_places_of_the_oldest() -> None:
 def test_cuts_keep_labels_and_levels_together() -> None:
     class Slices:
         foreground = torch.ones(1, dtype=torch.bool)
+        late = torch.zeros(1, dtype=torch.bool)
 
         def __len__(self) -> int:
             return 1

@@ -25,6 +25,17 @@ def test_all_foreground_and_the_asked_share_of_empty_slices(share: float, empty:
     assert len(rest) == len(set(rest)) == empty
 
 
+def test_late_slices_are_drawn_after_they_join() -> None:
+    late = torch.zeros_like(FOREGROUND)
+    late[[6, 7, 26, 27]] = True
+    sampler = SliceSampler(FOREGROUND, 0.5, late=late)
+    assert not set(indices(sampler, 1)) & {6, 7, 26, 27} and len(sampler) == 12
+    sampler.join()
+    assert set(indices(sampler, 1)) >= {6, 7} and len(sampler) == 16
+    whole = indices(SliceSampler(FOREGROUND, 0.5), 1)
+    assert indices(sampler, 1) == whole
+
+
 def test_order_depends_on_seed_and_epoch_alone() -> None:
     first, again = SliceSampler(FOREGROUND, 0.3, seed=4), SliceSampler(FOREGROUND, 0.3, seed=4)
     torch.manual_seed(123)
