@@ -304,6 +304,12 @@ class EmbeddingDataset(Dataset):
         """(N,) bool, does the slice train only later on?"""
         return self.slices.late
 
+    @property
+    def cut_share(self) -> float:
+        """Pixels of a cut over those of a slice; 1 where nothing is cut."""
+        sides = self.labels.shape[-2:]
+        return math.prod(min(side, self.crop or side) for side in sides) / math.prod(sides)
+
     def signature(self) -> list[int]:
         """Numbers that tell these slices from others."""
         return self.slices.signature()

@@ -33,9 +33,10 @@ class Method:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-# head `pyramid` is the default; `sam` reads SAM's own mask tokens, as in the papers
+# head `pyramid` with scale and shift of its levels is the default; `sam` reads SAM's own mask tokens, as in the papers
 METHODS: dict[str, Method] = {
-    "pyramid": Method("head"),
+    "pyramid": Method("ssf"),
+    "pyramid, head alone": Method("head"),
     "pyramid + SAM-DA": Method("sam_da"),
     "pyramid + SALT": Method("salt"),
     "pyramid + LoRA": Method("lora"),

@@ -241,6 +241,7 @@ def _start_from_images(network: SamSegmenter, slices: SliceDataset, start: Any, 
 class RenewViews:
     """Encodes slices in new views between the steps, `rate` of them per step, or with minutes for a share of the time.
 
+    Where cuts train, fewer by the share of a slice that a cut is: encoding is then as large a part of a step.
     `dataset` is an :class:`EmbeddingDataset`; with another one, or rate 0, nothing happens.
     """
 
@@ -257,7 +258,8 @@ class RenewViews:
 
     def __call__(self, engine: Engine) -> None:
         if self.pace.minutes is None:
-            due = int(self.rate * engine.state.iteration) - self.dataset.renewed  # type: ignore[attr-defined]
+            rate = self.rate * self.dataset.cut_share  # type: ignore[attr-defined]
+            due = int(rate * engine.state.iteration) - self.dataset.renewed  # type: ignore[attr-defined]
         else:
             due = int(self.pace.may_renew(self._seconds))
         if due > 0:

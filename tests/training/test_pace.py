@@ -251,6 +251,7 @@ def test_cuts_keep_labels_and_levels_together() -> None:
 
     dataset = EmbeddingDataset(Slices(), Pool(), crop=64)
     assert dataset[0]["label"].shape == (1, 96, 96)
+    assert dataset.cut_share == pytest.approx(4 / 9) and EmbeddingDataset(Slices(), Pool(), crop=None).cut_share == 1
     seen = set()
     for turn in range(1, 20):
         item = dataset[turn, 0]
