@@ -7,15 +7,19 @@ checkout) and of the cache.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +30,8 @@ import yaml
 
 from samda.errors import InputError, WeightsError, printable
 
+CGROUP = Path("/sys/fs/cgroup")
+MOST_NODES, LONGEST_YAML, DEEPEST_YAML = 100_000, 1_000_000, 100  # values, characters, brackets of a YAML document
 DOWNLOAD_TIMEOUT = 10  # seconds without data
 
 # PyYAML implements YAML 1.1, which parses `1e-3`, `1.5e3` and `-.5` as strings; in YAML 1.2 and JSON they are numbers
@@ -66,6 +72,54 @@ def try_writing(folder: str | Path) -> None:
     """Write an anonymous file into `folder`, to detect before the job that it is not writable (OSError)."""
     with tempfile.TemporaryFile(dir=folder):
         pass
+
+
+def regular_file(path: str | Path, root: str | Path | None = None) -> Path:
+    """`path`, if it is a regular file that fits into memory: a pipe or device may never end.
+
+    Args:
+        root: folder that it must lie in, links followed: those of a folder from others may lead to any file.
+
+    Raises:
+        OSError: it is not.
+    """
+    path = Path(path)
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    if root is not None and not path.resolve().is_relative_to(Path(root).resolve()):
+        raise OSError(errno.EINVAL, f"a link out of the folder, to {path.resolve()}", str(path))
+    if status.st_size > free_memory():
+        raise OSError(errno.EFBIG, f"{status.st_size / 1e9:.1f} GB, more than the free memory", str(path))
+    return path
+
+
+def parse_json(text: str | bytes, **settings: Any) -> Any:
+    """`json.loads`, which raises only ValueError."""
+    try:
+        return json.loads(text, **settings)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def free_memory() -> float:
+    """Free main memory in bytes, within the limits of the process (ulimit -v) and of its container (cgroup)."""
+    free = [math.inf]
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free.append(next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024)
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        cache = (CGROUP / "memory.stat").read_text().split()  # counts as used, but makes room
+        free.append(limit - used + int(cache[cache.index("file") + 1]))
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            free.append(limit - pages * os.sysconf("SC_PAGE_SIZE"))
+    return max(0, min(free))
 
 
 def check_room(folder: str | Path, needed: float) -> None:
@@ -140,6 +194,12 @@ def plain(value: Any) -> Any:
 class _Loader(yaml.SafeLoader):
     """Plain values only, as `yaml.safe_load`."""
 
+    def get_single_node(self) -> Any:
+        """The document, refused if its aliases make it large or endless: 500 bytes may stand for gigabytes."""
+        node = super().get_single_node()
+        _count_nodes(node, {})
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping, with an error for duplicate keys, of which PyYAML keeps the last."""
         seen: list[Any] = []  # a list, because keys may not be hashable
@@ -151,6 +211,21 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _count_nodes(node: Any, known: dict[int, int]) -> int:
+    """Nodes of a document with every alias replaced by what it stands for."""
+    if id(node) in known:
+        if not known[id(node)]:  # within itself
+            raise yaml.composer.ComposerError(None, None, "an alias contains itself", node.start_mark)
+        return known[id(node)]
+    known[id(node)] = 0
+    value = node.value if isinstance(node, yaml.CollectionNode) else ()
+    parts = [part for entry in value for part in (entry if isinstance(entry, tuple) else (entry,))]
+    known[id(node)] = count = 1 + sum(_count_nodes(part, known) for part in parts)
+    if count > MOST_NODES:
+        raise yaml.composer.ComposerError(None, None, f"more than {MOST_NODES} values", node.start_mark)
+    return count
+
+
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 
 
@@ -158,13 +233,21 @@ def load_yaml(text: str) -> Any:
     """The value of a YAML (or JSON) text.
 
     Raises:
-        yaml.YAMLError: invalid YAML or duplicate keys.
+        yaml.YAMLError: invalid YAML, duplicate keys, values that do not fit their tag, too many or too nested values.
 
     Example:
         >>> load_yaml("{rate: 1e-3, name: 'e1'}")
         {'rate': 0.001, 'name': 'e1'}
     """
-    return yaml.load(text, Loader=_Loader)
+    depth = itertools.accumulate(("[{".count(c) - "]}".count(c) for c in text if c in "[]{}"), initial=0)
+    if len(text) > LONGEST_YAML or max(depth) > DEEPEST_YAML:  # PyYAML takes minutes for these
+        raise yaml.YAMLError(f"longer than {LONGEST_YAML} characters, or nested too deeply")
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:  # `!!int x`, `? {}`
+        raise yaml.YAMLError(f"a value does not fit its tag: {error}") from error
 
 
 def packaged(*parts: str) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from samda.errors import UsageError, from_mapping, nearest, one_line
+from samda.errors import UsageError, from_mapping, nearest, one_line, printable
 from samda.io import load_yaml
 
 LARGEST_IMAGE = 4096  # pixels; limits the memory of a slice
@@ -53,6 +53,9 @@ class Task:
     def _rules(self) -> Iterator[tuple[bool, str]]:
         """Conditions and messages for their violation; a rule may rely on previous rules."""
         names = list(self.classes)
+        for name in (self.name, *names):
+            plain_text = isinstance(name, str) and printable(name) == name and not {"\n", "\t"} & {*name}
+            yield plain_text, f"a name must be text in one line without control characters, got {name!r}"
         yield 1 < len(names) == len(set(names)), f"classes must be background and others, all different; got {names}"
         yield names[0] == "background", f"the first class must be 'background', got {names[0]!r}; put it first"
         owners: dict[int, str] = {}
@@ -160,14 +163,17 @@ def _ids(name: str, value: Any) -> tuple[int, ...]:
 def _pair(key: str, value: Any) -> tuple[float, ...]:
     try:
         return tuple(float(v) for v in value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{key} must be (low, high), got {value!r}") from None
 
 
 def _number(key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{key} must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise TypeError(f"{key} must be a number that fits a float, got {value!r:.20}...") from None
 
 
 def _whole(key: str, value: Any) -> int:

@@ -58,6 +58,15 @@ def test_values_survive_json():
         ({"window": 5}, "window must be (low, high), got 5"),
         ({"window": ["a", 5]}, "window must be (low, high), got ['a', 5]"),
         ({"percentiles": [1, 101]}, "got (1.0, 101.0)"),
+        ({"classes": ["background", "a\nb"]}, "without control characters, got 'a\\nb'"),
+        ({"classes": ["background", "a\ud800"]}, "without control characters, got 'a\\ud800'"),
+        ({"name": "\x1b[2J"}, "without control characters, got '\\x1b[2J'"),
+        ({"name": ["a"]}, "got ['a']"),
+        ({"spacing": 10**400}, "spacing must be a number that fits a float, got 1000"),
+        ({"window": [0, 10**400]}, "window must be (low, high), got [0, 1000"),
+        ({"labels": {"foreground": 10**400}}, "labels of 'foreground' must be a number that fits"),
+        ({"axis": ["axial"]}, "got ['axial']"),
+        ({"modality": {}}, "got {}"),
     ],
 )
 def test_wrong_values_are_refused_in_one_line(values, message):
@@ -78,7 +87,21 @@ def test_file_with_and_without_the_key_task(tmp_path):
     assert Task.from_file(tmp_path / "a.yaml") == Task.from_file(tmp_path / "b.json") == Task(name="x", spacing=2.0)
 
 
-@pytest.mark.parametrize(("text", "message"), [("- a\n- b", "mapping"), ("a: [", "a.yaml"), (None, "task file")])
+ALIASES = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]" for i in range(9))
+BOMBS = [
+    ("[" * 5000, "nested too deeply"),
+    ("classes: " + "{a: " * 3000, "nested too deeply"),
+    (ALIASES, "more than 100000 values"),
+    ("classes: &a [background, *a]", "contains itself"),
+    ("spacing: !!int x", "does not fit its tag"),
+    ("spacing: !!timestamp x", "does not fit its tag"),
+    ("!!python/object/apply:os.getcwd []", "could not determine a constructor"),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("- a\n- b", "mapping"), ("a: [", "a.yaml"), (None, "task file"), *BOMBS]
+)
 def test_wrong_files_are_refused_in_one_line(tmp_path, text, message):
     if text is not None:
         (tmp_path / "a.yaml").write_text(text)

@@ -21,7 +21,7 @@ from samda.adaptation.case import PreparedCase, Segmentation
 from samda.adaptation.guard import Decision, Evidence
 from samda.adaptation.loop import Trajectory
 from samda.errors import InputError, SamdaError, one_line
-from samda.io import write_text
+from samda.io import parse_json, write_text
 from samda.provenance import canonical_json, now, pseudonym, sha256_of, versions
 
 RECORD_VERSION = 1
@@ -157,7 +157,7 @@ def validate_record(record: Mapping[str, Any]) -> None:
 def read_record(path: str | Path) -> dict[str, Any]:
     """Read the record of a case; InputError if the file is not one."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = parse_json(Path(path).read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a readable record ({error}); delete its folder and run again") from error
     if not isinstance(value, dict) or "record_version" not in value:

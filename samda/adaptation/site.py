@@ -21,7 +21,7 @@ from samda.adaptation.loop import load, restoring
 from samda.adapters.adapter_file import read_adapters, save_adapters
 from samda.errors import InputError, UsageError
 from samda.io import new_folder
-from samda.models.versions import SOURCE, check_name, list_versions, version_folder
+from samda.models.versions import SOURCE, check_name, list_versions, version_folder, versions_folder
 from samda.provenance import now, versions
 
 
@@ -68,7 +68,7 @@ def distill(adaptation: Adaptation, model: str | Path, run: AdaptRun, name: str,
         "versions": versions(),
     }
     file = read_adapters(version_folder(model, adaptation.version))
-    place = Path(model) / "versions" / name
+    place = versions_folder(model) / name
     place.parent.mkdir(exist_ok=True)
     with new_folder(place) as partial, restoring(adaptation.network, adaptation.parameters):
         load(adaptation.parameters, mean)

@@ -34,7 +34,7 @@ from safetensors import torch as safetensors
 from samda.adapters.attach import build_configs
 from samda.adapters.base import AdapterConfig, attached, is_int, modules, trainable_parameters, unmerge
 from samda.errors import AdapterError, UsageError, check_keys
-from samda.io import plain, replacing, write_text
+from samda.io import parse_json, plain, regular_file, replacing, write_text
 
 FORMAT_VERSION = 1
 HEADER = "adapter.json"
@@ -107,7 +107,7 @@ def read_adapters(folder: str | Path) -> AdapterFile:
     """Read and validate an adapter folder; AdapterError if a file is missing, damaged or of a newer samda."""
     folder = Path(folder)
     header = _read_header(folder / HEADER)
-    content = _read_bytes(folder / TENSORS)
+    content = _read_bytes(folder / TENSORS, folder)
     if hashlib.sha256(content).hexdigest() != header["sha256"]:
         raise AdapterError(f"{folder / TENSORS}: not the file that {HEADER} describes (sha256); copy the folder again")
     sections = {key: header[key] for key in SECTIONS}
@@ -136,12 +136,26 @@ def load_adapters(model: nn.Module, source: str | Path | AdapterFile) -> None:
     _assign(model, source.tensors, source.source)
 
 
-def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+def check_shapes(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Refuse tensors whose names or shapes are not those of `model`, which may be on the meta device."""
     own = state_tensors(model)
-    staged = {name: _fit(name, own, tensors, source) for name in own}
+    for name in own:
+        if name not in tensors:
+            raise AdapterError(f"{source}: lacks {name}; build the network with the adapters and classes of the file")
+        shape, expected = tuple(tensors[name].shape), tuple(own[name].shape)
+        if shape != expected:
+            raise AdapterError(
+                f"{source}: {name} has shape {shape}, this model {expected}; build it with the file's settings"
+            )
     extra = sorted(set(tensors) - set(own))
     if extra:
         raise AdapterError(f"{source}: holds {extra[0]}, which this model lacks; attach the adapters of the file")
+
+
+def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    check_shapes(model, tensors, source)
+    own = state_tensors(model)
+    staged = {name: _fit(name, own, tensors, source) for name in own}
     states = [
         (adapter, {key: staged.pop(f"{path}.{key}") for key in adapter.state_dict()})
         for path, _, adapter in modules(model)
@@ -157,14 +171,7 @@ def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) 
 
 
 def _fit(name: str, own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: str) -> torch.Tensor:
-    """The stored tensor in the dtype of the model; refused if name, shape or values do not match."""
-    if name not in tensors:
-        raise AdapterError(f"{source}: lacks {name}; build the network with the adapters and classes of the file")
-    shape, expected = tuple(tensors[name].shape), tuple(own[name].shape)
-    if shape != expected:
-        raise AdapterError(
-            f"{source}: {name} has shape {shape}, this model {expected}; build it with the file's settings"
-        )
+    """The stored tensor in the dtype of the model; refused if its values are no numbers."""
     tensor = tensors[name].to(own[name].dtype)
     if not tensors[name].is_floating_point() or not torch.isfinite(tensor).all():
         raise AdapterError(f"{source}: {name} holds values that are not finite numbers; train again or copy it again")
@@ -190,8 +197,8 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise ValueError(f"{constant} is not JSON")
 
     try:
-        header = json.loads(_read_bytes(path).decode(), parse_constant=no_constant)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(_read_bytes(path, path.parent), parse_constant=no_constant)
+    except ValueError as error:
         raise AdapterError(f"{path}: is not a JSON file ({error}); copy the folder again") from error
     version: Any = header.get("format_version") if isinstance(header, dict) else None
     if not is_int(version, 1):
@@ -234,8 +241,8 @@ def _parse_tensors(content: bytes, path: Path) -> dict[str, torch.Tensor]:
         raise AdapterError(f"{path}: is not a safetensors file or is cut short ({error}); copy it again") from error
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path, root: Path | None = None) -> bytes:
     try:
-        return path.read_bytes()
+        return regular_file(path, root).read_bytes()
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read ({error.strerror}); give the folder of a trained model") from error

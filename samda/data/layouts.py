@@ -11,7 +11,6 @@ import csv
 import dataclasses
 import difflib
 import itertools
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 from samda.data.formats import PICTURE_SUFFIXES, SCAN_SUFFIXES, VOLUME_SUFFIXES, has_dicom, stem
 from samda.errors import InputError, nearest
+from samda.io import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def refuse(problem: Problem) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
+        content = parse_json(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not JSON ({error}); repair it") from error
     if not isinstance(content, dict):
@@ -104,7 +104,10 @@ def is_pair_list(path: Path) -> bool:
             header = file.readline(10_000)
     except (OSError, UnicodeDecodeError):
         return False
-    return {"image", "label"} <= set(_columns(_csv([header])))
+    try:
+        return {"image", "label"} <= set(_columns(_csv([header])))
+    except csv.Error:
+        return False
 
 
 def pair_cases(path: Path, report: Report) -> dict[str, list[Case]]:
@@ -120,15 +123,19 @@ def pair_cases(path: Path, report: Report) -> dict[str, list[Case]]:
     if not any(line.strip() for line in lines):
         raise InputError(f"{path} is empty; write a line with the columns image,label, and one for each case")
     rows = _csv(lines)
-    rows.fieldnames = _columns(rows)
-    _check_columns(rows.fieldnames, path)
+    try:
+        rows.fieldnames = _columns(rows)
+        _check_columns(rows.fieldnames, path)
+        table = [(rows.line_num, row) for row in rows]
+    except csv.Error as error:
+        raise InputError(f"{path}, line {rows.line_num + 1}: {error}; is a quote missing?") from error
     cases: dict[str, list[Case]] = {}
     wrong = 0
-    for row in rows:
+    for number, row in table:
         surplus = row.pop(None, ())  # type: ignore[call-overload]
         if not surplus and not any(cell and cell.strip() for cell in row.values()):
             continue
-        where = f"{path}, line {rows.line_num}"
+        where = f"{path}, line {number}"
         try:
             if surplus:
                 raise InputError(f"{where} has more cells than the header ({', '.join(surplus)}); quote commas")
@@ -190,6 +197,8 @@ def _case(entry: Any, section: str, where: str, folder: Path) -> Case:
     paths = image if isinstance(image, list) else [image]
     if not all(isinstance(path, str) for path in paths):
         raise InputError(f"{where}: 'image' must be one path, or a list of one path per channel, got {image!r}")
+    if any("\0" in str(path) for path in [*paths, label]):
+        raise InputError(f"{where}: a path holds a zero byte; repair it")
     joined = [str(folder / Path(path).expanduser()) for path in paths]
     case["image"] = joined[0] if len(joined) == 1 else joined
     if label:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import warnings
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from monai.data import ImageReader
-from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from samda.data.formats import (
@@ -30,10 +28,12 @@ from samda.data.formats import (
     read_dicom,
     read_itk,
 )
+from samda.data.headers import INFLATION, check_file, check_request
 from samda.errors import InputError
 from samda.io import Image, files_of
 
-NIFTI_ERRORS = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error)
+LONGEST_REST = 64  # MiB behind the voxels of a compressed NIfTI
+VOXEL_SIDES = 1e-6, 1e6  # mm
 SAME_PLACE = 0.1  # tolerance between corners of the same grid in two files, relative to the smallest voxel side
 
 
@@ -161,12 +161,7 @@ def _existing(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if not path.exists():
         raise InputError(f"{path} does not exist; check the path")
-    if not path.is_file() and not path.is_dir():  # a pipe or device, which may never end
-        raise InputError(f"{path} is no regular file; give a scan")
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:  # which aborts ITK
-        raise InputError(f"{path} has a name that is not UTF-8; rename it") from None
+    check_file(path)
     return path
 
 
@@ -175,10 +170,12 @@ def _existing(path: str | Path) -> Path:
 
 def _load_nifti(path: Path) -> Any:
     try:
-        image = nib.load(path, mmap=False)  # a mapped file could change later
+        image: Any = nib.load(path, mmap=False)  # a mapped file could change later
         unit = image.header.get_xyzt_units()[0] if hasattr(image.header, "get_xyzt_units") else "mm"
-    except NIFTI_ERRORS as error:
+        shape, packed = image.shape, path.name.lower().endswith(".gz")
+    except Exception as error:  # damaged headers raise of any kind
         raise not_a_scan(path, error) from error
+    check_request(path, shape, image.get_data_dtype().itemsize, INFLATION if packed else 1)
     if unit in ("meter", "micron"):
         raise InputError(f"{path} has voxel sizes in {unit}; convert the header to mm")
     return image
@@ -191,11 +188,14 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         if path.name.lower().endswith(".gz"):
             with gzip.open(path) as stream:
                 array = _nifti_voxels(type(image).from_stream(stream))
-                while stream.read(1 << 20):  # gzip verifies its checksum at the end
-                    pass
+                for _ in range(LONGEST_REST):  # gzip verifies its checksum at the end
+                    if not stream.read(1 << 20):
+                        break
+                else:
+                    raise ValueError(f"more than {LONGEST_REST} MiB follow the voxels")
         else:
             array = _nifti_voxels(image)
-    except NIFTI_ERRORS as error:
+    except Exception as error:
         raise not_a_scan(path, error) from error
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
@@ -276,5 +276,6 @@ def _native(array: np.ndarray, path: Path) -> np.ndarray:
 
 def _check_affine(affine: np.ndarray, path: Path) -> None:
     sizes = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.isfinite(affine).all() or sizes.min() <= 0 or abs(np.linalg.det(affine[:3, :3])) < 1e-3 * sizes.prod():
+    possible = np.isfinite(affine).all() and VOXEL_SIDES[0] < sizes.min() and sizes.max() < VOXEL_SIDES[1]
+    if not possible or abs(np.linalg.det(affine[:3, :3])) < 1e-3 * sizes.prod():
         raise InputError(f"{path} has an unusable affine {np.round(affine[:3], 4).tolist()}; repair its header")

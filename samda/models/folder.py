@@ -22,6 +22,7 @@ The base weights are fetched, given as a file, or part of the folder; their fing
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from samda.adapters.adapter_file import AdapterFile, load_adapters, read_adapters, save_adapters
+from samda.adapters.adapter_file import AdapterFile, check_shapes, load_adapters, read_adapters, save_adapters
 from samda.adapters.attach import attach
 from samda.errors import InputError, UsageError, WeightsError, check_keys
-from samda.io import replacing
+from samda.io import regular_file, replacing
 from samda.networks.backbones import BACKBONES
 from samda.networks.fingerprint import check_fingerprint
 from samda.networks.segmenter import SamSegmenter
@@ -115,22 +116,47 @@ def load_model(
     task = _task(file.task, folder)
     try:
         _check_task(file.network["num_classes"], file.network["in_channels"], task, str(folder))  # before it is built
+        _check_sizes(file)
         network = SamSegmenter(**file.network, weights=_base_weights(file, folder, weights))
         check_fingerprint(network, file.base["fingerprint"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # values of other types than save_model writes
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # odd values
+        reason = (str(error).splitlines() or [type(error).__name__])[0]  # PyTorch adds its own traceback
         raise InputError(
-            f"{folder}/adapter.json describes no network ({error}); copy the model folder again"
+            f"{folder}/adapter.json describes no network ({reason}); copy the model folder again"
         ) from error
     attach(network, file.adapters)
     load_adapters(network, file)
     return network.to(device).eval(), task, file.record
 
 
+def _check_sizes(file: AdapterFile) -> None:
+    """Refuse settings that ask for other tensors than the file holds, before the network takes memory for them."""
+    classes = file.network["num_classes"]
+    sizes = {size for tensor in file.tensors.values() for size in tensor.shape}
+    if isinstance(classes, int) and classes not in sizes:  # already the empty modules of many classes take long
+        raise InputError(f"{file.source}: no tensor is of {classes!r} classes; copy the model folder again")
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        network = SamSegmenter(**file.network, weights=None)
+        attach(network, file.adapters)
+    check_shapes(network, file.tensors, file.source)
+
+
+def own_base(folder: Path) -> Path | None:
+    """The base weights in a model folder, if it has them."""
+    try:
+        return regular_file(folder / BASE, folder)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise WeightsError(f"{folder / BASE} is not read ({error.strerror}); copy the file itself") from error
+
+
 def _base_weights(file: AdapterFile, folder: Path, given: str | Path | None) -> str | Path:
     if given is not None:
         return given
-    if (folder / BASE).exists():
-        return folder / BASE
+    base = own_base(folder)
+    if base is not None:
+        return base
     trained_on, backbone = file.base["file"], file.network["backbone"]
     published = [known.name for known in KNOWN_FILES.values()] + [CONVERTED]
     if isinstance(backbone, str) and backbone in BACKBONES and trained_on in published:

@@ -10,7 +10,6 @@ The last version of the stack is active; `samda site activate` and `rollback` ch
 
 from __future__ import annotations
 
-import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import Any
 import torch
 
 from samda.errors import InputError, UsageError, nearest
-from samda.io import write_json
-from samda.models.folder import BASE, load_model
+from samda.io import parse_json, regular_file, write_json
+from samda.models.folder import load_model, own_base
 from samda.networks.segmenter import SamSegmenter
 from samda.task import Task
 
@@ -39,9 +38,17 @@ def check_name(name: str) -> str:
 
 def list_versions(model: str | Path) -> list[str]:
     """The versions of a model folder, "source" first."""
+    folder = versions_folder(model)
+    found = [path.parent for path in folder.glob("*/adapter.json") if NAME.fullmatch(path.parent.name)]
+    return [SOURCE, *sorted(path.name for path in found if not path.is_symlink())]
+
+
+def versions_folder(model: str | Path) -> Path:
+    """The folder of the versions, which may not exist; a link is refused, as versions are written into it."""
     folder = Path(model) / FOLDER
-    found = [path.parent.name for path in folder.glob("*/adapter.json") if NAME.fullmatch(path.parent.name)]
-    return [SOURCE, *sorted(found)]
+    if folder.is_symlink():
+        raise InputError(f"{folder} is a link to {folder.resolve()}; copy the folder itself")
+    return folder
 
 
 def active_version(model: str | Path) -> str:
@@ -96,10 +103,8 @@ def load_version(
     `weights` is a file with the base weights; None takes those of the training.
     """
     version = active_version(model) if version is None else version
-    base = Path(model) / BASE
-    if weights is None and base.exists():
-        weights = base
-    return *load_model(version_folder(model, version), weights, device), version
+    folder = version_folder(model, version)
+    return *load_model(folder, own_base(Path(model)) if weights is None else weights, device), version
 
 
 def _write(model: str | Path, stack: list[str], log: list[dict[str, str]], before: str) -> None:
@@ -108,11 +113,11 @@ def _write(model: str | Path, stack: list[str], log: list[dict[str, str]], befor
 
 
 def _pointer(model: str | Path) -> dict[str, Any]:
-    path = Path(model) / FOLDER / POINTER
-    if not path.exists():
-        return {"stack": [SOURCE], "history": []}
+    path = versions_folder(model) / POINTER
     try:
-        pointer = json.loads(path.read_text(encoding="utf-8"))
+        pointer = parse_json(regular_file(path, path.parent).read_bytes())
         return {"stack": [str(name) for name in pointer["stack"]] or [SOURCE], "history": list(pointer["history"])}
+    except FileNotFoundError:
+        return {"stack": [SOURCE], "history": []}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}); delete it to activate the source version") from error

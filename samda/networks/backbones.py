@@ -15,6 +15,8 @@ from samda.networks.head import EMBEDDING, Level
 from samda.networks.tiny_vit import TinyViT
 from samda.networks.vit import ImageEncoderViT
 
+MOST_BLOCKS, LARGEST_SIZE = 64, 8192  # far beyond any SAM; a file may not ask for more
+
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig(ABC):
@@ -43,6 +45,12 @@ class BackboneConfig(ABC):
         for field in dataclasses.fields(self):
             if isinstance(getattr(self, field.name), list):  # as JSON has it
                 object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
+            value = getattr(self, field.name)
+            numbers = () if field.name == "name" else value if isinstance(value, tuple) else (value,)
+            most = MOST_BLOCKS if field.name in ("depth", "depths") else LARGEST_SIZE
+            whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= most for n in numbers)
+            if not whole or len(numbers) > MOST_BLOCKS:
+                raise UsageError(f"backbone: {field.name} must be whole numbers up to {most}, got {value!r:.100}")
 
     def sizes(self) -> dict[str, Any]:
         """All fields but the name."""

@@ -10,7 +10,6 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch.utils.data import Dataset, DistributedSampler
 from samda.data.slices import SliceGrid, axis_tasks, center_channels, with_neighbors
 from samda.embeddings import EmbeddingDataset, allocate, draw, labeled_batches, split_key
 from samda.errors import InputError, UsageError, nearest
-from samda.io import files_of
+from samda.io import files_of, free_memory
 from samda.networks.head import Pyramid, map_levels
 from samda.networks.segmenter import SamSegmenter
 from samda.processes import rank_and_world
@@ -144,11 +143,8 @@ def available_mb(device: str) -> float:
     kind = torch.device(device)
     if kind.type == "cuda":
         return torch.cuda.mem_get_info(kind)[0] / 1e6
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024 / 1e6
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6
+    free = free_memory()
+    return (free if math.isfinite(free) else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 1e6
 
 
 def build_dataset(

@@ -4,6 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +16,7 @@ import torch
 
 from samda.errors import AdapterError, InputError, SamdaError, UsageError, WeightsError
 from samda.models.folder import load_model, save_model
+from samda.models.versions import activate, list_versions, load_version
 from samda.networks.segmenter import SamSegmenter
 from samda.task import Task
 from tests.conftest import TINY_VIT
@@ -145,6 +150,80 @@ def test_changed_files_are_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | {section: values}))
     with pytest.raises(error, match=message):
         load_model(tmp_path, tiny_weights)
+
+
+VIT = TINY_VIT.to_json()
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("network", {"num_classes": 20_000}),
+        ("network", {"backbone": VIT | {"depth": 10**9}}),
+        ("network", {"backbone": VIT | {"embed_dim": 10**9}}),
+        ("network", {"backbone": VIT | {"global_blocks": [0] * 10**6}}),
+        ("network", {"backbone": VIT | {"embed_dim": 8000, "depth": 60}}),
+        ("network", {"head": {"type": "pyramid"}}),
+        ("adapters", {"inner_dim": 8 * 10**6}),
+        ("adapters", {"num_prompts": 10**7}),
+        ("adapters", {"prompt_dim": 10**9}),
+        ("adapters", {"prompt_dim": 10**30}),
+    ],
+)
+def test_settings_that_ask_for_more_than_the_file_holds_take_no_memory(
+    make_segmenter: Make, tiny_weights: Path, tmp_path: Path, section: str, values: dict
+) -> None:
+    save_model(make_segmenter(adapters={"sam_da": {}}), tmp_path, TASK, RECORD)
+    path = tmp_path / "adapter.json"
+    header = json.loads(path.read_text())
+    place = header["adapters"]["sam_da"] if section == "adapters" else header["network"]
+    place |= values
+    if "num_classes" in values:
+        header["task"]["classes"] = ["background", *map(str, range(values["num_classes"] - 1))]
+    path.write_text(json.dumps(header))
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(SamdaError) as error:
+        load_model(tmp_path, tiny_weights)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("name", ["adapter.json", "adapter.safetensors", "base.safetensors", "versions/active.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "link"])
+def test_special_files_and_links_out_of_the_folder_are_not_read(
+    make_segmenter: Make, tiny_weights: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    model, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    network = make_segmenter(adapters={"sam_da": {}})
+    save_model(network, model, TASK, RECORD, with_base=True)
+    (model / "versions").mkdir()
+    (model / "versions" / "active.json").write_text('{"stack": ["source"], "history": []}')
+    load_version(model)
+    elsewhere.mkdir()
+    shutil.move(model / name, elsewhere / "file")
+    if kind == "pipe":
+        os.mkfifo(model / name)
+    else:
+        (model / name).symlink_to("/dev/zero" if kind == "device" else elsewhere / "file")
+    with pytest.raises((AdapterError, InputError, WeightsError)) as error:
+        load_version(model)
+    assert str(model / name) in str(error.value)
+
+
+def test_a_link_to_the_model_folder_is_followed_and_versions_elsewhere_are_not(
+    make_segmenter: Make, tiny_weights: Path, tmp_path: Path
+) -> None:
+    save_model(make_segmenter(adapters={"sam_da": {}}), tmp_path / "model", TASK, RECORD)
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    assert load_version(tmp_path / "link", weights=tiny_weights)[3] == "source"
+    (tmp_path / "versions" / "a").mkdir(parents=True)
+    (tmp_path / "versions" / "a" / "adapter.json").write_text("{}")
+    (tmp_path / "model" / "versions").symlink_to(tmp_path / "versions")
+    for call in (list_versions, load_version, lambda model: activate(model, "a")):
+        with pytest.raises(InputError, match=r"versions is a link to"):
+            call(tmp_path / "model")
+    assert sorted(path.name for path in (tmp_path / "versions").iterdir()) == ["a"]
 
 
 def test_no_other_file_is_opened(make_segmenter: Make, tiny_weights: Path, tmp_path: Path) -> None:
