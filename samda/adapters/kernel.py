@@ -9,6 +9,9 @@ DKA, Dual-Kernel Adapter (arXiv 2602.18888), on the stream after attention and a
 
     y = x + Up( GELU( DW_51(u) + DW_5(u) ) ),    u = Down(x)
 
+The published code of both has a second GELU (`act: both` and `pre_act: true`) and dropout 0.1 (`dropout: 0.1`); the
+defaults follow the formulas of the papers.
+
 Both run on the un-windowed token map (B, H, W, C), so that kernels cross the borders of attention windows, with stride
 1 and zero padding (k - 1) / 2. Files contain the full kernels, for every image size.
 """
@@ -231,7 +234,7 @@ class KernelAdapterConfig(AdapterConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LkaConfig(KernelAdapterConfig):
-    """Settings of LKA. The published code has act "both" and dropout 0.1."""
+    """Settings of LKA."""
 
     name: ClassVar[str] = "lka"
     choices: ClassVar[Choices] = {**KernelAdapterConfig.choices, "act": ("pre", "post", "both")}

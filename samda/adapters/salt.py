@@ -7,7 +7,10 @@ With the thin SVD W = U diag(s) V^T of the frozen weight, k = min(out, in), spli
     W~     = U Sigma' V^T
 
 Trained are alpha, beta (r,), X (k-r, d) and Y (d, k-r): 2 r + 2 d (k-r) parameters. `rank` is d, called rank in the
-tables of the paper; `r` is the split. r = k is S-SAM (arXiv 2408.06447).
+tables of the paper; `r` is the split, as a fraction max(1, floor(r k)). r = k is S-SAM (arXiv 2408.06447).
+
+The recipe of the SALT paper (9.93 M parameters) also trains the neck's convolutions, the norms, the position table and
+a layer for text prompts. Here SALT is the linear layers alone; nearest is `--adapter salt_256,norm`, with the norms.
 
 X and Y depend on the singular basis of the training. An SVD is unique only up to the sign of every pair (u_i, v_i) and
 up to rotations for equal singular values, and it is sensitive to small changes of the weight if they are close. Files
@@ -266,11 +269,11 @@ class SaltConfig(LinearAdapterConfig):
         self.require("r", valid, "'preset', an integer or a fraction <= 1.0")
 
     def split(self, site: LinearSite) -> int:
-        """r at `site`, clipped to [0, k]."""
+        """r at `site`, clipped to [0, k]; a fraction is at least one value."""
         k = min(site.out_features, site.in_features)
         if self.r == "preset":
             return max(k - 8, 0) if site.info.role in ("attn.qkv", "attn.proj") else min(50, k)
-        return math.floor(self.r * k) if isinstance(self.r, float) else min(int(self.r), k)
+        return max(1, math.floor(self.r * k)) if isinstance(self.r, float) else min(int(self.r), k)
 
     def review(self, places: Sequence[Site]) -> None:
         tails = [min(s.out_features, s.in_features) - self.split(s) for s in places if isinstance(s, LinearSite)]

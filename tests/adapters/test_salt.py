@@ -278,6 +278,13 @@ def test_the_basis_follows_a_base_that_is_loaded_later() -> None:
     )
 
 
+@pytest.mark.parametrize(("fraction", "r"), [(0.01, 1), (0.19, 1), (0.39, 3), (1.0, 10)])
+def test_a_fraction_is_at_least_one_value(fraction: float, r: int) -> None:
+    model = OneLayer(24, 10, {"salt": {"r": fraction, "rank": 2}})
+    (adapter,) = (adapter for _, _, adapter in base.modules(model))
+    assert (adapter.r, adapter.m) == (r, 10 - r)  # max(1, floor(r k)) of k = 10
+
+
 def test_weights_that_are_not_finite_are_refused() -> None:
     model = OneLayer(24, 10)
     model.layer.weight.data[3, 4] = float("nan")

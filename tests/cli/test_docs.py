@@ -220,3 +220,9 @@ def test_reference_is_complete() -> None:
         assert f"| `{field.name}` |" in text, field.name
     for name in samda.ADAPTERS:
         assert f"`{name}`" in text, name
+
+
+def test_what_papers_do_otherwise_is_said_where_a_user_chooses() -> None:
+    reference, overlay = (ROOT / name for name in ("docs/reference.md", "configs/adapters/salt_256.yaml"))
+    assert "second GELU (`act: both` and `pre_act: true`) and dropout 0.1" in " ".join(reference.read_text().split())
+    assert "--adapter salt_256,norm" in overlay.read_text() and "max(1, floor(r k))" in reference.read_text()
