@@ -95,11 +95,19 @@ def regular_file(path: str | Path, root: str | Path | None = None) -> Path:
 
 
 def parse_json(text: str | bytes, **settings: Any) -> Any:
-    """`json.loads`, which raises only ValueError."""
+    """`json.loads`, which raises only ValueError, also for a key that an object has twice."""
     try:
-        return json.loads(text, **settings)
+        return json.loads(text, object_pairs_hook=_unique, **settings)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return found
 
 
 def free_memory() -> float:

@@ -173,7 +173,7 @@ def scan_slices(
     """
     keys = list(maps)
     data = build_preprocessing(task, labels=False)({"image": image} | {key: str(path) for key, path in maps.items()})
-    steps: list[Any] = [LoadScand(keys), EnsureChannelFirstd(keys)]
+    steps: list[Any] = [LoadScand(keys, labels=True), EnsureChannelFirstd(keys)]
     steps += [Orientationd(keys, axcodes="RAS", labels=RAS_LABELS), CheckSameGridd(keys)]
     data = Preprocessing([*steps, MapLabelsd(mapped, task)] if mapped else steps)(data)
     grid = SliceGrid.from_volume(data["image"], data["image"].affine, task)

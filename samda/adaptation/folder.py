@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ from samda.adaptation.record import failed_record, read_record, validate_record,
 from samda.data.datalists import Case
 from samda.errors import InputError, SamdaError, UsageError, one_line
 from samda.inference.predict import refuse_own_folder
-from samda.inference.writer import check_output_folder, label_path, write_labels, write_probabilities
+from samda.inference.writer import check_output_folder, file_name, label_path, write_labels, write_probabilities
 from samda.io import csv_text, files_of, new_folder, replacing, write_json, write_text
 from samda.processes import Shard
 from samda.progress import Cases
@@ -67,8 +68,12 @@ class AdaptRun:
 
 
 def details_folder(output: str | Path, case: str) -> Path:
-    """The folder of a case, with everything but its final label map."""
-    return Path(output) / "details" / case
+    """The folder of a case, with everything but its final label map; also of one that fails because of its name."""
+    try:
+        name = file_name(case)
+    except UsageError:
+        name = f"unnamed-{hashlib.sha256(case.encode(errors='surrogatepass')).hexdigest()[:16]}"
+    return Path(output) / "details" / name
 
 
 def adapt_folder(
@@ -185,8 +190,9 @@ class _Job:
         record = self.stored(case)
         if record is None or record["dry_run"] != self.dry_run or self.other(record):
             return None
-        complete = self.dry_run or label_path(self.folder, case["id"], case["image"]).exists()
-        return record if complete or record["decision"] == "failed" else None
+        if self.dry_run or record["decision"] == "failed":
+            return record
+        return record if label_path(self.folder, case["id"], case["image"]).exists() else None
 
     def records(self, cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """The records of these settings by case, whichever process wrote them."""
@@ -210,6 +216,7 @@ class _Job:
         started, name, paths = now(), case["id"], files_of(case["image"])
         result = None
         try:
+            file_name(name)
             result = self.adaptation.adapt(case)
             record = result.record
         except Exception as error:

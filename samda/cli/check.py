@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
     parser.add_argument("--task", metavar="FILE", help="check against this task instead of suggesting one")
     parser.add_argument("--backbone", default="vit_t", metavar="NAME", help="for the batch size; default vit_t")
-    add_shared(parser, "--device", "--quiet", "--json")
+    add_shared(parser, "--device", "--json")
+    add_shared(parser, "--quiet", help="print only facts, problems and errors, without the suggested task")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -69,8 +70,10 @@ def run(args: argparse.Namespace) -> None:
         )
     else:
         _show(report)
-        if suggestion:
-            print(f"\nsuggested task{f', written to {args.output}' if args.output else ''}\n\n{text}", end="")
+        if suggestion and (args.output or not args.quiet):
+            print(f"\nsuggested task{f', written to {args.output}' if args.output else ''}")
+        if suggestion and not args.quiet:
+            print(f"\n{text}", end="")
     if report.stops:
         number = len(report.stops)
         remedy = f"fix {'it' if number == 1 else 'them'} and check again"

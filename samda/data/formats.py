@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""File formats: suffixes, reading by SimpleITK, and scans in memory.
+"""File formats: suffixes, NRRD and MetaImage (by SimpleITK), 2-D images (by Pillow), and scans in memory.
 
-SimpleITK reads NRRD, MetaImage, 2-D images and DICOM series folders; affines map voxel indices to RAS mm. A nibabel
-image is accepted in place of the path of a scan.
+Affines map voxel indices to RAS mm. A nibabel image is accepted in place of the path of a scan. A file
+that is cut short or that its reader warns of is refused.
 """
 
 from __future__ import annotations
 
-import re
+import struct
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import nibabel as nib
 import numpy as np
+import PIL.Image
+import PIL.TiffImagePlugin
 import SimpleITK as sitk
 from nibabel.spatialimages import SpatialImage
 
@@ -25,6 +29,7 @@ NIFTI_SUFFIXES = (".nii", ".nii.gz")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, ".nrrd", ".nhdr", ".mha", ".mhd")
 SCAN_SUFFIXES = (*VOLUME_SUFFIXES, ".dcm", *PICTURE_SUFFIXES)
+ORIENTATION = 274  # tag of EXIF and TIFF
 
 
 def stem(path: str | Path) -> str:
@@ -45,46 +50,61 @@ def not_a_scan(path: Path, error: BaseException) -> InputError:
 
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-POSITION = "0020|0032"  # DICOM: position of a slice's first voxel (LPS mm)
-SERIES_NAME = "0008|103e"  # series description
-MODALITY = "0008|0060"
+T = TypeVar("T")
 
 
-def has_dicom(folder: str | Path) -> bool:
-    """Does `folder` directly contain a DICOM series?"""
-    return bool(_series_of(folder))
+# --------------------------------------------------------------------------------------------------- NRRD and MetaImage
 
 
-def _series_of(folder: str | Path) -> tuple[str, ...]:
-    """The UIDs of the DICOM series in a folder."""
-    if re.search("[\ud800-\udfff]", str(folder)):  # no UTF-8, on which ITK aborts
-        return ()
-    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK warns about every folder without series
+class _Messages(sitk.LoggerBase):  # type: ignore[misc]
+    """Collects ITK's warnings, which would be printed over several lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def DisplayText(self, text: str) -> None:
+        """Collect a message of any kind."""
+        self.texts.append(text)
+
+    DisplayWarningText = DisplayErrorText = DisplayGenericOutputText = DisplayText
+
+    def DisplayDebugText(self, text: str) -> None:
+        """Leave out a debug message."""
+
+
+def _refusing_warnings(path: Path, read: Callable[[], T]) -> T:
+    """The result of an ITK reader; its errors and warnings are InputErrors."""
+    messages = _Messages()
+    before = messages.SetAsGlobalITKLogger()
     try:
-        return sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+        result = read()
+    except RuntimeError as error:
+        raise not_a_scan(path, error) from error
     finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
+        before.SetAsGlobalITKLogger()
+    if messages.texts:
+        raise not_a_scan(path, RuntimeError(" ".join(messages.texts[0].split("): ", 1)[-1].split())))
+    return result
+
+
+def itk_image(path: Path) -> sitk.Image:
+    """An image read by ITK."""
+    return _refusing_warnings(path, lambda: sitk.ReadImage(str(path)))
 
 
 def itk_geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
-    """Size and affine of a file from its header."""
+    """Size and affine of a NRRD or MetaImage from its header."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise not_a_scan(path, error) from error
-    return reader.GetSize(), _itk_affine(reader, path)
+    _refusing_warnings(path, reader.ReadImageInformation)
+    return reader.GetSize(), _itk_affine(reader)
 
 
 def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels (X, Y, Z[, C]) and affine of a file."""
-    try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        raise not_a_scan(path, error) from error
-    return _itk_array(image), _itk_affine(image, path)
+    """Voxels (X, Y, Z[, C]) and affine of a NRRD or MetaImage."""
+    image = itk_image(path)
+    return _itk_array(image), _itk_affine(image)
 
 
 def _itk_array(image: sitk.Image) -> np.ndarray:
@@ -97,10 +117,8 @@ def _itk_array(image: sitk.Image) -> np.ndarray:
     return array[..., 0] if array.ndim == 4 and array.shape[3] == 1 else array
 
 
-def _itk_affine(image: sitk.Image | sitk.ImageFileReader, path: Path) -> np.ndarray:
+def _itk_affine(image: sitk.Image | sitk.ImageFileReader) -> np.ndarray:
     affine = np.eye(4)
-    if path.name.lower().endswith(PICTURE_SUFFIXES):
-        return LPS_TO_RAS @ affine  # 2-D images have no physical size: pixels of 1 mm
     dims = image.GetDimension()
     n = min(dims, 3)
     direction = np.reshape(image.GetDirection(), (dims, dims))[:n, :n]
@@ -109,76 +127,95 @@ def _itk_affine(image: sitk.Image | sitk.ImageFileReader, path: Path) -> np.ndar
     return LPS_TO_RAS @ affine
 
 
-def read_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels (X, Y, Z[, C]) and affine of the one DICOM series in a folder."""
-    series = _series_of(folder)
-    if not series:
-        raise InputError(f"{folder} contains no DICOM series; give a scan, or the folder of one series")
-    files = [sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), name) for name in series]
-    if len(series) > 1:
-        names = ", ".join(f"{_series_name(names[0])!r} ({len(names)} files)" for names in files)
-        raise InputError(f"{folder} contains {len(series)} DICOM series: {names}; use one folder per series")
-    _refuse_left_out(folder, set(files[0]))
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(files[0])
-    reader.MetaDataDictionaryArrayUpdateOn()
+# ----------------------------------------------------------------------------------------------------------- 2-D images
+
+
+def read_picture(path: Path, indices: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (X, Y, 1[, C]) and affine of a 2-D image, upright as viewers show it (EXIF and TIFF orientation).
+
+    2-D images have no physical size: pixels are 1 mm. With `indices`, an image with a palette has its indices instead
+    of its colors.
+    """
     try:
-        image = reader.Execute()
-    except RuntimeError as error:
-        raise not_a_scan(folder, error) from error
-    affine = _itk_affine(image, folder)
-    if len(files[0]) > 1:
-        # ITK uses the step between the first two slices only, which ignores gaps and a tilted gantry
-        positions = np.array([_position(reader, i, folder) for i in range(len(files[0]))])
-        affine[:3, 2] = LPS_TO_RAS[:3, :3] @ _slice_step(positions, folder)
-        affine[:3, 3] = LPS_TO_RAS[:3, :3] @ positions[0]
-    return _itk_array(image), affine
+        with _any_size(), warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # remarks on damaged files
+            image: Any = PIL.Image.open(path)
+            if getattr(image, "n_frames", 1) > 1:
+                pages = f"{path} contains {image.n_frames} pages"
+                raise InputError(f"{pages}; save each as a 2-D image, or the stack as NIfTI")
+            wide = image.mode.startswith("RGB") and any("16" in str(tile[3]) for tile in image.tile)
+            ends = [(tile[1][2], tile[1][3]) for tile in image.tile if tile[0] == "raw"]
+            if image.format == "TIFF" and ends and max(ends) == image.size[::-1]:
+                image._size = max(ends)  # Pillow takes rows for columns in a plain TIFF that lies on its side
+            image.load()  # turns a TIFF and removes its tag
+            orientation = image.getexif().get(ORIENTATION, 1)
+            array = None if wide else _pixels(image, path, indices)
+    except (PIL.UnidentifiedImageError, KeyError) as error:
+        if not path.name.lower().endswith((".tif", ".tiff")):
+            raise not_a_scan(path, error) from error
+        array, orientation = None, _tiff_orientation(path)
+    except (OSError, ValueError, SyntaxError, UserWarning, EOFError) as error:
+        raise not_a_scan(path, error) from error
+    if array is None:  # Pillow has no colors of 16 bits
+        volume = _itk_array(itk_image(path))
+        if volume.shape[2] > 1:
+            raise InputError(
+                f"{path} contains {volume.shape[2]} pages; save each as a 2-D image, or the stack as NIfTI"
+            )
+        array = volume[:, :, 0].swapaxes(0, 1)
+    if orientation in range(5, 9):
+        array = array.swapaxes(0, 1)
+    flips = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}.get(orientation, ())
+    array = np.flip(array, flips)
+    return np.ascontiguousarray(array.swapaxes(0, 1)[:, :, None]), LPS_TO_RAS.copy()
 
 
-def _refuse_left_out(folder: Path, used: set[str]) -> None:
-    """Refuse DICOM files that ITK cannot parse and skips silently: a damaged slice would be missing."""
-    left = [p for p in sorted(folder.iterdir()) if p.is_file() and str(p) not in used and p.name != "DICOMDIR"]
-    for path in left:
+def _pixels(image: Any, path: Path, indices: bool) -> np.ndarray:
+    """Rows x columns[ x channels]; Pillow refuses files that are cut short."""
+    if image.mode in ("P", "PA"):
+        if indices:
+            colors = np.reshape(image.getpalette("RGB"), (-1, 3))
+            array = np.asarray(image if image.mode == "P" else image.getchannel(0))
+            used = np.unique(array)
+            grays = colors[used[used < len(colors)]]
+            if (grays == grays[:, :1]).all() and (grays[:, 0] != used[used < len(colors)]).any():
+                warnings.warn(
+                    f"{path} has a palette of grays; its indices are taken as ids", RuntimeWarning, stacklevel=4
+                )
+            return array
+        image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
+    elif image.mode not in ("1", "L", "LA", "RGB", "RGBA", "I", "F") and not image.mode.startswith("I;16"):
+        image = image.convert("RGB")  # CMYK, YCbCr, LAB
+    array = np.asarray(image)
+    return array * np.uint8(255) if array.dtype == bool else array
+
+
+@contextmanager
+def _any_size() -> Iterator[None]:
+    """Pillow's own limit of pixels is lower than large slides of microscopes."""
+    before = PIL.Image.MAX_IMAGE_PIXELS
+    PIL.Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        PIL.Image.MAX_IMAGE_PIXELS = before
+
+
+def _tiff_orientation(path: Path) -> int:
+    """The orientation of a TIFF that Pillow cannot read otherwise."""
+    try:
         with path.open("rb") as file:
-            if file.read(132)[128:] == b"DICM":
-                raise InputError(f"{path} is a damaged DICOM file or not an image; replace or remove it")
+            head = file.read(8)
+            head += file.read(8) if head[2:4] in (b"\x2b\0", b"\0\x2b") else b""  # BigTIFF
+            tags = PIL.TiffImagePlugin.ImageFileDirectory_v2(head)
+            file.seek(tags.next)
+            tags.load(file)
+            return int(tags.get(ORIENTATION, 1))
+    except (OSError, ValueError, SyntaxError, TypeError, struct.error) as error:
+        raise not_a_scan(path, error) from error
 
 
-def _series_name(file: str) -> str:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(file)
-    reader.ReadImageInformation()
-    return reader.GetMetaData(SERIES_NAME).strip() if reader.HasMetaDataKey(SERIES_NAME) else Path(file).name
-
-
-def _position(reader: sitk.ImageSeriesReader, index: int, folder: Path) -> list[float]:
-    if not reader.HasMetaDataKey(index, POSITION):
-        raise InputError(f"{folder}: a DICOM file has no slice position; convert the series to NIfTI first")
-    return [float(value) for value in reader.GetMetaData(index, POSITION).split("\\")]
-
-
-def _slice_step(positions: np.ndarray, folder: Path) -> np.ndarray:
-    """Mean step (mm, LPS) between slices at positions (n, 3); uneven steps are refused."""
-    steps = np.diff(positions, axis=0)
-    mean = steps.mean(axis=0)
-    if np.abs(steps - mean).max() > 0.1 * np.linalg.norm(mean):
-        sizes = np.linalg.norm(steps, axis=1)
-        raise InputError(
-            f"{folder}: the slices are unevenly spaced ({sizes.min():.2f} to {sizes.max():.2f} mm); "
-            "add missing slices or remove duplicates"
-        )
-    return mean
-
-
-def dicom_modality(folder: Path) -> str | None:
-    """The modality in the header of the DICOM series in a folder: "CT", "MR", "PT", ..."""
-    series = _series_of(folder)
-    if not series:
-        return None
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])[0])
-    reader.ReadImageInformation()
-    return reader.GetMetaData(MODALITY).strip() or None if reader.HasMetaDataKey(MODALITY) else None
+# ------------------------------------------------------------------------------------------------------ scans in memory
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def _check_text_header(path: Path, shape: Sequence[int], kind: str, data: Path) 
     check_request(data if data.is_file() else path, shape, value_bytes, INFLATION if data.is_file() else math.inf)
 
 
-def _fields(path: Path) -> dict[str, str]:
+def text_fields(path: Path) -> dict[str, str]:
     """The fields of a text header, names in lower case."""
     with path.open("rb") as file:
         head = file.read(LARGEST_HEADER)
@@ -110,7 +110,7 @@ def _numbers(text: str, path: Path, what: str) -> list[int]:
 
 def _metaimage(path: Path) -> tuple[list[int], str, Path]:
     """Shape, type of a value, and data file of a MetaImage."""
-    fields = _fields(path)
+    fields = text_fields(path)
     dimension = _numbers(fields.get("ndims", ""), path, "NDims")
     shape = _numbers(fields.get("dimsize", ""), path, "DimSize")
     channels = _numbers(fields.get("elementnumberofchannels", "1"), path, "ElementNumberOfChannels")
@@ -125,7 +125,7 @@ def _metaimage(path: Path) -> tuple[list[int], str, Path]:
 
 def _nrrd(path: Path) -> tuple[list[int], str, Path]:
     """Shape, type of a value, and data file of a NRRD."""
-    fields = _fields(path)
+    fields = text_fields(path)
     shape = _numbers(fields.get("sizes", ""), path, "sizes")
     if not shape or min(shape) < 1:
         raise not_a_scan(path, ValueError(f"its header states sizes of {shape}"))

@@ -19,13 +19,13 @@ import numpy as np
 
 from samda.data.body import body_mask, body_threshold, coarse
 from samda.data.datalists import LARGEST_CHANNELS, LAYOUTS, DataList, read_datalist
-from samda.data.formats import PICTURE_SUFFIXES, dicom_modality
+from samda.data.dicom import dicom_modality, is_dicom
+from samda.data.formats import PICTURE_SUFFIXES
 from samda.data.labels import LabelMap, id_range, label_map
 from samda.data.layouts import Case, Problem, Report
-from samda.data.readers import Scan, read_scan, refuse_other_grid
+from samda.data.readers import Scan, read_label, read_scan, refuse_other_grid, uncropped
 from samda.data.slices import refuse_other_scale
 from samda.data.splits import patient_of, split
-from samda.data.transforms import refuse_lossy_label
 from samda.data.widths import structure_widths
 from samda.errors import InputError, SamdaError, one_line, reason_of
 from samda.io import files_of
@@ -176,12 +176,12 @@ def inspect_case(case: Case, section: str, report: Report) -> CaseFacts:
             _measure(image, facts, tell)
     if facts.label is not None:
         with _collect("unreadable", tell):
-            refuse_lossy_label(facts.label)
-            label = _in_ras(read_scan(facts.label))
+            label = _in_ras(read_label(facts.label))
             facts.label_ids = _count_ids(label.array, facts.label, tell)
     if image is not None and label is not None:
         with _collect("grid", tell):
             grid = image.array.shape[:3], image.affine
+            label = uncropped(label, grid, facts.label)
             refuse_other_grid(label.array.shape, label.affine, grid, (facts.label, "its image"))
             if facts.label_ids:
                 facts.foreground, facts.foreground_ids = _foreground(image.array, label.array)
@@ -220,7 +220,7 @@ def _describe(scan: Scan, facts: CaseFacts, tell: Tell) -> None:
     facts.spacing_mm = tuple(float(f"{s:.5g}") for s in sides)
     facts.orientation = "".join(nib.aff2axcodes(scan.affine))
     facts.picture = first.name.lower().endswith(PICTURE_SUFFIXES)
-    facts.dicom = dicom_modality(first) if first.is_dir() else None
+    facts.dicom = dicom_modality(first) if first.is_dir() or is_dicom(first) else None
     if facts.picture:
         return
     extent, shown = float((sides * facts.shape).max()), " x ".join(f"{s:g}" for s in facts.spacing_mm)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from samda.task import Task
 
 UNKNOWN = 255  # class index of an id without a name
 CHUNK = 1 << 22  # voxels mapped at once
+NEAR_ID = 1e-3  # largest distance of a value to the id that it stands for
 LARGEST_RANGE = 1 << 20  # between the smallest and the largest id of a label file
 
 
@@ -74,17 +76,37 @@ def _refuse_disagreement(task: Task, dataset_labels: Mapping[str, tuple[int, ...
 
 
 def id_range(array: np.ndarray, name: str) -> tuple[int, int]:
-    """The smallest and largest id of a label file; values that are not integers are refused."""
+    """The smallest and largest id of a label file; a range too large for ids is refused."""
     low, high = float(array.min()), float(array.max())
     if not np.isfinite(high - low):
         bad = int((~np.isfinite(array)).sum())
         raise InputError(f"{name} contains {bad} NaN or infinite values, not class ids; set them to an id")
     if high - low > LARGEST_RANGE:
         raise InputError(f"{name} has values from {low:g} to {high:g}, not class ids; give a label map")
-    bad = int((array != np.rint(array)).sum()) if array.dtype.kind == "f" else 0
+    return round(low), round(high)
+
+
+def whole_ids(array: np.ndarray, name: str) -> np.ndarray:
+    """The ids of a label file as integers.
+
+    Values within 0.001 of integers are rounded with a warning: headers with a scale store 1 as 0.99998. Other values
+    are refused.
+    """
+    low, high = id_range(array, name)
+    if array.dtype.kind != "f":
+        return array
+    ids = np.empty(array.shape, np.int16 if low >= -(1 << 15) and high < 1 << 15 else np.int32)
+    bad, largest = 0, 0.0
+    for plane, values in zip(ids, array, strict=True):  # by plane, to save memory
+        plane[...] = np.rint(values)
+        off = np.abs(values - plane)
+        bad += int((off > NEAR_ID).sum())
+        largest = max(largest, float(off.max(initial=0)))
     if bad:
         raise InputError(f"{name} contains {bad} fractions, not class ids; resample labels with nearest neighbor")
-    return int(low), int(high)
+    if largest:
+        warnings.warn(f"{name}: ids are up to {largest:.1g} off integers and rounded (scaled header)", stacklevel=2)
+    return ids
 
 
 class MapLabelsd(MapTransform):
@@ -107,6 +129,7 @@ class MapLabelsd(MapTransform):
 
     def _map(self, label: MetaTensor, name: str) -> torch.Tensor:
         values = label.as_tensor() if isinstance(label, MetaTensor) else label
+        values = torch.from_numpy(whole_ids(values.numpy(), name))
         first, last = id_range(values.numpy(), name)
         table = torch.full((last - first + 1,), UNKNOWN if self.map.rest is None else self.map.rest)
         for i, index in self.map.ids.items():

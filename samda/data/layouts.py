@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samda.data.formats import PICTURE_SUFFIXES, SCAN_SUFFIXES, VOLUME_SUFFIXES, has_dicom, stem
+from samda.data.dicom import has_dicom
+from samda.data.formats import PICTURE_SUFFIXES, SCAN_SUFFIXES, VOLUME_SUFFIXES, stem
 from samda.errors import InputError, nearest
 from samda.io import parse_json
 

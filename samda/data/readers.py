@@ -1,39 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read files to arrays with geometry: NIfTI, NRRD, MetaImage, DICOM series folders and 2-D images.
+"""Read files to arrays with geometry: NIfTI, NRRD, MetaImage, DICOM and 2-D images; scans and labels.
 
 NIfTI is read by nibabel, which uses the same rule for the affine as viewers and the writer (sform, then qform) and
-accepts affines that ITK refuses. All other formats are read by SimpleITK. Affines map voxel indices to RAS mm.
+accepts affines that ITK refuses. Affines map voxel indices to RAS mm.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gzip
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-from monai.data import ImageReader
 from nibabel.spatialimages import HeaderDataError
 
+from samda.data.dicom import is_dicom, read_dicom
 from samda.data.formats import (
     NIFTI_SUFFIXES,
     PICTURE_SUFFIXES,
-    SCAN_SUFFIXES,
     itk_geometry,
     not_a_scan,
-    read_dicom,
     read_itk,
+    read_picture,
 )
-from samda.data.headers import INFLATION, check_file, check_request
+from samda.data.headers import INFLATION, check_file, check_request, text_fields
+from samda.data.labels import whole_ids
 from samda.errors import InputError
 from samda.io import Image, files_of
 
 LONGEST_REST = 64  # MiB behind the voxels of a compressed NIfTI
 VOXEL_SIDES = 1e-6, 1e6  # mm
+NRRD_SPACES = ("right anterior superior", "left anterior superior", "left posterior superior", "ras", "las", "lps")
 SAME_PLACE = 0.1  # tolerance between corners of the same grid in two files, relative to the smallest voxel side
 
 
@@ -43,37 +46,6 @@ class Scan:
 
     array: np.ndarray  # (X, Y, Z), or (X, Y, Z, C) with more than one channel; axis order and type of the file
     affine: np.ndarray  # (4, 4) voxel index to RAS mm
-
-
-class SimpleITKReader(ImageReader):
-    """MONAI image reader for all formats of samda.
-
-    MONAI's `LoadImage` falls back to other readers if its reader raises; :class:`samda.data.transforms.LoadScand` does
-    not.
-    """
-
-    def __init__(self, channels: int = 1) -> None:
-        super().__init__()
-        self.channels = channels
-
-    def verify_suffix(self, filename: Any) -> bool:
-        """Can this reader read `filename` (one file, or one per channel), by its name?"""
-        return all(path.is_dir() or path.name.lower().endswith(SCAN_SUFFIXES) for path in files_of(filename))
-
-    def read(self, data: Any, **kwargs: Any) -> Scan:
-        """Read the scan at path `data`: a file, the folder of a DICOM series, or one file per channel."""
-        return read_scan(data, self.channels)
-
-    def get_data(self, img: Scan) -> tuple[np.ndarray, dict[str, Any]]:
-        """Array and metadata for MONAI's transforms: affine, spatial shape and channel dimension."""
-        meta = {
-            "affine": img.affine.copy(),
-            "original_affine": img.affine.copy(),
-            "spatial_shape": np.asarray(img.array.shape[:3]),
-            "original_channel_dim": -1 if img.array.ndim == 4 else float("nan"),
-            "space": "RAS",
-        }
-        return img.array, meta
 
 
 def read_scan(image: Image, channels: int | None = 1) -> Scan:
@@ -99,19 +71,50 @@ def read_scan(image: Image, channels: int | None = 1) -> Scan:
     return _stack([_read_file(path, 1) for path in paths], paths)
 
 
+def read_label(path: Image) -> Scan:
+    """Read a label file: one integer id per voxel.
+
+    A 2-D image with a palette has its indices as ids. Values within 0.001 of integers, which scaled headers make of
+    them, are rounded with a warning.
+    """
+    path = files_of(path)[0]
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        raise InputError(f"{path} is a label in JPEG format, which changes ids; save labels as PNG or NIfTI")
+    array, affine = _load(_existing(path), label=True)
+    if path.name.lower().endswith(PICTURE_SUFFIXES):
+        array = _without_alpha(array, path, 1)
+        remedy = "save the mask as PNG with a palette or in gray"
+    else:
+        remedy = "merge them into one label map (3D Slicer: export the segmentation as a labelmap)"
+    if array.ndim == 4 and array.shape[3] == 1:
+        array = array[..., 0]
+    if array.ndim > 3:
+        size = " x ".join(map(str, array.shape))
+        raise InputError(f"{path} ({size}) has {array.shape[3]} channels or layers, not one id per voxel; {remedy}")
+    return Scan(whole_ids(_native(array, path), str(path)), affine)
+
+
 def _read_file(path: Path, channels: int | None) -> Scan:
-    if path.is_dir():
+    array, affine = _load(path)
+    return Scan(_native(_fit_channels(array, channels, path), path), affine)
+
+
+def _load(path: Path, label: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels (X, Y, Z[, C]) and affine as the file states them."""
+    name = path.name.lower()
+    if path.is_dir() or is_dicom(path):
         array, affine = read_dicom(path)
-    elif path.name.lower().endswith(NIFTI_SUFFIXES):
+    elif name.endswith(NIFTI_SUFFIXES):
         array, affine = _read_nifti(path)
+    elif name.endswith(PICTURE_SUFFIXES):
+        array, affine = read_picture(path, indices=label)
     else:
         array, affine = read_itk(path)
-        if path.name.lower().endswith(PICTURE_SUFFIXES) and array.shape[2] > 1:
-            raise InputError(f"{path} contains {array.shape[2]} pages; save each as a 2-D image, or the stack as NIfTI")
+        _warn_of_no_geometry(path)
     _check_affine(affine, path)
     if 0 in array.shape:
         raise InputError(f"{path} has {' x '.join(map(str, array.shape))} voxels: it is empty; give a complete scan")
-    return Scan(_native(_fit_channels(array, channels, path), path), affine)
+    return array, affine
 
 
 def _stack(scans: Sequence[Scan], paths: Sequence[Path]) -> Scan:
@@ -127,16 +130,35 @@ def _stack(scans: Sequence[Scan], paths: Sequence[Path]) -> Scan:
 def read_geometry(image: Image) -> tuple[tuple[int, int, int], np.ndarray]:
     """Shape (X, Y, Z) and affine of a scan or its first channel, from the header if the format allows it."""
     path = _existing(files_of(image)[0])
-    if path.is_file() and path.name.lower().endswith(NIFTI_SUFFIXES):
-        header = _load_nifti(path)
+    name = path.name.lower()
+    if path.is_dir() or is_dicom(path):
+        voxels, affine = read_dicom(path, pixels=False)
+        shape = voxels.shape[:3]
+    elif name.endswith(NIFTI_SUFFIXES):
+        header = load_nifti(path)
         shape, affine = (*header.shape, 1, 1)[:3], header.affine
-    elif path.is_file():
+    elif name.endswith(PICTURE_SUFFIXES):
+        picture, affine = read_picture(path)
+        shape = picture.shape[:3]
+    else:
         size, affine = itk_geometry(path)
         shape = (*size, 1)[:3]
-    else:
-        scan = read_dicom(path)
-        shape, affine = scan[0].shape[:3], scan[1]
     return tuple(int(n) for n in shape), np.asarray(affine, float)  # type: ignore[return-value]
+
+
+def uncropped(label: Scan, grid: tuple[Sequence[int], np.ndarray], path: Any) -> Scan:
+    """A label on the grid (shape and affine) of its image: 3D Slicer crops a segmentation (.seg.nrrd) to its segments.
+
+    It is padded with 0. Other labels, and those that do not fit into the grid, are returned as they are.
+    """
+    shape = label.array.shape
+    if not str(path).lower().endswith(".seg.nrrd") or tuple(shape) == tuple(grid[0]):
+        return label
+    place = np.linalg.inv(grid[1]) @ label.affine
+    first = np.rint(place[:3, 3]).astype(int)
+    pads = [(int(a), int(size - a - n)) for a, n, size in zip(first, shape, grid[0], strict=True)]
+    off = max(np.abs(place[:3, :3] - np.eye(3)).max(), np.abs(place[:3, 3] - first).max())
+    return Scan(np.pad(label.array, pads), grid[1]) if off < SAME_PLACE and min(map(min, pads)) >= 0 else label
 
 
 def refuse_other_grid(
@@ -168,25 +190,54 @@ def _existing(path: str | Path) -> Path:
 # ------------------------------------------------------------------------------------------------------------- NIfTI
 
 
-def _load_nifti(path: Path) -> Any:
+class _Notes(logging.Handler):
+    """Collects what nibabel logs about a header."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Collect a note."""
+        self.texts.append(record.getMessage())
+
+
+@contextmanager
+def _noted() -> Iterator[list[str]]:
+    """What nibabel logs in the block; it does not say of which file."""
+    logger, notes = nib.imageglobals.logger, _Notes()
+    handlers, propagate = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [notes], False
     try:
-        image: Any = nib.load(path, mmap=False)  # a mapped file could change later
-        unit = image.header.get_xyzt_units()[0] if hasattr(image.header, "get_xyzt_units") else "mm"
-        shape, packed = image.shape, path.name.lower().endswith(".gz")
+        yield notes.texts
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+
+
+def load_nifti(path: str | Path) -> Any:
+    """The nibabel image of a file, without its voxels; headers that state no geometry are refused."""
+    path = Path(path)
+    try:
+        with _noted() as notes:
+            image: Any = nib.load(path, mmap=False)  # a mapped file could change later
+            unit = image.header.get_xyzt_units()[0] if hasattr(image.header, "get_xyzt_units") else "mm"
+            shape, packed = image.shape, path.name.lower().endswith(".gz")
     except Exception as error:  # damaged headers raise of any kind
         raise not_a_scan(path, error) from error
     check_request(path, shape, image.get_data_dtype().itemsize, INFLATION if packed else 1)
+    if any("pixdim" in note for note in notes) and not image.header.get("sform_code", 1):
+        raise InputError(f"{path} states no voxel size ({notes[0]}); repair its header")
     if unit in ("meter", "micron"):
         raise InputError(f"{path} has voxel sizes in {unit}; convert the header to mm")
     return image
 
 
 def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    image = _load_nifti(path)
+    image = load_nifti(path)
     _warn_of_form_codes(image, path)
     try:
         if path.name.lower().endswith(".gz"):
-            with gzip.open(path) as stream:
+            with _noted(), gzip.open(path) as stream:
                 array = _nifti_voxels(type(image).from_stream(stream))
                 for _ in range(LONGEST_REST):  # gzip verifies its checksum at the end
                     if not stream.read(1 << 20):
@@ -213,7 +264,7 @@ def _nifti_voxels(image: Any) -> np.ndarray:
 
 def _warn_of_form_codes(image: Any, path: Path) -> None:
     """Warn if the orientation is ambiguous: no form code, or two different forms."""
-    sform, qform = image.get_sform(coded=True), _qform(image)
+    sform, qform = image.get_sform(coded=True), qform_of(image)
     if sform[1] == 0 and qform[1] == 0:
         warnings.warn(f"{path}: neither sform nor qform is set; left and right follow a convention only", stacklevel=4)
     elif sform[1] and qform[1]:
@@ -223,10 +274,11 @@ def _warn_of_form_codes(image: Any, path: Path) -> None:
             warnings.warn(f"{path}: sform and qform differ by up to {shift:.1f} mm; the sform is used", stacklevel=4)
 
 
-def _qform(image: Any) -> tuple[np.ndarray | None, int]:
+def qform_of(image: Any) -> tuple[np.ndarray | None, int]:
+    """The qform of an image and its code; None and 0 if it has none or an impossible one."""
     try:
         return image.get_qform(coded=True)
-    except HeaderDataError:  # an invalid quaternion; the sform has priority
+    except (HeaderDataError, ValueError):  # an impossible quaternion; the sform has priority
         return None, 0
 
 
@@ -235,18 +287,39 @@ def _corners(shape: Sequence[int]) -> np.ndarray:
     return np.stack([*np.meshgrid(*[(0, n - 1) for n in shape[:3]], indexing="ij"), np.ones((2, 2, 2))]).reshape(4, 8)
 
 
+def _warn_of_no_geometry(path: Path) -> None:
+    """Warn if a file states no voxel size or directions: ITK assumes 1 mm and LPS."""
+    fields = text_fields(path)
+    if path.name.lower().endswith((".nrrd", ".nhdr")):
+        sizes = {"space directions", "spacings"} & fields.keys()
+        axes = "space directions" in fields and fields.get("space", "").lower().replace("-", " ") in NRRD_SPACES
+    else:
+        sizes = {"elementspacing", "elementsize"} & fields.keys()
+        axes = bool({"transformmatrix", "rotation", "orientation"} & fields.keys())
+    if not sizes:
+        warnings.warn(f"{path}: no voxel size is set; voxels of 1 mm are assumed", stacklevel=5)
+    if not axes:
+        warnings.warn(f"{path}: no orientation is set; left and right follow a convention only", stacklevel=5)
+
+
 # ------------------------------------------------------------------------------------------------------------- checks
+
+
+def _without_alpha(array: np.ndarray, path: Path, channels: int | None) -> np.ndarray:
+    """A 2-D image without its alpha channel and, unless colors are asked for, without equal channels."""
+    if array.ndim == 4 and array.shape[3] in (2, 4):
+        if np.ptp(array[..., -1]):
+            raise InputError(f"{path} is partly transparent; save it without an alpha channel")
+        array = array[..., :-1]
+    if array.ndim == 4 and channels in (1, None) and (array == array[..., :1]).all():
+        array = array[..., 0]
+    return array
 
 
 def _fit_channels(array: np.ndarray, channels: int | None, path: Path) -> np.ndarray:
     """The array, refused if it does not have `channels` channels; None accepts any number."""
-    picture = path.name.lower().endswith(PICTURE_SUFFIXES)
-    if picture and array.ndim == 4 and array.shape[3] in (2, 4):
-        if np.ptp(array[..., -1]):
-            raise InputError(f"{path} is partly transparent; save it without an alpha channel")
-        array = array[..., :-1]
-    if picture and array.ndim == 4 and channels in (1, None) and (array == array[..., :1]).all():
-        array = array[..., 0]
+    if path.name.lower().endswith(PICTURE_SUFFIXES):
+        array = _without_alpha(array, path, channels)
     if array.ndim == 4 and array.shape[3] == 1:
         array = array[..., 0]
     found = array.shape[3] if array.ndim == 4 else 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from monai.transforms import (
     Compose,
     EnsureChannelFirstd,
     EnsureTyped,
-    LoadImaged,
     MapTransform,
     Orientationd,
     Rand2DElasticd,
@@ -37,8 +35,9 @@ from scipy import ndimage
 
 from samda.data.body import body_mask, body_threshold, coarse
 from samda.data.labels import MapLabelsd
-from samda.data.readers import SimpleITKReader, refuse_other_grid
+from samda.data.readers import Scan, read_label, read_scan, refuse_other_grid, uncropped
 from samda.errors import InputError, UsageError, cause_of, nearest
+from samda.io import files_of
 from samda.task import Task
 
 AIR = 0.05  # pixels fade into air below this value; air is dark on every scanner
@@ -175,21 +174,40 @@ class Preprocessing(Compose):
             raise cause from None
 
 
-class LoadScand(LoadImaged):
-    """MONAI's LoadImaged with samda's reader and no fallback to other readers."""
+class LoadScand(MapTransform):
+    """Paths -> MetaTensors of scans, or of label files, with affine and geometry of the file.
 
-    def __init__(self, keys: KeysCollection, channels: int = 1) -> None:
-        self.reader = SimpleITKReader(channels)
-        super().__init__(keys, dtype=None, image_only=True)
+    MONAI's LoadImaged falls back to other readers where a file is refused.
 
-    def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
+    Args:
+        keys: keys of paths: a file, a DICOM folder, or a list of one file per channel.
+        channels: required number of channels of scans.
+        labels: read label files, see :func:`samda.data.readers.read_label`.
+    """
+
+    def __init__(self, keys: KeysCollection, channels: int = 1, labels: bool = False) -> None:
+        super().__init__(keys)
+        self.channels, self.labels = channels, labels
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
         for key in self.keys:
-            if not data.get(key):
-                name = data.get("id") or data.get("image") or "without a name"
-                raise InputError(f"case {str(name)!r} has no {key}; {nearest(str(key), map(str, data))}")
-            if key == "label":
-                refuse_lossy_label(data[key])
-        return super().__call__(data, reader or self.reader)
+            path = d.get(key)
+            if not path:
+                name = d.get("id") or d.get("image") or "without a name"
+                raise InputError(f"case {str(name)!r} has no {key}; {nearest(str(key), map(str, d))}")
+            scan = read_label(path) if self.labels else read_scan(path, self.channels)
+            affine = torch.from_numpy(scan.affine.copy())
+            meta = {
+                "affine": affine,
+                "original_affine": scan.affine.copy(),
+                "spatial_shape": np.asarray(scan.array.shape[:3]),
+                "original_channel_dim": -1 if scan.array.ndim == 4 else float("nan"),
+                "space": "RAS",
+                "filename_or_obj": str(files_of(path)[0]),
+            }
+            d[key] = MetaTensor(torch.from_numpy(np.ascontiguousarray(scan.array)), meta=meta)
+        return d
 
 
 class CheckSameGridd(MapTransform):
@@ -205,14 +223,12 @@ class CheckSameGridd(MapTransform):
         grid = tuple(image.shape[1:]), image.affine.numpy()
         for key in self.key_iterator(d):
             name = d[key].meta.get("filename_or_obj", key)
-            refuse_other_grid(d[key].shape[1:], d[key].affine.numpy(), grid, (name, "its image"))
+            label = uncropped(Scan(d[key][0].numpy(), d[key].affine.numpy()), grid, name)
+            refuse_other_grid(label.array.shape, label.affine, grid, (name, "its image"))
+            if label.array.shape != d[key].shape[1:]:
+                meta = d[key].meta | {"spatial_shape": np.asarray(label.array.shape)}
+                d[key] = MetaTensor(torch.from_numpy(label.array[None]), affine=image.affine, meta=meta)
         return d
-
-
-def refuse_lossy_label(path: str | Path) -> None:
-    """Refuse a label file in a lossy format."""
-    if Path(path).suffix.lower() in (".jpg", ".jpeg"):
-        raise InputError(f"{path} is a label in JPEG format, which changes ids; save labels as PNG or NIfTI")
 
 
 def build_preprocessing(
@@ -227,7 +243,7 @@ def build_preprocessing(
     keys = ["image", "label"] if labels else ["image"]
     steps: list[Any] = [LoadScand("image", channels=task.in_channels)]
     if labels:
-        steps.append(LoadScand("label"))
+        steps.append(LoadScand("label", labels=True))
     steps.append(EnsureChannelFirstd(keys))
     steps.append(Orientationd(keys, axcodes="RAS", labels=RAS_LABELS))
     if labels:

@@ -17,7 +17,7 @@ from monai.data import MetaTensor
 from samda.data.datalists import find_pairs
 from samda.data.formats import PICTURE_SUFFIXES
 from samda.data.labels import MapLabelsd
-from samda.data.readers import Scan, read_scan, refuse_other_grid
+from samda.data.readers import Scan, read_label, refuse_other_grid, uncropped
 from samda.errors import InputError, UsageError, log_failed
 from samda.inference.writer import check_output_folder
 from samda.io import csv_text, plain, write_json, write_text
@@ -145,16 +145,17 @@ def score_files(
 
     `mapping` maps ids of the label file to class indices; None takes that of the task.
     """
-    true = read_scan(label)
-    predicted = _turned(read_scan(prediction), true)
+    true = read_label(label)
+    predicted = _turned(read_label(prediction), true)
     pictures = any(str(path).lower().endswith(PICTURE_SUFFIXES) for path in (prediction, label))
     affine = true.affine if pictures else predicted.affine  # 2-D images have no position
+    true = uncropped(true, (predicted.array.shape, affine), label)
     refuse_other_grid(predicted.array.shape, affine, (true.array.shape, true.affine), (prediction, label))
     mapping = mapping or MapLabelsd("label", task)
     ids = MetaTensor(torch.from_numpy(np.ascontiguousarray(true.array)), meta={"filename_or_obj": str(label)})
     classes = mapping({"label": ids})["label"].as_tensor().numpy()
     spacing_mm = np.linalg.norm(true.affine[:3, :3], axis=0)
-    return score_case(_whole(predicted.array, prediction), classes, spacing_mm, task.num_classes, nsd_tolerance_mm)
+    return score_case(predicted.array, classes, spacing_mm, task.num_classes, nsd_tolerance_mm)
 
 
 def _turned(scan: Scan, like: Scan) -> Scan:
@@ -164,16 +165,6 @@ def _turned(scan: Scan, like: Scan) -> Scan:
     )
     array = nib.orientations.apply_orientation(scan.array, turn)
     return Scan(array, scan.affine @ nib.orientations.inv_ornt_aff(turn, scan.array.shape))
-
-
-def _whole(array: np.ndarray, path: str | Path) -> np.ndarray:
-    """Class indices as integers; float label maps are accepted if all values are integers."""
-    if array.dtype.kind == "f":
-        whole = array.astype(np.int32)
-        if not np.array_equal(whole, array):
-            raise InputError(f"{path} contains fractions, which are not class indices; give a label map")
-        return whole
-    return array
 
 
 # -------------------------------------------------------------------------------------------------------------- output

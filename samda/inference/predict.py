@@ -209,16 +209,9 @@ def predict_folder(
     mine = part.of(cases) if part else cases
     with Cases("predicting", len(mine), shown=predictor.inferer.progress) as progress:
         for case in mine:
-            name = case["id"]
-            finished = label_path(folder, name, case["image"]).exists()
-            finished &= not save_probabilities or probability_path(folder, name).exists()
-            if skip_finished and finished:
-                result.skipped.append(name)
-                outcome = "skipped"
-            else:
-                outcome = _predict_case(predictor, case, folder, save_probabilities, result)
+            outcome = _predict_case(predictor, case, folder, save_probabilities, skip_finished, result)
             if on_case:
-                on_case(name, outcome)
+                on_case(case["id"], outcome)
             progress.next()
     return result
 
@@ -231,11 +224,16 @@ def refuse_own_folder(cases: Sequence[Case], folder: Path) -> None:
 
 
 def _predict_case(
-    predictor: Predictor, case: Case, folder: Path, save_probabilities: bool, result: FolderResult
+    predictor: Predictor, case: Case, folder: Path, save_probabilities: bool, skip: bool, result: FolderResult
 ) -> str:
-    """Predict one case; returns its outcome and adds it to `result`."""
+    """Predict one case unless it is finished and `skip`; returns its outcome and adds it to `result`."""
     name = case["id"]
     try:
+        paths = [label_path(folder, name, case["image"])]  # refuses a name that cannot be written
+        paths += [probability_path(folder, name)] if save_probabilities else []
+        if skip and all(path.exists() for path in paths):
+            result.skipped.append(name)
+            return "skipped"
         prediction = predictor.predict(case, save_probabilities)
         prediction.save(folder)
     except Exception as error:  # any failure of a scan must not stop the others

@@ -13,10 +13,12 @@ import SimpleITK as sitk
 from nibabel.spatialimages import SpatialImage
 
 from samda.data.formats import NIFTI_SUFFIXES, PICTURE_SUFFIXES, copy_of
+from samda.data.readers import load_nifti, qform_of
 from samda.errors import InputError, UsageError
 from samda.io import Image, files_of, replacing, try_writing, write_json
 from samda.version import __version__
 
+LONGEST_NAME = 200  # bytes of a case id: file systems allow 255, suffixes and the prefix of hidden files included
 PURPOSE = "research use only, not for clinical decisions"
 
 
@@ -33,16 +35,27 @@ def check_output_folder(folder: str | Path) -> Path:
     return folder
 
 
+def file_name(case: str) -> str:
+    """The id of a case, refused if it cannot name a file."""
+    if Path(case).name != case or case.startswith(".") or not case.isprintable():
+        raise UsageError(f"case id {case!r} cannot name a file; give it another id")
+    if len(case.encode(errors="surrogatepass")) > LONGEST_NAME:
+        raise UsageError(
+            f"case id {case[:20]!r}... has {len(case)} characters, too many for a file; give it another id"
+        )
+    return case
+
+
 def label_path(folder: str | Path, case: str, image: Image | SpatialImage | None = None) -> Path:
     """Path of the label map of a case: `case.nii.gz`, for a 2-D image `case.png`."""
     name = "" if image is None or isinstance(image, SpatialImage) else str(files_of(image)[0])
     picture = name.lower().endswith(PICTURE_SUFFIXES)
-    return Path(folder) / f"{case}{'.png' if picture else '.nii.gz'}"
+    return Path(folder) / f"{file_name(case)}{'.png' if picture else '.nii.gz'}"
 
 
 def probability_path(folder: str | Path, case: str) -> Path:
     """Path of the probabilities of a case, in a separate folder, so that they are not mistaken for label maps."""
-    return Path(folder) / "probabilities" / f"{case}.nii.gz"
+    return Path(folder) / "probabilities" / f"{file_name(case)}.nii.gz"
 
 
 def write_labels(
@@ -136,6 +149,8 @@ def label_image(
     header.set_intent("none")  # clears its name, too
     header.set_data_dtype(array.dtype)
     header.set_slope_inter(1, 0)
+    if qform_of(source)[0] is None and header["qform_code"]:  # an impossible quaternion, which other readers refuse
+        header.set_qform(header.get_best_affine(), code=0)
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     return kind(array, header.get_best_affine(), header)  # own affine: keeps forms and codes
 
@@ -145,7 +160,7 @@ def _nifti_of(image: str | Path | SpatialImage | None) -> Any:
     if isinstance(image, nib.Nifti1Pair):  # NIfTI-1 and 2, as one file or two
         return copy_of(image)
     if isinstance(image, str | Path) and str(image).lower().endswith(NIFTI_SUFFIXES):
-        return nib.load(image)
+        return load_nifti(image)
     return None
 
 

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import PIL.Image
 import pytest
 import SimpleITK as sitk
 from volumes import AFFINES, SHAPE, numbered, save
 
 from samda.data.formats import stem
-from samda.data.readers import SimpleITKReader, read_geometry, read_scan
+from samda.data.readers import Scan, read_geometry, read_label, read_scan, uncropped
 from samda.errors import InputError
 
 
@@ -283,6 +284,7 @@ def dicom(folder: Path, positions, series="1.2.3", name="made up", start=0) -> P
             "0008|0018": f"{series}.{number + 1}",
             "0008|0060": "CT",
             "0008|103e": name,
+            "0018|0050": "2.5",
             "0020|000d": "1.2.9",
             "0020|000e": series,
             "0020|0013": str(number),
@@ -398,28 +400,6 @@ def test_damaged_dicom_series(tmp_path):
     assert "damaged DICOM file" in refusal(folder, named=file)
 
 
-# ------------------------------------------------------------------------------------------------------- MONAI's reader
-
-
-def test_reader_gives_monai_what_its_transforms_need(tmp_path):
-    path = save(tmp_path / "a.nii.gz", numbered((*SHAPE, 3)), AFFINES["oblique"])
-    reader = SimpleITKReader(channels=3)
-    array, meta = reader.get_data(reader.read((path,)))
-    np.testing.assert_array_equal(array, numbered((*SHAPE, 3)))
-    np.testing.assert_array_equal(meta["affine"], meta["original_affine"])
-    assert meta["original_channel_dim"] == -1
-    assert list(meta["spatial_shape"]) == list(SHAPE)
-    with pytest.raises(InputError, match="comes with 2 channel files"):
-        reader.read([path, path])
-
-
-def test_reader_knows_its_suffixes(tmp_path):
-    reader = SimpleITKReader()
-    known = ("a.NII.GZ", "b.png", ("c.nrrd",), ("a.nii", "b.nii"), str(tmp_path))
-    assert all(reader.verify_suffix(name) for name in known)
-    assert not any(reader.verify_suffix(name) for name in ("a.txt", ("a.nii", "b.txt")))
-
-
 @pytest.mark.parametrize(
     ("name", "expected"), [("x/liver_0.nii.gz", "liver_0"), ("a.b.nrrd", "a.b"), ("CT.1.3.12", "CT.1.3.12")]
 )
@@ -438,3 +418,133 @@ def test_voxel_sizes_in_another_unit_are_refused(tmp_path, unit):
 def test_a_scan_without_voxels_is_refused(tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((0, 5, 6), np.int16), np.eye(4)), tmp_path / "a.nii")
     assert "voxels: it is empty" in refusal(tmp_path / "a.nii")
+
+
+# --------------------------------------------------------------------------------------------- damage and lost geometry
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".bmp", ".png", ".tif"])
+def test_pictures_that_are_cut_short(tmp_path, ending):
+    path = picture(tmp_path / f"a{ending}", np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    assert "cannot be read as a scan" in refusal(path)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("ending", "settings"), [(".png", {}), (".tif", {}), (".tif", {"compression": "tiff_lzw"})])
+def test_pictures_stand_as_they_are_seen(tmp_path, orientation, ending, settings):
+    seen = np.random.default_rng(0).integers(0, 255, (6, 8), dtype=np.uint8)
+    undo = {  # what a camera stores for each orientation of EXIF, written independently of the reader
+        1: seen,
+        2: np.fliplr(seen),
+        3: np.rot90(seen, 2),
+        4: np.flipud(seen),
+        5: seen.T,
+        6: np.rot90(seen, 1),
+        7: np.rot90(seen.T, 2),
+        8: np.rot90(seen, -1),
+    }
+    exif = PIL.Image.Exif()
+    exif[274] = orientation
+    settings |= {"tiffinfo": {274: orientation}} if ending == ".tif" else {"exif": exif}
+    PIL.Image.fromarray(np.ascontiguousarray(undo[orientation])).save(tmp_path / f"a{ending}", **settings)
+    np.testing.assert_array_equal(read_scan(tmp_path / f"a{ending}").array[:, :, 0], seen.T)
+    np.testing.assert_array_equal(read_label(tmp_path / f"a{ending}").array[:, :, 0], seen.T)
+    assert read_geometry(tmp_path / f"a{ending}")[0] == (8, 6, 1)
+
+
+@pytest.mark.parametrize("ending", [".tif", ".png"])
+def test_colors_of_16_bits(tmp_path, ending):
+    colors = np.random.default_rng(0).integers(0, 60000, (5, 8, 3)).astype(np.uint16)
+    path = picture(tmp_path / f"a{ending}", colors)
+    np.testing.assert_array_equal(read_scan(path, 3).array[:, :, 0], colors.swapaxes(0, 1))
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha"])
+def test_headers_without_geometry_warn(tmp_path, ending):
+    voxels = numbered().astype("<i2").tobytes(order="F")
+    x, y, z = SHAPE
+    nrrd = f"NRRD0004\ntype: short\ndimension: 3\nsizes: {x} {y} {z}\nencoding: raw\nendian: little\n\n"
+    mha = f"ObjectType = Image\nNDims = 3\nDimSize = {x} {y} {z}\nElementType = MET_SHORT\nElementDataFile = LOCAL\n"
+    path = tmp_path / f"a{ending}"
+    path.write_bytes((nrrd if ending == ".nrrd" else mha).encode() + voxels)
+    with pytest.warns(UserWarning) as caught:
+        np.testing.assert_array_equal(read_scan(path).array, numbered())
+    assert [str(w.message).partition(": ")[0] for w in caught] == [str(path)] * 2
+    assert "voxel size" in str(caught[0].message) and "orientation" in str(caught[1].message)
+
+
+def test_impossible_quaternion_beside_a_sound_sform(tmp_path):
+    path = Path(save(tmp_path / "a.nii", numbered(), AFFINES["lps"], 1, 1))
+    content = bytearray(path.read_bytes())
+    content[256:268] = np.array([0.9, 0.9, 0.0], "<f4").tobytes()  # b, c, d of a quaternion of length 1
+    path.write_bytes(content)
+    np.testing.assert_allclose(read_scan(path).affine, AFFINES["lps"])
+    content[254:256] = b"\0\0"  # no sform
+    path.write_bytes(content)
+    assert "cannot be read as a scan" in refusal(path)
+
+
+def test_notes_of_nibabel_name_no_file_and_are_left_out(tmp_path, caplog):
+    path = Path(save(tmp_path / "a.nii", numbered(), AFFINES["ras"], 0, 1))
+    content = bytearray(path.read_bytes())
+    content[80:92] = bytes(12)  # pixdim
+    path.write_bytes(content)
+    assert "states no voxel size" in refusal(path)
+    assert not caplog.records
+
+
+# --------------------------------------------------------------------------------------------------------------- labels
+
+
+def test_a_palette_is_ids_for_a_label_and_colors_for_an_image(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 3, (6, 8), dtype=np.uint8)
+    image = PIL.Image.fromarray(ids, "P")
+    image.putpalette([0, 0, 0, 128, 0, 0, 0, 64, 0])
+    image.save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_label(tmp_path / "a.png").array[:, :, 0], ids.T)
+    colors = np.array([[0, 0, 0], [128, 0, 0], [0, 64, 0]])[ids].swapaxes(0, 1)
+    np.testing.assert_array_equal(read_scan(tmp_path / "a.png", 3).array[:, :, 0], colors)
+
+
+@pytest.mark.parametrize("ending", [".png", ".nii.gz", ".seg.nrrd"])
+def test_labels_with_channels_get_advice_for_labels(tmp_path, ending):
+    path = tmp_path / f"a{ending}"
+    if ending == ".png":
+        picture(path, np.random.default_rng(0).integers(0, 255, (5, 8, 3), dtype=np.uint8))
+    elif ending == ".nii.gz":
+        save(path, (numbered((*SHAPE, 2)) > 0).astype(np.uint8), AFFINES["ras"])
+    else:
+        sitk.WriteImage(sitk.GetImageFromArray(np.eye(3, dtype=np.uint8)[None, None], isVector=True), str(path))
+    with pytest.raises(InputError) as caught:
+        read_label(path)
+    assert str(path) in str(caught.value) and "one id per voxel" in str(caught.value)
+    assert "in_channels" not in str(caught.value)
+
+
+def test_ids_of_scaled_headers_are_rounded_with_a_line(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 3, SHAPE)
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.int16)
+    nib.save(nib.Nifti1Image(ids.astype(np.float64), AFFINES["ras"], header), tmp_path / "a.nii.gz")
+    assert (nib.load(tmp_path / "a.nii.gz").get_fdata() != ids).any()
+    with pytest.warns(UserWarning, match=r"a.nii.gz: ids are up to .* off"):
+        label = read_label(tmp_path / "a.nii.gz")
+    assert label.array.dtype.kind == "i"
+    np.testing.assert_array_equal(label.array, ids)
+    with pytest.raises(InputError, match="fractions"):
+        read_label(save(tmp_path / "b.nii", ids + 0.01, AFFINES["ras"]))
+
+
+def test_a_segmentation_that_slicer_cropped_is_put_in_its_place():
+    whole = np.zeros(SHAPE, np.uint8)
+    whole[3:6, 2:9, 1:4] = 2
+    corner = np.eye(4)
+    corner[:3, 3] = 3, 2, 1
+    cropped, affine = whole[3:6, 2:9, 1:4], AFFINES["oblique"] @ corner
+    grid = SHAPE, AFFINES["oblique"]
+    label = uncropped(Scan(cropped, affine), grid, "a.seg.nrrd")
+    np.testing.assert_array_equal(label.array, whole)
+    np.testing.assert_allclose(label.affine, grid[1])
+    for name, place in (("a.nrrd", affine), ("a.seg.nrrd", AFFINES["ras"])):
+        assert uncropped(Scan(cropped, place), grid, name).array.shape == cropped.shape

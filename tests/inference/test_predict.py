@@ -420,11 +420,21 @@ def test_sections_of_a_data_set(tmp_path: Path, phantom: SimpleNamespace) -> Non
     (tmp_path / "list.json").write_text(json.dumps({"training": [entry]}))
     with pytest.raises(UsageError, match=r"no cases in section 'test'; choose from training \(1\)"):
         find_cases(tmp_path / "list.json")
-    (tmp_path / "list.json").write_text(json.dumps({"test": [{"image": "c.nii.gz", "id": "../c"}]}))
-    with pytest.raises(UsageError, match=r"\.\./c"):
-        find_cases(tmp_path / "list.json")
     with pytest.raises(InputError, match="there is no data set"):
         find_cases(tmp_path / "nowhere")
+
+
+def test_names_that_cannot_be_written_fail_alone(
+    tmp_path: Path, phantom: SimpleNamespace, predictor: Predictor
+) -> None:
+    phantom.write(tmp_path / "c.nii.gz", phantom.truth((40, 32, 4)), np.diag([1.0, 1.0, 4.0, 1.0]))
+    names = ["../c", ".c", "x" * 300, "a\nb"]
+    entries = [{"image": "c.nii.gz", "id": name} for name in [*names, "good"]]
+    (tmp_path / "list.json").write_text(json.dumps({"test": entries}))
+    for skip in (False, True):
+        result = predict_folder(predictor, tmp_path / "list.json", tmp_path / "out", skip_finished=skip)
+        assert list(result.failed) == names and result.done + result.skipped == ["good"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good.json", "good.nii.gz"]
 
 
 def test_a_failed_write_leaves_nothing_behind(

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Geometry and values of DICOM files come from their headers, or the files are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, RLELossless
+
+from samda.data.dicom import has_dicom
+from samda.data.readers import read_geometry, read_scan
+from samda.errors import InputError
+
+CT, ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1"
+VALUES = np.random.default_rng(0).integers(-1000, 1000, (4, 6, 5))  # slices, rows, columns
+HEIGHTS = (10.0, 12.0, 14.0, 16.0)
+AFFINE = np.array([[-0.5, 0, 0, 4], [0, -0.25, 0, 6], [0, 0, 2, 10], [0, 0, 0, 1]])
+
+
+def new(path: Path, kind: str, series: str = "1.2.3", number: int = 1) -> FileDataset:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = kind, f"{series}.{number}"
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    file = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    file.SOPClassUID, file.SOPInstanceUID, file.SeriesInstanceUID = kind, f"{series}.{number}", series
+    file.Modality, file.InstanceNumber, file.Rows, file.Columns = "CT", number, 6, 5
+    file.SamplesPerPixel, file.PhotometricInterpretation, file.PixelRepresentation = 1, "MONOCHROME2", 0
+    file.BitsAllocated, file.BitsStored, file.HighBit = 16, 16, 15
+    return file
+
+
+def stored(values: np.ndarray, slope: float = 1.0, intercept: float = -1024.0) -> np.ndarray:
+    return np.rint((values - intercept) / slope).astype(np.uint16)
+
+
+def slice_file(folder: Path, k: int, **tags) -> Path:
+    """Slice k of VALUES as a file; `tags` replace or (None) remove elements."""
+    path = folder / f"{9 - k}.dcm"
+    file = new(path, CT, number=k + 1)
+    file.ImagePositionPatient, file.ImageOrientationPatient = [-4, -6, HEIGHTS[k]], [1, 0, 0, 0, 1, 0]
+    file.PixelSpacing, file.SliceThickness = [0.25, 0.5], 3.0
+    slope, intercept = tags.get("RescaleSlope", 1.0), tags.get("RescaleIntercept", -1024.0)
+    file.RescaleSlope, file.RescaleIntercept = slope, intercept
+    file.PixelData = stored(VALUES[k], slope, intercept).tobytes()
+    for name, value in tags.items():
+        if value is None:
+            del file[name]
+        else:
+            setattr(file, name, value)
+    file.save_as(path)
+    return path
+
+
+def enhanced(path: Path, order=range(4), rescale=None, compress=False, **tags) -> Path:
+    """The slices of VALUES as frames of one file."""
+    file = new(path, ENHANCED_CT)
+    measures, plane, shared = Dataset(), Dataset(), Dataset()
+    measures.PixelSpacing, measures.SliceThickness = [0.25, 0.5], 3.0
+    plane.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [plane]
+    frames, pixels = [], []
+    for k in order:
+        frame, place, scale = Dataset(), Dataset(), Dataset()
+        place.ImagePositionPatient = [-4, -6, HEIGHTS[k]]
+        scale.RescaleSlope, scale.RescaleIntercept = rescale(k) if rescale else (1.0, -1024.0)
+        frame.PlanePositionSequence, frame.PixelValueTransformationSequence = [place], [scale]
+        frames.append(frame)
+        pixels.append(stored(VALUES[k], float(scale.RescaleSlope), float(scale.RescaleIntercept)))
+    file.NumberOfFrames = len(frames)
+    file.SharedFunctionalGroupsSequence, file.PerFrameFunctionalGroupsSequence = [shared], frames
+    file.PixelData = np.stack(pixels).tobytes()
+    for name, value in tags.items():
+        setattr(file, name, value)
+    if compress:
+        file.compress(RLELossless)
+    file.save_as(path)
+    return path
+
+
+def check(path: Path, values: np.ndarray = VALUES, affine: np.ndarray = AFFINE) -> None:
+    scan = read_scan(path)
+    np.testing.assert_array_equal(scan.array, values.transpose(2, 1, 0))
+    np.testing.assert_allclose(scan.affine, affine, atol=1e-6)
+    shape, stated = read_geometry(path)
+    assert shape == scan.array.shape
+    np.testing.assert_allclose(stated, affine, atol=1e-6)
+
+
+def refusal(path: Path, named: Path | None = None) -> str:
+    with pytest.raises(InputError) as caught:
+        read_scan(path)
+    assert "\n" not in str(caught.value) and str(named or path) in str(caught.value)
+    return str(caught.value)
+
+
+def scale(k: int) -> tuple[float, float]:
+    return (0.5, -1024.0) if k % 2 else (1.0, -2000.0)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 3, 1)])
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("rescale", [None, scale])
+def test_frames_lie_where_their_headers_say(tmp_path, order, compress, rescale):
+    path = enhanced(tmp_path / "in" / "a.dcm", order, rescale, compress)
+    check(path)
+    check(path.parent)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 3), (0, 1, 2, 3, 0, 1, 2, 3)])
+def test_frames_of_no_single_volume_are_refused(tmp_path, order):
+    message = refusal(enhanced(tmp_path / "a.dcm", order))
+    assert ("8 slices at 4 places" if len(order) == 8 else "unevenly spaced (2.00 to 4.00 mm)") in message
+
+
+def test_slices_have_their_own_rescaling(tmp_path):
+    for k in range(4):
+        slope, intercept = scale(k)
+        slice_file(tmp_path / "a", k, RescaleSlope=slope, RescaleIntercept=intercept)
+    check(tmp_path / "a")
+
+
+def test_one_slice_is_as_thick_as_stated(tmp_path):
+    affine = AFFINE.copy()
+    affine[2, 2] = 3
+    check(slice_file(tmp_path, 0), VALUES[:1], affine)
+    assert "SliceThickness" in refusal(slice_file(tmp_path, 1, SliceThickness=None))
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ({"PixelSpacing": None, "ImagerPixelSpacing": [0.25, 0.5]}, "states no PixelSpacing"),
+        ({"PixelSpacing": [0.0, 0.5]}, "PixelSpacing (0.0, 0.5)"),
+        ({"PixelSpacing": [0.3, 0.5]}, "pixels of 0.3 x 0.5 mm, not 0.25 x 0.5"),
+        ({"ImagePositionPatient": None}, "states no position"),
+        ({"ImageOrientationPatient": [1, 0, 0, 0, 0, 1]}, "another plane"),
+        ({"SamplesPerPixel": 0}, "0 samples"),
+        ({"PixelData": b"12" * 10}, "pixels cannot be read"),
+        ({"Rows": 5}, "has 5 x 5 pixels, not 5 x 6 as"),
+    ],
+)
+def test_the_slice_at_fault_is_named(tmp_path, tags, message):
+    for k in range(4):
+        slice_file(tmp_path / "a", k, **(tags if k == 0 else {}))
+    assert message in refusal(tmp_path / "a", tmp_path / "a" / "9.dcm")
+
+
+def test_damaged_and_missing_slices(tmp_path):
+    folder = tmp_path / "a"
+    for k in range(4):
+        slice_file(folder, k, ImagesInAcquisition=4)
+    (folder / "thumb.jpg").write_bytes(b"a picture")
+    check(folder)
+    empty = folder / "5.dcm"
+    empty.write_bytes(b"")
+    assert "damaged" in refusal(folder, empty)
+    empty.unlink()
+    (folder / "6.dcm").unlink()  # the last slice
+    with pytest.warns(UserWarning, match="3 slices, but the header states 4"):
+        check(folder, VALUES[:3])
+    (folder / "9.dcm").unlink()  # the first
+    with pytest.warns(UserWarning, match="numbered from 2"):
+        assert read_scan(folder).array.shape == (5, 6, 2)
+
+
+def test_files_without_preamble_and_of_unknown_class(tmp_path):
+    (tmp_path / "b").mkdir()
+    for k in range(4):
+        file = pydicom.dcmread(slice_file(tmp_path / "a", k, SOPClassUID="1.2.3.999"))
+        del file.file_meta
+        file.preamble = None
+        pydicom.dcmwrite(tmp_path / "b" / f"{k}", file, implicit_vr=True, little_endian=True)
+    check(tmp_path / "a")
+    assert has_dicom(tmp_path / "b")
+    check(tmp_path / "b")
