@@ -16,7 +16,7 @@ from samda.errors import UsageError, from_mapping, nearest, one_line, printable
 from samda.io import load_yaml
 
 LARGEST_IMAGE = 4096  # pixels; limits the memory of a slice
-LATER = ("axes", "context", "keep_largest")  # keys that the first version did not have
+LATER = ("axes", "context", "keep_largest", "picture_size")  # keys that the first version did not have
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # slice axis -> axis of a volume in RAS order
 
 
@@ -35,6 +35,7 @@ class Task:
     window: tuple[float, float] = (-160.0, 240.0)  # HU, mapped to [0, 1]; CT only
     percentiles: tuple[float, float] = (1.0, 99.0)  # of the body (MR) or of all pixels (image), to [0, 1]
     spacing: float = 1.5  # mm per pixel of a slice in both directions
+    picture_size: float | None = None  # mm of the longer side of every 2-D image, whatever its pixels; None: 1 a pixel
     image_size: int = 256  # pixels of a slice in both directions; a multiple of 16
     axis: str = "axial"  # slices are perpendicular to it: "axial", "coronal" or "sagittal"
     axes: str = "one"  # "all": slices along the other two axes, too, and the mean of the three predictions
@@ -74,6 +75,10 @@ class Task:
             yield value in choices, f"{key} must be one of {', '.join(map(str, choices))}, got {value!r}"
         fits = 16 <= self.image_size <= LARGEST_IMAGE and self.image_size % 16 == 0
         yield fits, f"image_size must be a multiple of 16 from 16 to {LARGEST_IMAGE}, got {self.image_size}"
+        if self.picture_size is not None:
+            size = self.picture_size
+            yield 0 < size < math.inf, f"picture_size must be positive or null, got {size}"
+            yield self.modality == "image", "picture_size is for 2-D images, scans know their spacing; leave it out"
         for key in ("spacing", "nsd_tolerance"):
             yield 0 < getattr(self, key) < math.inf, f"{key} must be positive (mm), got {getattr(self, key)}"
         for key, lowest, highest in (("window", -math.inf, math.inf), ("percentiles", 0, 100)):
@@ -198,6 +203,7 @@ _CONVERSIONS: dict[str, Callable[[str, Any], Any]] = {
     "percentiles": _pair,
     "spacing": _number,
     "nsd_tolerance": _number,
+    "picture_size": lambda key, value: None if value is None else _number(key, value),
     "image_size": _whole,
     "in_channels": _whole,
     "context": _whole,

@@ -24,7 +24,7 @@ from samda.data.formats import PICTURE_SUFFIXES
 from samda.data.labels import LabelMap, id_range, label_map
 from samda.data.layouts import Case, Problem, Report
 from samda.data.readers import Scan, read_label, read_scan, refuse_other_grid, uncropped
-from samda.data.slices import refuse_other_scale
+from samda.data.slices import refuse_other_scale, sides_mm
 from samda.data.splits import patient_of, split
 from samda.data.widths import structure_widths
 from samda.errors import InputError, SamdaError, one_line, reason_of
@@ -449,7 +449,7 @@ def task_problems(report: DataReport, task: Task) -> Iterator[Problem]:
         if not case.shape:
             continue
         try:
-            refuse_other_scale(case.sides_mm or (task.spacing,) * 3, task)
+            refuse_other_scale(sides_mm(case.sides_mm or (task.spacing,) * 3, case.shape, task), task)
         except InputError as error:
             yield case.problem("spacing", f"{case.image[0]}: {error}")
         ends = ENDS[task.slice_axis]

@@ -55,6 +55,16 @@ def interpolation_matrix(positions: np.ndarray, size: int, width: float = 1.0) -
     return torch.from_numpy(weights.astype(np.float32))
 
 
+def sides_mm(spacing_mm: Sequence[float], shape: Sequence[int], task: Task) -> list[float]:
+    """Voxel sides (3,) along the axes of a volume (X, Y, Z), RAS; for a 2-D image as `Task.picture_size` has them."""
+    sides = [float(side) for side in spacing_mm]
+    if task.picture_size is not None:
+        axes = plane_axes(task)
+        for axis in axes:
+            sides[axis] = task.picture_size / max(shape[a] for a in axes)
+    return sides
+
+
 def refuse_other_scale(spacing_mm: Sequence[float], task: Task) -> None:
     """Refuse pixels much smaller or larger than the voxels (3,), RAS, which indicates wrong units."""
     for axis in plane_axes(task):
@@ -156,8 +166,9 @@ class SliceGrid:
         if geometry.shape not in ((4, 4), (3,)):
             raise InputError(f"geometry must be an affine (4, 4) or a spacing (3,), got shape {geometry.shape}")
         spacing_mm = np.linalg.norm(geometry[:3, :3], axis=0) if geometry.ndim == 2 else geometry
-        box = body_box(_plain(volume)[0].detach().cpu().numpy(), spacing_mm, task)
-        return cls(volume.shape[1:], spacing_mm.tolist(), box, task)
+        sides = sides_mm(spacing_mm.tolist(), volume.shape[1:], task)
+        box = body_box(_plain(volume)[0].detach().cpu().numpy(), np.asarray(sides), task)
+        return cls(volume.shape[1:], sides, box, task)
 
     def extract(self, volume: torch.Tensor, index: int | slice | Iterable[int]) -> torch.Tensor:
         """Slices `index` of a volume (C, X, Y, Z) on the canvas: (n, C, rows, columns) float32."""

@@ -26,6 +26,7 @@ LARGEST_SIZE = 256  # of volumes: larger ones cost more than they gain, as fewer
 LARGEST_PICTURE = 768  # one slice per case, so encoding costs less than that of a volume
 SMALL_PART = 16  # times as wide as its structures a picture may be cut into tiles
 NEAR = 1.05  # times the spacing of pictures: how much coarser for one row less of 16 pixels, which would be padding
+ALIKE = 1.1  # pictures whose longer sides differ less than so many times have one size
 WHOLE = 1.25  # times the body: how large a scan may be to be seen as a whole
 CLOSE = 2.0  # mm: slices so close resemble each other, and neighbors help (hippocampus at 1 mm: Dice .859 to .868)
 TAIL = 0.5  # percent of the foreground below and above the window
@@ -47,7 +48,8 @@ class Suggestion:
         keys = ["name", "classes", "labels", "modality"]
         keys += ["window"] if self.task.modality == "CT" else ["percentiles"]
         keys += ["in_channels", *(["context"] if self.task.context else [])]
-        keys += ["spacing", "image_size", "axis", "nsd_tolerance"]
+        keys += ["spacing", *(["picture_size"] if self.task.picture_size else [])]
+        keys += ["image_size", "axis", "nsd_tolerance"]
         lines = [f"# {' '.join(printable(line).splitlines())}".rstrip() for line in head]
         for key in keys:
             value = values[key]
@@ -160,6 +162,9 @@ def _geometry(cases: Sequence[CaseFacts], modality: str, labels: Mapping[str, An
     axis, across, why = _axis(cases, modality)
     plane = [a for a in range(3) if a != across]
     picture = modality == "image"
+    scaled = _picture_size(cases, plane, labels) if picture else {}
+    if scaled:
+        cases = [_scaled(case, scaled["picture_size"][0] / _longer_side(case, plane)) for case in cases]
     own = 1.0 if picture else float(np.median([np.mean([c.sides_mm[a] for a in plane]) for c in cases]))
     narrow, width = _narrowest(cases, labels)
     field, holds = _field(cases, plane, picture, width)
@@ -181,11 +186,49 @@ def _geometry(cases: Sequence[CaseFacts], modality: str, labels: Mapping[str, An
         grid += f"; {narrow} may vanish in places: a spacing up to {width:.3g} keeps it, in tiles"
     tolerance = 3.0 if not picture else max(2.0, spacing)
     return {
+        **scaled,
         "axis": (axis, why),
         "spacing": (spacing, grid),
         "image_size": (size, f"{spacing * size:.0f} {unit} of view; {holds}"),
         "nsd_tolerance": (tolerance, f"{unit}, of the normalized surface distance"),
     }
+
+
+def _picture_size(cases: Sequence[CaseFacts], plane: Sequence[int], labels: Mapping[str, Any]) -> Choices:
+    """The size that all pictures are brought to; nothing where their pixels tell more about lengths than their sides.
+
+    A picture does not know its scale. A camera with more pixels shows the same field with more of them (eyes,
+    endoscopes, X-rays); a larger mosaic of a microscope shows more tissue. The widths of the structures tell which.
+    """
+    sides = [_longer_side(case, plane) for case in cases]
+    size, alike = float(np.median(sides)), max(sides) <= ALIKE * min(sides)
+    widths = [_narrowest([case], labels)[1] for case in cases]
+    known = [(width, side) for width, side in zip(widths, sides, strict=True) if width]
+    if not alike:
+        in_pixels, in_sides = (
+            float(np.std(np.log(values))) if known else 0.0
+            for values in ([width for width, _ in known], [width / side for width, side in known])
+        )
+        if in_sides > in_pixels:
+            return {}
+        return {
+            "picture_size": (
+                size,
+                f"the pictures have {min(sides):.0f} to {max(sides):.0f} pixels; all show a field alike",
+            )
+        }
+    return {"picture_size": (size, "pixels of the longer side; a picture of another size is brought to it")}
+
+
+def _longer_side(case: CaseFacts, plane: Sequence[int]) -> float:
+    return max(case.extent_mm[a] for a in plane)
+
+
+def _scaled(case: CaseFacts, factor: float) -> CaseFacts:
+    """A picture with other pixels."""
+    extent = tuple(side * factor for side in case.extent_mm)
+    widths = {i: width * factor for i, width in case.widths_mm.items()}
+    return dataclasses.replace(case, extent_mm=extent, widths_mm=widths)
 
 
 def _narrowest(cases: Sequence[CaseFacts], labels: Mapping[str, Any]) -> tuple[str, float]:

@@ -160,6 +160,33 @@ def test_pictures_of_small_things_are_tiled_at_the_usual_size() -> None:
         assert (task.spacing, task.image_size) == expected
 
 
+@pytest.mark.parametrize(
+    ("sides", "widths", "size"),
+    [
+        ((565, 565, 999, 999), (4.0, 4.2, 7.2, 7.4), 782.0),  # two cameras, vessels of the same share
+        ((565, 584, 580, 565), (4.0, 8.0, 2.0, 4.0), 572.5),  # one camera
+        ((256, 256, 512, 1024), (12.0, 14.0, 13.0, 12.0), None),  # mosaics
+        ((256, 1024), (0.0, 0.0), 640.0),  # nothing was measured
+    ],
+)
+def test_pictures_of_any_size_show_a_field_where_widths_follow_it(
+    sides: tuple[float, ...], widths: tuple[float, ...], size: float | None
+) -> None:
+    pictures = [
+        case(
+            str(i),
+            picture=True,
+            sides_mm=(1, 1, 1),
+            extent_mm=(side, side / 2, 1.0),
+            widths_mm={1: width} if width else {},
+        )
+        for i, (side, width) in enumerate(zip(sides, widths, strict=True))
+    ]
+    suggestion = suggest_task(report(*pictures, labels={"vessel": (1,)}))
+    assert suggestion.task.picture_size == size
+    assert ("picture_size:" in suggestion.to_yaml()) == (size is not None)
+
+
 def test_the_grid_is_that_of_the_class_head() -> None:
     assert PyramidHeadConfig().stride == GRID
 
