@@ -6,7 +6,9 @@ The names below are the public API. They are imported lazily, so `import samda` 
 
 from __future__ import annotations
 
+import getpass
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from samda.version import __version__
@@ -52,6 +54,11 @@ if TYPE_CHECKING:  # `as` marks re-exports
     from samda.networks.weights import fetch_weights as fetch_weights
     from samda.task import Task as Task
     from samda.training import train as train
+
+try:
+    getpass.getuser()
+except (ImportError, KeyError, OSError):  # a user id without a name, as in containers: PyTorch cannot be imported
+    os.environ["USER"] = str(os.getuid()) if hasattr(os, "getuid") else "user"
 
 _PLACES = {
     "samda.model": ("Model", "load"),

@@ -8,9 +8,11 @@ renewed views, so a resumed training sees what an uninterrupted one sees.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -88,6 +90,11 @@ def allocate(
     folder = folder or tempfile.gettempdir()
     kind = torch.empty(0, dtype=dtype).numpy().dtype
     file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - the mapping keeps it open
+    try:  # the room itself: other programs write there, too, and a mapped file on a full disk ends the process
+        os.posix_fallocate(file.fileno(), 0, needed)
+    except (AttributeError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise _no_room(needed, memory_mb, folder) from error
     return torch.from_numpy(np.memmap(file, dtype=kind, mode="w+", shape=shape))  # type: ignore[call-overload]
 
 
@@ -96,10 +103,15 @@ def check_disk(needed: int, memory_mb: float, folder: str | Path | None) -> None
     folder = folder or tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise InputError(
-            f"{needed / 1e9:.1f} GB do not fit into memory_mb={memory_mb:g} nor on the disk of {folder} "
-            f"({free / 1e9:.1f} GB free); raise memory_mb, lower views or set TMPDIR to a larger disk"
-        )
+        raise _no_room(needed, memory_mb, folder)
+
+
+def _no_room(needed: int, memory_mb: float, folder: str | Path) -> InputError:
+    free = shutil.disk_usage(folder).free
+    return InputError(
+        f"{needed / 1e9:.1f} GB do not fit into memory_mb={memory_mb:g} nor on the disk of {folder} "
+        f"({free / 1e9:.1f} GB free); raise memory_mb, lower views or set TMPDIR to a larger disk"
+    )
 
 
 class EmbeddingDataset(Dataset):

@@ -24,6 +24,8 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 # messages of the native writers of PyTorch and safetensors
 FULL_DISK = ("No space left on device", "File too large", "PytorchStreamWriter failed", "inline_container.cc")
 
+SHARED_MEMORY = ("/torch_", "shared memory", "insufficient shm")  # in messages of PyTorch's data loader
+
 
 class SamdaError(Exception):
     """Base class of all errors of samda; the command line exits with 1."""
@@ -124,6 +126,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def disk_trouble(error: BaseException) -> str | None:
     """One-line message for disk errors (full, read-only, no permission); None for other errors."""
     for known in _chain(error):
+        if any(words in str(known) for words in SHARED_MEMORY):
+            return "shared memory (/dev/shm) is too small for worker processes; use workers=0, or make it larger"
         if isinstance(known, OSError) and known.errno in DISK_ERRORS:
             where = known.filename or "a file"
             return f"{where} cannot be written or read ({known.strerror}); make room, or choose another folder"
@@ -131,6 +135,14 @@ def disk_trouble(error: BaseException) -> str | None:
         if any(words in text for words in FULL_DISK):
             return "a file cannot be written (is the disk full?); make room, or choose another folder"
     return None
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Did a full disk or quota cause it? Then every further case would fail, too."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return any(isinstance(known, OSError) and known.errno in full for known in _chain(error)) or any(
+        FULL_DISK[0] in str(known) for known in _chain(error)
+    )
 
 
 def log_failed(case: str, error: BaseException) -> str:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Atomic writing of files and folders: written under a hidden name in the same folder, then renamed.
 
+Where a command has opened an output folder (:mod:`samda.output`), what it did not write is not replaced.
+
 Also: YAML 1.2 (:func:`load_yaml`), verified downloads, and paths of packaged configs and bundles (in the wheel or the
 checkout) and of the cache.
 """
@@ -20,7 +22,6 @@ import re
 import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,8 @@ from typing import Any
 
 import yaml
 
-from samda.errors import InputError, WeightsError, printable
+from samda.errors import InputError, UsageError, WeightsError, printable
+from samda.output import output_of, remove
 
 CGROUP = Path("/sys/fs/cgroup")
 MOST_NODES, LONGEST_YAML, DEEPEST_YAML = 100_000, 1_000_000, 100  # values, characters, brackets of a YAML document
@@ -52,14 +54,29 @@ def files_of(image: Image) -> list[Path]:
 def replacing(path: str | Path) -> Iterator[Path]:
     """A hidden file with the suffix of `path` in the same folder, renamed to `path` at the end of the block.
 
-    Readers never see a partial file, and two processes do not write to the same file. Parent folders are created.
+    Readers never see a partial file, and two processes do not write to the same file. Parent folders are created. The
+    mode is that of any new file (umask), whatever the writer makes of it.
+
+    Raises:
+        UsageError: an output folder is open, and samda did not write the file at `path`.
     """
     path = Path(path)
+    output = output_of(path)
+    if output is not None:
+        output.refuse_foreign([path.absolute()])
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    temporary = _hidden(path)
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        if temporary.stat().st_mode != mode:
+            temporary.chmod(mode)
+        if output is not None:
+            output.note(path, temporary)
         os.replace(temporary, path)
+        if output is not None:
+            output.written(path)
     except OSError as error:  # name the target instead of the hidden file
         if error.errno is None or error.filename not in (None, str(temporary)):
             raise
@@ -68,10 +85,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def try_writing(folder: str | Path) -> None:
-    """Write an anonymous file into `folder`, to detect before the job that it is not writable (OSError)."""
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+def _hidden(path: Path) -> Path:
+    """The name of an unfinished file or folder; long names, which may be at the file system's limit, are cut."""
+    head = f".{os.getpid()}-{secrets.token_hex(4)}-"
+    return path.with_name(head + path.name[max(0, len(head) + len(path.name.encode()) - 255) :])
+
+
+def copy_file(source: str | Path, path: str | Path) -> None:
+    """Copy the content of a file."""
+    with replacing(path) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def regular_file(path: str | Path, root: str | Path | None = None) -> Path:
@@ -144,22 +167,43 @@ def check_room(folder: str | Path, needed: float) -> None:
 
 
 @contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
+def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A hidden folder next to `path`, renamed to `path` at the end of the block and removed on failure.
 
+    With `overwrite`, it takes the place of the folder that is there, which stays until then.
+
     Raises:
-        OSError: `path` is a file or a folder that is not empty.
+        OSError: `path` is a file or, without `overwrite`, a folder that is not empty.
+        UsageError: an output folder is open, and samda did not write the folder at `path`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    output = output_of(path)
+    if output is not None:
+        output.refuse_foreign([path.absolute()])
+    temporary, before = _hidden(path), _hidden(path)
     temporary.mkdir()
     try:
         yield temporary
-        if path.is_dir():
+        files = [file for file in temporary.rglob("*") if file.is_file()]
+        if output is not None:
+            for file in files:
+                output.note(path / file.relative_to(temporary), file)
+        if overwrite and path.is_dir():
+            os.rename(path, before)
+        elif path.is_dir():
             path.rmdir()
         os.rename(temporary, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
+        remove(before)
+
+
+def save_tensors(value: Any, path: str | Path) -> None:
+    """`torch.save`, with equal bytes for equal values: given a path, PyTorch writes its name into the file."""
+    import torch
+
+    with Path(path).open("wb") as file:
+        torch.save(value, file)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -278,7 +322,10 @@ def cache_dir() -> Path:
     chosen = os.environ.get("SAMDA_CACHE")
     if chosen:
         return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "samda"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "samda"
+    except RuntimeError as error:  # containers run under user ids without a name and a home
+        raise UsageError("this user has no home folder for downloads; set SAMDA_CACHE to a folder") from error
 
 
 def file_sha256(path: str | Path) -> str:

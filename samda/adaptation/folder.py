@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,10 +26,11 @@ from safetensors.torch import save_file
 from samda.adaptation.engine import Adaptation, AdaptedCase
 from samda.adaptation.record import failed_record, read_record, validate_record, write_lines
 from samda.data.datalists import Case
-from samda.errors import InputError, SamdaError, UsageError, one_line
-from samda.inference.predict import refuse_own_folder
-from samda.inference.writer import check_output_folder, file_name, label_path, write_labels, write_probabilities
-from samda.io import csv_text, files_of, new_folder, replacing, write_json, write_text
+from samda.errors import InputError, SamdaError, UsageError, disk_trouble, is_disk_full, one_line
+from samda.inference.predict import refuse_own_folder, written_files
+from samda.inference.writer import file_name, label_path, write_labels, write_probabilities
+from samda.io import copy_file, csv_text, files_of, new_folder, replacing, write_json, write_text
+from samda.output import open_output, remove
 from samda.processes import Shard
 from samda.progress import Cases
 from samda.provenance import conceal, now, path_sha256
@@ -110,14 +109,33 @@ def adapt_folder(
         raise UsageError(
             f"part {part} cannot overwrite: older results would count as finished; use a new output folder"
         )
-    folder = check_output_folder(output)
-    refuse_own_folder(cases, folder)
-    job = _Job(adaptation, folder, dry_run, keep_names, keep_tensors)
-    run = AdaptRun(folder)
-    if not overwrite:
-        job.refuse_other_settings(cases)
+    refuse_own_folder(cases, Path(output))
+    mine = part.of(cases) if part else cases
+    with open_output(output, files_of_run(mine, dry_run, report), part) as place:
+        job = _Job(adaptation, place.path, dry_run, keep_names, keep_tensors)
+        if not overwrite:
+            job.refuse_other_settings(cases)
+        return _adapt_cases(job, cases, mine, report, overwrite, part, on_case)
+
+
+def files_of_run(cases: Sequence[Case], dry_run: bool, report: str | Path | None) -> list[Path]:
+    """What a run for these cases writes into its folder, relative to it."""
+    files = [Path("cases.csv"), Path("report.html"), *([Path("run.jsonl")] if report is None else [])]
+    files += [details_folder("", case["id"]) for case in cases]
+    return files if dry_run else files + written_files(cases)
+
+
+def _adapt_cases(
+    job: _Job,
+    cases: Sequence[Case],
+    mine: Sequence[Case],
+    report: str | Path | None,
+    overwrite: bool,
+    part: Shard | None,
+    on_case: Callable[[str, Mapping[str, Any]], None] | None,
+) -> AdaptRun:
+    run = AdaptRun(job.folder)
     try:
-        mine = part.of(cases) if part else cases
         with Cases("adapting", len(mine)) as progress:
             for case in map(_hashed, mine):
                 name = case["id"]
@@ -131,7 +149,7 @@ def adapt_folder(
                 progress.next()
     finally:  # also after Ctrl-C: finished cases are recorded
         try:
-            job.write_lists(Path(report or folder / "run.jsonl"), cases, run.records if part is None else None)
+            job.write_lists(Path(report or job.folder / "run.jsonl"), cases, run.records if part is None else None)
         except OSError as error:  # full disk; the next run writes the lists from the records of the cases
             logger.error("the list of records could not be written: %s", error)
     return run
@@ -149,7 +167,7 @@ def _hashed(case: Case) -> dict[str, Any]:
     """The case with the hash of its files; without it where they are unreadable, which the adaptation will report."""
     try:
         return {**case, "input_sha256": path_sha256(case["image"])}
-    except OSError:
+    except (OSError, ValueError):
         return dict(case)
 
 
@@ -214,44 +232,58 @@ class _Job:
     def do(self, case: Mapping[str, Any]) -> dict[str, Any]:
         """Adapt to a case and write its files; for an unusable scan, a record with the reason."""
         started, name, paths = now(), case["id"], files_of(case["image"])
+
+        def failed(error: Exception) -> dict[str, Any]:
+            logger.error("case %s: %s", name, one_line(error))
+            logger.debug("case %s failed", name, exc_info=error)
+            return self._named(failed_record(self.about, case.get("input_sha256"), str(paths[0]), error, started), case)
+
         result = None
         try:
             file_name(name)
             result = self.adaptation.adapt(case)
-            record = result.record
+            record = self._named(result.record, case)
         except Exception as error:
-            logger.error("case %s: %s", name, one_line(error))
-            logger.debug("case %s failed", name, exc_info=True)
-            record = failed_record(self.about, case.get("input_sha256"), str(paths[0]), error, started)
-        record["dry_run"] = self.dry_run
-        if self.keep_names:
-            record["case_id"] = name
-        else:
-            for key in ("error", "explanation"):  # messages contain file names, records must not
-                names = (*map(str, paths), *(path.name for path in paths), name)
-                record[key] = conceal(record[key], dict.fromkeys([*names, *map(one_line, names)], record["case_id"]))
+            record = failed(error)
         try:
             self._publish(case, record, result)
-        except BaseException as error:  # also Ctrl-C: remove partial results
-            shutil.rmtree(details_folder(self.folder, name), ignore_errors=True)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        except Exception as error:  # a name that cannot be written must not stop the others
+            if is_disk_full(error):
                 raise SamdaError(
                     f"the disk of {self.folder} is full; finished cases are complete, free space and run again"
                 ) from error
-            raise
+            trouble = disk_trouble(error)
+            record = failed(error if trouble is None else InputError(trouble))
+            with contextlib.suppress(OSError, SamdaError):
+                self._publish(case, record, None)
+        return record
+
+    def _named(self, record: dict[str, Any], case: Mapping[str, Any]) -> dict[str, Any]:
+        """The record with what this run says of it; messages contain file names, which records must not."""
+        record["dry_run"] = self.dry_run
+        if self.keep_names:
+            record["case_id"] = case["id"]
+        else:
+            paths = files_of(case["image"])
+            names = (*map(str, paths), *(path.name for path in paths), case["id"])
+            for key in ("error", "explanation"):
+                record[key] = conceal(record[key], dict.fromkeys([*names, *map(one_line, names)], record["case_id"]))
         return record
 
     def _publish(self, case: Mapping[str, Any], record: dict[str, Any], result: AdaptedCase | None) -> None:
         """Write the folder of a case, then the map to use."""
         place = details_folder(self.folder, case["id"])
         place.parent.mkdir(exist_ok=True)
-        with new_folder(place) as partial:
+        with new_folder(place, overwrite=True) as partial:
             record["output_files"] = {} if result is None else self._write_maps(partial, result)
             validate_record(record)
             write_json(partial / "record.json", record)
-            shutil.rmtree(place, ignore_errors=True)
         if result is not None and not self.dry_run:
-            self._publish_final(case, result)
+            try:
+                self._publish_final(case, result)
+            except BaseException:  # also Ctrl-C: without its map the case is not finished
+                remove(place)
+                raise
 
     def _write_maps(self, place: Path, result: AdaptedCase) -> dict[str, str]:
         task, image, affine = self.adaptation.task, result.scan, result.affine
@@ -265,7 +297,8 @@ class _Job:
         write_probabilities(place / files["uncertainty"], result.uncertainty[None], image, affine)
         if self.keep_tensors and result.tensors is not None:
             files["adapter"] = "adapter.safetensors"
-            save_file({k: v.cpu().contiguous() for k, v in result.tensors.items()}, place / files["adapter"])
+            with replacing(place / files["adapter"]) as temporary:
+                save_file({k: v.cpu().contiguous() for k, v in result.tensors.items()}, temporary)
         return files
 
     def _publish_final(self, case: Mapping[str, Any], result: AdaptedCase) -> None:
@@ -277,8 +310,7 @@ class _Job:
         details = details_folder(self.folder, case["id"])
         source = details / result.record["output_files"]["source"]
         for origin, target in ((details / "source.json", final.with_name(f"{case['id']}.json")), (source, final)):
-            with replacing(target) as temporary:
-                shutil.copyfile(origin, temporary)
+            copy_file(origin, target)
 
     def write_lists(
         self, report: Path, cases: Sequence[Mapping[str, Any]], found: Mapping[str, dict[str, Any]] | None

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 
 from samda.adaptation.engine import Adaptation
-from samda.adaptation.folder import AdaptRun, adapt_folder, collect
+from samda.adaptation.folder import AdaptRun, adapt_folder, collect, files_of_run
 from samda.adaptation.objectives import check_settings
 from samda.adaptation.page import mean_dice, score_run, write_page
 from samda.adaptation.site import check_site, distill
 from samda.data.datalists import find_cases
 from samda.errors import UsageError
+from samda.inference.predict import refuse_own_folder
 from samda.models.versions import list_versions, load_version
+from samda.output import open_output
 from samda.processes import Shard, exchange, is_main, rank_and_world
 
 
@@ -65,35 +67,38 @@ def run_adaptation(
     network, task, record, version = load_version(model, version, weights)
     adaptation = Adaptation(network, task, record, device=device, version=version, **dict(settings or {}))
     cases = find_cases(inputs, section)
-    run = adapt_folder(
-        adaptation,
-        cases,
-        output,
-        report=report,
-        dry_run=dry_run,
-        keep_names=keep_names,
-        keep_tensors=site is not None,
-        overwrite=overwrite,
-        part=part,
-        on_case=on_case,
-    )
-    exchange(None)  # processes of torchrun wait for each other, jobs of an array do not
-    whole: AdaptRun | None = run
-    if part is not None:
-        whole = collect(adaptation, cases, output, dry_run) if is_main() else None
-    facts: dict[str, Any] = {"page": None, "dice": None, "site": None}
-    if whole is not None:
-        scores = score_run(whole, labels, task) if labels is not None and not dry_run else None
-        if scores is not None:
-            facts["dice"] = {case: mean_dice(score) for case, score in scores.items()}
-        facts["page"] = str(write_page(adaptation, whole, cases, scores=scores, keep_names=keep_names))
-        if site is not None:
-            try:
-                facts["site"] = distill(adaptation, model, whole, site)
-            except (UsageError, OSError):
-                if part is None or site not in list_versions(model):
-                    raise  # otherwise another part, which finished at the same moment, has written it
-        if rank_and_world()[1] > 1:  # a job of an array reports its own cases only
-            run = whole
+    mine = part.of(cases) if part else cases
+    refuse_own_folder(cases, Path(output))
+    with open_output(output, files_of_run(mine, dry_run, report), part):
+        run = adapt_folder(
+            adaptation,
+            cases,
+            output,
+            report=report,
+            dry_run=dry_run,
+            keep_names=keep_names,
+            keep_tensors=site is not None,
+            overwrite=overwrite,
+            part=part,
+            on_case=on_case,
+        )
+        exchange(None)  # processes of torchrun wait for each other, jobs of an array do not
+        whole: AdaptRun | None = run
+        if part is not None:
+            whole = collect(adaptation, cases, output, dry_run) if is_main() else None
+        facts: dict[str, Any] = {"page": None, "dice": None, "site": None}
+        if whole is not None:
+            scores = score_run(whole, labels, task) if labels is not None and not dry_run else None
+            if scores is not None:
+                facts["dice"] = {case: mean_dice(score) for case, score in scores.items()}
+            facts["page"] = str(write_page(adaptation, whole, cases, scores=scores, keep_names=keep_names))
+            if site is not None:
+                try:
+                    facts["site"] = distill(adaptation, model, whole, site)
+                except (UsageError, OSError):
+                    if part is None or site not in list_versions(model):
+                        raise  # otherwise another part, which finished at the same moment, has written it
+            if rank_and_world()[1] > 1:  # a job of an array reports its own cases only
+                run = whole
     about = {"version": version, "failed": run.failed, "part": None if part is None else str(part)}
     return run.to_dict() | facts | about

@@ -39,6 +39,7 @@ from samda.io import parse_json, plain, regular_file, replacing, write_text
 FORMAT_VERSION = 1
 HEADER = "adapter.json"
 TENSORS = "adapter.safetensors"
+NEXT = ".adapter.json.next"  # the description of new tensors until it takes its place: a kill leaves one whole model
 SECTIONS = ("network", "base", "task", "record")
 
 
@@ -72,7 +73,7 @@ def save_adapters(
     task: Mapping[str, Any] | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `adapter.json` and `adapter.safetensors`, each atomically.
+    """Write `adapter.json` and `adapter.safetensors`; the model before stays readable until the new one is.
 
     `network`, `base`, `task` and `record` are plain values (see the module); NaN and infinities become null.
 
@@ -98,9 +99,11 @@ def save_adapters(
     text = json.dumps(header, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / NEXT, text)  # from here on the new tensors have their description, before the old ones go
     with replacing(folder / TENSORS) as temporary:
         temporary.write_bytes(content)
     write_text(folder / HEADER, text)
+    (folder / NEXT).unlink()
 
 
 def read_adapters(folder: str | Path) -> AdapterFile:
@@ -108,7 +111,10 @@ def read_adapters(folder: str | Path) -> AdapterFile:
     folder = Path(folder)
     header = _read_header(folder / HEADER)
     content = _read_bytes(folder / TENSORS, folder)
-    if hashlib.sha256(content).hexdigest() != header["sha256"]:
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 != header["sha256"] and (folder / NEXT).exists():
+        header = _read_header(folder / NEXT)
+    if sha256 != header["sha256"]:
         raise AdapterError(f"{folder / TENSORS}: not the file that {HEADER} describes (sha256); copy the folder again")
     sections = {key: header[key] for key in SECTIONS}
     adapters = _read_settings(header["adapters"], folder / HEADER)

@@ -57,9 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Lock the folder of the demo and run it."""
+    from samda.output import open_output
+
+    with open_output(new_folder(args.output)) as output:
+        _run(args, output.path)
+
+
+def _run(args: argparse.Namespace, output: Path) -> None:
     """Fetch, train, predict, score, report."""
     start = time.perf_counter()
-    output = new_folder(args.output)
     device = pick_device(args.device)
     say("[1/6] weights and scans")
     from samda.adaptation.job import run_adaptation
@@ -124,9 +131,9 @@ def run(args: argparse.Namespace) -> None:
 
 def new_folder(folder: Path) -> Path:
     """The folder of the demo, created if missing; a folder with other files is refused."""
-    from samda.inference.writer import check_output_folder
+    from samda.output import OutputFolder, check_output_folder
 
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "data" / "dataset.json").is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not OutputFolder(folder).manifest.is_file():
         raise UsageError(f"{folder} contains other files; choose an empty folder with -o")
     return check_output_folder(folder)
 
@@ -139,7 +146,7 @@ def hold_out(scan: Example, folder: Path) -> Path:
     import nibabel as nib
     import numpy as np
 
-    from samda.io import write_json
+    from samda.io import replacing, write_json
 
     image, label = (nib.Nifti1Image.from_filename(path) for path in (scan.image, scan.label))
     ids = [i for values in (scan.task.labels or {}).values() for i in values]
@@ -156,7 +163,8 @@ def hold_out(scan: Example, folder: Path) -> Path:
         block = {"id": f"A_{start}_{end}"}
         for key, volume in (("image", image), ("label", label)):
             block[key] = f"{block['id']}_{key}.nii.gz"
-            volume.slicer[:, :, start:end].to_filename(folder / block[key])
+            with replacing(folder / block[key]) as temporary:
+                volume.slicer[:, :, start:end].to_filename(temporary)
         blocks.append(block)
     content = {
         "training": [scan.case | {"slices": rest}],

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from samda.cli.options import add_shared, existing, print_json, task_file
 from samda.cli.run_report import RunReport
-from samda.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +68,4 @@ def run(args: argparse.Namespace) -> None:
             print_json(result.to_dict())
         else:
             print(format_table(result))
-        if result.failed:
-            total = len(result.failed) + len(result.cases)
-            raise InputError(f"{len(result.failed)} of {total} cases could not be scored: {', '.join(result.failed)}")
+        result.check()

@@ -130,7 +130,7 @@ def existing(path: Path, what: str) -> Path:
 
 def check_file(path: Path, option: str) -> None:
     """Refuse a file that cannot be written; its folder is created if missing."""
-    from samda.io import try_writing
+    from samda.output import try_writing
 
     if path.is_dir():
         raise UsageError(f"{option} {path} is a folder; give a file")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -18,13 +19,14 @@ from samda.data.datalists import find_pairs
 from samda.data.formats import PICTURE_SUFFIXES
 from samda.data.labels import MapLabelsd
 from samda.data.readers import Scan, read_label, refuse_other_grid, uncropped
-from samda.errors import InputError, UsageError, log_failed
-from samda.inference.writer import check_output_folder
+from samda.errors import InputError, SamdaError, UsageError, is_disk_full, log_failed, reason_of
 from samda.io import csv_text, plain, write_json, write_text
 from samda.metrics import COUNTED, DEFINITIONS, SCORES, ClassScores, score_case, summarize
+from samda.output import open_output
 from samda.progress import bar
 from samda.task import Task
 
+FILES = ("metrics.csv", "metrics.json")
 COLUMNS = tuple(field.name for field in dataclasses.fields(ClassScores))
 
 
@@ -37,17 +39,28 @@ class Evaluation:
         cases: case -> scores of the foreground classes.
         failed: case -> reason in one line; excluded from means.
         nsd_tolerance_mm: tolerance of the normalized surface distance.
+        unsaved: why the scores could not be written, in one line.
     """
 
     classes: tuple[str, ...]
     cases: dict[str, list[ClassScores]]
     failed: dict[str, str]
     nsd_tolerance_mm: float
+    unsaved: str | None = None
 
     @property
     def exit_code(self) -> int:
-        """0 if every case was scored, else 1."""
-        return 1 if self.failed else 0
+        """0 if every case was scored and the scores were written, else 1."""
+        return 1 if self.failed or self.unsaved else 0
+
+    def check(self) -> None:
+        """Raise InputError if a case was not scored, or the scores were not written."""
+        reasons = [] if self.unsaved is None else [self.unsaved]
+        if self.failed:
+            total = len(self.failed) + len(self.cases)
+            reasons.append(f"{len(self.failed)} of {total} cases could not be scored: {', '.join(self.failed)}")
+        if reasons:
+            raise InputError("; ".join(reasons))
 
     def summary(self) -> dict[str, Any]:
         """Means and counts, see :func:`samda.metrics.summarize`."""
@@ -79,9 +92,9 @@ class Evaluation:
 
     def save(self, folder: str | Path) -> None:
         """Write `metrics.csv` and `metrics.json` into `folder`."""
-        folder = check_output_folder(folder)
-        write_text(folder / "metrics.csv", self.to_csv())
-        write_json(folder / "metrics.json", self.to_dict())
+        with open_output(folder, FILES) as output:
+            write_text(output.path / FILES[0], self.to_csv())
+            write_json(output.path / FILES[1], self.to_dict())
 
 
 def evaluate(
@@ -111,8 +124,30 @@ def evaluate(
     tolerance = task.nsd_tolerance if nsd_tolerance_mm is None else nsd_tolerance_mm
     if not 0 <= tolerance < math.inf:  # also refuses NaN
         raise UsageError(f"the NSD tolerance must be at least 0 mm, got {tolerance:g}")
-    if output is not None:
-        check_output_folder(output)
+    with contextlib.ExitStack() as stack:
+        if output is not None:
+            try:
+                stack.enter_context(open_output(output, FILES))
+            except UsageError as error:
+                if not is_disk_full(error):
+                    raise
+        result = _score_pairs(predictions, labels, task, tolerance, section, on_case)
+        if output is not None:
+            try:
+                result.save(output)
+            except (OSError, SamdaError) as error:  # the scores took long; they are shown all the same
+                result = dataclasses.replace(result, unsaved=f"the scores were not written: {reason_of(error)}")
+    return result
+
+
+def _score_pairs(
+    predictions: str | Path,
+    labels: str | Path,
+    task: Task,
+    tolerance: float,
+    section: str | None,
+    on_case: Callable[[str, str], None] | None,
+) -> Evaluation:
     pairs, dataset_labels = find_pairs(predictions, labels, section)
     mapping = MapLabelsd("label", task, dataset_labels)
     result = Evaluation(task.classes[1:], {}, {}, tolerance)
@@ -129,8 +164,6 @@ def evaluate(
             on_case(case, outcome)
         progress.update()
     progress.close()
-    if output is not None:
-        result.save(output)
     return result
 
 

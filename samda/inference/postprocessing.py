@@ -28,7 +28,8 @@ from scipy import ndimage
 
 from samda.data.formats import stem
 from samda.errors import UsageError
-from samda.inference.writer import check_output_folder, label_path, write_labels
+from samda.inference.writer import label_path, write_labels
+from samda.output import check_output_folder, open_output
 from samda.task import Task
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,8 @@ class SaveLabelMapd(SaveImaged):
             if not array.any():
                 warn_empty(case)
             affine = np.asarray(labels.affine, float)
-            write_labels(label_path(self.folder, case, image), array, self.task.classes, image, affine)
+            with open_output(self.folder):
+                write_labels(label_path(self.folder, case, image), array, self.task.classes, image, affine)
         return d
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +17,10 @@ from nibabel.spatialimages import SpatialImage
 from samda.data.datalists import Case, find_cases
 from samda.data.formats import name_of, scan_path, source_of
 from samda.data.transforms import build_preprocessing
-from samda.errors import UsageError, log_failed
+from samda.errors import SamdaError, UsageError, is_disk_full, log_failed
 from samda.inference.postprocessing import keep_largest, override, own_grid, warn_empty
 from samda.inference.volume import VolumeInferer
 from samda.inference.writer import (
-    check_output_folder,
     label_image,
     label_path,
     probability_path,
@@ -28,6 +28,7 @@ from samda.inference.writer import (
     write_probabilities,
 )
 from samda.io import files_of
+from samda.output import open_output
 from samda.processes import Shard
 from samda.progress import Cases
 from samda.task import Task
@@ -73,11 +74,12 @@ class Prediction:
 
     def save(self, folder: str | Path) -> Path:
         """Write the label map (and probabilities) to `folder`; returns the path of the label map."""
-        folder = check_output_folder(folder)
-        if self.probabilities is not None:
-            write_probabilities(probability_path(folder, self.case), self.probabilities, self.scan, self.affine)
         path = label_path(folder, self.case, self.scan)
-        return write_labels(path, self.labels, self.classes, self.scan, self.affine)
+        with open_output(folder, [path.name, f"{self.case}.json"]) as output:
+            if self.probabilities is not None:
+                place = probability_path(output.path, self.case)
+                write_probabilities(place, self.probabilities, self.scan, self.affine)
+            return write_labels(output.path / path.name, self.labels, self.classes, self.scan, self.affine)
 
 
 class Predictor:
@@ -200,16 +202,38 @@ def predict_folder(
         on_case: called with case and "done", "skipped", "empty" or the reason of its failure.
 
     Raises:
-        UsageError: `output` is not writable, or results would replace scans.
+        UsageError: `output` is not writable or in use, or results would replace scans or files of others.
+        SamdaError: the disk is full; finished cases stay.
     """
     cases = find_cases(cases) if isinstance(cases, str | Path) else cases
-    folder = check_output_folder(output)
-    refuse_own_folder(cases, folder)
-    result = FolderResult()
+
+    def one(case: Case, folder: Path) -> bool:
+        prediction = predictor.predict(case, save_probabilities)
+        prediction.save(folder)
+        return prediction.empty
+
+    shown = predictor.inferer.progress
+    return run_cases(cases, output, one, save_probabilities, skip_finished, part, on_case, shown)
+
+
+def run_cases(
+    cases: Sequence[Case],
+    output: str | Path,
+    one: Callable[[Case, Path], bool],
+    save_probabilities: bool = False,
+    skip_finished: bool = False,
+    part: Shard | None = None,
+    on_case: Callable[[str, str], None] | None = None,
+    shown: bool = True,
+) -> FolderResult:
+    """:func:`predict_folder` with any predictor: `one` writes a case into the folder and tells whether it is empty."""
     mine = part.of(cases) if part else cases
-    with Cases("predicting", len(mine), shown=predictor.inferer.progress) as progress:
+    written = written_files(mine, save_probabilities)
+    refuse_own_folder(cases, Path(output))
+    result = FolderResult()
+    with open_output(output, written, part) as place, Cases("predicting", len(mine), shown=shown) as progress:
         for case in mine:
-            outcome = _predict_case(predictor, case, folder, save_probabilities, skip_finished, result)
+            outcome = _run_case(case, place.path, one, save_probabilities, skip_finished, result)
             if on_case:
                 on_case(case["id"], outcome)
             progress.next()
@@ -223,24 +247,40 @@ def refuse_own_folder(cases: Sequence[Case], folder: Path) -> None:
             raise UsageError(f"output {folder} is the folder of the scan {image.name}; choose another output folder")
 
 
-def _predict_case(
-    predictor: Predictor, case: Case, folder: Path, save_probabilities: bool, skip: bool, result: FolderResult
+def result_files(case: Case, probabilities: bool = False) -> list[Path]:
+    """The results of a case, relative to their folder; UsageError if its id cannot name a file."""
+    files = [label_path("", case["id"], case["image"])]
+    return files + ([probability_path("", case["id"])] if probabilities else [])
+
+
+def written_files(cases: Sequence[Case], probabilities: bool = False) -> list[Path]:
+    """What is written for these cases; those whose id cannot name a file fail later, alone."""
+    written = []
+    for case in cases:
+        with contextlib.suppress(UsageError):
+            written += [*result_files(case, probabilities), Path(f"{case['id']}.json")]
+    return written
+
+
+def _run_case(
+    case: Case, folder: Path, one: Callable[[Case, Path], bool], probabilities: bool, skip: bool, result: FolderResult
 ) -> str:
     """Predict one case unless it is finished and `skip`; returns its outcome and adds it to `result`."""
     name = case["id"]
     try:
-        paths = [label_path(folder, name, case["image"])]  # refuses a name that cannot be written
-        paths += [probability_path(folder, name)] if save_probabilities else []
-        if skip and all(path.exists() for path in paths):
+        if all((folder / path).exists() for path in result_files(case, probabilities)) and skip:
             result.skipped.append(name)
             return "skipped"
-        prediction = predictor.predict(case, save_probabilities)
-        prediction.save(folder)
+        empty = one(case, folder)
     except Exception as error:  # any failure of a scan must not stop the others
+        if is_disk_full(error):
+            raise SamdaError(
+                f"the disk of {folder} is full; finished cases are complete, make room and continue"
+            ) from error
         result.failed[name] = log_failed(name, error)
         return result.failed[name]
     result.done.append(name)
-    if prediction.empty:
+    if empty:
         warn_empty(name)
         result.empty.append(name)
         return "empty"

@@ -15,24 +15,11 @@ from nibabel.spatialimages import SpatialImage
 from samda.data.formats import NIFTI_SUFFIXES, PICTURE_SUFFIXES, copy_of
 from samda.data.readers import load_nifti, qform_of
 from samda.errors import InputError, UsageError
-from samda.io import Image, files_of, replacing, try_writing, write_json
+from samda.io import Image, files_of, replacing, write_json
 from samda.version import __version__
 
 LONGEST_NAME = 200  # bytes of a case id: file systems allow 255, suffixes and the prefix of hidden files included
 PURPOSE = "research use only, not for clinical decisions"
-
-
-def check_output_folder(folder: str | Path) -> Path:
-    """The folder, created with its parents if missing; UsageError if it is not writable."""
-    folder = Path(folder).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"output {folder} is a file; give a folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try_writing(folder)
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be written ({error.strerror}); choose another output folder") from error
-    return folder
 
 
 def file_name(case: str) -> str:

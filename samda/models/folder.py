@@ -22,6 +22,7 @@ The base weights are fetched, given as a file, or part of the folder; their fing
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,17 +31,27 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from samda.adapters.adapter_file import AdapterFile, check_shapes, load_adapters, read_adapters, save_adapters
+from samda.adapters.adapter_file import (
+    HEADER,
+    TENSORS,
+    AdapterFile,
+    check_shapes,
+    load_adapters,
+    read_adapters,
+    save_adapters,
+)
 from samda.adapters.attach import attach
 from samda.errors import InputError, UsageError, WeightsError, check_keys
-from samda.io import regular_file, replacing
+from samda.io import file_sha256, regular_file, replacing, write_text
 from samda.networks.backbones import BACKBONES
 from samda.networks.fingerprint import check_fingerprint
 from samda.networks.segmenter import SamSegmenter
 from samda.networks.weights import CONVERTED, KNOWN_FILES, read_state
+from samda.output import HIDDEN, open_output
 from samda.task import Task
 
 BASE = "base.safetensors"
+PLACE = Path(HIDDEN, "base")  # where the file with the base weights lay; of use on this machine only
 NETWORK_KEYS = ("backbone", "num_classes", "in_channels", "head")
 HEAD = "sam"  # of folders that name none: samda 0.1 had no other, and reads them
 BASE_KEYS = ("file", "sha256", "fingerprint")
@@ -74,16 +85,19 @@ def save_model(
     built = {key: value for key, value in zip(NETWORK_KEYS, settings, strict=True) if value != {"type": HEAD}}
     base = (report.path.name if report else None, report.sha256 if report else None, network.fingerprint())
     folder = Path(folder)
-    if with_base or report is None:
-        _save_base(network, folder / BASE)
-    save_adapters(
-        network,
-        folder,
-        network=built,
-        base=dict(zip(BASE_KEYS, base, strict=True)),
-        task=task.to_dict(),
-        record=record,
-    )
+    with open_output(folder, [HEADER, TENSORS, *([BASE] if with_base or report is None else [])]):
+        if with_base or report is None:
+            _save_base(network, folder / BASE)
+        save_adapters(
+            network,
+            folder,
+            network=built,
+            base=dict(zip(BASE_KEYS, base, strict=True)),
+            task=task.to_dict(),
+            record=record,
+        )
+        if report is not None and not is_published(network.config.name, report.path.name):
+            write_text(folder / PLACE, str(report.path.resolve()))
 
 
 def load_model(
@@ -94,7 +108,7 @@ def load_model(
     Args:
         folder: as :func:`save_model` wrote it.
         weights: file with the base weights; None takes `base.safetensors` of the folder, else the published file that
-            the model was trained on.
+            the model was trained on, else the file where it lay when the model was saved, if it still has its sha256.
         device: where the network goes.
 
     Returns:
@@ -158,10 +172,20 @@ def _base_weights(file: AdapterFile, folder: Path, given: str | Path | None) -> 
     if base is not None:
         return base
     trained_on, backbone = file.base["file"], file.network["backbone"]
-    published = [known.name for known in KNOWN_FILES.values()] + [CONVERTED]
-    if isinstance(backbone, str) and backbone in BACKBONES and trained_on in published:
+    if is_published(backbone, trained_on):
         return "pretrained"
+    for root in (folder, folder.parent.parent):  # the second is the model of a version
+        with contextlib.suppress(OSError, ValueError):
+            path = regular_file(regular_file(root / PLACE, root).read_text(encoding="utf-8"))
+            if file_sha256(path) == file.base["sha256"]:
+                return path
     raise WeightsError(f"{folder} was trained on the base weights {trained_on}; give that file as weights")
+
+
+def is_published(backbone: Any, file: str | None) -> bool:
+    """Is the base of this name one that samda fetches by itself?"""
+    published = [known.name for known in KNOWN_FILES.values()] + [CONVERTED]
+    return isinstance(backbone, str) and backbone in BACKBONES and file in published
 
 
 def _save_base(network: SamSegmenter, path: Path) -> None:

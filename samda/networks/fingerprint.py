@@ -57,6 +57,18 @@ def check_fingerprint(network: Any, stored: Mapping[str, Any]) -> None:
         )
 
 
+def response_of(fingerprint: Mapping[str, Any]) -> torch.Tensor:
+    """The answer of a fingerprint as one tensor."""
+    return torch.tensor(
+        [number for part in sorted(fingerprint["response"]) for number in fingerprint["response"][part]]
+    )
+
+
+def same_response(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Are these two answers of one base?"""
+    return a.shape == b.shape and bool((a - b).norm() <= TOLERANCE * b.norm() + 1e-6)
+
+
 def _name(fingerprint: Mapping[str, Any]) -> str:
     return f"{fingerprint['backbone']} ({fingerprint.get('file') or 'weights of no file'})"
 
@@ -66,7 +78,7 @@ def _difference(own: Mapping[str, Any], stored: Mapping[str, Any]) -> str | None
         return "another backbone"
     for part, numbers in own["response"].items():
         a, b = torch.tensor(numbers), torch.tensor(stored["response"].get(part, []))
-        if a.shape != b.shape or (a - b).norm() > TOLERANCE * b.norm() + 1e-6:
+        if not same_response(a, b):
             return f"another answer of the {part} to the probe"
     if own["norms"].keys() != stored["norms"].keys():
         return "other tensors"

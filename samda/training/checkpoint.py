@@ -8,8 +8,8 @@ process and sends to the others.
 from __future__ import annotations
 
 import logging
-import os
 import random
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,12 @@ import torch
 from ignite.engine import Engine, Events
 
 from samda.errors import InputError, UsageError, disk_trouble
-from samda.io import try_writing
-from samda.processes import broadcast, is_main, rank_and_world
+from samda.io import packaged, replacing, save_tensors
+from samda.networks.fingerprint import check_fingerprint
+from samda.output import OutputFolder, hold_output, output_of, try_writing
+from samda.processes import broadcast, is_main, launched, rank_and_world
+from samda.training.config_check import own_settings
+from samda.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +35,7 @@ MODEL = "adapter.json"  # of a finished training, whose last.pt may have been re
 def check_model_folder(folder: str | Path, resume: bool = False, overwrite: bool = False) -> None:
     """Refuse a folder that cannot be written, or that holds what neither `resume` nor `overwrite` covers.
 
-    Called before hours of work; the folder and those above it are made later.
+    Called before hours of work; the folder and those above it are made later. Files of others are never covered.
     """
     folder = Path(folder)
     if resume and overwrite:
@@ -43,6 +47,9 @@ def check_model_folder(folder: str | Path, resume: bool = False, overwrite: bool
         try_writing(existing)
     except OSError as error:
         raise UsageError(f"nothing can be written to {existing} ({error.strerror}); choose another output") from error
+    output = OutputFolder(folder)
+    resumed = [LAST] if output.manifest.exists() else [LAST, "history.json"]  # a resume checks the first itself
+    output.refuse_foreign(file for file in model_files() if not (resume and file in resumed))
     if overwrite:
         return
     if (folder / LAST).exists():
@@ -51,6 +58,14 @@ def check_model_folder(folder: str | Path, resume: bool = False, overwrite: bool
     elif (folder / MODEL).exists():
         why = f"there is no {LAST} to resume from" if resume else "it would be lost"
         raise UsageError(f"{folder} already holds a model, and {why}; overwrite it or choose another folder")
+
+
+def model_files() -> list[str]:
+    """What a training writes into its model folder, relative to it."""
+    bundle = packaged("bundles", "sam_segmentation")
+    files = [path.relative_to(bundle).as_posix() for path in sorted(bundle.rglob("*")) if path.suffix != ".py"]
+    own = [MODEL, "adapter.safetensors", "base.safetensors", "history.json", "models/model.pt", LAST]
+    return own + [name for name in files if not (bundle / name).is_dir()]
 
 
 class Checkpoint:
@@ -76,25 +91,27 @@ class Checkpoint:
         overwrite: bool = False,
     ) -> None:
         check_model_folder(folder, resume, overwrite)
+        if launched()[0] == 0:
+            hold_output(folder)
         self.path, self.resume = Path(folder) / LAST, resume
         self.objects, self.settings = dict(objects), dict(settings)
+        self._compared = self.settings | own_settings()
+        bases = {name: thing for name, thing in self.objects.items() if getattr(thing, "base_report", None)}
+        self._bases = {name: thing.fingerprint() for name, thing in bases.items()}
         if resume and not self.path.exists():
             logger.warning("nothing to resume in %s: starting at the first epoch", self.path.parent)
 
     def save(self, engine: Engine) -> None:
-        """Write last.pt under a temporary name (always the same: a killed run leaves one file), then rename it."""
+        """Write last.pt; the one before stays until then."""
         if not is_main():
             return
         state: dict[str, Any] = {name: thing.state_dict() for name, thing in self._all(engine).items()}
         state |= {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
-        state |= {"settings": self.settings, "random": _random_state()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(".last.pt.tmp")
+        state |= {"settings": self._compared, "bases": self._bases, "version": __version__, "random": _random_state()}
         try:
-            torch.save(state, temporary)
-            os.replace(temporary, self.path)
-        except BaseException as error:
-            temporary.unlink(missing_ok=True)  # incomplete on a full disk
+            with replacing(self.path) as temporary:
+                save_tensors(state, temporary)
+        except Exception as error:
             if (trouble := disk_trouble(error)) is not None:
                 raise InputError(f"checkpoint {self.path}: {trouble}, and continue with resume") from error
             raise
@@ -102,16 +119,26 @@ class Checkpoint:
     def load(self, engine: Engine) -> None:
         """Restore what last.pt holds; refuse it where a setting has changed since."""
         state = broadcast(self._read() if is_main() else {})
-        for key, value in self.settings.items():
-            before = state["settings"].get(key, value)  # an older samda did not store every key
-            if before != value:
-                raise UsageError(f"resume: {key} was {before!r} and is now {value!r}; keep it or use another folder")
+        for name, stored in state.get("bases", {}).items():
+            if name in self._bases:
+                check_fingerprint(self.objects[name], stored)
+        before = state["settings"]
+        same = state.get("version") == __version__  # another samda stored other keys
+        for key in [*self._compared, *(before if same else ())]:
+            now, then = (values.get(key) for values in (self._compared, before))
+            if now != then and (same or (key in before and key in self._compared)):
+                words = "are others than before" if key.endswith(" data") else f"was {then!r} and is now {now!r}"
+                raise UsageError(f"resume: {key} {words}; keep it or use another folder")
         for name, thing in self._all(engine).items():
             if name in state:
                 thing.load_state_dict(state[name])
         engine.state.epoch = state["epoch"]
         engine.state.iteration = state.get("iteration", state["epoch"] * engine.state.epoch_length)
         _set_random_state(state["random"])
+        output = output_of(self.path)
+        for path in (self.path, self.path.with_name("history.json")):  # of a copied folder, or of an older samda
+            if output is not None and path.exists():
+                output.note(path, path)
         logger.info("resumed after epoch %d", state["epoch"])
 
     def _all(self, engine: Engine) -> dict[str, Any]:
@@ -121,13 +148,22 @@ class Checkpoint:
 
     def _read(self) -> dict[str, Any]:
         try:
-            return torch.load(self.path, map_location="cpu", weights_only=True)
+            with zipfile.ZipFile(self.path) as file:  # PyTorch does not look at the checksums that it writes
+                if (damaged := file.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            missing = {"settings", "epoch", "random"} - set(state)
+            if missing:
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            return state
         except Exception as error:
             raise InputError(f"{self.path} cannot be read ({error}); train anew with overwrite") from error
 
 
 class Resume:
-    """At the start, load the checkpoint or, with `overwrite`, remove that of another training. Attach it first."""
+    """At the start, load the checkpoint. Attach it first. That of a training which is replaced stays until the first
+    one of the new training is written.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -137,10 +173,7 @@ class Resume:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        if not self.checkpoint.resume:
-            if is_main():
-                self.checkpoint.path.unlink(missing_ok=True)
-        elif broadcast(self.checkpoint.path.exists()):
+        if self.checkpoint.resume and broadcast(self.checkpoint.path.exists()):
             self.checkpoint.load(engine)
 
 

@@ -15,7 +15,7 @@ import math
 import operator
 import pydoc
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from monai.bundle import ComponentLocator, ConfigParser, ConfigWorkflow
 
 from samda.adapters.attach import build_configs, check_together
 from samda.errors import UsageError, nearest
+from samda.io import plain
 from samda.networks.backbones import backbone_config
 from samda.networks.segmenter import head_config
 from samda.networks.weights import check_published, existing_weights
@@ -54,6 +55,12 @@ TYPES = {
     list: "a list",
     dict: "a mapping",
 }
+OVERLAID = (
+    "train::handlers",
+    "train::dataloader",
+    "train::trainer",
+    "train::penalized_loss",
+)  # other with several GPUs
 LIMITS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 RANGES: dict[str, dict[str, float]] = {  # keys whose wrong values PyTorch and ignite take, or refuse without their name
     "steps": {"at least": 1},
@@ -215,6 +222,22 @@ def _parameters(target: Any, path: str) -> list[str] | None:
 @functools.cache
 def _locator() -> ComponentLocator:
     return ComponentLocator()
+
+
+def own_settings() -> dict[str, Any]:
+    """What the running config says below `train`, by key: nested overrides decide a training as plain ones do."""
+    workflow = _running_workflow()
+    config = None if workflow is None else workflow.parser.get("train")
+    leaves = {} if config is None else dict(_leaves(config, "train"))
+    return {key: value for key, value in leaves.items() if not key.startswith(OVERLAID)}
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        yield path, plain(value)
+        return
+    for key, entry in value.items():
+        yield from _leaves(entry, f"{path}::{key}")
 
 
 def _running_workflow() -> ConfigWorkflow | None:

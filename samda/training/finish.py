@@ -6,19 +6,17 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from samda.adapters.base import count_parameters
 from samda.data.splits import Split
 from samda.embeddings import EmbeddingDataset
-from samda.io import packaged, replacing, write_json
-from samda.models.folder import save_model
+from samda.io import copy_file, packaged, replacing, save_tensors, write_json
+from samda.models.folder import BASE, is_published, save_model
 from samda.networks.segmenter import SamSegmenter
+from samda.output import open_output, release_output
 from samda.processes import is_main
 from samda.source_statistics import feature_statistics
 from samda.task import Task
@@ -87,8 +85,10 @@ def save_training(
         },
         "statistics": slices.statistics.to_dict() | {"features": features},
     }
-    save_model(network, folder, task, content, with_base)
-    copy_bundle(bundle_root, folder, task, network, settings)
+    with open_output(folder):
+        save_model(network, folder, task, content, with_base)
+        copy_bundle(bundle_root, folder, task, network, settings)
+    release_output(folder)
     return summary
 
 
@@ -100,12 +100,12 @@ def package_versions() -> dict[str, str]:
 
 
 def copy_bundle(
-    bundle_root: str | Path, folder: str | Path, task: Task, network: torch.nn.Module, settings: Mapping[str, Any]
+    bundle_root: str | Path, folder: str | Path, task: Task, network: SamSegmenter, settings: Mapping[str, Any]
 ) -> None:
     """Make a model folder a MONAI bundle: configs, docs, license, metadata that name the classes, models/model.pt.
 
     models/model.pt repeats adapter.safetensors for MONAI's own tools; samda does not read it. configs/train.json takes
-    the task, backbone, head and adapters of this training as its defaults, so model.pt fits its `network_def`.
+    task, backbone, base weights, head and adapters of this training as its defaults, so model.pt fits `network_def`.
     """
     source, folder = Path(bundle_root), Path(folder)
     if not (source / "configs" / "train.json").is_file():
@@ -113,13 +113,16 @@ def copy_bundle(
     if source.resolve() != folder.resolve():
         for name in ("configs", "docs"):
             if (source / name).is_dir():
-                shutil.copytree(
-                    source / name, folder / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py*")
-                )
-        shutil.copyfile(source / "LICENSE", folder / "LICENSE")
+                for file in sorted((source / name).rglob("*")):
+                    if file.is_file() and not file.suffix.startswith(".py"):
+                        copy_file(file, folder / file.relative_to(source))
+        copy_file(source / "LICENSE", folder / "LICENSE")
     path = folder / "configs" / "train.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config |= {"task": literal(task.to_dict()), "image_size": None, "spacing": None}
+    report = network.base_report
+    name = report.path.name if report else BASE
+    config["weights"] = "pretrained" if is_published(network.config.name, name) else literal(name)
     write_json(
         path, config | {key: literal(settings[key]) for key in ("backbone", "adapters", "head") if key in settings}
     )
@@ -131,4 +134,4 @@ def copy_bundle(
     metadata["network_data_format"]["outputs"]["pred"] |= {"num_channels": task.num_classes, "channel_def": channels}
     write_json(path, metadata)
     with replacing(folder / "models" / "model.pt") as temporary:
-        torch.save(network.state_dict(), temporary)
+        save_tensors(network.state_dict(), temporary)

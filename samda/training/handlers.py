@@ -32,6 +32,7 @@ from monai.utils import version_geq
 from samda.errors import InputError, UsageError, nearest
 from samda.io import write_json
 from samda.networks.head import map_levels
+from samda.output import output_of
 from samda.processes import exchange, is_main
 from samda.progress import bar
 from samda.report import paint
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 TRACKERS = ("tensorboard", "mlflow")
 OLDEST_MLFLOW = "3.15.2"  # what MONAI 1.6 asks for
+EVENTS = "events.out.tfevents.*"
 SHOWN = 4  # validation slices with pictures
 
 
@@ -389,11 +391,17 @@ class TensorBoard(TensorBoardHandler):
         """Open the event file."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a training needs it
 
+        output = output_of(self.folder)
         if engine.state.epoch == 0:
-            for path in self.folder.glob("events.out.tfevents.*"):
-                path.unlink()
+            for path in self.folder.glob(EVENTS):
+                if output is None or output.owns(path):
+                    path.unlink()
         purge = engine.state.epoch + 1 if engine.state.epoch else None  # epochs behind the checkpoint come again
+        before = set(self.folder.glob(EVENTS))
         self._writer = SummaryWriter(str(self.folder), purge_step=purge)
+        for path in set(self.folder.glob(EVENTS)) - before:
+            if output is not None:
+                output.note(path, None)
 
     def write(self, engine: Engine) -> None:
         """Write the newest row of the curve."""

@@ -18,6 +18,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 from samda.errors import UsageError, cause_of, nearest, one_line
 from samda.io import load_yaml, packaged
+from samda.output import open_output
 from samda.processes import launched
 from samda.task import Task
 from samda.training.checkpoint import check_model_folder
@@ -116,11 +117,12 @@ def train(
         workflow = _checked_workflow(settings)
         if "mlflow" in chosen:
             ConfigWorkflow.patch_bundle_tracking(workflow.parser, mlflow_settings())
-        if begin is not None:
-            begin()
-        workflow.initialize()
-        workflow.run()
-        return workflow.finalize()[0]
+        with open_output(output) if launched()[0] == 0 else contextlib.nullcontext():
+            if begin is not None:
+                begin()
+            workflow.initialize()
+            workflow.run()
+            return workflow.finalize()[0]
 
 
 def _read_settings(given: dict[str, Any], adapters: Adapters | None, overrides: dict[str, Any]) -> dict[str, Any]:

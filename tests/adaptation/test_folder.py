@@ -101,7 +101,11 @@ def test_a_rerun_does_only_what_is_missing(make_adaptation: Callable, inputs: Pa
     assert again.resumed == ["anna", "carl"]  # what failed is tried again
     after = files(out)
     same = {name for name in before if before[name] == after[name]}
-    assert set(before) == set(after) and set(before) - same <= {"run.jsonl", "details/bert/record.json"}
+    assert set(before) == set(after) and set(before) - same <= {
+        "run.jsonl",
+        "details/bert/record.json",
+        ".samda/manifest.jsonl",
+    }
     (out / "carl.nii.gz").unlink()
     assert adapt_folder(make_adaptation(**CHANGED), find_cases(inputs), out).resumed == ["anna"]
     assert (out / "carl.nii.gz").read_bytes() == before["carl.nii.gz"]

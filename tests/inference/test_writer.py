@@ -12,7 +12,8 @@ import pytest
 import SimpleITK as sitk
 
 from samda.errors import InputError, UsageError
-from samda.inference.writer import check_output_folder, label_path, probability_path, write_labels, write_probabilities
+from samda.inference.writer import label_path, probability_path, write_labels, write_probabilities
+from samda.output import check_output_folder
 
 AFFINE = np.array([[0.0, -2.0, 0, 7], [1.5, 0, 0, -3], [0, 0, 4, 11], [0, 0, 0, 1]])
 CLASSES = ("background", "Leber", "Gef\u00e4\u00df")

@@ -49,7 +49,7 @@ def test_answers_as_before(
 ) -> None:
     network = trained(make_segmenter(kind, adapters=adapters))
     save_model(network, tmp_path / "model", TASK, RECORD)
-    assert {path.name for path in (tmp_path / "model").iterdir()} == {"adapter.json", "adapter.safetensors"}
+    assert {path.name for path in (tmp_path / "model").glob("[!.]*")} == {"adapter.json", "adapter.safetensors"}
     weights = tiny_weights if kind == "vit" else tiny_tinyvit_weights
     found, task, record = load_model(tmp_path / "model", weights=weights)
     assert torch.equal(answer(found), answer(network))
@@ -102,10 +102,17 @@ def test_another_base_is_refused(make_segmenter: Make, tiny_weights: Path, tmp_p
         load_model(tmp_path / "model", tmp_path / "other.pth")
 
 
-def test_a_base_that_nobody_publishes_must_be_given(make_segmenter: Make, tmp_path: Path) -> None:
-    save_model(make_segmenter(adapters={"lora": {}}), tmp_path, TASK, RECORD)
-    with pytest.raises(WeightsError, match=r"trained on the base weights tiny_vit.pth; give that file as weights"):
-        load_model(tmp_path)
+def test_a_base_that_nobody_publishes_must_be_given(make_segmenter: Make, tiny_weights: Path, tmp_path: Path) -> None:
+    """Unless it still lies where it lay, unchanged."""
+    own = shutil.copy(tiny_weights, tmp_path / "own.pth")
+    model = tmp_path / "model"
+    save_model(make_segmenter(weights=own, adapters={"lora": {}}), model, TASK, RECORD)
+    assert load_model(model)[0].base_report.path == Path(own)
+    torch.save({}, own)
+    for _ in range(2):
+        with pytest.raises(WeightsError, match=r"trained on the base weights own.pth; give that file as weights"):
+            load_model(model)
+        Path(own).unlink(missing_ok=True)
 
 
 def test_task_and_network_must_agree(make_segmenter: Make, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from ignite.engine import Engine
 from monai.handlers import CheckpointLoader, CheckpointSaver
 from monai.networks.utils import copy_model_state
 
-from samda.networks.segmenter import SamSegmenter
+from samda.errors import WeightsError
+from samda.networks.segmenter import BASE_RESPONSE, SamSegmenter
 
 Make = Callable[..., SamSegmenter]
 
@@ -44,7 +45,7 @@ def same_answer(first: nn.Module, second: nn.Module) -> bool:
 
 def test_only_what_is_trained_is_saved(trained: SamSegmenter) -> None:
     expected = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
-    assert set(trained.state_dict()) == expected
+    assert set(trained.state_dict()) == expected | {BASE_RESPONSE}
     adapter = {name for name in expected if ".adapters.lora." in name}
     assert adapter and expected - adapter == set(trained.head_params())
 
@@ -87,7 +88,7 @@ def test_other_classes_are_refused(trained: SamSegmenter, make_segmenter: Make) 
 
 def test_full_training_saves_the_base(make_segmenter: Make) -> None:
     network = make_segmenter("tiny_vit", adapters={"full": {}})
-    assert {name for name, _ in network.named_parameters()} == set(network.state_dict())
+    assert {name for name, _ in network.named_parameters()} == set(network.state_dict()) - {BASE_RESPONSE}
 
 
 def test_monai_saver_and_loader(trained: SamSegmenter, fresh: SamSegmenter, tmp_path: Path) -> None:
@@ -108,6 +109,20 @@ def test_monai_copy_model_state(trained: SamSegmenter, fresh: SamSegmenter) -> N
     _, changed, unchanged = copy_model_state(fresh, trained)
     assert set(changed) == set(trained.state_dict()) and not unchanged
     assert same_answer(trained, fresh)
+
+
+def test_parameters_do_not_load_onto_another_base(
+    trained: SamSegmenter, make_segmenter: Make, tiny_weights: Path, tmp_path: Path
+) -> None:
+    """Whichever way: MONAI's tools know neither adapter.json nor the fingerprint in it."""
+    state = torch.load(tiny_weights, weights_only=True)
+    torch.save({name: 1.2 * tensor for name, tensor in state.items()}, tmp_path / "other.pth")
+    other = make_segmenter(weights=tmp_path / "other.pth", adapters={"lora": {"rank": 2}})
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    for load in (lambda: other.load_state_dict(trained.state_dict()), lambda: copy_model_state(other, trained)):
+        with pytest.raises(WeightsError, match=r"other base weights.*other\.pth"):
+            load()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 
 
 def test_full_state_leaves_the_switch_as_it_was(trained: SamSegmenter) -> None:

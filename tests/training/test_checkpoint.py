@@ -12,6 +12,8 @@ import torch
 from ignite.engine import Engine, Events
 
 from samda.errors import InputError, UsageError
+from samda.io import write_text
+from samda.output import open_output
 from samda.training import Checkpoint, Resume, SaveCheckpoint, TrainingRecord, train
 from samda.training.checkpoint import check_model_folder
 
@@ -82,7 +84,8 @@ def test_a_folder_that_holds_a_training_is_not_overwritten(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("resume", "why"), [(False, "it would be lost"), (True, "there is no last.pt to resume from")])
 def test_a_finished_model_without_its_checkpoint_is_not_overwritten(tmp_path: Path, resume: bool, why: str) -> None:
-    (tmp_path / "adapter.json").write_text("{}")
+    with open_output(tmp_path):
+        write_text(tmp_path / "adapter.json", "{}")
     with pytest.raises(UsageError) as error:
         check_model_folder(tmp_path, resume=resume)
     remedy = "overwrite it or choose another folder"
@@ -135,4 +138,4 @@ def test_a_place_that_can_be_no_folder_is_refused_at_once(tmp_path: Path, name: 
 def test_half_a_checkpoint_is_taken_away(tmp_path: Path) -> None:
     with pytest.raises((AttributeError, pickle.PicklingError)):
         Toy(tmp_path, epochs=1, late=lambda: 0)  # which no file can hold
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".samda"]

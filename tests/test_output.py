@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from samda.errors import UsageError
+from samda.io import new_folder, replacing, write_text
+from samda.output import open_output
+from samda.processes import Shard
+
+OTHER = """
+import sys, time
+from samda.output import open_output
+from samda.processes import Shard
+part = Shard(*map(int, sys.argv[2].split("/"))) if len(sys.argv) > 2 else None
+with open_output(sys.argv[1], part=part):
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+
+
+def other(folder: Path, *part: str) -> subprocess.Popen:
+    """Another process that holds the folder until its input ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", OTHER, str(folder), *part], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "open\n"
+    return process
+
+
+def test_own_files_are_replaced_and_foreign_ones_are_not(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("theirs")
+    with open_output(tmp_path):
+        write_text(tmp_path / "a.txt", "1")
+        write_text(tmp_path / "a.txt", "2")
+        with pytest.raises(UsageError, match=r"b\.txt"):
+            write_text(tmp_path / "b.txt", "ours")
+    with open_output(tmp_path, ["a.txt", "c.txt"]):  # a later command
+        write_text(tmp_path / "a.txt", "3")
+    (tmp_path / "a.txt").write_text("edited by hand")
+    with pytest.raises(UsageError, match=r"did not write.*: a\.txt, b\.txt; choose another"):
+        open_output(tmp_path, ["a.txt", "b.txt", "c.txt"])
+    assert [(tmp_path / name).read_text() for name in ("a.txt", "b.txt")] == ["edited by hand", "theirs"]
+
+
+def test_a_refused_folder_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("theirs")
+    with pytest.raises(UsageError):
+        open_output(tmp_path, ["b.txt"])
+    assert [path.name for path in tmp_path.iterdir()] == ["b.txt"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "broken link"])
+def test_what_is_no_file_is_foreign(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "x").write_text("theirs")
+    out = tmp_path / "out"
+    out.mkdir()
+    if kind == "folder":
+        (tmp_path / "theirs").rename(out / "a.txt")
+    else:
+        (out / "a.txt").symlink_to(tmp_path / "theirs" / ("x" if kind == "link" else "gone"))
+    with open_output(out), pytest.raises(UsageError, match=r"a\.txt"):
+        write_text(out / "a.txt", "ours")
+
+
+def test_a_folder_with_a_foreign_file_is_not_replaced(tmp_path: Path) -> None:
+    with open_output(tmp_path):
+        for text in ("1", "2"):
+            with new_folder(tmp_path / "case", overwrite=True) as place:
+                (place / "x").write_text(text)
+        assert (tmp_path / "case" / "x").read_text() == "2"
+        (tmp_path / "case" / "notes").write_text("theirs")
+        with pytest.raises(UsageError, match="case"), new_folder(tmp_path / "case", overwrite=True):
+            pass
+    assert (tmp_path / "case" / "notes").read_text() == "theirs"
+
+
+def test_a_kill_before_the_renaming_leaves_the_old_file_own(tmp_path: Path) -> None:
+    with open_output(tmp_path) as output:
+        write_text(tmp_path / "a.txt", "old")
+        (tmp_path / "new").write_text("new")
+        output.note(tmp_path / "a.txt", tmp_path / "new")
+        with (tmp_path / ".samda" / "manifest.jsonl").open("a") as file:
+            file.write('\n{"file": "a.t')  # cut short
+    with open_output(tmp_path, ["a.txt"]):
+        write_text(tmp_path / "a.txt", "newest")
+    lines = (tmp_path / ".samda" / "manifest.jsonl").read_text().splitlines()
+    assert sum("a.txt" in line for line in lines) >= 1
+    assert (tmp_path / "a.txt").read_text() == "newest"
+
+
+def test_the_manifest_keeps_one_line_per_file(tmp_path: Path) -> None:
+    with open_output(tmp_path):
+        for number in range(5):
+            write_text(tmp_path / "curve.json", str(number))
+    (line,) = (tmp_path / ".samda" / "manifest.jsonl").read_text().splitlines()
+    assert json.loads(line)["file"] == "curve.json"
+
+
+def test_a_second_command_is_refused_until_the_first_ends(tmp_path: Path) -> None:
+    first = other(tmp_path)
+    for part in (None, Shard(1, 2)):
+        with pytest.raises(UsageError, match="already in use"):
+            open_output(tmp_path, part=part)
+    first.kill()
+    first.wait()
+    open_output(tmp_path).close()
+
+
+def test_parts_share_a_folder_but_not_with_themselves_or_with_the_whole(tmp_path: Path) -> None:
+    first = other(tmp_path, "1/2")
+    for part in (None, Shard(1, 2)):
+        with pytest.raises(UsageError, match="already in use"):
+            open_output(tmp_path, part=part)
+    (tmp_path / ".7-0123abcd-x").write_text("")  # being written by part 1
+    with open_output(tmp_path, part=Shard(2, 2)):
+        assert (tmp_path / ".7-0123abcd-x").exists()
+    first.communicate("")
+    open_output(tmp_path).close()
+    assert not (tmp_path / ".7-0123abcd-x").exists()
+
+
+def test_litter_of_killed_commands_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "details").mkdir()
+    for place in (tmp_path, tmp_path / "details"):
+        (place / ".4711-0a1b2c3d-case").mkdir()
+        (place / ".4711-0a1b2c3d-case" / "x").write_text("half")
+        (place / ".4711-0a1b2c3d-a.nii.gz").write_text("half")
+        for name in (".hidden", ".4711-case", "4711-0a1b2c3d-x"):
+            (place / name).write_text("theirs")
+    open_output(tmp_path).close()
+    for place in (tmp_path, tmp_path / "details"):
+        assert {path.name for path in place.iterdir()} - {".samda", "details"} == {
+            ".hidden",
+            ".4711-case",
+            "4711-0a1b2c3d-x",
+        }
+
+
+def test_the_mode_of_a_file_is_that_of_the_umask_whatever_its_writer_does(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with replacing(tmp_path / "x") as temporary:
+            temporary.unlink()
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
