@@ -434,7 +434,7 @@ def test_names_that_cannot_be_written_fail_alone(
     for skip in (False, True):
         result = predict_folder(predictor, tmp_path / "list.json", tmp_path / "out", skip_finished=skip)
         assert list(result.failed) == names and result.done + result.skipped == ["good"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good.json", "good.nii.gz"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == ["good.json", "good.nii.gz"]
 
 
 def test_a_failed_write_leaves_nothing_behind(
