@@ -19,6 +19,7 @@ from samda.training.handlers import (
     TensorBoard,
     TrainingRecord,
     Validate,
+    ValidationProgress,
 )
 from samda.training.loss import DiceCELoss
 from samda.training.optim import (
@@ -56,6 +57,7 @@ __all__ = [
     "TensorBoard",
     "TrainingRecord",
     "Validate",
+    "ValidationProgress",
     "WholeBatchLoss",
     "batch_share",
     "build_dataset",

@@ -113,6 +113,20 @@ class CaseDice:
         engine.add_event_handler(Events.EPOCH_COMPLETED, epoch)
 
 
+class ValidationProgress:
+    """A bar over a validation on a terminal, lines elsewhere."""
+
+    def attach(self, engine: Engine) -> None:
+        """Register with an evaluation engine."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self.start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: self.bar.update())
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: self.bar.close())
+
+    def start(self, engine: Engine) -> None:
+        """Open the bar."""
+        self.bar = bar("validating", engine.state.epoch_length or 0, "step")
+
+
 class TrainingRecord:
     """The curve of a training and its best parameters; a checkpoint carries it through a resume.
 

@@ -12,8 +12,9 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from monai.engines import SupervisedEvaluator
 from monai.handlers import ValidationHandler, from_engine
 
+from samda import progress
 from samda.errors import InputError
-from samda.training import Progress, RecordEpoch, TrainingRecord
+from samda.training import Progress, RecordEpoch, TrainingRecord, ValidationProgress
 
 
 def run(
@@ -110,3 +111,12 @@ def test_an_error_before_the_bar_is_open_is_the_one_that_is_raised() -> None:
 def test_nothing_is_printed_into_a_pipe(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run(tmp_path, [0.1, 0.2])
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_long_validation_writes_lines(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    engine = Engine(lambda engine, batch: None)
+    ValidationProgress().attach(engine)
+    engine.run([0, 1, 2], max_epochs=1)
+    lines = capfd.readouterr().err.splitlines()
+    assert [text.partition(",")[0] for text in lines] == [f"validating: {n} of 3 steps" for n in (1, 2, 3)]
