@@ -153,7 +153,7 @@ def test_an_overlay_replaces_the_adapters_and_plus_adds_to_them(tmp_path: Path) 
     salt = str(packaged("configs", "adapters", "salt.yaml"))
     (tmp_path / "more.yaml").write_text("+adapters:\n  lora: {rank: 2}\n")
     assert list(ConfigParser.load_config_files([config, salt])["adapters"]) == ["salt"]
-    assert list(ConfigParser.load_config_files([config, str(tmp_path / "more.yaml")])["adapters"]) == ["head", "lora"]
+    assert list(ConfigParser.load_config_files([config, str(tmp_path / "more.yaml")])["adapters"]) == ["ssf", "lora"]
 
 
 def _targets(value: Any) -> Iterator[str]:
