@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from samda.adaptation.engine import Adaptation, AdaptedCase
     from samda.adaptation.folder import AdaptRun, adapt_folder
     from samda.adaptation.guard import REASONS, Decision, Evidence, GuardSettings
-    from samda.adaptation.job import run_adaptation
+    from samda.adaptation.job import check_run, log_case, run_adaptation
     from samda.adaptation.objectives import OBJECTIVES, Objective, build_objective, check_settings
     from samda.adaptation.settings import AdaptationSettings
 
@@ -21,7 +21,7 @@ _PLACES = {
     "engine": ("AdaptedCase", "Adaptation"),
     "folder": ("AdaptRun", "adapt_folder"),
     "guard": ("REASONS", "Decision", "Evidence", "GuardSettings"),
-    "job": ("run_adaptation",),
+    "job": ("check_run", "log_case", "run_adaptation"),
     "objectives": ("OBJECTIVES", "Objective", "build_objective", "check_settings"),
     "settings": ("AdaptationSettings",),
 }
@@ -40,7 +40,9 @@ __all__ = [
     "Objective",
     "adapt_folder",
     "build_objective",
+    "check_run",
     "check_settings",
+    "log_case",
     "run_adaptation",
 ]
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from samda.adaptation.objectives import check_settings
 from samda.adaptation.page import mean_dice, score_run, write_page
 from samda.adaptation.site import check_site, distill
 from samda.data.datalists import find_cases
-from samda.errors import UsageError
+from samda.errors import InputError, UsageError
 from samda.inference.predict import refuse_own_folder
 from samda.models.versions import list_versions, load_version
 from samda.output import open_output
 from samda.processes import Shard, exchange, is_main, rank_and_world
+
+logger = logging.getLogger(__name__)
 
 
 def run_adaptation(
@@ -102,3 +105,17 @@ def run_adaptation(
                 run = whole
     about = {"version": version, "failed": run.failed, "part": None if part is None else str(part)}
     return run.to_dict() | facts | about
+
+
+def log_case(case: str, record: Mapping[str, Any]) -> None:
+    """Log the outcome of a case: `on_case` of the bundle's adapt.json."""
+    logger.info("case %s: %s (%s)", case, record["reason"], record["error"] or record["explanation"])
+
+
+def check_run(result: dict[str, Any]) -> dict[str, Any]:
+    """The result of :func:`run_adaptation`; InputError on the main process if a case failed."""
+    if result["failed"] and is_main():
+        raise InputError(
+            f"{len(result['failed'])} of {len(result['cases'])} cases failed: {', '.join(result['failed'])}"
+        )
+    return result

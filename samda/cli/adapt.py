@@ -22,7 +22,7 @@ from typing import Any
 
 from samda.adaptation.settings import AdaptationSettings
 from samda.cli.options import add_shared, check_file, existing, parse_settings, pick_device, positive, print_json, say
-from samda.errors import InputError, UsageError, check_keys
+from samda.errors import UsageError, check_keys
 from samda.processes import is_main, join_for_cases, leave, read_part
 
 FIELDS = dataclasses.fields(AdaptationSettings)
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("--site needs adapted cases; leave out --dry-run")
     part = read_part(args.part)
     device = pick_device(args.device)
-    from samda.adaptation.job import run_adaptation
+    from samda.adaptation.job import check_run, run_adaptation
 
     join_for_cases()
     result = run_adaptation(
@@ -115,10 +115,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{counts or 'no case'}; {page}")
         if args.site and result["page"]:
             print(f"candidate version {args.site}; samda site activate {args.site} -m {args.model} makes it active")
-    if result["failed"]:
-        raise InputError(
-            f"{len(result['failed'])} of {len(result['cases'])} cases failed: {', '.join(result['failed'])}"
-        )
+    check_run(result)
 
 
 def read_settings(args: argparse.Namespace) -> dict[str, Any]:

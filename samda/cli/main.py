@@ -23,7 +23,20 @@ from samda.version import __version__
 
 COMMANDS = {  # name -> module, in the order of the help
     name: f"samda.cli.{name}"
-    for name in ("check", "train", "predict", "adapt", "evaluate", "erf", "site", "export", "info", "weights", "demo")
+    for name in (
+        "check",
+        "train",
+        "predict",
+        "adapt",
+        "evaluate",
+        "erf",
+        "site",
+        "export",
+        "info",
+        "weights",
+        "bundle",
+        "demo",
+    )
 }
 
 EXIT_CODES = {

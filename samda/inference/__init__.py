@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from samda.inference.evaluate import evaluate
+from samda.inference.evaluate import evaluate, score_cases
 from samda.inference.postprocessing import SaveLabelMapd, build_postprocessing
-from samda.inference.predict import Prediction, Predictor, predict_folder
+from samda.inference.predict import CaseEvaluator, Prediction, Predictor, predict_folder
 from samda.inference.volume import VolumeInferer
 from samda.receptive_field import ErfMap, area_ratios, body_slices, measure_erf
 
 __all__ = [
+    "CaseEvaluator",
     "ErfMap",
     "Prediction",
     "Predictor",
@@ -21,4 +22,5 @@ __all__ = [
     "evaluate",
     "measure_erf",
     "predict_folder",
+    "score_cases",
 ]

@@ -20,9 +20,11 @@ from samda.data.formats import PICTURE_SUFFIXES
 from samda.data.labels import MapLabelsd
 from samda.data.readers import Scan, read_label, refuse_other_grid, uncropped
 from samda.errors import InputError, SamdaError, UsageError, is_disk_full, log_failed, reason_of
+from samda.inference.predict import CaseEvaluator
 from samda.io import csv_text, plain, write_json, write_text
 from samda.metrics import COUNTED, DEFINITIONS, SCORES, ClassScores, score_case, summarize
 from samda.output import open_output
+from samda.processes import is_main
 from samda.progress import bar
 from samda.task import Task
 
@@ -137,6 +139,19 @@ def evaluate(
                 result.save(output)
             except (OSError, SamdaError) as error:  # the scores took long; they are shown all the same
                 result = dataclasses.replace(result, unsaved=f"the scores were not written: {reason_of(error)}")
+    return result
+
+
+def score_cases(evaluator: CaseEvaluator, **settings: Any) -> Evaluation | None:
+    """The last step of the bundle's evaluate.json: :func:`evaluate` with these settings, on the main process, whose
+    table is printed; InputError where a case was not predicted or scored.
+    """
+    if not is_main():
+        return None
+    result = evaluate(**settings)
+    print(format_table(result))
+    evaluator.check()
+    result.check()
     return result
 
 

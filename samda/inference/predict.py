@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
+from monai.data import Dataset, MetaTensor
+from monai.networks.utils import eval_mode
 from nibabel.spatialimages import SpatialImage
 
 from samda.data.datalists import Case, find_cases
 from samda.data.formats import name_of, scan_path, source_of
 from samda.data.transforms import build_preprocessing
-from samda.errors import SamdaError, UsageError, is_disk_full, log_failed
+from samda.errors import InputError, SamdaError, UsageError, is_disk_full, log_failed
 from samda.inference.postprocessing import keep_largest, override, own_grid, warn_empty
 from samda.inference.volume import VolumeInferer
 from samda.inference.writer import (
@@ -29,9 +31,11 @@ from samda.inference.writer import (
 )
 from samda.io import files_of
 from samda.output import open_output
-from samda.processes import Shard
+from samda.processes import Shard, exchange, is_main, read_part
 from samda.progress import Cases
 from samda.task import Task
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +242,57 @@ def run_cases(
                 on_case(case["id"], outcome)
             progress.next()
     return result
+
+
+class CaseEvaluator:
+    """The engine of the bundle's inference.json and evaluate.json: `samda predict` with the config's own parts.
+
+    Cases that fail are listed and the others go on, as in :func:`predict_folder`; processes of torchrun share them.
+
+    Args:
+        dataset: MONAI's Dataset of cases with the preprocessing.
+        network, inferer: as in MONAI's SupervisedEvaluator.
+        postprocessing: of a dictionary with "pred" (1, X, Y, Z); writes the label map.
+        output_dir: folder of the label maps.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        network: torch.nn.Module,
+        inferer: VolumeInferer,
+        postprocessing: Callable[[dict[str, Any]], Any],
+        output_dir: str | Path,
+    ) -> None:
+        self.dataset, self.network, self.inferer = dataset, network, inferer
+        self.postprocessing, self.output_dir = postprocessing, output_dir
+        self.result = FolderResult()
+
+    def run(self) -> None:
+        """Predict the cases of this process; the main one learns of all."""
+        cases: list[Case] = list(self.dataset.data)
+        index = {case["id"]: i for i, case in enumerate(cases)}
+
+        def one(case: Case, _folder: Path) -> bool:
+            data: Any = self.dataset[index[case["id"]]]
+            with eval_mode(self.network), torch.no_grad():
+                pred = self.inferer(data["image"][None], self.network)[0]
+            self.postprocessing({**data, "pred": pred})
+            return False  # the postprocessing has warned of an empty map
+
+        result = run_cases(cases, self.output_dir, one, part=read_part())
+        first, *others = exchange(result)
+        self.result = sum(others, first)
+
+    def check(self) -> None:
+        """Say on the main process what was done, and raise InputError if a case failed."""
+        if not is_main():
+            return
+        done, failed = self.result.done, self.result.failed
+        logger.info("%d cases predicted; label maps in %s", len(done), self.output_dir)
+        if failed:
+            total = len(done) + len(failed)
+            raise InputError(f"{len(failed)} of {total} cases failed: {', '.join(failed)}")
 
 
 def refuse_own_folder(cases: Sequence[Case], folder: Path) -> None:

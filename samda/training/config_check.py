@@ -17,12 +17,13 @@ import pydoc
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from monai.bundle import ComponentLocator, ConfigParser, ConfigWorkflow
 
 from samda.adapters.attach import build_configs, check_together
-from samda.errors import UsageError, nearest
+from samda.errors import UsageError, cause_of, nearest, reason_of
 from samda.io import plain
 from samda.networks.backbones import backbone_config
 from samda.networks.segmenter import head_config
@@ -93,6 +94,8 @@ RANGES: dict[str, dict[str, float]] = {  # keys whose wrong values PyTorch and i
 
 def check_overrides(config_file: str | Sequence[str]) -> None:
     """Check the running config against `config_file` (or several, merged) in the folder of its first config file."""
+    if getattr(sys.modules["__main__"].__spec__, "name", "").startswith("monai.bundle"):
+        sys.excepthook = _report
     workflow = _running_workflow()
     if workflow is None:  # a bare ConfigParser: nothing was overridden through MONAI
         return
@@ -222,6 +225,17 @@ def _parameters(target: Any, path: str) -> list[str] | None:
 @functools.cache
 def _locator() -> ComponentLocator:
     return ComponentLocator()
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What `python -m monai.bundle` prints of an error: the last line is samda's, not that of MONAI's wrappers."""
+    if cause_of(error) is None:
+        sys.__excepthook__(kind, error, trace)
+    causes = [error]
+    while causes[-1].__cause__ is not None and causes[-1].__cause__ not in causes:
+        causes.append(causes[-1].__cause__)
+    sys.stdout.flush()
+    print(f"samda: {reason_of(causes[-1] if cause_of(error) is None else error)}", file=sys.stderr)
 
 
 def own_settings() -> dict[str, Any]:

@@ -104,6 +104,33 @@ def test_evaluation_from_elsewhere_scores_the_section(
     assert job.parser.get_parsed_content("task_def").classes == ("background", "liver", "spleen")
 
 
+@pytest.mark.parametrize("job", ["inference", "evaluate"])
+def test_a_bad_case_does_not_stop_the_good_ones(
+    job: str, model: Path, datalist: Path, tmp_path: Path, keys: dict[str, Any], capsys: pytest.CaptureFixture
+) -> None:
+    cases = json.loads(datalist.read_text())["test"]
+    cases = [{key: str(datalist.parent / value) for key, value in case.items() if key != "id"} for case in cases]
+    (tmp_path / "bad.nii.gz").write_bytes(b"no scan")
+    bad = cases[0] | {"id": "bad", "image": str(tmp_path / "bad.nii.gz")}
+    (tmp_path / "list.json").write_text(json.dumps({"test": [bad, cases[0] | {"id": "good_0000"}]}))
+    job_ = workflow(
+        job,
+        model,
+        dataset_dir=str(tmp_path / "list.json"),
+        output_dir=str(tmp_path / "out"),
+        **{"weights": keys["weights"]},
+    )
+    job_.initialize()
+    job_.run()
+    with pytest.raises(Exception) as error:
+        job_.finalize()
+    assert str(cause_of(error.value)) == "1 of 2 cases failed: bad"
+    assert nib.load(tmp_path / "out" / "good_0000.nii.gz").shape == nib.load(cases[0]["image"]).shape
+    if job == "evaluate":
+        assert list(json.loads((tmp_path / "out" / "metrics.json").read_text())["cases"]) == ["good_0000"]
+        assert "not scored: bad: " in capsys.readouterr().out
+
+
 def test_a_section_without_labels_is_one_line(
     model: Path, datalist: Path, tmp_path: Path, keys: dict[str, Any]
 ) -> None:
