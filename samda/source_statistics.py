@@ -7,6 +7,8 @@ body they show; no value belongs to one patient. Predictions of a new scan are m
 
 Features: mean and spread of each channel after each layer of the decoder, for each class, since a scan may show other
 organs than the training slices did.
+
+Levels: mean and spread over the body of each channel of the encoder's levels, as the head `pyramid` standardizes them.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from scipy import ndimage
 from samda.data.body import body_mask, body_threshold
 from samda.embeddings import labeled_batches
 from samda.errors import InputError
-from samda.networks.head import map_levels
+from samda.networks.head import IMAGE, Pyramid, map_levels
+from samda.networks.pyramid_head import PyramidHead
 from samda.networks.segmenter import SamSegmenter
 from samda.task import Task
 
@@ -45,6 +48,7 @@ FEATURES = {
     "column": "the same for columns",
 }
 Box = tuple[slice, slice]  # rows, columns
+Sums = list[list[torch.Tensor]]  # per layer, as `class_sums` has them
 ClassFeatures = dict[str, list[float]]  # feature -> its value in each slice that holds the class
 
 
@@ -276,7 +280,7 @@ def feature_statistics(
         Per layer {"mean", "std"}: K rows of C values each, None for a class without slices; plain values for JSON.
     """
     step = max(1, -(-len(indices) // MOST))
-    sums: list[list[torch.Tensor]] = []
+    sums: Sums = []
     device = network.pixel_mean.device
     network.eval()
     with FeatureTap(network) as tap:
@@ -290,10 +294,45 @@ def feature_statistics(
             height, width = (side // network.head.feature_stride for side in labels.shape[1:])
             shares = class_shares(labels, network.num_classes, (height, width)).double()
             found = [list(class_sums(torch.cat(kept).double(), shares)) for kept in tap.features]
-            if sums:
-                found = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, found, strict=True)]
-            sums = found
+            sums = _added(sums, found)
     return [_moments(*layer) for layer in sums]
+
+
+@torch.no_grad()
+def level_statistics(
+    network: SamSegmenter, task: Task, items: Any, indices: Sequence[int], batch_size: int = 8
+) -> list[dict[str, Any]]:
+    """Moments of the levels over the body; slices and plain values as those of :func:`feature_statistics`.
+
+    Returns:
+        Per level, fine to coarse, {"mean", "std"}: one row of C values each; none for a head without levels.
+    """
+    if not isinstance(network.head, PyramidHead):
+        return []
+    step, device = max(1, -(-len(indices) // MOST)), network.pixel_mean.device
+    sums: Sums = []
+    for inputs, _ in labeled_batches(items, list(indices)[::step], batch_size):
+        pyramid = inputs if isinstance(inputs, dict) else network.encode(inputs.to(device))
+        found = level_sums(network, pyramid, task)
+        sums = _added(sums, found)
+    return [_moments(*level) for level in sums]
+
+
+def level_sums(network: SamSegmenter, pyramid: Pyramid, task: Task) -> Sums:
+    """Per level of slices weight (1,), sum and sum of squares (1, C) of its standardized channels in the body."""
+    images = np.asarray(pyramid[IMAGE].float().cpu())
+    bodies = torch.from_numpy(np.concatenate([body_masks(image[None], task) for image in images])).float()
+    sums = []
+    pyramid = map_levels(lambda level: level.to(network.pixel_mean), pyramid)
+    for maps in network.head.standardized(pyramid):  # type: ignore[operator]
+        inside = F.interpolate(bodies[:, None], size=maps.shape[-2:], mode="area").to(maps)
+        values, shares = (part.flatten(2).transpose(1, 2).double() for part in (maps, inside))
+        sums.append(list(class_sums(values, shares)))
+    return sums
+
+
+def _added(sums: Sums, found: Sums) -> Sums:
+    return [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, found, strict=True)] if sums else found
 
 
 def _moments(weight: torch.Tensor, total: torch.Tensor, square: torch.Tensor) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def foreground_entropy(logits: torch.Tensor) -> float:
 
 
 def displacement(parameters: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]) -> float:
-    """|theta - theta_0| / |theta_0| over all adapted tensors."""
+    """|theta - theta_0| / |theta_0| over all adapted tensors; the root mean square of the change where theta_0 is 0."""
     moved = sum(float((parameters[name].detach() - start[name]).double().square().sum()) for name in start)
     size = sum(float(start[name].double().square().sum()) for name in start)
-    return (moved / max(size, 1e-24)) ** 0.5
+    return (moved / (size or sum(tensor.numel() for tensor in start.values()))) ** 0.5

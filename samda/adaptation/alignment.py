@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A scan against the statistics of the training slices (:mod:`samda.source_statistics`): features and predictions.
 
+Alignment of levels: the mean and spread of each channel that the head `pyramid` reads, in closed form.
+
 Alignment of features: another scanner shifts and scales the channels that the class head reads. Networks with batch
 norm re-estimate their moments at test time; SAM has none, so the adapter restores the moments of the training slices,
 as in activation matching (ActMAD, arXiv 2211.12870). A scan may show other organs than the training slices, so the
@@ -26,11 +28,16 @@ import torch
 from samda.adaptation.case import PreparedCase, Segmentation
 from samda.adaptation.guard import Evidence
 from samda.adaptation.objectives import most_likely
+from samda.adapters.base import modules
+from samda.adapters.sites import LevelSite
 from samda.errors import InputError
+from samda.networks.segmenter import SamSegmenter
 from samda.source_statistics import FEATURES, Box, FeatureTap, class_shares, class_sums, shape_features
 from samda.task import Task
 
 LEAST_VARIANCE = 1e-8
+MOST_GAIN = 4.0  # by which a channel's spread may change
+STRENGTHS = (0.5, 1.0)  # of the alignment of levels
 FEW = 8.0  # places of the grid that a class must fill to be aligned by itself
 # least width of a feature's fall-off: one patient's slices do not show how far patients differ
 LEAST = {"area_mm2": 0.4, "components": 1.0, "compactness": 0.1, "elongation": 0.2, "row": 0.06, "column": 0.06}
@@ -164,6 +171,47 @@ def class_plausibility(
     return float(np.average(scores, weights=areas))
 
 
+def align_levels(
+    network: SamSegmenter,
+    parameters: Mapping[str, torch.Tensor],
+    source: Sequence[Mapping[str, Any]],
+    found: Sequence[Sequence[torch.Tensor]],
+    strength: float,
+) -> dict[str, torch.Tensor]:
+    """Values of the adapter `ssf` that bring the moments of a scan's levels to those of the training slices.
+
+    With mean m and deviation s of a channel u in the body of the scan, and m0, s0 in that of the training slices,
+
+        u -> s' / s (u - m) + m',    m' = m + a (m0 - m),    s' = s (s0 / s)^a
+
+    a is the `strength`, 0 to 1; s' / s is limited to 1/4 to 4. The trained scale and shift follow.
+
+    Args:
+        network: with the head `pyramid`.
+        parameters: those that may move, by name.
+        source: of :func:`samda.source_statistics.level_statistics`.
+        found: of :func:`samda.source_statistics.level_sums`.
+        strength: a.
+    """
+    aligned: dict[str, torch.Tensor] = {}
+    done = set()
+    for path, site, adapter in modules(network):
+        names = f"{path}.scale", f"{path}.shift"
+        if not isinstance(site, LevelSite) or site in done or names[0] not in parameters:
+            continue
+        done.add(site)
+        weight, total, square = (part.squeeze(0) for part in found[site.info.block])
+        mean = total / weight
+        std = (square / weight - mean.square()).clamp_min(LEAST_VARIANCE).sqrt()
+        mean0, std0 = (torch.tensor(source[site.info.block][key][0]).to(mean) for key in ("mean", "std"))
+        gain = (std0 / std).pow(strength).clamp(1 / MOST_GAIN, MOST_GAIN)
+        trained = 1 + sum(other.delta()[0].detach().double() for other in site.active())
+        changes = trained * (gain - 1), trained * (mean + strength * (mean0 - mean) - gain * mean)
+        for name, old, change in zip(names, adapter.delta(), changes, strict=True):
+            aligned[name] = (old.detach() + change).to(old.dtype)
+    return aligned
+
+
 class Judge:
     """Turns predictions into evidence for the guard; its :attr:`alignment` measures features.
 
@@ -184,6 +232,7 @@ class Judge:
         if not features:
             raise InputError("the model's source statistics lack its features, which are aligned to; train it again")
         self.alignment = FeatureAlignment(features, task.num_classes)
+        self.levels: list[dict[str, Any]] = statistics.get("levels") or []  # folders of samda 0.1 have none
 
     def evidence(
         self, case: PreparedCase, prediction: Segmentation, agreement: float, entropy: float, drift: float = math.nan

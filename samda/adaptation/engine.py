@@ -25,7 +25,7 @@ from nibabel.spatialimages import SpatialImage
 from torch.utils.checkpoint import checkpoint
 
 from samda.adaptation.agreement import class_agreement, foreground_entropy, mean_agreement
-from samda.adaptation.alignment import CaseAlignment, Judge
+from samda.adaptation.alignment import STRENGTHS, CaseAlignment, Judge, align_levels
 from samda.adaptation.case import (
     EmbeddingReplay,
     PreparedCase,
@@ -55,7 +55,7 @@ from samda.networks.head import IMAGE, Pyramid, map_levels, split_levels
 from samda.networks.segmenter import SamSegmenter
 from samda.progress import share
 from samda.provenance import now, path_sha256, sha256_of, tensors_sha256
-from samda.source_statistics import FeatureTap, body_boxes
+from samda.source_statistics import FeatureTap, body_boxes, level_sums
 from samda.task import Task
 
 GRADIENT_PIXELS = 1 << 23  # pixels of the slices decoded at once with gradients: about 1 GB for the head `sam`
@@ -143,6 +143,11 @@ class Adaptation:
         self.settings = dataclasses.replace(self.settings, scope=scope)
         self.parameters = scope_parameters(network, scope)
         _check_trained(network, self.parameters)
+        paces = {path: adapter.pace for path, _, adapter in modules(network)}
+        self.rates = {
+            name: (self.settings.lr or 0.0) * next(pace for path, pace in paces.items() if name.startswith(f"{path}."))
+            for name in self.parameters
+        }
         self.judge = Judge(task, record)
         self.embedded = not changes_encoder(network, self.parameters)  # then views are encoded once
         self.mirror = mirrored_classes(task.classes)
@@ -318,13 +323,26 @@ class Adaptation:
                 self.parameters,
                 self.objective,
                 self.settings.steps or 0,
-                self.settings.lr or 0.0,
+                self.rates,
                 merit=keep_last if self.settings.keep == "last" else functools.partial(self.merit, case),
                 deadline=None if limit is None else time.monotonic() + limit,
                 alignment=lambda: align(seen[0]),
+                starts=self.aligned_levels(case),
             )
         case.seconds["adapt"] = time.perf_counter() - begin
         return run
+
+    @torch.no_grad()
+    def aligned_levels(self, case: PreparedCase) -> list[dict[str, torch.Tensor]]:
+        """Values of the adapter `ssf` by strength of the alignment; none without it, its statistics or a step."""
+        if not (self.objective.aligns_levels and self.settings.steps and self.judge.levels):
+            return []
+        shown = self._shown(case)
+        pyramid = map_levels(lambda level: level[0][shown], case.inputs)  # of the slices themselves
+        pyramid = pyramid if self.embedded else self.network.encode(pyramid[IMAGE])
+        found = level_sums(self.network, pyramid, self.task)
+        pairs = [align_levels(self.network, self.parameters, self.judge.levels, found, a) for a in STRENGTHS]
+        return [tensors for tensors in pairs if tensors]
 
     def predict(self, case: PreparedCase, tensors: Mapping[str, torch.Tensor]) -> Segmentation:
         """Predict all slices of a prepared case with other values of the scope's parameters."""

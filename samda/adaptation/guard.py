@@ -18,15 +18,15 @@ from typing import Any
 from samda.errors import UsageError, check_numbers
 
 REASONS = {
-    "accepted": "the adapted prediction is more plausible or its views agree better, and neither is much worse",
+    "accepted": "the adapted prediction is more plausible or its views agree better, and they do not agree less",
     "accepted_unchanged": "no voxel changed, no iterate was better, or no step was taken",
     "skipped_quality": "before adapting: the source prediction is plausible and its views agree",
     "skipped_empty": "before adapting: no view shows any foreground; review the scan",
     "fallback_vanished": "a class that the source predicts plausibly is gone (TENT's collapse)",
     "fallback_volume": "a class grew or shrank beyond the limit, became implausible, and the whole less plausible",
     "fallback_plausibility": "plausibility fell by more than better agreement makes up for",
-    "fallback_agreement": "the views agree much less, or neither agreement nor plausibility rose",
-    "fallback_drift": "the features did not come closer to those of the training slices",
+    "fallback_agreement": "the views agree less, or neither agreement nor plausibility rose",
+    "fallback_drift": "the features went away from those of the training slices",
     "fallback_entropy": "certainty rose while agreement fell: the sign of confirmation bias",
     "fallback_nonfinite": "a loss, parameter or output was not finite",
     "fallback_timeout": "the time limit of the case passed",
@@ -76,8 +76,8 @@ class GuardSettings:
     minor: float = 0.05  # changes of volume below this share of the adapted foreground are always allowed
     tolerance: float = 0.1  # largest loss of plausibility, of agreement, and of a resized class's own plausibility
     regain: float = 0.02  # loss of the mean plausibility from which no class may be resized implausibly
-    drift_factor: float = 0.95  # largest drift, as a share of the source's
-    improvement: float = 0.0  # plausibility or agreement must rise by more than this
+    drift_factor: float = 1.1  # largest drift, as a share of the source's
+    improvement: float = 0.05  # agreement, or plausibility with no less agreement, must rise by more than this
 
     def to_dict(self) -> dict[str, float]:
         """Plain values for the record."""
@@ -138,11 +138,11 @@ def after(
     agreement = "" if single else f"agreement {source.agreement:.3f} -> {adapted.agreement:.3f}, "
     if agreed < -settings.tolerance:
         return Decision.of("fallback_agreement", f"{agreement}plausibility {gain:+.3f}: views agree much less")
-    if max(agreed, gain) <= settings.improvement:
+    if (agreed if agreed < 0 else max(agreed, gain)) <= settings.improvement:
         return Decision.of("fallback_agreement", f"{agreement}plausibility {gain:+.3f}: no gain")
     if adapted.drift > settings.drift_factor * source.drift:
         moved = f"{source.drift:.3f} -> {adapted.drift:.3f}"
-        return Decision.of("fallback_drift", f"the features did not come closer to the source's: {moved}")
+        return Decision.of("fallback_drift", f"the features went away from the source's: {moved}")
     if last is not None and last[0] < source.agreement and last[1] < source.entropy and gain <= settings.improvement:
         return Decision.of("fallback_entropy", "at the last step, agreement had fallen and confidence had risen")
     return Decision.of("accepted", f"{agreement}plausibility {gain:+.3f}")

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from samda.adaptation.objectives import Objective
 from samda.progress import share
 
 GRADIENT_NORM = 1.0  # clip
-NEAR = 0.9  # share of the highest merit; merit is coarse, and good objectives improve with further steps
+NEAR = 0.95  # share of the highest merit
 Merit = Callable[[torch.Tensor, Mapping[int, float]], float]  # logits of all views, agreement by class -> score
 
 
@@ -32,7 +32,7 @@ class OutOfTime(Exception):
 
 @dataclasses.dataclass
 class Trajectory:
-    """The course of one adaptation. Curves have one entry per iterate, the source model first (`steps` + 1 entries)."""
+    """The course of one adaptation. Curves have one entry per iterate, the source model first."""
 
     tensors: dict[str, torch.Tensor]  # of the kept iterate
     last: dict[str, torch.Tensor]  # of the last iterate
@@ -89,53 +89,64 @@ def optimize(
     parameters: Mapping[str, nn.Parameter],
     objective: Objective,
     steps: int,
-    lr: float,
+    lr: float | Mapping[str, float],
     merit: Merit | None = None,
     deadline: float | None = None,
     alignment: Callable[[], torch.Tensor] | None = None,
+    starts: Sequence[Mapping[str, torch.Tensor]] = (),
 ) -> Trajectory:
     """Minimize the objective over `parameters`, which are theta_0 before and the kept iterate afterwards.
 
-    Adam with gradients clipped to norm 1, in fp32. The kept iterate is the latest whose `merit` is at least 90 % of the
-    highest, theta_0 included.
+    The first iterates are theta_0 and the `starts`; from the one of highest `merit` follow steps of Adam with gradients
+    clipped to norm 1, in fp32. Of all iterates, the first is kept whose merit is at least 95 % of the highest: views
+    agree ever better with further steps, and the least change that has nearly the whole effect errs least.
 
     Args:
         logits_of: logits (V, N, K, h, w) of all views at the current parameters, with gradients.
         parameters: by name; they require gradients.
         objective: see :mod:`samda.adaptation.objectives`.
-        steps: optimizer steps; 0 only measures the source model.
-        lr: learning rate.
+        steps: optimizer steps; 0 only measures theta_0 and the starts.
+        lr: learning rate, or one for each parameter.
         merit: label-free score of an iterate; None is the agreement between views. NaN keeps the last iterate.
         deadline: `time.monotonic()` at which :class:`OutOfTime` is raised.
         alignment: distance of the features of the latest logits from the source's, see
             :mod:`samda.adaptation.alignment`; weighted by the objective.
+        starts: values of some of the parameters, by name.
     """
     start = copies(parameters)
-    optimizer = torch.optim.Adam(list(parameters.values()), lr=lr)
-    run = Trajectory(start, start)
-    state: Any = None
+    run, last = Trajectory(start, start), len(starts) + steps
     kept: dict[int, dict[str, torch.Tensor]] = {}
-    for step in range(steps + 1):
+
+    def pass_(gradients: bool, record: bool = True) -> torch.Tensor:
+        """The loss at the present parameters, which become an iterate."""
+        nonlocal kept
         if deadline is not None and time.monotonic() > deadline:
-            raise OutOfTime(f"step {step} of {steps}")
-        with torch.set_grad_enabled(step < steps):
+            raise OutOfTime(f"iterate {len(run.loss)} of {last}")
+        with torch.set_grad_enabled(gradients):
             logits = logits_of().float()
-        now = logits.detach()
-        if step == 0:
-            state = objective.prepare(now)
-        with torch.set_grad_enabled(step < steps):
-            loss = objective.loss(logits, state) + objective.anchor * _anchor(parameters, start)
-        with torch.set_grad_enabled(step < steps and objective.align > 0):
+            loss = objective.loss(logits)
+        with torch.set_grad_enabled(gradients and objective.align > 0):
             drift = alignment() if alignment is not None else torch.tensor(math.nan)
         if alignment is not None and objective.align:
             loss = loss + objective.align * drift
-        run.drift.append(float(drift.detach()))
-        run.displacement.append(displacement(parameters, start))
-        _measure(run, now, loss, merit)
-        share(0.35 + 0.55 * step / max(1, steps))  # of a case: after prediction and views
-        kept = {i: tensors for i, tensors in kept.items() if _is_near(run, i)}
-        if _is_near(run, step):
-            kept[step] = copies(parameters)
+        if record:
+            run.drift.append(float(drift.detach()))
+            run.displacement.append(displacement(parameters, start))
+            _measure(run, logits.detach(), loss, merit)
+            kept = _near_highest(kept | {len(run.merit) - 1: copies(parameters)}, run.merit)
+            share(0.35 + 0.55 * (len(run.loss) - 1) / max(1, last))  # of a case: after prediction and views
+        return loss
+
+    for tensors in (start, *starts) if starts else ():
+        load(parameters, start | dict(tensors))
+        pass_(gradients=False)
+    if starts:
+        first = max(kept, key=lambda index: (_merit(run.merit[index]), index))
+        load(parameters, kept[first])
+    rates = lr if isinstance(lr, Mapping) else dict.fromkeys(parameters, lr)
+    optimizer = torch.optim.Adam([{"params": [tensor], "lr": rates[name]} for name, tensor in parameters.items()])
+    for step in range(steps + 1):
+        loss = pass_(gradients=step < steps, record=step > 0 or not starts)
         if step < steps:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -143,9 +154,8 @@ def optimize(
             if not torch.isfinite(norm):
                 raise NotFinite(f"the gradient of step {step + 1}")
             optimizer.step()
-    run.best_step = max(kept)
-    run.tensors = kept[run.best_step]
-    run.last = copies(parameters)
+    run.best_step = (max if math.isnan(run.merit[-1]) else min)(kept)
+    run.tensors, run.last = kept[run.best_step], copies(parameters)
     load(parameters, run.tensors)
     return run
 
@@ -153,12 +163,6 @@ def optimize(
 def keep_last(logits: torch.Tensor, agreed: Mapping[int, float]) -> float:
     """A merit that keeps the last iterate."""
     return math.nan
-
-
-def _anchor(parameters: Mapping[str, nn.Parameter], start: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """|theta - theta_0|^2 / |theta_0|^2 over all adapted tensors."""
-    moved = torch.stack([(parameters[name] - start[name]).square().sum() for name in start]).sum()
-    return moved / torch.stack([tensor.square().sum() for tensor in start.values()]).sum().clamp_min(1e-12)
 
 
 def _measure(run: Trajectory, logits: torch.Tensor, loss: torch.Tensor, merit: Merit | None) -> None:
@@ -174,7 +178,11 @@ def _measure(run: Trajectory, logits: torch.Tensor, loss: torch.Tensor, merit: M
     run.merit.append(agreed if merit is None else merit(logits, run.by_class[-1]))
 
 
-def _is_near(run: Trajectory, step: int) -> bool:
-    """Is the merit of an iterate at least 90 % of the highest so far? NaN is, and replaces previous iterates."""
-    merits = [math.inf if math.isnan(merit) else merit for merit in run.merit]
-    return merits[step] >= NEAR * max(merits)
+def _near_highest(kept: dict[int, dict[str, torch.Tensor]], merits: Sequence[float]) -> dict[int, Any]:
+    """The iterates whose merit is near the highest so far."""
+    least = NEAR * max(map(_merit, merits))
+    return {index: tensors for index, tensors in kept.items() if _merit(merits[index]) >= least}
+
+
+def _merit(merit: float) -> float:
+    return math.inf if math.isnan(merit) else merit

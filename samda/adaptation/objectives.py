@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Unsupervised objectives of an adaptation.
 
-`prepare` receives the source model's logits once and returns what the objective keeps of them (pseudo-labels, nothing);
-`loss` turns the current logits into a scalar. Logits have the shape (V, N, K, h, w): V views of N slices, flips undone,
-K classes with background first (K = 1: one foreground logit). All losses are means over pixels, so a learning rate
-holds for every image size.
+`loss` turns logits into a scalar. Logits have the shape (V, N, K, h, w): V views of N slices, flips undone, K classes
+with background first (K = 1: one foreground logit). All losses are means over pixels, so a learning rate holds for
+every image size.
 
 Notation: p_v = softmax z_v, pbar = mean_v p_v, H the entropy of a pixel, h = H / ln K in [0, 1], sg = stop-gradient.
 """
@@ -26,8 +25,8 @@ from samda.errors import UsageError, check_numbers, from_mapping, nearest
 from samda.inference.volume import largest
 
 CLASS_DIM = -3  # of (..., K, h, w)
-POSITIVE = ("keep", "slack")  # settings that may not be 0
-SHARES = ("keep", "quota")  # settings of at most 1
+POSITIVE = ("keep",)  # settings that may not be 0
+SHARES = ("keep",)  # settings of at most 1
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
@@ -57,15 +56,14 @@ def mean_log_probabilities(log_p: torch.Tensor) -> torch.Tensor:
     return log_p.logsumexp(0) - math.log(log_p.shape[0])
 
 
-def soft_dice(p: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+def soft_dice(p: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Dice of probabilities per class, 2 sum(p t) / sum(p^2 + t^2): (..., N, K, h, w) -> (..., K).
 
     The squared form is exactly 1 if both agree, for all values, so agreement of uncertain views is not penalized.
     """
-    weight = p.new_ones(()) if weight is None else weight
     dims = (-4, -2, -1)
-    overlap = (weight * p * target).sum(dims)
-    total = (weight * (p * p + target * target)).sum(dims)
+    overlap = (p * target).sum(dims)
+    total = (p * p + target * target).sum(dims)
     return 2.0 * overlap / total.clamp_min(1e-6)
 
 
@@ -74,10 +72,10 @@ class Objective:
     """Base: a subclass sets its defaults of `steps` and `lr` and overrides `loss`."""
 
     name: ClassVar[str] = ""
+    aligns_levels: ClassVar[bool] = False  # begin with the alignment of levels, see samda.adaptation.alignment?
 
     steps: int = 8  # optimizer steps, where the settings name none
     lr: float = 1e-3  # learning rate of Adam, where the settings name none
-    anchor: float = 0.0  # weight of |theta - theta_0|^2 / |theta_0|^2, added by the loop
     align: float = 0.0  # weight of the distance of the features, see samda.adaptation.alignment, added by the loop
 
     def __post_init__(self) -> None:
@@ -91,11 +89,7 @@ class Objective:
             if key in SHARES and value > 1:
                 raise UsageError(f"{where}: {key} must be at most 1, got {value!r}")
 
-    def prepare(self, logits: torch.Tensor) -> Any:
-        """State computed from the source model's logits (V, N, K, h, w); called once, without gradients."""
-        return None
-
-    def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor) -> torch.Tensor:
         """The scalar to minimize, from logits (V, N, K, h, w) with gradients."""
         raise NotImplementedError
 
@@ -111,7 +105,7 @@ class NoAdaptation(Objective):
     name: ClassVar[str] = "none"
     steps: int = 0
 
-    def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.sum() * 0.0
 
 
@@ -121,7 +115,7 @@ class Tent(Objective):
 
     name: ClassVar[str] = "tent"
 
-    def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor) -> torch.Tensor:
         return entropy(log_probabilities(logits[0])).mean()
 
 
@@ -131,7 +125,7 @@ class Memo(Objective):
 
     name: ClassVar[str] = "memo"
 
-    def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor) -> torch.Tensor:
         return entropy(mean_log_probabilities(log_probabilities(logits))).mean()
 
 
@@ -152,17 +146,6 @@ def _share_of(count: int, keep: float) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tpt(Objective):
-    """TPT (arXiv 2209.07511): MEMO over the most confident views of each slice."""
-
-    name: ClassVar[str] = "tpt"
-    keep: float = 0.25  # fraction of the views; the paper keeps 0.1 of 64
-
-    def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
-        return entropy(mean_log_probabilities(confident_views(log_probabilities(logits), self.keep))).mean()
-
-
-@dataclasses.dataclass(frozen=True)
 class SamDa(Objective):
     """SAM-DA (arXiv 2501.06836) as in its first author's code: normalized entropy of the most confident views."""
 
@@ -175,7 +158,7 @@ class SamDa(Objective):
         if self.reduce not in ("mean_entropy", "entropy_of_mean"):
             raise UsageError(f"objective 'sam_da': reduce must be mean_entropy or entropy_of_mean, got {self.reduce!r}")
 
-    def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor) -> torch.Tensor:
         kept = confident_views(log_probabilities(logits), self.keep)
         if self.reduce == "entropy_of_mean":
             kept = mean_log_probabilities(kept)
@@ -205,7 +188,7 @@ class ClassEntropy(Objective):
     name: ClassVar[str] = "class_entropy"
     keep: float = 1.0  # fraction of the pixels predicted as a class, most confident first
 
-    def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor) -> torch.Tensor:
         return class_balanced_entropy(log_probabilities(logits), self.keep)
 
 
@@ -215,110 +198,16 @@ class Consistency(Objective):
 
     name: ClassVar[str] = "consistency"
 
-    def loss(self, logits: torch.Tensor, state: Any) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor) -> torch.Tensor:
         p = log_probabilities(logits).exp()
         return (1.0 - soft_dice(p, p.detach().roll(-1, 0))[..., 1:]).mean()
 
 
 @dataclasses.dataclass(frozen=True)
-class Targets:
-    """Pseudo-labels of the source model."""
-
-    q: torch.Tensor  # (N, K, h, w) mean prediction
-    labels: torch.Tensor  # (N, h, w) its classes
-    trusted: torch.Tensor  # (N, h, w) where they are used
-
-
-def trusted_targets(logits: torch.Tensor, threshold: float, quota: float) -> Targets:
-    """q = mean_v p_v of the source; trusted where max q > threshold, and at least `quota` of each class."""
-    q = mean_log_probabilities(log_probabilities(logits)).exp()
-    confidence, labels = q.max(CLASS_DIM)
-    trusted = confidence > threshold
-    for c in range(q.shape[CLASS_DIM]):
-        of_class = labels == c
-        count = math.ceil(quota * int(of_class.sum()))
-        if count:
-            floor = confidence[of_class].topk(count, sorted=True).values[-1]
-            trusted |= of_class & (confidence >= floor)
-    return Targets(q, labels, trusted)
-
-
-def fit_targets(log_p: torch.Tensor, target: torch.Tensor, targets: Targets, balanced: bool) -> torch.Tensor:
-    """Cross-entropy plus (1 - soft Dice over the foreground) towards `target` (N, K, h, w), on the trusted pixels.
-
-    `balanced` averages the cross-entropy per pseudo-label class first, so that classes have the same weight.
-    """
-    trusted = targets.trusted.to(log_p.dtype)
-    cross = -(target * log_p).sum(CLASS_DIM).mean(0)  # (N, h, w), mean over the views
-    classes = F.one_hot(targets.labels, log_p.shape[CLASS_DIM]).to(log_p.dtype) * trusted.unsqueeze(-1)
-    counts = classes.sum((0, 1, 2))  # trusted pixels per class
-    present = counts > 0
-    if balanced:
-        per_class = (classes * cross.unsqueeze(-1)).sum((0, 1, 2)) / counts.clamp_min(1.0)
-        loss = per_class[present].mean()
-    else:
-        loss = (cross * trusted).sum() / trusted.sum().clamp_min(1.0)
-    foreground = present.clone()
-    foreground[0] = False  # the Dice of the background would favor its growth
-    if foreground.any():
-        dice = soft_dice(log_p.exp(), target, trusted.unsqueeze(CLASS_DIM))
-        loss = loss + (1.0 - dice[..., foreground]).mean()
-    return loss
-
-
-@dataclasses.dataclass(frozen=True)
-class PseudoLabel(Objective):
-    """Hard pseudo-labels of the mean source prediction: CE + Dice where it is confident."""
-
-    name: ClassVar[str] = "pseudo_label"
-    threshold: float = 0.9  # least mean probability of a trusted pixel
-
-    def prepare(self, logits: torch.Tensor) -> Targets:
-        return trusted_targets(logits, self.threshold, quota=0.0)
-
-    def loss(self, logits: torch.Tensor, state: Targets) -> torch.Tensor:
-        log_p = log_probabilities(logits)
-        hard = F.one_hot(state.labels, log_p.shape[CLASS_DIM]).movedim(-1, CLASS_DIM).to(log_p.dtype)
-        return fit_targets(log_p, hard, state, balanced=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Anchored(Objective):
-    """Anchored consistency: views agree with the mean source prediction where it is trusted.
-
-    L = mean_v [CE(p_v, q) + Dice(p_v, q)] on trusted pixels, classes balanced
-        + confident * class-balanced entropy + size * L_size + anchor * |theta - theta_0|^2 / |theta_0|^2
-    L_size = mean over foreground c of max(0, |ln(pi_c / pi0_c)| - ln slack)^2, pi_c the mean probability of class c
-    """
-
-    name: ClassVar[str] = "anchored"
-    anchor: float = 0.01
-    threshold: float = 0.9  # least mean probability of a trusted pixel
-    quota: float = 0.2  # fraction of each predicted class that is trusted in any case, most confident first
-    confident: float = 0.1
-    size: float = 0.1
-    slack: float = 2.0  # factor by which a class may grow or shrink at no cost
-
-    def prepare(self, logits: torch.Tensor) -> Targets:
-        return trusted_targets(logits, self.threshold, self.quota)
-
-    def loss(self, logits: torch.Tensor, state: Targets) -> torch.Tensor:
-        log_p = log_probabilities(logits)
-        loss = fit_targets(log_p, state.q, state, balanced=True)
-        loss = loss + self.confident * class_balanced_entropy(log_p, keep=1.0)
-        return loss + self.size * self._size(log_p, state.q)
-
-    def _size(self, log_p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        dims = (0, -2, -1)
-        now = mean_log_probabilities(log_p).exp().mean(dims).clamp_min(1e-6)
-        before = q.mean(dims).clamp_min(1e-6)
-        excess = ((now / before).log().abs() - math.log(self.slack)).clamp_min(0.0)
-        return excess[1:].square().mean()
-
-
-@dataclasses.dataclass(frozen=True)
 class Default(Consistency):
     """Aligned consistency: features as the source had them, and views that agree.
+
+    The levels are aligned in closed form first, where the model has the adapter `ssf`; then
 
     L = align * A + mean (1 - soft Dice of neighboring views)
 
@@ -327,13 +216,14 @@ class Default(Consistency):
     """
 
     name: ClassVar[str] = "default"
-    lr: float = 3e-4
+    aligns_levels: ClassVar[bool] = True
+    steps: int = 4
+    lr: float = 6e-4
     align: float = 1.0
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    cls.name: cls
-    for cls in (NoAdaptation, Tent, Memo, Tpt, SamDa, ClassEntropy, Consistency, PseudoLabel, Anchored, Default)
+    cls.name: cls for cls in (NoAdaptation, Tent, Memo, SamDa, ClassEntropy, Consistency, Default)
 }
 
 

@@ -20,14 +20,12 @@ METHODS = (  # of samda.adaptation.objectives
     "none",
     "tent",
     "memo",
-    "tpt",
     "sam_da",
     "class_entropy",
     "consistency",
-    "pseudo_label",
-    "anchored",
     "default",
 )
+REMOVED = ("tpt", "pseudo_label", "anchored")  # objectives of samda 0.1
 SCOPES = ("ssf", "gate", "decoder", "norm", "encoder")  # of samda.adapters.attach
 
 
@@ -56,7 +54,7 @@ class AdaptationSettings:
         strength: factor of the changes of the views, 0 to 10.
         guard: thresholds of the guard, see :class:`samda.adaptation.guard.GuardSettings`.
         objective: further settings of the objective.
-        keep: "best" keeps the latest iterate with at least 90 % of the highest merit, "last" the last one.
+        keep: "best" keeps the first iterate with at least 95 % of the highest merit, "last" the last one.
         time_limit_s: seconds after which a case falls back; None sets no limit.
         batch_size: slices in one call of the encoder.
         memory_mb: memory for kept embeddings (MB); beyond it slices are encoded again.
@@ -79,10 +77,13 @@ class AdaptationSettings:
     )
     steps: int | None = _whole(None, 0, "optimizer steps; default: the objective's", flag="--steps")
     lr: float | None = _number(
-        None, "learning rate; default: the objective's", flag="--learning-rate", words="the learning rate (lr)"
+        None,
+        "learning rate, of ssf 10 times as high; default: the objective's",
+        flag="--learning-rate",
+        words="the learning rate (lr)",
     )
-    views: int = _whole(8, 1, "views of each slice; default 8", flag="--views")
-    slices: int = _whole(12, 1, "slices to adapt on; default 12", flag="--slices")
+    views: int = _whole(6, 1, "views of each slice; default 6", flag="--views")
+    slices: int = _whole(8, 1, "slices to adapt on; default 8", flag="--slices")
     seed: int = _whole(0, 0, "random seed of the views; default 0", flag="--seed")
     families: str | Sequence[str] = FAMILIES
     flips: bool = False
@@ -97,6 +98,8 @@ class AdaptationSettings:
     keep_largest: bool | str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        if self.method in REMOVED:
+            raise UsageError(f"method {self.method!r} was removed after samda 0.1; choose from {', '.join(METHODS)}")
         if not isinstance(self.method, str) or self.method not in METHODS:
             raise UsageError(f"unknown method {self.method!r}; {nearest(str(self.method), METHODS)}")
         for field in dataclasses.fields(self):

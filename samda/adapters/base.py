@@ -38,6 +38,7 @@ class Adapter(nn.Module):
     enabled: bool = True
     mergeable: bool = False  # can it be merged into the base weights?
     reparameterized: bool = False  # are its parts folded into fewer?
+    pace: ClassVar[float] = 1.0  # its learning rate in an adaptation, relative to that of the objective
 
     def adapter_params(self) -> list[str]:
         """Names of the parameters of this adapter (a new list)."""

@@ -23,6 +23,8 @@ from samda.adapters.sites import Site
 class SsfAdapter(Adapter):
     """Scale and shift of one level; both (C,) start at zero: 2 C parameters."""
 
+    pace = 10.0  # few numbers, in standard deviations of their channels
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.scale = zeros(dim)

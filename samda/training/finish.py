@@ -18,7 +18,7 @@ from samda.models.folder import BASE, is_published, save_model
 from samda.networks.segmenter import SamSegmenter
 from samda.output import open_output, release_output
 from samda.processes import is_main
-from samda.source_statistics import feature_statistics
+from samda.source_statistics import feature_statistics, level_statistics
 from samda.task import Task
 from samda.training.datasets import SliceDataset
 from samda.training.handlers import TrainingRecord
@@ -73,7 +73,11 @@ def save_training(
     training = {key: value for key, value in summary.items() if key not in ("model", "mean_dice", "dice")}
     training |= {"cases": {"training": len(cases.training), "validation": len(cases.validation)}}
     training |= {"settings": {key: value for key, value in settings.items() if key != "task"}}
-    features = feature_statistics(network, dataset, dataset.foreground.nonzero().flatten().tolist())
+    shown = dataset.foreground.nonzero().flatten().tolist()
+    moments = {
+        "features": feature_statistics(network, dataset, shown),
+        "levels": level_statistics(network, task, dataset, shown),
+    }
     content = {
         "purpose": "research use only",
         "versions": package_versions(),
@@ -83,7 +87,7 @@ def save_training(
             "mean_dice": summary["mean_dice"],
             "dice": summary["dice"],
         },
-        "statistics": slices.statistics.to_dict() | {"features": features},
+        "statistics": slices.statistics.to_dict() | moments,
     }
     with open_output(folder):
         save_model(network, folder, task, content, with_base)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +12,29 @@ import numpy as np
 import pytest
 import torch
 
-from samda.adaptation.alignment import CaseAlignment, FeatureAlignment, Judge, class_plausibility, feature_score
+from samda.adaptation.alignment import (
+    CaseAlignment,
+    FeatureAlignment,
+    Judge,
+    align_levels,
+    class_plausibility,
+    feature_score,
+)
 from samda.adaptation.engine import Adaptation
-from samda.adaptation.loop import restoring
-from samda.adapters.base import trainable_parameters
+from samda.adaptation.loop import copies, load, restoring
+from samda.adapters.base import adapter_parameters, trainable_parameters
 from samda.embeddings import labeled_batches
 from samda.errors import InputError
 from samda.networks.segmenter import SamSegmenter
-from samda.source_statistics import QUANTILES, FeatureTap, SliceStatistics, body_boxes, feature_statistics
+from samda.source_statistics import (
+    QUANTILES,
+    FeatureTap,
+    SliceStatistics,
+    body_boxes,
+    feature_statistics,
+    level_statistics,
+    level_sums,
+)
 from tests.adaptation.conftest import TASK, slices_of
 from tests.conftest import TINY_TINYVIT
 
@@ -114,6 +130,46 @@ def test_a_model_without_features_is_refused(network: SamSegmenter, trained: tup
     statistics = {k: v for k, v in trained[1]["statistics"].items() if k != "features"}
     with pytest.raises(InputError, match="lack its features, which are aligned to; train it again"):
         Adaptation(network, TASK, {"statistics": statistics})
+
+
+# --------------------------------------------------------------------------------------------- alignment of levels
+
+
+@torch.no_grad()
+def test_levels_get_the_moments_of_the_training_slices(make_segmenter: Callable[..., SamSegmenter]) -> None:
+    """Levels that another scanner scaled and shifted are read as those of the training."""
+    network = make_segmenter("tiny_vit", head="pyramid", adapters=["ssf", "lora"])
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(4, 1, 64, 64, generator=generator)
+    labels = torch.randint(0, 3, (4, 1, 64, 64), generator=generator)
+    network.fit_closed_form([(images, labels)], torch.bincount(labels.flatten()))
+    parameters = {name: p for name, p in adapter_parameters(network).items() if ".sites." in name}
+    for parameter in parameters.values():  # trained
+        parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    items = [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
+    pictures = dataclasses.replace(TASK, modality="image")  # all of a picture is body
+    source = level_statistics(network, pictures, items, range(4), batch_size=3)
+    pyramid, expected, before = network.encode(images), network(images), copies(parameters)
+    for layer, name, level in zip(network.head.standardize, network.head.levels, source, strict=True):
+        maps = layer(pyramid[name]).double()
+        np.testing.assert_allclose(level["mean"][0], maps.mean((0, 2, 3)), atol=1e-4)
+        np.testing.assert_allclose(level["std"][0], maps.std((0, 2, 3), correction=0), rtol=1e-3, atol=1e-4)
+    other = {name: level if name == "image" else 1.3 * level + 0.2 for name, level in pyramid.items()}
+    found = level_sums(network, other, pictures)
+    load(parameters, align_levels(network, parameters, source, found, 1.0))
+    torch.testing.assert_close(network(other), expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+    whole = copies(parameters)
+    load(parameters, before)
+    assert not torch.allclose(network(other), expected, atol=0.1 * float(expected.abs().max()))
+    none, half = (align_levels(network, parameters, source, found, strength) for strength in (0.0, 0.5))
+    for name in parameters:
+        torch.testing.assert_close(none[name], before[name], rtol=0, atol=1e-5)
+        if name.endswith("scale"):  # the geometric mean of none and all
+            torch.testing.assert_close((1 + half[name]) ** 2, (1 + before[name]) * (1 + whole[name]))
+
+
+def test_other_heads_have_no_levels(network: SamSegmenter) -> None:
+    assert level_statistics(network, TASK, [], []) == []
 
 
 # ------------------------------------------------------------------------------------- plausibility of predictions

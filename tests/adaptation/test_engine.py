@@ -21,7 +21,9 @@ from samda.errors import AdapterError, InputError
 from samda.inference.predict import Predictor
 from samda.networks.segmenter import SamSegmenter
 from samda.provenance import sha256_of
-from tests.adaptation.conftest import ALWAYS, TASK, build, save, scan
+from samda.source_statistics import feature_statistics, level_statistics
+from tests.adaptation.conftest import ALWAYS, TASK, build, save, scan, slices_of
+from tests.conftest import TINY_TINYVIT
 
 NEVER_SKIP = {"skip_agreement": 2.0}
 
@@ -71,11 +73,11 @@ def test_every_tensor_returns_after_an_exception(
     adaptation = make_adaptation(guard=NEVER_SKIP)
     real, calls = adaptation.objective.loss, []
 
-    def loss(logits: torch.Tensor, state: object) -> torch.Tensor:
+    def loss(logits: torch.Tensor) -> torch.Tensor:
         calls.append(0)
         if len(calls) == 3:
             raise error("in the middle")
-        return real(logits, state)
+        return real(logits)
 
     object.__setattr__(adaptation.objective, "loss", loss)
     if error is RuntimeError:
@@ -178,6 +180,34 @@ def test_encoder_scope_encodes_at_every_step(tiny_tinyvit_weights: Path, trained
     result = adaptation.adapt(case)
     assert result.record["error"] is None and result.record["steps_run"] == 2
     assert not adaptation.embedded and same(before, snapshot(network))
+
+
+def test_levels_are_aligned_before_the_steps(tiny_tinyvit_weights: Path, trained: tuple, scans: Path) -> None:
+    """The default model of `samda train`, started in closed form, on a scan of another intensity range."""
+    network = SamSegmenter(TINY_TINYVIT, 3, weights=tiny_tinyvit_weights, adapters=["ssf"], head="pyramid")
+    images, labels = slices_of(*(scans / kind / "case0.nii.gz" for kind in ("images", "labels")))
+    network.fit_closed_form([(images, labels[:, None])], torch.bincount(labels.flatten()))
+    items = [{"image": image, "label": label[None]} for image, label in zip(images, labels, strict=True)]
+    moments = {
+        "features": feature_statistics(network, items, range(len(items))),
+        "levels": level_statistics(network, TASK, items, range(len(items))),
+    }
+    record = {"statistics": trained[1]["statistics"] | moments}
+    small = {"views": 2, "slices": 3, "steps": 2, "guard": ALWAYS}
+    before, adaptation = snapshot(network), Adaptation(network, TASK, record, **small)
+    assert adaptation.settings.scope == "ssf"
+    assert list(adaptation.rates.values()) == 6 * [pytest.approx(10 * 6e-4)]
+    prepared = adaptation.prepare(scans / "images" / "case2.nii.gz")
+    for name in network.head.levels:
+        prepared.inputs[name] = 1.5 * prepared.inputs[name] + 0.3
+    run = adaptation.optimize(prepared)
+    assert len(run.loss) == 1 + 2 + 2
+    assert 0 == run.displacement[0] < run.displacement[1] < run.displacement[2]
+    assert run.drift[2] < run.drift[1] < run.drift[0]
+    assert adaptation.adapt(scans / "images" / "case2.nii.gz").record["error"] is None
+    assert same(before, snapshot(network))
+    plain = Adaptation(network, TASK, {"statistics": record["statistics"] | {"levels": None}}, **small)
+    assert len(plain.optimize(prepared).loss) == 1 + 2
 
 
 def test_norm_scope(tiny_tinyvit_weights: Path, trained: tuple, case: Path) -> None:
@@ -402,8 +432,8 @@ def test_the_kept_iterate_has_nearly_the_highest_merit_which_is_plausibility_squ
     adaptation = make_adaptation(method="class_entropy", lr=0.01, steps=4, views=3, slices=4, guard=NEVER_SKIP)
     prepared = adaptation.prepare(case)
     run = adaptation.optimize(prepared)
-    near = [step for step, merit in enumerate(run.merit) if merit >= 0.9 * max(run.merit)]
-    assert run.best_step == near[-1] and len(set(run.merit)) > 1
+    near = [step for step, merit in enumerate(run.merit) if merit >= 0.95 * max(run.merit)]
+    assert run.best_step == near[0] and len(set(run.merit)) > 1
     with torch.no_grad():
         logits = adaptation.logits(prepared)
     labels = torch.nn.functional.interpolate(logits[0], prepared.images.shape[-2:], mode="bilinear").argmax(1)

@@ -12,7 +12,7 @@ from samda.adaptation.guard import REASONS, Decision, Evidence, GuardSettings, a
 from samda.adaptation.record import schema
 from samda.errors import UsageError
 
-SETTINGS = GuardSettings()
+SETTINGS = GuardSettings(improvement=0.0)
 
 
 def evidence(
@@ -56,11 +56,22 @@ def test_specks_of_an_absent_organ_may_vanish() -> None:
     assert reason(source, evidence(spleen=0, plausible=(0.8, None), agreement=0.9)) == "accepted"
 
 
-def test_features_must_come_nearer_to_the_source() -> None:
-    near, far = (dataclasses.replace(evidence(agreement=a), drift=d) for a, d in ((0.8, 0.4), (0.9, 0.39)))
+def test_a_small_gain_is_no_reason() -> None:
+    for agreement, plausible, expected in (
+        (0.84, (0.8, 0.7), "fallback_agreement"),
+        (0.86, (0.8, 0.7), "accepted"),
+        (0.8, (0.84, 0.74), "fallback_agreement"),
+        (0.8, (0.86, 0.76), "accepted"),
+        (0.79, (0.9, 0.9), "fallback_agreement"),  # one slice may look more plausible by chance
+    ):
+        assert after(evidence(), evidence(agreement=agreement, plausible=plausible), GuardSettings()).reason == expected
+
+
+def test_features_must_not_go_away_from_the_source() -> None:
+    near, far = (dataclasses.replace(evidence(agreement=a), drift=d) for a, d in ((0.8, 0.4), (0.9, 0.441)))
     assert reason(near, far) == "fallback_drift"
-    assert "0.400 -> 0.390" in after(near, far, SETTINGS).explanation
-    assert reason(near, dataclasses.replace(far, drift=0.379)) == "accepted"  # 0.95 x 0.4 = 0.38
+    assert "0.400 -> 0.441" in after(near, far, SETTINGS).explanation
+    assert reason(near, dataclasses.replace(far, drift=0.439)) == "accepted"  # 1.1 x 0.4 = 0.44
     assert reason(near, dataclasses.replace(far, drift=math.nan)) == "accepted"  # not measured
 
 

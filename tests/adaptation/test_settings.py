@@ -28,7 +28,7 @@ def test_the_settings_need_no_pytorch_and_name_what_there_is() -> None:
 def test_none_takes_the_default() -> None:
     found, objective = check_settings(dict.fromkeys(DEFAULTS))
     assert (objective, found.thresholds) == (OBJECTIVES["default"](), GuardSettings())
-    assert vars(found) == DEFAULTS | {"steps": 8, "lr": 3e-4} == vars(check_settings({})[0])
+    assert vars(found) == DEFAULTS | {"steps": 4, "lr": 6e-4} == vars(check_settings({})[0])
 
 
 def test_an_adaptation_resolves_what_it_is_given(make_adaptation: Callable[..., Adaptation]) -> None:
@@ -38,7 +38,7 @@ def test_an_adaptation_resolves_what_it_is_given(make_adaptation: Callable[..., 
     )
     other = make_adaptation(families="gamma", memory_mb=None, views=None, batch_size=None, scope="decoder+gate")
     assert (other.settings.memory_mb, other.settings.batch_size, other.inferer.batch_size) == (2048.0, 8, 8)
-    assert other.config == plain.config | {"families": ["gamma"], "views": 8, "scope": "gate+decoder"}
+    assert other.config == plain.config | {"families": ["gamma"], "views": 6, "scope": "gate+decoder"}
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,10 @@ def test_an_adaptation_resolves_what_it_is_given(make_adaptation: Callable[..., 
         ({"time_limit_s": "x"}, "time_limit_s.*'x'"),
         ({"time_limit_s": 0}, "time_limit_s.*0"),
         ({"families": ("gama",)}, "'gama'.*'gamma'"),
-        ({"families": []}, "8 views.*family"),
+        ({"families": []}, "6 views.*family"),
         ({"guard": {"tolerence": 1}}, "'tolerence'.*'tolerance'"),
-        ({"objective": {"anker": 1}}, "'anker'.*'anchor'"),
+        ({"objective": {"aling": 1}}, "'aling'.*'align'"),
+        ({"method": "tpt"}, "'tpt' was removed.*tent, memo, sam_da"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict, words: str) -> None:

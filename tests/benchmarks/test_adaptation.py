@@ -1,33 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/adaptation.md shows what benchmarks/results/adaptation.json holds; the simulated shifts."""
+"""The simulated shifts of the adaptation's evidence, and its score."""
 
 from __future__ import annotations
 
-import json
-import statistics
-from pathlib import Path
-
 import numpy as np
 import torch
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def test_gains_of_the_adaptation_by_hand() -> None:
-    results = json.loads((ROOT / "benchmarks" / "results" / "adaptation.json").read_text(encoding="utf-8"))
-    runs = [run for run in results["runs"] if run["family"] == "real" and run["method"] == "default"]
-    text = (ROOT / "docs" / "adaptation.md").read_text(encoding="utf-8")
-    for case in ("B", "M"):
-        scores = [run["mean_dice"] for run in runs if run["case"] == case]
-        gain = statistics.fmean(score["final"] - score["source"] for score in scores)
-        line = next(line for line in text.splitlines() if line.startswith(f"| {case}, adapted |"))
-        assert f"{gain:+.3f}" in line
-        plain = next(line for line in text.splitlines() if line.startswith(f"| {case}, source |"))
-        assert all(
-            abs(float(cell) - score["source"]) < 6e-4 for cell, score in zip(plain.split("|")[2:], scores, strict=False)
-        )
-        if case == "M":
-            assert f"every model improved, by {gain:.3f} on average" in " ".join(text.split())
 
 
 def test_shifts_keep_the_shape_and_the_range() -> None:
