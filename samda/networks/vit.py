@@ -5,8 +5,8 @@ Parameters carry the official names, so Meta's and MedSAM's files load unchanged
 module, with the same results: position tables are resized to the image, query, key and value are computed before
 windows are cut (padding tokens are zeros there, so their projection is the bias), and attention runs fused.
 
-The table of absolute positions is resized bicubically with antialiasing. SAMed resizes it bilinearly, SALT averages it: these
-tables are about 1.2 % apart, so parameters trained there do not give the same numbers here.
+The table of absolute positions is resized bicubically with antialiasing. SAMed resizes it bilinearly, SALT averages it:
+the tables are about 1.2 % apart, so parameters trained there do not give the same numbers here.
 """
 
 from __future__ import annotations
