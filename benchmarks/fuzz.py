@@ -44,7 +44,12 @@ VOLUMES = ("a.nii", "a.nii.gz", "a.nrrd", "a.nhdr", "a.mha", "a.mhd")
 FLAT = (".png", ".jpg", ".tif", ".bmp")
 TEXTS = ("dataset.json", "list.csv", "task.yaml", "adapter.yaml")
 MODEL = ("adapter.json", "adapter.safetensors", "versions/active.json")
-KINDS = {"scans": (*VOLUMES, *(f"a{ending}" for ending in FLAT), "dicom"), "labels": VOLUMES, "texts": TEXTS, "model": MODEL}
+KINDS = {
+    "scans": (*VOLUMES, *(f"a{ending}" for ending in FLAT), "dicom"),
+    "labels": VOLUMES,
+    "texts": TEXTS,
+    "model": MODEL,
+}
 NUMBERS = (b"\xff" * 4, b"\xff\xff\xff\x7f", bytes(4), b"\0\0\x80\x7f", b"\1\0\0\x80", b"\0\0\xc0\x7f")
 ODD = ["-1", "0", "1e400", "99999999999", "2147483647", "NaN", "null", "'x'", "[]", "{}", '"\\ud800"', "[" * 3000]
 ODD += ["1e-30", "!!int x", "&a [*a]", "\x00", "\x1b[2J", "x" * 200_000, "true", "1.5", "$x", '"', "10" * 200]
@@ -142,7 +147,7 @@ def command(kind: str, name: str, place: Path, base: Path, change: Callable[[byt
         "labels": ["evaluate", "-m", model, "-i", data / "label.nii.gz", "--labels", target, "-o", out],
         "dataset.json": ["check", data, "--device", "cpu"],
         "list.csv": ["check", target, "--device", "cpu"],
-        "task.yaml": ["check", base / "nii.gz", "--task", target, "--device", "cpu"],
+        "task.yaml": ["check", base / "set", "--task", target, "--device", "cpu"],
         "adapter.yaml": ["train", "-d", data, "-o", out, "--adapter", target, "--backbone", "no", "--device", "cpu"],
         "predict": ["predict", "-m", model, "-i", data, "-o", out, "--quiet", "--device", "cpu"],
     }[name if kind == "texts" else "labels" if kind == "labels" else "predict"]
@@ -182,7 +187,7 @@ def run(argv: list[str], result: Path) -> tuple[str, str]:
         "ended by a signal": code < 0 or code > 2,
         "over the memory": usage.ru_maxrss * 1024 - resident > MEMORY or re.search("MemoryError|bad_alloc", text),
         "traceback": "Traceback" in text,
-        "unexpected": "unexpected" in text,
+        "unexpected": re.search(r"unexpected \w*(Error|Exception|Interrupt|Iteration|Exit|Warning)", text),
         "good case lost": not result.exists(),
         "done": code == 0,
     }
@@ -205,6 +210,7 @@ def main() -> int:
             write_scan(base / ending, f"good.{ending}")
             write_model(base / f"model.{ending[:3]}", modality)
         write_scan(base / "nii.gz", "label.nii.gz", label=True)
+        write_text(shutil.copytree(base / "nii.gz", base / "set"), "list.csv")
         for kind, name in every:  # sound as they are; this also imports what all runs need
             argv, result = command(kind, name, base / f"{kind} {name.replace('/', ' ')}", base, bytes)
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as text:

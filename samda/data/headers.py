@@ -21,6 +21,7 @@ from samda.io import free_memory
 INFLATION = 1100  # packed by gzip or as PNG, data are at most about 1030 times as long when unpacked
 WORKING_BYTES = 8  # per value, of a scan at work: the image in float32, and a copy of it in another order
 LARGEST_HEADER = 1 << 16  # bytes of a text header
+LONGEST_LINE, LONGEST_NAME = 500, 250  # of a NRRD, of the field Name of a MetaImage; ITK ends the process above
 LARGEST_DIMENSION = 10  # of a MetaImage; ITK aborts above
 FIELDS = ("ndims", "dimsize", "elementnumberofchannels", "sizes")
 METAIMAGE = (".mha", ".mhd")
@@ -87,7 +88,8 @@ def text_fields(path: Path) -> dict[str, str]:
     """The fields of a text header, names in lower case."""
     with path.open("rb") as file:
         head = file.read(LARGEST_HEADER)
-    if path.name.lower().endswith(NRRD):  # an empty line is the end
+    nrrd = path.name.lower().endswith(NRRD)
+    if nrrd:  # an empty line is the end
         head = head.replace(b"\r\n", b"\n").split(b"\n\n")[0]
     fields: dict[str, str] = {}
     for line in head.splitlines():
@@ -96,6 +98,9 @@ def text_fields(path: Path) -> dict[str, str]:
         key = name.strip().lower()
         if mark and fields.setdefault(key, value.strip()) != value.strip() and key in FIELDS:
             raise not_a_scan(path, ValueError(f"its header states {key!r} twice"))
+        free = text.startswith("#") or ":=" in text or key in ("content", "labels")  # of any length
+        if len(line) > LONGEST_LINE if nrrd and not free else key == "name" and len(value) > LONGEST_NAME:
+            raise not_a_scan(path, ValueError(f"the line {text[:40]!r}... of its header is too long"))
         if key == "elementdatafile":  # the last line of a MetaImage
             break
     return fields

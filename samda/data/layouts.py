@@ -33,6 +33,7 @@ CHANNEL_FILE = re.compile(r"(.+)_(\d{4})")
 IMAGE_FOLDERS = ("images", "image")
 LABEL_FOLDERS = ("masks", "labels", "mask", "label")
 ENDINGS = ("", "_mask", "_label", "_labels", "_seg", "_segmentation")  # suffixes of label names
+LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes; asking for longer ones is an error of the system
 DEPTH = 3  # levels of folders below a case that are searched for its series
 
 
@@ -198,8 +199,13 @@ def _case(entry: Any, section: str, where: str, folder: Path) -> Case:
     paths = image if isinstance(image, list) else [image]
     if not all(isinstance(path, str) for path in paths):
         raise InputError(f"{where}: 'image' must be one path, or a list of one path per channel, got {image!r}")
-    if any("\0" in str(path) for path in [*paths, label]):
-        raise InputError(f"{where}: a path holds a zero byte; repair it")
+    for path in map(str, filter(None, [*paths, label])):
+        if (
+            "\0" in path
+            or len(path) > LONGEST_PATH
+            or len(max(path.encode("utf-8", "replace").split(b"/"), key=len)) > LONGEST_NAME
+        ):
+            raise InputError(f"{where}: {path[:40]!r}... cannot be a path; repair it")
     joined = [str(folder / Path(path).expanduser()) for path in paths]
     case["image"] = joined[0] if len(joined) == 1 else joined
     if label:

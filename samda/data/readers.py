@@ -31,7 +31,7 @@ from samda.data.formats import (
 )
 from samda.data.headers import INFLATION, check_file, check_request, text_fields
 from samda.data.labels import whole_ids
-from samda.errors import InputError
+from samda.errors import InputError, SamdaError
 from samda.io import Image, files_of
 
 LONGEST_REST = 64  # MiB behind the voxels of a compressed NIfTI
@@ -102,15 +102,20 @@ def _read_file(path: Path, channels: int | None) -> Scan:
 def _load(path: Path, label: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Voxels (X, Y, Z[, C]) and affine as the file states them."""
     name = path.name.lower()
-    if path.is_dir() or is_dicom(path):
-        array, affine = read_dicom(path)
-    elif name.endswith(NIFTI_SUFFIXES):
-        array, affine = _read_nifti(path)
-    elif name.endswith(PICTURE_SUFFIXES):
-        array, affine = read_picture(path, indices=label)
-    else:
-        array, affine = read_itk(path)
-        _warn_of_no_geometry(path)
+    try:
+        if path.is_dir() or is_dicom(path):
+            array, affine = read_dicom(path)
+        elif name.endswith(NIFTI_SUFFIXES):
+            array, affine = _read_nifti(path)
+        elif name.endswith(PICTURE_SUFFIXES):
+            array, affine = read_picture(path, indices=label)
+        else:
+            array, affine = read_itk(path)
+            _warn_of_no_geometry(path)
+    except (SamdaError, OSError):
+        raise
+    except Exception as error:  # damaged files raise of any kind
+        raise not_a_scan(path, error) from error
     _check_affine(affine, path)
     if 0 in array.shape:
         raise InputError(f"{path} has {' x '.join(map(str, array.shape))} voxels: it is empty; give a complete scan")
