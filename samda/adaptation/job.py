@@ -16,6 +16,7 @@ from samda.adaptation.objectives import check_settings
 from samda.adaptation.page import mean_dice, score_run, write_page
 from samda.adaptation.site import check_site, distill
 from samda.data.datalists import find_cases
+from samda.data.folders import join_channels
 from samda.errors import InputError, UsageError
 from samda.inference.predict import refuse_own_folder
 from samda.models.versions import list_versions, load_version
@@ -69,7 +70,7 @@ def run_adaptation(
         check_site(model, site)
     network, task, record, version = load_version(model, version, weights)
     adaptation = Adaptation(network, task, record, device=device, version=version, **dict(settings or {}))
-    cases = find_cases(inputs, section)
+    cases = join_channels(find_cases(inputs, section), task.in_channels)
     mine = part.of(cases) if part else cases
     refuse_own_folder(cases, Path(output))
     with open_output(output, files_of_run(mine, dry_run, report), part):

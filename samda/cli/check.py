@@ -111,7 +111,11 @@ def _show(report: DataReport) -> None:
     data = report.data
     sections = ", ".join(f"{name} {len(cases)}" for name, cases in data.cases.items())
     labeled = sum("label" in case for cases in data.cases.values() for case in cases)
-    lines = [("data set", f"{report.path} ({LAYOUTS[data.layout]})"), ("cases", f"{sections}; {labeled} with label")]
+    listing = f": {data.listing.name}" if data.listing else ""
+    lines = [
+        ("data set", f"{report.path} ({LAYOUTS[data.layout]}{listing})"),
+        ("cases", f"{sections}; {labeled} with label"),
+    ]
     lines += _facts(report.cases)
     if data.channels:
         lines.append(("named channels", ", ".join(data.channels)))

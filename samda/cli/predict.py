@@ -63,16 +63,18 @@ def run(args: argparse.Namespace) -> None:
         with report.stage("import"):
             from samda.adapters.base import merge
             from samda.data.datalists import find_cases
+            from samda.data.folders import join_channels
             from samda.inference.postprocessing import override
             from samda.inference.predict import Predictor, predict_folder
             from samda.models.versions import load_version
         report.add(device=device)
         join_for_cases()
         cases = find_cases(args.input, args.section)
-        mine = part.of(cases) if part else cases
-        total = len(mine)
         with report.stage("load"):
             network, task, _, version = load_version(args.model, args.version, args.weights)
+        cases = join_channels(cases, task.in_channels)
+        mine = part.of(cases) if part else cases
+        total = len(mine)
         task = override(task, args.keep_largest, args.modality, args.axes)
         report.add(task=task.to_dict(), model_version=version)
         if report.wanted:

@@ -10,26 +10,32 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samda.data.formats import SCAN_SUFFIXES, stem
-from samda.data.layouts import (
-    SECTIONS,
+from samda.data.folders import (
     Case,
     Problem,
     Report,
-    by_stem,
+    by_name,
     dicom_cases,
     files_in,
     find_series,
-    is_pair_list,
-    listed_cases,
+    is_label_of,
     mask_folder,
     masked_cases,
+    refuse,
+    scan_cases,
+)
+from samda.data.formats import SCAN_SUFFIXES, stem
+from samda.data.layouts import (
+    SECTIONS,
+    given_cases,
+    is_nnunet,
+    is_pair_list,
+    listed_cases,
     nnunet_cases,
     pair_cases,
     read_channels,
     read_json,
-    refuse,
-    scan_cases,
+    report_counts,
 )
 from samda.errors import InputError, UsageError, nearest
 from samda.io import files_of
@@ -38,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 LAYOUTS = {
     "datalist": "MONAI or MSD datalist (JSON)",
-    "nnunet": "nnU-Net v2",
+    "nnunet": "nnU-Net",
     "csv": "CSV of pairs",
     "masks": "images with masks of the same name",
     "dicom": "DICOM series with label volumes",
@@ -57,26 +63,29 @@ class DataList:
         labels: class name -> ids in the label files, if the data set defines them.
         layout: a key of `LAYOUTS`.
         channels: names of the channels, if the data set defines them.
+        listing: the file that lists the cases, if there is one.
     """
 
     cases: dict[str, list[Case]]
     labels: dict[str, tuple[int, ...]] | None
     layout: str
     channels: tuple[str, ...] | None = None
+    listing: Path | None = None
 
 
-def read_datalist(path: str | Path, report: Report = refuse) -> DataList:
+def read_datalist(path: str | Path, report: Report = refuse, unlabeled: bool = False) -> DataList:
     """Read a data set.
 
     * a JSON file, or a folder with `dataset.json`, that lists cases under "training", "validation" or "test" (MONAI,
       MSD). Paths are relative to the JSON file; entries have "image" (a path, or a list of one path per channel),
       "label" and optionally "fold", "id" and "patient"; a test entry may be a path;
-    * a folder whose `dataset.json` lists none: nnU-Net v2, `imagesTr/CASE_0000.nii.gz` (`_0001`, `_0002` for further
-      channels) and `labelsTr/CASE.nii.gz`;
+    * a folder whose `dataset.json` lists none: nnU-Net, `imagesTr/CASE_0000.nii.gz` (`_0001`, `_0002` for further
+      channels) and `labelsTr/CASE.nii.gz`, or the training cases of its entry "dataset";
     * a CSV file, or a folder with one, with the columns image and label (optionally id, patient, fold, section);
     * a folder with `images` and `masks` (or `labels`) with files of the same names;
     * a folder of DICOM series folders, CASE, with label volumes in them, next to them or in `labels`;
-    * any other folder: every scan and every DICOM series folder in it is a test case;
+    * any other folder: every scan and every DICOM series in it and the folders in it is a test case; what is not used
+      is reported. With `unlabeled`, also a folder of DICOM series with label volumes;
     * one scan, or the folder of one DICOM series: one test case.
 
     `report` is called with every problem (missing files, duplicate ids, ...); if it returns, the case is skipped. The
@@ -91,15 +100,15 @@ def read_datalist(path: str | Path, report: Report = refuse) -> DataList:
         return _finish(_from_json(listing, report), root, report)
     pairs = _pair_list(path)
     if pairs is not None:
-        return _finish(DataList(pair_cases(pairs, report), None, "csv"), root, report)
+        return _finish(DataList(pair_cases(pairs, report), None, "csv", listing=pairs), root, report)
     if path.is_dir():
         folders = mask_folder(path)
         if folders is not None:
             return _finish(DataList(masked_cases(*folders, report), None, "masks"), root, report)
-        series = find_series(path)
+        series = {} if unlabeled else find_series(path)
         if series:
             return _finish(DataList(dicom_cases(path, series, report), None, "dicom"), root, report)
-    return _finish(DataList(scan_cases(path), None, "scans"), root, report)
+    return _finish(DataList(scan_cases(path, report), None, "scans"), root, report)
 
 
 def find_cases(inputs: str | Path, section: str | None = None) -> list[Case]:
@@ -107,7 +116,7 @@ def find_cases(inputs: str | Path, section: str | None = None) -> list[Case]:
 
     `section` is "training", "validation" or "test"; None takes "test".
     """
-    data = read_datalist(inputs)
+    data = read_datalist(inputs, unlabeled=section is None)
     chosen = data.cases.get(section or "test", [])
     if not chosen:
         counts = ", ".join(f"{name} ({len(cases)})" for name, cases in data.cases.items() if cases)
@@ -144,10 +153,17 @@ def _from_json(listing: Path, report: Report) -> DataList:
         except InputError as error:
             report(Problem("labels", str(error)))
     channels = read_channels(content)
-    if any(isinstance(content.get(key), list) for key in SECTIONS):
-        return DataList(listed_cases(content, listing, report), labels, "datalist", channels)
-    if (listing.parent / "imagesTr").is_dir() or "file_ending" in content:
-        return DataList(nnunet_cases(content, listing, report), labels, "nnunet", channels)
+    layout, read = "nnunet", None
+    if isinstance(content.get("dataset"), Mapping):
+        read = given_cases
+    elif is_nnunet(content, listing):
+        read = nnunet_cases
+    elif any(isinstance(content.get(key), list) for key in SECTIONS):
+        layout, read = "datalist", listed_cases
+    if read is not None:
+        cases = read(content, listing, report)
+        report_counts(content, cases, listing, report)
+        return DataList(cases, labels, layout, channels, listing)
     near = [nearest(key, SECTIONS) for key, value in content.items() if isinstance(value, list) and key not in SECTIONS]
     remedy = near[0] if near else 'list cases under "training", "validation" or "test", or add imagesTr and labelsTr'
     raise InputError(f"{listing} lists no cases (keys: {', '.join(content) or 'none'}); {remedy}")
@@ -156,8 +172,8 @@ def _from_json(listing: Path, report: Report) -> DataList:
 def read_labels(labels: Any, where: str | Path) -> dict[str, tuple[int, ...]]:
     """The `labels` entry of a dataset.json as class name -> ids.
 
-    nnU-Net v2 writes name -> id (or a list of ids), MSD and nnU-Net v1 write "id" -> name. nnU-Net's "ignore" is not a
-    class and is omitted; voxels with this id are refused later.
+    nnU-Net v2 writes name -> id (or a list of ids), MSD and nnU-Net v1 write "id" -> name. nnU-Net's "ignore" is kept:
+    voxels with its id are refused, see :func:`samda.data.labels.label_map`.
     """
     expected = f'{where}: labels must be {{"name": id}} or {{"id": "name"}}, got'
     if not isinstance(labels, Mapping) or not labels:
@@ -172,7 +188,7 @@ def read_labels(labels: Any, where: str | Path) -> dict[str, tuple[int, ...]]:
             if _is_id(name) or not ids or not all(_is_id(i) for i in ids):
                 raise InputError(f"{expected} {name!r}: {value!r}")
             found[str(name)] = tuple(int(i) for i in ids)
-    return {name: ids for name, ids in found.items() if name != "ignore"}
+    return found
 
 
 def _is_id(value: Any) -> bool:
@@ -202,7 +218,7 @@ def find_pairs(
         raise InputError(f"{root} has no label maps ({', '.join(SCAN_SUFFIXES)}); give the output folder of predict")
     pairs: dict[str, tuple[Path | None, Path]] = {}
     for group in groups:
-        chosen = {case: found.get(case) or found.get(f"{case}_0000") for case in group}
+        chosen = {case: _prediction_of(case, found) for case in group}
         if any(chosen.values()):
             pairs |= {case: (chosen[case], label) for case, label in group.items()}
     if not pairs:
@@ -215,13 +231,21 @@ def find_pairs(
     return dict(sorted(pairs.items())), dataset_labels
 
 
+def _prediction_of(label: str, found: Mapping[str, Path]) -> Path | None:
+    """The prediction of a label named CASE (also as CASE_mask and the like): CASE or CASE_0000."""
+    names = [label, f"{label}_0000", *(name for name in found if is_label_of(label, name))]
+    return next((found[name] for name in names if name in found), None)
+
+
 def _labels(path: Path, section: str | None) -> tuple[list[dict[str, Path]], Mapping[str, tuple[int, ...]] | None]:
     """Case -> label file, for each section of a data set; and the data set's ids."""
     if path.exists() and not is_labeled(path):
         found = {stem(path): path} if path.is_file() else _label_maps(path)
         if not found:
             raise InputError(f"{path} contains no label files; give a folder of label files, or a data set")
-        return [found], None
+        listing = path.parent / "dataset.json"  # of nnU-Net's labelsTr
+        named = path.is_dir() and listing.is_file() and read_json(listing).get("labels")
+        return [found], read_labels(named, listing) if named else None
     data = read_datalist(path)
     groups = {name: {c["id"]: Path(c["label"]) for c in cases if c.get("label")} for name, cases in data.cases.items()}
     chosen = [group for name, group in groups.items() if group and section in (None, name)]
@@ -232,7 +256,8 @@ def _labels(path: Path, section: str | None) -> tuple[list[dict[str, Path]], Map
 
 
 def _label_maps(folder: Path) -> dict[str, Path]:
-    return by_stem(files_in(folder, [suffix for suffix in SCAN_SUFFIXES if suffix != ".dcm"]), refuse)
+    files = files_in(folder, [suffix for suffix in SCAN_SUFFIXES if suffix != ".dcm"])
+    return by_name(((stem(path), path) for path in files), refuse)
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
@@ -275,7 +300,7 @@ def _path_name(path: Path, root: Path) -> str:
 def _report_missing(cases: Iterable[Case], report: Report) -> set[int]:
     """Report missing files; return the indices of their cases."""
     paths = [(case, path) for case in cases for path in [*files_of(case["image"]), *files_of(case.get("label", []))]]
-    missing = [(case, path) for case, path in paths if not path.exists()]
+    missing = [(case, path) for case, path in paths if not _exists(path)]
     if missing and report is refuse:  # one line for all of them
         shown = ", ".join(str(path) for _, path in missing[:5]) + (", ..." if len(missing) > 5 else "")
         text = f"{len(missing)} of {len(paths)} listed files are missing: {shown}{_similar(missing[0][1])}"
@@ -283,6 +308,13 @@ def _report_missing(cases: Iterable[Case], report: Report) -> set[int]:
     for case, path in missing:
         report(Problem("missing", f"there is no file {path}{_similar(path)}", case["id"]))
     return {id(case) for case, _ in missing}
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _report_doubled(cases: Sequence[Case], layout: str, report: Report) -> set[int]:
@@ -301,9 +333,16 @@ def _report_doubled(cases: Sequence[Case], layout: str, report: Report) -> set[i
 
 
 def _similar(path: Path) -> str:
-    """The nearest existing name for a missing path, as the end of a message."""
+    """A remedy for a missing path. A file of another name may be another patient's, so only spellings are suggested."""
+    if path.is_symlink():
+        return f"; it is a link to {path.readlink()}, which is not there (git annex get, datalad get or dvc pull?)"
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     if not names:
         return f"; there is nothing in {path.parent}"
-    hint = nearest(path.name, names)
-    return f"; {hint}" if hint.startswith("did you mean") else "; check the paths"
+    same = [name for name in names if _letters(name) == _letters(path.name)]
+    return f"; did you mean {same[0]!r}?" if same else "; check the paths"
+
+
+def _letters(name: str) -> str:
+    """A name without suffix, case, and whatever separates words."""
+    return "".join(c for c in stem(name).lower() if c.isalnum())

@@ -135,10 +135,7 @@ def _header(path: Path) -> Dataset:
 
 
 def _files(folder: Path) -> list[Path]:
-    try:
-        inside = sorted(folder.iterdir())
-    except OSError as error:
-        raise InputError(f"{folder} cannot be opened ({error.strerror}); check its permissions") from error
+    inside = sorted(folder.iterdir())
     return [p for p in inside if p.name not in OTHER_FILES and not p.name.startswith(".") and p.is_file()]
 
 

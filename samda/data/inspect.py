@@ -20,9 +20,9 @@ import numpy as np
 from samda.data.body import body_mask, body_threshold, coarse
 from samda.data.datalists import LARGEST_CHANNELS, LAYOUTS, DataList, read_datalist
 from samda.data.dicom import dicom_modality, is_dicom
+from samda.data.folders import Case, Problem, Report
 from samda.data.formats import PICTURE_SUFFIXES
-from samda.data.labels import LabelMap, id_range, label_map
-from samda.data.layouts import Case, Problem, Report
+from samda.data.labels import IGNORE, SCALES, LabelMap, id_range, label_map
 from samda.data.readers import Scan, read_label, read_scan, refuse_other_grid, uncropped
 from samda.data.slices import refuse_other_scale, sides_mm
 from samda.data.splits import patient_of, split
@@ -105,6 +105,13 @@ class DataReport:
     def labeled(self) -> list[CaseFacts]:
         """Cases whose image and label were read."""
         return [case for case in self.cases if case.section != "test" and case.shape and case.label_ids]
+
+    @property
+    def other_scale(self) -> list[CaseFacts]:
+        """The fewer of the binary masks where some are 0 and 1, others 0 and 255, and no list names the ids."""
+        kinds = _grouped((i, case) for case in self.labeled for i in case.label_ids if set(case.label_ids) - {0} == {i})
+        mixed = self.data.labels is None and kinds.keys() >= SCALES
+        return min((kinds[i] for i in sorted(SCALES)), key=len) if mixed else []
 
     def label_table(self) -> list[dict[str, Any]]:
         """One row per id: name, voxels and number of cases; includes named ids without voxels."""
@@ -307,9 +314,18 @@ def _label_problems(report: DataReport, task: Task | None) -> Iterator[Problem]:
     except SamdaError as error:
         yield Problem("label ids", str(error))
         return
+    if task is None and (rare := report.other_scale):
+        text = f"{rare[0].label} is one of {len(rare)} masks of 0 and {max(rare[0].label_ids)}, unlike the others"
+        yield rare[0].problem("label ids", f"{text}; save all masks with one id")
     for case in report.cases:
         unknown = sorted(i for i in case.label_ids if known is not None and i not in known.ids)
-        if known is not None and known.rest is None and unknown:
+        refusal = known.refusal(case.label_ids) if known is not None else ""
+        if refusal:
+            yield case.problem("label ids", f"{case.label} {refusal}")
+        elif known is not None and known.rest == 0 and set(unknown) - {0} == set(case.label_ids) - {0} != set():
+            text = f"{case.label}: all of it is background, as {known.source} lists none of its ids"
+            yield case.problem("label ids", f"{text}: {', '.join(map(str, unknown[:8]))}", False)
+        elif known is not None and known.rest is None and unknown:
             shown = ", ".join(f"{i} ({case.label_ids[i]} voxels)" for i in unknown[:8]) + ", ..." * (len(unknown) > 8)
             text = f"{case.label} contains ids that {known.source} does not name: {shown}; "
             if task is None:  # the suggested task lists ids, so these become background
@@ -321,7 +337,7 @@ def _label_problems(report: DataReport, task: Task | None) -> Iterator[Problem]:
             text = f"{case.label} contains ids below 0; name them under `labels` in the task, or they become background"
             yield case.problem("label ids", text, False)
     held = {i for case in report.cases for i in case.label_ids}
-    absent = [name for name, ids in labels.items() if held and not held & set(ids)]
+    absent = [name for name, ids in labels.items() if held and not held & set(ids) and name != IGNORE]
     if absent:
         text = f"no label contains {', '.join(absent)}; remove these classes from the task, or check the ids"
         yield Problem("absent class", text, stops=False)
@@ -332,7 +348,8 @@ def _known_ids(labels: Mapping[str, tuple[int, ...]] | None, task: Task | None) 
         return label_map(task, labels)
     if labels is None:
         return None
-    return LabelMap({0: 0} | {i: 0 for ids in labels.values() for i in ids}, None, "the data set")
+    known = {0: 0} | {i: int(name != "background") for name, ids in labels.items() if name != IGNORE for i in ids}
+    return LabelMap(known, None, "the data set", frozenset(labels.get(IGNORE, ())))
 
 
 def _channel_problems(facts: Sequence[CaseFacts], task: Task | None) -> Iterator[Problem]:

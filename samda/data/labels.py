@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from samda.task import Task
 
 UNKNOWN = 255  # class index of an id without a name
 CHUNK = 1 << 22  # voxels mapped at once
+IGNORE = "ignore"  # nnU-Net's name of voxels without a label
+SCALES = {1, 255}  # ids of a binary mask, one of which becomes the other in some programs
 NEAR_ID = 1e-3  # largest distance of a value to the id that it stands for
 LARGEST_RANGE = 1 << 20  # between the smallest and the largest id of a label file
 
@@ -27,13 +29,30 @@ LARGEST_RANGE = 1 << 20  # between the smallest and the largest id of a label fi
 class LabelMap:
     """Class index of each id in label files."""
 
-    ids: Mapping[int, int]  # id -> class index; ids of named structures outside the task map to 0
+    ids: Mapping[int, int]  # id -> class index; 0 for named structures outside the task
     rest: int | None  # class index of all other ids: 0 (background), or None: refused
     source: str  # source of the ids, for messages
+    ignored: frozenset[int] = frozenset()  # ids of unlabeled voxels: refused
+
+    def refusal(self, found: Collection[int]) -> str:
+        """Why a label with these ids cannot be used as it is, and the remedy; empty if it can."""
+        unlabeled = sorted(self.ignored & set(found))
+        if unlabeled:
+            return (
+                f"has voxels of id {unlabeled[0]}, the data set's {IGNORE!r}: they would become background; label "
+                "them, leave the case out, or list the id under a class of the task"
+            )
+        own = {i for i, index in self.ids.items() if index > 0}
+        other = {i for i in found if i and i not in self.ids}
+        if len(own) == 1 and own | other == SCALES:
+            return f"is a mask of 0 and {min(other)}, {self.source} has id {min(own)}; save all masks with one id"
+        return ""
 
 
 def label_map(task: Task, dataset_labels: Mapping[str, tuple[int, ...]] | None = None) -> LabelMap:
     """Map the ids of label files to class indices.
+
+    Voxels with the id of nnU-Net's "ignore" are refused unless the task lists the id.
 
     1. If `task.labels` is given, these ids are used and all other ids become background.
     2. Otherwise, the `labels` of the data set are matched with `task.classes` by name. Other named structures become
@@ -42,7 +61,9 @@ def label_map(task: Task, dataset_labels: Mapping[str, tuple[int, ...]] | None =
     """
     if task.labels is not None:
         _refuse_disagreement(task, dataset_labels or {})
-        return LabelMap(_invert(task, task.labels), 0, f"task {task.name!r}")
+        given = _invert(task, task.labels)
+        ignored = frozenset((dataset_labels or {}).get(IGNORE, ())) - given.keys()
+        return LabelMap(given, 0, f"task {task.name!r}", ignored)
     if dataset_labels is None:
         return LabelMap({k: k for k in range(task.num_classes)}, None, f"task {task.name!r} (id k is class k)")
     for name in task.classes[1:]:
@@ -50,9 +71,10 @@ def label_map(task: Task, dataset_labels: Mapping[str, tuple[int, ...]] | None =
             raise InputError(
                 f"the data set has no class {name!r}; {nearest(name, dataset_labels)} or add `labels` to the task"
             )
-    ids = {i: 0 for values in dataset_labels.values() for i in values}
+    ids = {i: 0 for name, values in dataset_labels.items() if name != IGNORE for i in values}
     named = {name: dataset_labels[name] for name in task.classes if name in dataset_labels}
-    return LabelMap({0: 0} | ids | _invert(task, named), None, "the data set's labels")
+    known = {0: 0} | ids | _invert(task, named)
+    return LabelMap(known, None, "the data set's labels", frozenset(dataset_labels.get(IGNORE, ())) - known.keys())
 
 
 def _invert(task: Task, labels: Mapping[str, tuple[int, ...]]) -> dict[int, int]:
@@ -131,6 +153,7 @@ class MapLabelsd(MapTransform):
         values = label.as_tensor() if isinstance(label, MetaTensor) else label
         values = torch.from_numpy(whole_ids(values.numpy(), name))
         first, last = id_range(values.numpy(), name)
+        self._check(values.reshape(-1), first, last, name)
         table = torch.full((last - first + 1,), UNKNOWN if self.map.rest is None else self.map.rest)
         for i, index in self.map.ids.items():
             if 0 <= i - first < len(table):
@@ -143,6 +166,22 @@ class MapLabelsd(MapTransform):
         if self.map.rest is None and (mapped == UNKNOWN).any():
             self._refuse(flat[mapped == UNKNOWN], name)
         return mapped.reshape(values.shape)
+
+    def _check(self, values: torch.Tensor, first: int, last: int, name: str) -> None:
+        """Refuse ids that must not become background; warn if all do."""
+        counts = np.zeros(last - first + 1, np.int64)
+        for part in values.split(CHUNK):
+            counts += np.bincount(part.numpy().astype(np.int64) - first, minlength=len(counts))
+        found = [int(i) + first for i in np.flatnonzero(counts)]
+        refusal = self.map.refusal(found)
+        if refusal:
+            raise InputError(f"{name} {refusal}")
+        others = [i for i in found if i]
+        if self.map.rest == 0 and others and not any(i in self.map.ids for i in others):
+            shown = ", ".join(map(str, others[:8]))
+            warnings.warn(
+                f"{name}: all of it is background, as {self.map.source} lists none of its ids: {shown}", stacklevel=2
+            )
 
     def _refuse(self, values: torch.Tensor, name: str) -> None:
         unknown = ", ".join(str(int(i)) for i in values.unique()[:8])

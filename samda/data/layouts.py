@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layouts of data sets: lists (MONAI, MSD, CSV) and folders (nnU-Net v2, images and masks, DICOM, scans).
+"""Layouts of data sets that a list describes: MONAI, MSD, CSV and nnU-Net; those of mere folders: `folders.py`.
 
 Each function takes a list or a folder and returns section -> cases. Problems of a case are reported as :class:`Problem`
 and the case is skipped; problems of the whole data set raise InputError.
@@ -8,64 +8,24 @@ and the case is skipped; problems of the whole data set raise InputError.
 from __future__ import annotations
 
 import csv
-import dataclasses
 import difflib
 import itertools
-import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samda.data.dicom import has_dicom
-from samda.data.formats import PICTURE_SUFFIXES, SCAN_SUFFIXES, VOLUME_SUFFIXES, stem
+from samda.data.folders import Case, Problem, Report, files_in, report_unused
+from samda.data.formats import PICTURE_SUFFIXES
 from samda.errors import InputError, nearest
 from samda.io import parse_json
 
-logger = logging.getLogger(__name__)
-
-Case = dict[str, Any]  # "id", "image" (a path, or one per channel), optional "label", "fold", "patient" and "slices"
 SECTIONS = {"training": "training", "validation": "validation", "test": "test", "testing": "test"}  # key -> section
 ALIASES = SECTIONS | {"train": "training", "tr": "training", "val": "validation", "valid": "validation", "ts": "test"}
 COLUMNS = ("image", "label", "id", "patient", "fold", "section")
 NNUNET_SPLITS = {"training": ("imagesTr", "labelsTr"), "test": ("imagesTs", "labelsTs")}
 CHANNEL_FILE = re.compile(r"(.+)_(\d{4})")
-IMAGE_FOLDERS = ("images", "image")
-LABEL_FOLDERS = ("masks", "labels", "mask", "label")
-ENDINGS = ("", "_mask", "_label", "_labels", "_seg", "_segmentation")  # suffixes of label names
 LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes; asking for longer ones is an error of the system
-DEPTH = 3  # levels of folders below a case that are searched for its series
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """A problem of a data set.
-
-    Attributes:
-        kind: for programs: "missing", "grid", "label ids", ...
-        text: one line with the file, the value and the remedy.
-        case: id of the case; empty for the whole data set.
-        stops: would it make training fail?
-    """
-
-    kind: str
-    text: str
-    case: str = ""
-    stops: bool = True
-
-    def line(self) -> str:
-        """The text with its case."""
-        return f"case {self.case}: {self.text}" if self.case else self.text
-
-
-Report = Callable[[Problem], None]  # handles a problem
-
-
-def refuse(problem: Problem) -> None:
-    """Raise InputError for problems that stop a training; log the others."""
-    if problem.stops:
-        raise InputError(problem.text)
-    logger.warning("%s", problem.line())
 
 
 # --------------------------------------------------------------------------------------------------------------- lists
@@ -102,14 +62,28 @@ def listed_cases(content: Mapping[str, Any], listing: Path, report: Report) -> d
 def is_pair_list(path: Path) -> bool:
     """Is this a CSV with the columns image and label?"""
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            header = file.readline(10_000)
-    except (OSError, UnicodeDecodeError):
+        lines, _ = _lines(path)
+        return {"image", "label"} <= set(_columns(_csv(lines[:1])))
+    except (OSError, UnicodeError, csv.Error, IndexError):
         return False
-    try:
-        return {"image", "label"} <= set(_columns(_csv([header])))
-    except csv.Error:
-        return False
+
+
+def _lines(path: Path) -> tuple[list[str], int]:
+    """The lines of a CSV from its header on, and the number of lines above: UTF-8, UTF-16 or Latin-1, as Excel saves.
+
+    Excel's first line `sep=;` is skipped; the separator is found from the header.
+    """
+    content = path.read_bytes()
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        text = content.decode("utf-16")
+    else:
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = content.decode("cp1252")
+    lines = text.splitlines()
+    above = int(bool(lines) and lines[0].strip().strip('"').lower().startswith("sep="))
+    return lines[above:], above
 
 
 def pair_cases(path: Path, report: Report) -> dict[str, list[Case]]:
@@ -119,8 +93,8 @@ def pair_cases(path: Path, report: Report) -> dict[str, list[Case]]:
     label are training cases and rows without a label test cases. Other columns are ignored.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines, above = _lines(path)
+    except (OSError, UnicodeError) as error:
         raise InputError(f"{path} cannot be read as text ({error}); save it as CSV in UTF-8") from error
     if not any(line.strip() for line in lines):
         raise InputError(f"{path} is empty; write a line with the columns image,label, and one for each case")
@@ -128,9 +102,9 @@ def pair_cases(path: Path, report: Report) -> dict[str, list[Case]]:
     try:
         rows.fieldnames = _columns(rows)
         _check_columns(rows.fieldnames, path)
-        table = [(rows.line_num, row) for row in rows]
+        table = [(rows.line_num + above, row) for row in rows]
     except csv.Error as error:
-        raise InputError(f"{path}, line {rows.line_num + 1}: {error}; is a quote missing?") from error
+        raise InputError(f"{path}, line {rows.line_num + above + 1}: {error}; is a quote missing?") from error
     cases: dict[str, list[Case]] = {}
     wrong = 0
     for number, row in table:
@@ -238,7 +212,7 @@ def _is_range(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(type(i) is int for i in value) and value[0] < value[1]
 
 
-# ----------------------------------------------------------------------------------------------------------- nnU-Net v2
+# ----------------------------------------------------------------------------------------------------------- nnU-Net
 
 
 def read_channels(content: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -247,8 +221,45 @@ def read_channels(content: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(str(name) for name in names.values()) if isinstance(names, Mapping) and names else None
 
 
+def is_nnunet(content: Mapping[str, Any], listing: Path) -> bool:
+    """Is this the dataset.json of an nnU-Net folder? That of v1 lists `imagesTr/CASE.nii.gz` for `CASE_0000.nii.gz`."""
+    listed = [entry.get("image") for entry in content.get("training") or [] if isinstance(entry, Mapping)]
+    if not listed:
+        lists = any(isinstance(content.get(key), list) for key in SECTIONS)
+        return not lists and ((listing.parent / "imagesTr").is_dir() or "file_ending" in content)
+    image = listing.parent / str(listed[0])
+    channel = image.parent / re.sub(r"(\.nii\.gz|\.\w+)$", r"_0000\1", image.name)
+    return not image.exists() and channel.exists()
+
+
+def given_cases(content: Mapping[str, Any], listing: Path, report: Report) -> dict[str, list[Case]]:
+    """The training cases of nnU-Net v2's entry "dataset": CASE -> {"images": [one file per channel], "label": file}."""
+    cases = []
+    for name, entry in content["dataset"].items():
+        where = f"{listing}: dataset[{name!r}]"
+        try:
+            if not isinstance(entry, Mapping) or not isinstance(entry.get("images"), list):
+                raise InputError(f'{where} must be {{"images": [paths], "label": path}}, got {entry!r}')
+            given = {"id": name, "image": entry["images"], "label": entry.get("label")}
+            cases.append(_case(given, "training", where, listing.parent))
+        except InputError as error:
+            report(Problem("entry", str(error)))
+    return {"training": cases}
+
+
+def report_counts(
+    content: Mapping[str, Any], cases: Mapping[str, Sequence[Case]], listing: Path, report: Report
+) -> None:
+    """Report if a dataset.json states another number of cases than there are."""
+    for key, section in (("numTraining", "training"), ("numTest", "test")):
+        stated, found = content.get(key), len(cases.get(section, ()))
+        if type(stated) is int and stated != found and (section == "training" or found):
+            text = f"{listing} states {key} {stated}, but {found} {section} cases are there; is the data set complete?"
+            report(Problem("count", text, stops=False))
+
+
 def nnunet_cases(content: Mapping[str, Any], listing: Path, report: Report) -> dict[str, list[Case]]:
-    """The cases of an nnU-Net v2 folder: `imagesTr/CASE_0000.nii.gz`, `_0001` and so on, and `labelsTr/CASE.nii.gz`."""
+    """The cases of an nnU-Net folder: `imagesTr/CASE_0000.nii.gz`, `_0001` and so on, and `labelsTr/CASE.nii.gz`."""
     ending, root = str(content.get("file_ending", ".nii.gz")), listing.parent
     names = read_channels(content) or ()
     cases: dict[str, list[Case]] = {}
@@ -273,8 +284,8 @@ def nnunet_cases(content: Mapping[str, Any], listing: Path, report: Report) -> d
                 if section == "training" or label.is_file():
                     case["label"] = str(label)
                 cases.setdefault(section, []).append(case)
-        found = sorted((root / labels).glob(f"*{ending}"))
-        _report_unused([p for p in found if p.name[: -len(ending)] not in groups], f"file in {images}", report)
+        found = files_in(root / labels, (ending,))
+        report_unused([p for p in found if p.name[: -len(ending)] not in groups], f"file in {images}", report)
     if not cases.get("training") and not cases.get("test"):
         raise InputError(f"{root / 'imagesTr'} contains no CASE_0000{ending}; check file_ending in {listing}")
     return cases
@@ -283,168 +294,10 @@ def nnunet_cases(content: Mapping[str, Any], listing: Path, report: Report) -> d
 def _channel_files(folder: Path, ending: str, report: Report) -> dict[str, dict[int, Path]]:
     """Case -> number of the channel -> file."""
     groups: dict[str, dict[int, Path]] = {}
-    for path in sorted(folder.glob(f"*{ending}")):
+    for path in files_in(folder, (ending,)):
         match = CHANNEL_FILE.fullmatch(path.name[: -len(ending)])
         if match is None:
             report(Problem("entry", f"{path} is not a channel of a case; rename it to CASE_0000{ending}"))
         else:
             groups.setdefault(match[1], {})[int(match[2])] = path
     return groups
-
-
-# ---------------------------------------------------------------------------------------------------- images and masks
-
-
-def mask_folder(folder: Path) -> tuple[Path, Path] | None:
-    """`images` and `masks` (or `labels`) in a folder, if both exist."""
-    images, masks = _subfolders(folder, IMAGE_FOLDERS), _subfolders(folder, LABEL_FOLDERS)
-    if not images or not masks:
-        return None
-    for found in (images, masks):
-        if len(found) > 1:
-            names = ", ".join(path.name for path in found)
-            raise InputError(f"{folder} contains {names}, which are alternatives; keep one, or list the pairs in a CSV")
-    return images[0], masks[0]
-
-
-def masked_cases(images: Path, masks: Path, report: Report) -> dict[str, list[Case]]:
-    """Training cases: every 2-D image, volume or DICOM series in `images` with the label of the same name in `masks`.
-
-    The name of a label may have a suffix: `scan_mask.png` for `scan.png`.
-    """
-    labels = by_stem(files_in(masks), report)
-    cases, used = [], set()
-    for image in _scans(images):
-        name = image.name if image.is_dir() else stem(image)
-        found = [labels[name + ending] for ending in ENDINGS if name + ending in labels]
-        missing = f"{image} has no label {masks.name}/{name}.*; add it, or move the image"
-        cases += _with_label(name, image, found, image, missing, report)
-        used.update(found)
-    _report_unused([path for path in labels.values() if path not in used], f"file in {images.name}", report)
-    if not cases:
-        raise InputError(f"no file in {images} has the name of a file in {masks}; use the same names")
-    return {"training": cases}
-
-
-def _with_label(
-    name: str, image: Path, labels: Sequence[Path], place: Path, missing: str, report: Report
-) -> list[Case]:
-    """The case with its label; if there is not exactly one, a report and no case."""
-    if len(labels) == 1:
-        return [{"id": name, "image": str(image), "label": str(labels[0])}]
-    if labels:
-        text = f"{' and '.join(map(str, labels))} match as label of {place}; keep one"
-        report(Problem("label", text, name))
-    else:
-        report(Problem("missing", missing, name))
-    return []
-
-
-def _report_unused(labels: Iterable[Path], what: str, report: Report) -> None:
-    for path in labels:
-        text = f"{path} matches no {what}; remove it, or use the same name"
-        report(Problem("no image", text, stops=False))
-
-
-# --------------------------------------------------------------------------------------------------------------- DICOM
-
-Series = dict[Path, tuple[list[Path], list[Path]]]  # folder of a case -> folders of its series, candidate labels
-
-
-def find_series(folder: Path) -> Series:
-    """The DICOM series of a folder with candidates for their labels; empty if none has a label.
-
-    A case is a folder CASE that contains a series at any depth, or `folder` itself. Its label is a volume in CASE, or
-    CASE.nii.gz (.nrrd, .mha) next to it or in `labels`.
-    """
-    if has_dicom(folder):
-        own = files_in(folder, VOLUME_SUFFIXES)
-        return {folder: ([folder], own)} if own else {}
-    beside = _volumes(folder)
-    found: Series = {}
-    for case in _inside(folder):
-        series = _series_below(case, DEPTH) if case.is_dir() and case.name.lower() not in LABEL_FOLDERS else []
-        if series:
-            names = [case.name + ending for ending in ENDINGS]
-            found[case] = (series, _volumes(case) + [path for path in beside if stem(path) in names])
-    return found if any(labels for _, labels in found.values()) else {}
-
-
-def dicom_cases(folder: Path, series: Series, report: Report) -> dict[str, list[Case]]:
-    """Training cases: each series of :func:`find_series` with its label."""
-    cases: list[Case] = []
-    used: set[Path] = set()
-    for place, (folders, labels) in series.items():
-        name = place.resolve().name
-        used.update(labels)
-        if len(folders) > 1:
-            text = f"{place} contains {len(folders)} series ({', '.join(str(p.relative_to(place)) for p in folders)}); "
-            report(Problem("series", text + "keep one, or list the pairs in a CSV", name))
-            continue
-        if len(labels) > 1:  # a converted image may be there, too
-            labels = [path for path in labels if any(end[1:] in stem(path).lower() for end in ENDINGS[1:])] or labels
-        missing = f"{place} has no label; put {name}.nii.gz (.nrrd, .mha) next to it or into {folder / 'labels'}"
-        cases += _with_label(name, folders[0], labels, place, missing, report)
-    _report_unused([path for path in _volumes(folder) if path not in used], "DICOM folder", report)
-    return {"training": cases}
-
-
-def _series_below(folder: Path, depth: int) -> list[Path]:
-    if has_dicom(folder):
-        return [folder]
-    below = [path for path in _inside(folder) if path.is_dir()] if depth else []
-    return [series for path in below for series in _series_below(path, depth - 1)]
-
-
-def _volumes(folder: Path) -> list[Path]:
-    """Volumes in a folder and in its label folders."""
-    places = [folder, *_subfolders(folder, LABEL_FOLDERS)]
-    return [path for place in places for path in files_in(place, VOLUME_SUFFIXES)]
-
-
-# --------------------------------------------------------------------------------------------------------------- scans
-
-
-def scan_cases(path: Path) -> dict[str, list[Case]]:
-    """Test cases: one scan, or every scan and every DICOM series folder in a folder."""
-    if path.is_file():
-        return {"test": [{"image": str(path)}]}
-    scans = files_in(path)
-    if all(p.suffix.lower() == ".dcm" for p in scans) and has_dicom(path):  # often without any suffix
-        return {"test": [{"id": path.resolve().name, "image": str(path)}]}
-    found = _scans(path)
-    if not found:
-        near = "add its dataset.json" if (path / "imagesTr").is_dir() else "list images and labels in a CSV or JSON"
-        raise InputError(
-            f"{path} has no scans; give {', '.join(SCAN_SUFFIXES)} files or DICOM folders, or {near} (data/README.md)"
-        )
-    return {"test": [{"image": str(p)} for p in found]}
-
-
-def _scans(folder: Path) -> list[Path]:
-    """Scan files and DICOM series folders in a folder."""
-    return sorted([*files_in(folder), *(p for p in _inside(folder) if p.is_dir() and has_dicom(p))])
-
-
-def files_in(folder: Path, suffixes: Sequence[str] = SCAN_SUFFIXES) -> list[Path]:
-    """The files of a folder with one of the suffixes, sorted, without hidden files."""
-    return [path for path in _inside(folder) if path.is_file() and path.name.lower().endswith(tuple(suffixes))]
-
-
-def by_stem(paths: Iterable[Path], report: Report) -> dict[str, Path]:
-    """Files by name without suffix."""
-    found: dict[str, Path] = {}
-    for path in paths:
-        name = stem(path)
-        if name in found:
-            report(Problem("label", f"{found[name]} and {path} have the same name; keep one", name))
-        found.setdefault(name, path)
-    return found
-
-
-def _inside(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-
-
-def _subfolders(folder: Path, names: Sequence[str]) -> list[Path]:
-    return [path for path in _inside(folder) if path.is_dir() and path.name.lower() in names]

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from samda.data.folders import Problem
 from samda.data.inspect import AIR, CaseFacts, DataReport, check_data, task_problems
-from samda.data.layouts import Problem
+from samda.data.labels import IGNORE
 from samda.data.widths import ANISOTROPIC
 from samda.errors import InputError, one_line, printable
 from samda.task import AXES, Task
@@ -99,6 +100,8 @@ def suggest_task(report: DataReport) -> Suggestion:
     cases = report.labeled
     if not cases:
         raise InputError(f"{report.path}: no case with a readable image and label, so no task can be suggested")
+    if report.other_scale:
+        raise InputError(f"{report.path}: masks of 0 and 1 and of 0 and 255, so no task can be suggested")
     choices = {**_classes(report, cases), **_modality(report, cases)}
     modality, labels = choices["modality"][0], choices["labels"][0]
     choices |= _geometry(cases, modality, labels)
@@ -114,7 +117,9 @@ Choices = Mapping[str, tuple[Any, str]]  # key -> value and reason
 
 
 def _classes(report: DataReport, cases: Sequence[CaseFacts]) -> Choices:
-    named = {name: ids for name, ids in (report.data.labels or {}).items() if name != "background" and 0 not in ids}
+    named = {
+        n: ids for n, ids in (report.data.labels or {}).items() if n not in ("background", IGNORE) and 0 not in ids
+    }
     every = [i for ids in named.values() for i in ids]
     if named and len(set(every)) == len(every):
         names = sorted(named, key=lambda name: named[name])

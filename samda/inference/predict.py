@@ -17,6 +17,7 @@ from monai.networks.utils import eval_mode
 from nibabel.spatialimages import SpatialImage
 
 from samda.data.datalists import Case, find_cases
+from samda.data.folders import join_channels
 from samda.data.formats import name_of, scan_path, source_of
 from samda.data.transforms import build_preprocessing
 from samda.errors import InputError, SamdaError, UsageError, is_disk_full, log_failed
@@ -209,7 +210,7 @@ def predict_folder(
         UsageError: `output` is not writable or in use, or results would replace scans or files of others.
         SamdaError: the disk is full; finished cases stay.
     """
-    cases = find_cases(cases) if isinstance(cases, str | Path) else cases
+    cases = join_channels(find_cases(cases) if isinstance(cases, str | Path) else cases, predictor.task.in_channels)
 
     def one(case: Case, folder: Path) -> bool:
         prediction = predictor.predict(case, save_probabilities)

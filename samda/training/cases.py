@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from samda.data.datalists import Case, DataList, read_datalist
+from samda.data.labels import IGNORE
 from samda.data.splits import Split, split
 from samda.data.suggest import check_and_suggest
 from samda.errors import InputError, UsageError, nearest
@@ -59,7 +60,7 @@ def _task_of(labels: Mapping[str, tuple[int, ...]] | None) -> Task:
         raise UsageError(
             "this data set does not name its classes; give a task file (samda check DATASET -o FILE writes one)"
         )
-    names = sorted((name for name in labels if 0 not in labels[name]), key=lambda name: labels[name])
+    names = sorted((name for name in labels if 0 not in labels[name] and name != IGNORE), key=lambda name: labels[name])
     task = Task(classes=("background", *names))
     logger.warning("no task given: %d classes of the data set, modality %s", task.num_classes, task.modality)
     return task

@@ -9,7 +9,7 @@ import pytest
 import SimpleITK as sitk
 
 from samda.data.datalists import read_datalist, read_labels
-from samda.data.layouts import Problem
+from samda.data.folders import Problem
 from samda.errors import InputError
 
 
@@ -160,7 +160,10 @@ def test_missing_files_are_listed(tmp_path):
     assert "liver_1.nii.gz" in message
     assert "liver_5.nii.gz, ..." in message
     assert "liver_6.nii.gz" not in message
-    assert "did you mean 'liver_10.nii.gz'" in message
+    assert "liver_10" not in message  # another patient
+    case = {"image": "CT/Liver-10.nii", "label": "seg/1.nii.gz"}
+    (tmp_path / "CT").symlink_to(tmp_path / "ct") if not (tmp_path / "CT").exists() else None
+    assert "did you mean 'liver_10.nii.gz'" in refusal(write(tmp_path / "l.json", {"training": [case]}))
 
 
 def test_doubled_ids(tmp_path):
@@ -197,7 +200,7 @@ def test_nnunet_test_labels_are_used_where_they_are(tmp_path):
 def test_nnunet_with_a_missing_label(tmp_path):
     folder = nnunet(tmp_path)
     (folder / "labelsTr/liver_02.nii.gz").unlink()
-    assert "labelsTr/liver_02.nii.gz; did you mean 'liver_01.nii.gz'" in refusal(folder)
+    assert "labelsTr/liver_02.nii.gz; check the paths" in refusal(folder)
 
 
 def test_nnunet_channels_are_listed_in_their_order(tmp_path):
@@ -258,6 +261,58 @@ def test_every_problem_reaches_a_report_and_the_sound_cases_stay(tmp_path):
     assert all(p.stops and "\n" not in p.text for p in problems)
 
 
+def test_nnunet_folder_of_version_1(tmp_path):
+    folder = nnunet(tmp_path)
+    listed = [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in ("liver_01", "liver_02")]
+    content = {
+        "modality": {"0": "CT"},
+        "labels": {"0": "background", "1": "liver"},
+        "numTraining": 2,
+        "training": listed,
+    }
+    write(folder / "dataset.json", content | {"test": ["./imagesTs/liver_07.nii.gz"]})
+    data = read_datalist(folder)
+    assert data.layout == "nnunet" and [case["id"] for case in data.cases["training"]] == ["liver_01", "liver_02"]
+    assert data.cases["training"][0]["image"] == str(folder / "imagesTr/liver_01_0000.nii.gz")
+    assert [case["id"] for case in data.cases["test"]] == ["liver_07"]
+
+
+def test_nnunet_entry_dataset_lists_the_cases(tmp_path):
+    touch(tmp_path, "ct/a.nii.gz", "ct/b.nii.gz", "seg/a.nii.gz")
+    cases = {"p1": {"images": ["ct/a.nii.gz", "ct/b.nii.gz"], "label": "seg/a.nii.gz"}}
+    write(tmp_path / "dataset.json", {"labels": {"liver": 1}, "file_ending": ".nii.gz", "dataset": cases})
+    assert read_datalist(tmp_path).cases["training"] == [
+        {
+            "id": "p1",
+            "image": [str(tmp_path / "ct/a.nii.gz"), str(tmp_path / "ct/b.nii.gz")],
+            "label": str(tmp_path / "seg/a.nii.gz"),
+        }
+    ]
+
+
+def test_hidden_files_of_macos_and_wrong_counts(tmp_path):
+    folder = nnunet(tmp_path, numTraining=3)
+    touch(folder, "imagesTr/._liver_01_0000.nii.gz", "labelsTr/._liver_01.nii.gz")
+    found: list[Problem] = []
+    assert len(read_datalist(folder, found.append).cases["training"]) == 2
+    assert [(p.kind, p.stops) for p in found] == [("count", False)]
+    assert "numTraining 3, but 2 training cases" in found[0].text
+
+
+def test_json_with_a_key_twice(tmp_path):
+    (tmp_path / "l.json").write_text('{"labels": {"liver": 1, "liver": 2}, "test": []}')
+    assert "'liver' stands twice" in refusal(tmp_path / "l.json")
+
+
+def test_links_to_files_that_are_not_there(tmp_path):
+    touch(tmp_path, "images/a.nii.gz", "labels/a.nii.gz", "labels/b.nii.gz")
+    (tmp_path / "images/b.nii.gz").symlink_to("/annex/objects/b")
+    found: list[Problem] = []
+    assert [case["id"] for case in read_datalist(tmp_path, found.append).cases["training"]] == ["a"]
+    assert [(p.kind, p.case, p.stops) for p in found] == [("missing", "b", True)]
+    assert "/annex/objects/b" in found[0].text
+
+
 def test_nnunet_with_another_file_ending(tmp_path):
     folder = nnunet(tmp_path, file_ending=".nrrd")
     assert "no CASE_0000.nrrd" in refusal(folder)
@@ -273,7 +328,7 @@ def test_nnunet_with_another_file_ending(tmp_path):
         ({"0": "background", "1": "liver"}, {"background": (0,), "liver": (1,)}),  # MSD
         ({"background": 0, "kidneys": [2, 3]}, {"background": (0,), "kidneys": (2, 3)}),
         ({"2": "kidneys", "3": "kidneys"}, {"kidneys": (2, 3)}),
-        ({"background": 0, "liver": 1, "ignore": 2}, {"background": (0,), "liver": (1,)}),
+        ({"background": 0, "liver": 1, "ignore": 2}, {"background": (0,), "liver": (1,), "ignore": (2,)}),
     ],
 )
 def test_the_two_styles_of_labels(given, expected):
@@ -294,7 +349,7 @@ def test_folder_of_scans(tmp_path):
     data = read_datalist(tmp_path)
     assert data.layout == "scans"
     assert data.labels is None
-    assert [case["id"] for case in data.cases["test"]] == ["a", "b", "c"]
+    assert [case["id"] for case in data.cases["test"]] == ["a", "b", "c", "other_d"]
     assert data.cases["training"] == data.cases["validation"] == []
     assert all("label" not in case for case in data.cases["test"])
 
@@ -322,4 +377,4 @@ def test_scans_of_one_name_and_two_formats(tmp_path):
 def test_nothing_there(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no scans" in refusal(tmp_path / "empty")
-    assert "did you mean 'empty'" in refusal(tmp_path / "emty")
+    assert "did you mean 'empty'" in refusal(tmp_path / "Empty")

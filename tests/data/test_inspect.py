@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from samda.data.folders import Problem
 from samda.data.inspect import check_data
-from samda.data.layouts import Problem
 from samda.data.suggest import check_and_suggest
 from samda.task import Task
 
@@ -289,3 +289,15 @@ def test_pictures(tmp_path: Path) -> None:
     assert "JPEG" in report.sorted_problems()[0].text
     assert "save it in color" in report.sorted_problems()[1].text
     assert report.cases[0].extent_mm == (12, 9, 1) and report.cases[0].picture
+
+
+def test_masks_of_two_scales_are_no_two_classes(tmp_path: Path) -> None:
+    for seed, (name, own) in enumerate((("a", 1), ("b", 255), ("c", 1))):
+        image, label = volumes(seed)
+        save(tmp_path / f"images/{name}.nii.gz", image)
+        save(tmp_path / f"masks/{name}.nii.gz", (label > 0).astype(np.uint8) * np.uint8(own))
+    report, suggestion = check_and_suggest(tmp_path)
+    assert [(p.kind, p.case) for p in report.stops] == [("label ids", "b")] and suggestion is None
+    task = Task(classes=("background", "organ"), labels={"organ": 1})
+    (stop,) = check_data(tmp_path, task).stops
+    assert (stop.kind, stop.case) == ("label ids", "b") and "mask of 0 and 255" in stop.text

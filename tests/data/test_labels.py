@@ -89,3 +89,28 @@ def test_long_labels_are_mapped_in_parts(monkeypatch):
     values = np.random.default_rng(0).integers(0, 6, 100)
     table = np.array([0, 0, 2, 2, 0, 1])
     assert mapped(values.tolist(), LISTED) == table[values].tolist()
+
+
+@pytest.mark.parametrize("task", [PLAIN, LISTED])
+def test_voxels_that_a_data_set_leaves_unlabeled_are_refused(task):
+    names = {"background": (0,), "liver": (5,), "kidney": (2, 3), "ignore": (7,)}
+    assert mapped([0, 5, 2], task, names) == [0, 1, 2]
+    with pytest.raises(InputError, match="labels.nii.gz has voxels of id 7, the data set's 'ignore'"):
+        mapped([0, 5, 7], task, names)
+    own = Task(classes=CLASSES, labels={"liver": 5, "kidney": [2, 3, 7]})  # the user decides what they are
+    assert mapped([0, 5, 7], own, {"ignore": (7,)}) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("own", "other"), [(1, 255), (255, 1)])
+def test_masks_of_another_scale_are_refused(own, other):
+    task = Task(classes=("background", "organ"), labels={"organ": own})
+    assert mapped([0, own], task) == [0, 1]
+    with pytest.raises(InputError, match=rf"labels\.nii\.gz is a mask of 0 and {other}, .* has id {own}"):
+        mapped([0, other], task)
+    with pytest.raises(InputError, match=f"mask of 0 and {other}"):
+        mapped([0, other], Task(classes=("background", "organ")), {"organ": (own,)})
+
+
+def test_labels_that_become_background_as_a_whole_warn():
+    with pytest.warns(UserWarning, match=r"labels.nii.gz: all of it is background.*: 9, 117"):
+        assert mapped([0, 9, 117], LISTED) == [0, 0, 0]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from samda.data.datalists import is_labeled, read_datalist
-from samda.data.layouts import Problem
+from samda.data.datalists import find_pairs, is_labeled, read_datalist
+from samda.data.folders import Problem, join_channels
 from samda.errors import InputError
 
 
@@ -70,7 +70,7 @@ def test_delimiters_of_spreadsheets(place, delimiter):
         ("image,label,section\nct/0.nii.gz,,training", "line 2 has no 'label'"),
         ("image,label,fold\nct/0.nii.gz,seg/0.nii.gz,a", "fold must be a whole number, got 'a'"),
         ("image,label\nct/0.nii.gz,seg/0.nii.gz,x,y", "line 2 has more cells than the header (x, y)"),
-        ("image,label\nct/0.nii.gz,seg/9.nii.gz", "seg/9.nii.gz; did you mean"),
+        ("image,label\nct/0.nii.gz,seg/9.nii.gz", "seg/9.nii.gz; check the paths"),
         ("image,label\nct/0.nii.gz,seg/0.nii.gz\nct/0.nii.gz,seg/1.nii.gz", "2 cases have the id 'ct_0' ("),
     ],
 )
@@ -211,7 +211,74 @@ def test_series_without_any_label_are_scans(tmp_path):
 
 
 def test_a_folder_of_nothing_known_says_what_could_be_done(tmp_path):
-    touch(tmp_path, "p1/ct.nii.gz", "p1/seg.nii.gz")
+    touch(tmp_path, "p1/notes.txt")
     assert "list images and labels in a CSV or JSON" in refusal(tmp_path)
-    touch(tmp_path, "imagesTr/a_0000.nii.gz")
+    touch(tmp_path, "imagesTr/a_0000.nii")
+    (tmp_path / "imagesTr/a_0000.nii").rename(tmp_path / "imagesTr/a")
     assert "add its dataset.json" in refusal(tmp_path)
+
+
+def test_everything_in_a_folder_is_a_case_or_named(tmp_path):
+    touch(tmp_path, "a.nii.gz", "a-label.nrrd", "a.json", "p7/ct.nii.gz", "p7/seg.nii.gz", "k.nii/k.nii", ".DS_Store")
+    touch(tmp_path, "f.mgz", "pair.img", "labels/a.nii.gz", "._a.nii.gz", "p8/thumb.jpg", "p8/st/old.nii.gz")
+    series(tmp_path / "p8" / "st" / "se")
+    series(tmp_path / "p9")
+    touch(tmp_path, "p9/thumb.jpg", "p9/old.nii.gz")
+    (tmp_path / "annexed.nii.gz").symlink_to("/annex/objects/x.nii.gz")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "closed").mkdir()
+    found: list[Problem] = []
+    cases = read_datalist(tmp_path, found.append, unlabeled=True).cases["test"]
+    assert {c["id"]: str(Path(c["image"]).relative_to(tmp_path)) for c in cases} == {
+        "a": "a.nii.gz",
+        "k": "k.nii/k.nii",
+        "p7_ct": "p7/ct.nii.gz",
+        "p8_thumb": "p8/thumb.jpg",
+        "p8_st_old": "p8/st/old.nii.gz",
+        "p8_st_se": "p8/st/se",
+        "p9": "p9",
+    }
+    named = {name for p in found for name in p.text.partition(": ")[2].partition(": ")[2].split(", ")}
+    assert named == {
+        *("a-label.nrrd", "p7/seg.nii.gz", "a.json", "f.mgz", "pair.img", "labels", "annexed.nii.gz", "loop"),
+        *("p9/thumb.jpg", "p9/old.nii.gz"),
+    }
+    assert not any(p.stops for p in found)
+
+
+def test_files_named_by_channel_are_one_case_of_a_model_with_channels(tmp_path):
+    touch(tmp_path, *(f"{n}.nii.gz" for n in ("a_0000", "a_0001", "b_0000", "c")))
+    cases = read_datalist(tmp_path).cases["test"]
+    assert join_channels(cases, 1) == cases
+    two = join_channels(cases, 2)
+    assert [case["id"] for case in two] == ["a", "b_0000", "c"]
+    assert two[0]["image"] == [str(tmp_path / f"a_000{k}.nii.gz") for k in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("image,label,patient\n{}Müller\n", "latin-1"),
+        ("image\tlabel\n{}", "utf-16"),
+        ("sep=;\nimage;label\n{}", "utf-8"),
+    ],
+)
+def test_lists_as_spreadsheets_save_them(place, text, encoding):
+    sign = next(sign for sign in "\t;," if sign in text)
+    row = sign.join(["ct/0.nii.gz", "seg/0.nii.gz", ""][: 3 if encoding == "latin-1" else 2])
+    (place / "list.csv").write_bytes(text.format(row).encode(encoding))
+    data = read_datalist(place)
+    assert data.listing == place / "list.csv"
+    assert data.cases["training"] == [
+        {"id": "0", "image": str(place / "ct/0.nii.gz"), "label": str(place / "seg/0.nii.gz")}
+        | ({"patient": "Müller"} if encoding == "latin-1" else {})
+    ]
+
+
+@pytest.mark.parametrize("name", ["a-label.nrrd", "a.seg.nrrd", "a_Segmentation.nrrd", "a.nrrd"])
+def test_label_names_of_slicer(tmp_path, name):
+    touch(tmp_path, "images/a.nrrd", f"labels/{name}", "images/a2.nrrd", "labels/a2.nrrd")
+    assert pairs(tmp_path)["a"] == ("images/a.nrrd", f"labels/{name}")
+    touch(tmp_path, "out/a.nii.gz", "out/a2.nii.gz")
+    found, _ = find_pairs(tmp_path / "out", tmp_path / "labels")
+    assert {str(p.name): label.name for p, label in found.values() if p} == {"a.nii.gz": name, "a2.nii.gz": "a2.nrrd"}
