@@ -219,7 +219,7 @@ def _scans(root: Path, report: Report, labels: bool = False) -> list[tuple[str, 
     found = _walk(root, passed, DEPTH, set(), labels)
     for reason, paths in passed.items():
         names = ", ".join(str(path.relative_to(root)) for path in paths[:SHOWN]) + ", ..." * (len(paths) > SHOWN)
-        report(Problem("not used", f"{root}: {len(paths)} {reason}: {names}", stops=False))
+        report(Problem("not used", f"{root}: not used, {reason} ({len(paths)}): {names}", stops=False))
     return [(_name_below(path, root), path) for path in found]
 
 
@@ -234,28 +234,30 @@ def _walk(folder: Path, passed: dict[str, list[Path]], depth: int, seen: set[Pat
         files = [path for path in inside if path not in broken and path not in folders]
         series = has_dicom(folder)
     except OSError:
-        passed.setdefault("folders cannot be opened", []).append(folder)
+        passed.setdefault("folders that cannot be opened", []).append(folder)
         return found
     if series:
         found.append(folder)
         others = [path for path in files if not is_dicom(path)]
-        passed.setdefault("files beside a DICOM series are not used", []).extend(others)
+        passed.setdefault("beside a DICOM series", []).extend(others)
     else:
         scans = [path for path in files if path.name.lower().endswith(SCAN_SUFFIXES)]
         names = {stem(path) for path in scans}
         labels = [] if keep else [path for path in scans if _is_label_beside(stem(path), names)]
         found += [path for path in scans if path not in labels]
-        passed.setdefault("label files are not used", []).extend(labels)
-        passed.setdefault("files are no scans of a known format", []).extend(p for p in files if p not in scans)
+        passed.setdefault("labels by their names", []).extend(labels)
+        passed.setdefault("no scans of a known format", []).extend(p for p in files if p not in scans)
     if keep:  # they are missing files of cases
         found += [path for path in broken if path.name.lower().endswith(SCAN_SUFFIXES)]
     else:
-        passed.setdefault("links lead nowhere (git annex get, datalad get or dvc pull may help)", []).extend(broken)
+        passed.setdefault("links that lead nowhere (git annex get, datalad get or dvc pull may help)", []).extend(
+            broken
+        )
     for path in folders:
         if path.name.lower() in LABEL_FOLDERS or path.name in ("labelsTr", "labelsTs"):
-            passed.setdefault("folders of labels are not used", []).append(path)
+            passed.setdefault("folders of labels", []).append(path)
         elif depth == 0 or path.resolve() in seen:
-            passed.setdefault("folders are too deep or met twice", []).append(path)
+            passed.setdefault("folders too deep or met twice", []).append(path)
         else:
             found += _walk(path, passed, depth - 1, seen, keep)
     for reason in [reason for reason, paths in passed.items() if not paths]:

@@ -95,7 +95,7 @@ def test_long_labels_are_mapped_in_parts(monkeypatch):
 def test_voxels_that_a_data_set_leaves_unlabeled_are_refused(task):
     names = {"background": (0,), "liver": (5,), "kidney": (2, 3), "ignore": (7,)}
     assert mapped([0, 5, 2], task, names) == [0, 1, 2]
-    with pytest.raises(InputError, match="labels.nii.gz has voxels of id 7, the data set's 'ignore'"):
+    with pytest.raises(InputError, match=r"labels\.nii\.gz has voxels of id 7, the data set's 'ignore'"):
         mapped([0, 5, 7], task, names)
     own = Task(classes=CLASSES, labels={"liver": 5, "kidney": [2, 3, 7]})  # the user decides what they are
     assert mapped([0, 5, 7], own, {"ignore": (7,)}) == [0, 1, 2]
