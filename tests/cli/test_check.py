@@ -44,7 +44,7 @@ def test_a_sound_data_set(place: Path, tmp_path: Path, capsys: pytest.CaptureFix
     code, out, err = samda(capsys, "check", place, "-o", task, "--backbone", "vit_b", "--device", "cpu")
     assert (code, err) == (0, "")
     for line in (
-        f"data set        {place} (CSV of pairs)",
+        f"data set        {place} (CSV of pairs: pairs.csv)",
         "cases           training 3, validation 0, test 0; 3 with label",
         "shape           20 x 18 x 4 voxels",
         "spacing         9 x 8 x 5 mm",
