@@ -17,6 +17,7 @@ from typing import Any
 from samda.data.dicom import has_dicom, is_dicom
 from samda.data.formats import SCAN_SUFFIXES, VOLUME_SUFFIXES, stem
 from samda.errors import InputError
+from samda.output import HIDDEN
 
 logger = logging.getLogger(__name__)
 
@@ -256,6 +257,8 @@ def _walk(folder: Path, passed: dict[str, list[Path]], depth: int, seen: set[Pat
     for path in folders:
         if path.name.lower() in LABEL_FOLDERS or path.name in ("labelsTr", "labelsTs"):
             passed.setdefault("folders of labels", []).append(path)
+        elif (path / HIDDEN).is_dir():
+            passed.setdefault("folders that samda wrote", []).append(path)
         elif depth == 0 or path.resolve() in seen:
             passed.setdefault("folders too deep or met twice", []).append(path)
         else:

@@ -78,7 +78,7 @@ def test_problems_come_with_exit_code_1(place: Path, tmp_path: Path, capsys: pyt
     assert Path(result["task_file"]) == tmp_path / "task.yaml" and result["cases"][0]["shape"] == [20, 18, 4]
     code, out, _ = samda(capsys, "check", place)
     assert "2 problems, 2 of which stop a training" in out
-    assert f"error   case b: there is no file {place / 'label' / 'b.nii.gz'}; did you mean" in out
+    assert f"error   case b: there is no file {place / 'label' / 'b.nii.gz'}; check the paths" in out
 
 
 def test_scans_alone(place: Path, capsys: pytest.CaptureFixture) -> None:

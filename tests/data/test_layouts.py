@@ -226,7 +226,7 @@ def test_everything_in_a_folder_is_a_case_or_named(tmp_path):
     touch(tmp_path, "p9/thumb.jpg", "p9/old.nii.gz")
     (tmp_path / "annexed.nii.gz").symlink_to("/annex/objects/x.nii.gz")
     (tmp_path / "loop").symlink_to(tmp_path)
-    (tmp_path / "closed").mkdir()
+    touch(tmp_path, "out/a.nii.gz", "out/.samda/manifest.jsonl")
     found: list[Problem] = []
     cases = read_datalist(tmp_path, found.append, unlabeled=True).cases["test"]
     assert {c["id"]: str(Path(c["image"]).relative_to(tmp_path)) for c in cases} == {
@@ -240,7 +240,7 @@ def test_everything_in_a_folder_is_a_case_or_named(tmp_path):
     }
     named = {name for p in found for name in p.text.partition(": ")[2].partition(": ")[2].split(", ")}
     assert named == {
-        *("a-label.nrrd", "p7/seg.nii.gz", "a.json", "f.mgz", "pair.img", "labels", "annexed.nii.gz", "loop"),
+        *("a-label.nrrd", "p7/seg.nii.gz", "a.json", "f.mgz", "pair.img", "labels", "annexed.nii.gz", "loop", "out"),
         *("p9/thumb.jpg", "p9/old.nii.gz"),
     }
     assert not any(p.stops for p in found)
