@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import mmap
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -129,9 +130,15 @@ def _refusing(path: Path, what: str) -> Iterator[None]:
         raise InputError(f"{path} is a damaged DICOM file: {what} ({reason}); replace or remove it") from error
 
 
+def _dataset(path: Path, **settings: Any) -> Dataset:
+    """The file; mapped, as reading so many bytes as a damaged length states would take the memory for them."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return pydicom.dcmread(content, force=True, **settings)
+
+
 def _header(path: Path) -> Dataset:
     with _refusing(path, "its header cannot be read"):
-        return pydicom.dcmread(path, stop_before_pixels=True, force=True)
+        return _dataset(path, stop_before_pixels=True)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -314,7 +321,7 @@ def _warn_of_missing_slices(headers: Sequence[Dataset], path: Path) -> None:
 def _pixels(path: Path) -> np.ndarray:
     """The stored pixels (frames, rows, columns[, C]) of a file, before rescaling."""
     with _refusing(path, "its pixels cannot be read"):
-        header = pydicom.dcmread(path, force=True)
+        header = _dataset(path)
         if not hasattr(header, "file_meta"):
             header.file_meta = pydicom.dataset.FileMetaDataset()
         if "TransferSyntaxUID" not in header.file_meta:  # files without preamble
