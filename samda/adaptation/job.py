@@ -19,7 +19,7 @@ from samda.data.datalists import find_cases
 from samda.data.folders import join_channels
 from samda.errors import InputError, UsageError
 from samda.inference.predict import refuse_own_folder
-from samda.models.versions import list_versions, load_version
+from samda.models.versions import check_name, list_versions, load_version
 from samda.output import open_output
 from samda.processes import Shard, exchange, is_main, rank_and_world
 
@@ -65,11 +65,13 @@ def run_adaptation(
     """
     check_settings(settings)  # before the weights are read
     if site is not None:
+        check_name(site)
         if dry_run:
             raise UsageError("a site version needs adapted cases; leave out dry_run")
-        check_site(model, site)
     network, task, record, version = load_version(model, version, weights)
     adaptation = Adaptation(network, task, record, device=device, version=version, **dict(settings or {}))
+    if site is not None:
+        check_site(model, site, {"from_version": version, "config": adaptation.config})
     cases = join_channels(find_cases(inputs, section), task.in_channels)
     mine = part.of(cases) if part else cases
     refuse_own_folder(cases, Path(output))

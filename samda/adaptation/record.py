@@ -8,6 +8,7 @@ adapting the same files again gives the same label map (`labels_sha256`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -145,11 +146,15 @@ def schema() -> dict[str, Any]:
     return json.loads(Path(__file__).with_name("record.schema.json").read_text(encoding="utf-8"))
 
 
+@functools.cache
+def _validator() -> Any:
+    return jsonschema.Draft202012Validator(schema())
+
+
 def validate_record(record: Mapping[str, Any]) -> None:
     """Check a record against the schema; InputError names the field."""
-    try:
-        jsonschema.validate(dict(record), schema())
-    except jsonschema.ValidationError as error:
+    error = jsonschema.exceptions.best_match(_validator().iter_errors(dict(record)))
+    if error is not None:
         place = ".".join(str(part) for part in error.absolute_path) or "the record"
         raise InputError(f"record of case {record.get('case_id')!r}: {place}: {error.message}") from error
 
@@ -162,6 +167,10 @@ def read_record(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: not a readable record ({error}); delete its folder and run again") from error
     if not isinstance(value, dict) or "record_version" not in value:
         raise InputError(f"{path}: not a record of samda adapt; delete its folder and run again")
+    try:
+        validate_record(value)
+    except InputError as error:
+        raise InputError(f"{path}: {error}; delete its folder and run again") from error
     return value
 
 

@@ -8,6 +8,7 @@ becomes active by `samda site activate`, and `samda site rollback` returns to th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,26 @@ from samda.adaptation.folder import AdaptRun, details_folder
 from samda.adaptation.loop import load, restoring
 from samda.adapters.adapter_file import read_adapters, save_adapters
 from samda.errors import InputError, UsageError
-from samda.io import new_folder
+from samda.io import new_folder, plain
 from samda.models.versions import SOURCE, check_name, list_versions, version_folder, versions_folder
 from samda.provenance import now, versions
 
+SAME = ("from_version", "cases", "input_sha256", "config", "parameters")  # of a run that is repeated after a kill
 
-def check_site(model: str | Path, name: str) -> None:
-    """Refuse an invalid or existing name of a version."""
+
+def check_site(model: str | Path, name: str, about: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """Refuse an invalid name of a version, or an existing one, unless that was made of `about`, as far as known.
+
+    Returns what the existing version says of itself.
+    """
     check_name(name)
-    if name in list_versions(model):
+    if name not in list_versions(model):
+        return None
+    found = read_adapters(version_folder(model, name)).record.get("version", {})
+    known = plain({key: value for key, value in (about or {}).items() if key in SAME})
+    if not known or any(found.get(key) != value for key, value in known.items()):
         raise UsageError(f"{model} already has a version {name!r}; choose another name")
+    return found
 
 
 def distill(adaptation: Adaptation, model: str | Path, run: AdaptRun, name: str, min_cases: int = 3) -> dict[str, Any]:
@@ -38,7 +49,6 @@ def distill(adaptation: Adaptation, model: str | Path, run: AdaptRun, name: str,
     `run` must have been made by this adaptation with `keep_tensors`; InputError where fewer than `min_cases` of its
     cases were accepted with a change.
     """
-    check_site(model, name)
     chosen = {case: r for case, r in run.records.items() if "adapter" in r["output_files"]}
     if len(chosen) < min_cases:
         raise InputError(
@@ -67,6 +77,9 @@ def distill(adaptation: Adaptation, model: str | Path, run: AdaptRun, name: str,
         "decisions": run.counts,
         "versions": versions(),
     }
+    before = check_site(model, name, about)
+    if before is not None:
+        return before
     file = read_adapters(version_folder(model, adaptation.version))
     place = versions_folder(model) / name
     place.parent.mkdir(exist_ok=True)

@@ -21,6 +21,7 @@ from samda.io import Image, files_of
 from samda.processes import launched
 
 REPORT_VERSION = 1
+PLAIN = (None, "done", "empty", "skipped")  # outcomes without a reason
 
 
 class RunReport:
@@ -137,23 +138,42 @@ class RunReport:
 
     def _write(self, error: BaseException | None) -> None:
         from samda.io import write_json
-        from samda.provenance import conceal, now, sha256_of, versions
+        from samda.provenance import now, sha256_of, versions
 
         code, reason, text = outcome_of(error)
-        inputs = [{"outcome": None} | entry for entry in self.inputs.values()]
+        entries = [{"outcome": None} | entry for entry in self.inputs.values()]
+        # a pattern of all names for every case would take the square of their number; only reasons hold names
+        inputs = [entry if entry["outcome"] in PLAIN else self._conceal(entry) for entry in entries]
         content = self.content | {
             "time_end": now(),
             "seconds": self.seconds | {"total": round(time.perf_counter() - self._begin, 3)},
             "versions": versions(),
             "config_sha256": sha256_of(self.content["config"]),
-            "inputs": inputs,
             "peak_memory_mb": peak_memory_mb(),
             "exit_code": code,
             "exit_reason": reason,
             "error": text,
         }
         assert self.path is not None
-        write_json(self.path, conceal(content, self.names))
+        write_json(self.path, self._conceal(content) | {"inputs": inputs})
+
+    def _conceal(self, value: dict[str, Any]) -> dict[str, Any]:
+        """Plain values without names."""
+        from samda.provenance import conceal
+
+        text = "\n".join(_texts(value))
+        return conceal(value, {name: other for name, other in self.names.items() if name in text})
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in plain values."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        for entry in value:
+            yield from _texts(entry)
+    elif isinstance(value, str):
+        yield value
 
 
 def _described(value: Any) -> Any:

@@ -119,6 +119,7 @@ def test_a_site_version_is_a_candidate_until_a_person_activates_it(
 ) -> None:
     source = {p.name: p.read_bytes() for p in model.iterdir() if p.is_file()}
     about = job(site="clinic-a")["site"]
+    assert job(site="clinic-a")["site"] == load_version(model, "clinic-a")[2]["version"], "as after a kill at the end"
     assert list_versions(model) == ["source", "clinic-a"] and active_version(model) == "source"
     assert {p.name: p.read_bytes() for p in model.iterdir() if p.is_file()} == source
     details = tmp_path / "out" / "details"
