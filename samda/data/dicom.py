@@ -8,6 +8,7 @@ pixels are decoded by SimpleITK. Affines map voxel indices to RAS mm.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import mmap
 import tempfile
@@ -119,6 +120,8 @@ def read_dicom(path: Path, pixels: bool = True) -> tuple[np.ndarray, np.ndarray]
 @contextmanager
 def _refusing(path: Path, what: str) -> Iterator[None]:
     """pydicom's errors as InputErrors; its remarks on the spelling of values are left out."""
+    logger = logging.getLogger("pydicom")
+    disabled, logger.disabled = logger.disabled, True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -128,6 +131,8 @@ def _refusing(path: Path, what: str) -> Iterator[None]:
     except Exception as error:  # pydicom raises all kinds of errors for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path} is a damaged DICOM file: {what} ({reason}); replace or remove it") from error
+    finally:
+        logger.disabled = disabled
 
 
 def _dataset(path: Path, **settings: Any) -> Dataset:
