@@ -42,6 +42,8 @@ class RunReport:
         self.wanted = self.path is not None and launched()[0] == 0  # only the main process writes it
         if self.path is not None:
             check_file(self.path, "--report")
+            if self.path.exists() and '"report_version"' not in self.path.read_text("utf-8", "replace")[:200]:
+                raise UsageError(f"--report {self.path} exists and is no report of samda; give another file")
         self.names: dict[str, str] = {}  # text that may identify a patient -> replacement
         self.seconds: dict[str, float] = {}
         # paths may identify patients; the content is hashed instead

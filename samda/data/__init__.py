@@ -8,6 +8,7 @@ settings UsageError.
 from __future__ import annotations
 
 from samda.data.datalists import DataList, find_cases, find_pairs, read_datalist
+from samda.data.folders import join_channels
 from samda.data.labels import MapLabelsd
 from samda.data.readers import read_scan
 from samda.data.slices import SliceGrid
@@ -23,6 +24,7 @@ __all__ = [
     "build_preprocessing",
     "find_cases",
     "find_pairs",
+    "join_channels",
     "read_datalist",
     "read_scan",
     "split",
