@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,15 @@ def test_half_a_checkpoint_is_taken_away(tmp_path: Path) -> None:
     with pytest.raises((AttributeError, pickle.PicklingError)):
         Toy(tmp_path, epochs=1, late=lambda: 0)  # which no file can hold
     assert [path.name for path in tmp_path.iterdir()] == [".samda"]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_a_flipped_bit_is_not_resumed_from(tmp_path: Path, share: float) -> None:
+    Toy(tmp_path, epochs=1)
+    content = bytearray((tmp_path / "last.pt").read_bytes())
+    with zipfile.ZipFile(tmp_path / "last.pt") as file:
+        starts = [info.header_offset for info in file.infolist() if info.file_size > 1000]
+    content[starts[0] + int(share * 1000) + 100] ^= 4  # in the values of a tensor or the pickle
+    (tmp_path / "last.pt").write_bytes(content)
+    with pytest.raises(InputError, match=r"last\.pt cannot be read"):
+        Toy(tmp_path, epochs=2, resume=True)
