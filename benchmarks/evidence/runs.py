@@ -16,7 +16,7 @@ from typing import Any
 
 from samda.task import Task
 
-from .adaptation import real_targets, simulated_targets
+from .adaptation import real_targets, site_targets
 from .apart import run_there
 from .datasets import ALL, DATASETS, SPLITS, split, write_list
 from .fields import NETWORKS
@@ -90,7 +90,7 @@ PARTS: dict[str, Callable[[], list[Run]]] = {
     "demo": lambda: [{"demo": "A, B, M", "seed": seed} for seed in range(DEMO_SEEDS)],
     "ablations": _ablations,
     "adaptation": real_targets,
-    "shifts": simulated_targets,
+    "shifts": site_targets,
     "fields": lambda: [{"network": name} for name in NETWORKS],
     "peft": lambda: [{"compared": "LoRA of peft and of samda"}],
 }
@@ -117,6 +117,12 @@ def measure(run: Run, root: Path | None) -> Run:
             return run | _measure_training(run, root, Path(folder))
         if "demo" in run:
             return run | _measure_demo(run["seed"], Path(folder) / "demo")
+    if "target" in run:
+        from .adaptation import measure_site
+
+        if root is None:
+            raise FileNotFoundError(f"{run['source']} needs --data FOLDER; docs/evidence.md names the sources")
+        return run | measure_site(run, root)
     if "objective" in run:
         from .adaptation import adapt
 

@@ -21,6 +21,7 @@ from .methods import ABLATIONS, METHODS, RIVALS
 from .runs import BASELINE, LONG, SCORES, SHORT
 
 Row = dict[str, Any]
+HARM = 0.02  # loss of Dice from which a case counts as harmed
 NOTHING = "-"
 
 
@@ -184,15 +185,24 @@ def adaptation(rows: list[Row]) -> str:
 
 
 def shifted(rows: list[Row]) -> str:
-    """What the default does under simulated shifts, per family."""
-    lines = []
-    for family in dict.fromkeys(row["family"] for row in pick(rows)):
-        dice = [row["dice"] for row in pick(rows, family=family)]
-        gains = [one["final"] - one["source"] for one in dice]
-        means = [f"{statistics.fmean(one[key] for one in dice):.3f}" for key in ("source", "final")]
-        lines.append([family, str(len(dice)), *means, f"{min(gains):+.3f}", f"{max(gains):+.3f}"])
-    head = ["shifts of patient A", "cases", "plain", "guarded", "smallest gain", "largest gain"]
-    return markdown(head, lines) if lines else "not measured"
+    """What the default does at other sites: gains over the cases of all source models."""
+    rows, lines = pick(rows), []
+    keys = dict.fromkeys((row["source"], row["target"], row["shift"], row["severity"] >= 3) for row in rows)
+    for source, target, shift, strong in keys:
+        same = [r for r in pick(rows, source=source, target=target, shift=shift) if (r["severity"] >= 3) == strong]
+        cases = [case for row in same for case in row["cases"].values()]
+        gains = [case["final"] - case["source"] for case in cases]
+        means = [f"{statistics.fmean(case[key] for case in cases):.3f}" for key in ("source", "final")]
+        harmed = sum(gain < -HARM for gain in gains) / len(gains)
+        accepted = sum(case["reason"] == "accepted" for case in cases) / len(cases)
+        cost = sum(case["seconds"] for case in cases) / sum(case["predict"] for case in cases)
+        where = target if shift == "none" else f"{target}, {shift} {'3 to 5' if strong else '1 and 2'}"
+        shares = [f"{100 * share:.0f} %" for share in (harmed, accepted)]
+        lines.append(
+            [source, where, str(len(cases)), *means, shares[0], f"{min(gains):+.3f}", shares[1], f"{cost:.1f}"]
+        )
+    head = ["source", "target", "cases", "plain", "adapted", "harmed", "smallest gain", "accepted", "time / predict"]
+    return markdown(head, lines, texts=2) if lines else "not measured"
 
 
 def fields(rows: list[Row], tap: str) -> str:

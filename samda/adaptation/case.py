@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One scan, ready to be adapted to: its source prediction, the slices chosen, and their views, encoded once."""
+"""One scan: ready to be adapted to, with its source prediction, slices and views encoded once; and the result."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from samda.adaptation.views import View, apply_view
 from samda.data.slices import SliceGrid
 from samda.inference.postprocessing import keep_largest
 from samda.inference.volume import VolumeInferer, largest
+from samda.inference.writer import label_image
 from samda.networks.head import IMAGE, Pyramid, cat_levels, map_levels
 from samda.source_statistics import Box
+
+Scan = str | Path | SpatialImage | Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,43 @@ class PreparedCase:
     started: str  # UTC
     seconds: dict[str, float]  # by stage
     scan: Path | SpatialImage | None = None  # file, DICOM folder or nibabel image
+
+
+@dataclasses.dataclass
+class AdaptedCase:
+    """The result of one scan, on the scan's own grid and in the axis order of its file.
+
+    Attributes:
+        case: name of the case.
+        labels: (X, Y, Z) the map to use: the adapted one if accepted, else the source's byte for byte.
+        source: (X, Y, Z) the plain prediction.
+        uncertainty: (X, Y, Z) float32 in [0, 1], normalized entropy of the prediction in `labels`.
+        affine: (4, 4) voxel index to RAS mm.
+        record: the audit record.
+        scan: the scan's file or DICOM folder, or the nibabel image that it came as.
+        tensors: the adapted parameters, where accepted.
+    """
+
+    case: str
+    labels: np.ndarray
+    source: np.ndarray
+    uncertainty: np.ndarray
+    affine: np.ndarray
+    record: dict[str, Any]
+    scan: Path | SpatialImage | None = None
+    tensors: dict[str, torch.Tensor] | None = None
+
+    @property
+    def image(self) -> SpatialImage:
+        """The map to use as a nibabel image; affine and form codes are the scan's own."""
+        return label_image(self.labels, self.scan, self.affine)
+
+    @property
+    def difference(self) -> np.ndarray:
+        """(X, Y, Z) uint8: 0 as before, 1 foreground removed, 2 foreground added, 3 another class."""
+        old, new = self.source > 0, self.labels > 0
+        change = np.where(old & new, 3, np.where(old, 1, 2))
+        return np.where(self.source == self.labels, 0, change).astype(np.uint8)
 
 
 class EmbeddingReplay:

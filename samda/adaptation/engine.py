@@ -27,8 +27,10 @@ from torch.utils.checkpoint import checkpoint
 from samda.adaptation.agreement import class_agreement, foreground_entropy, mean_agreement
 from samda.adaptation.alignment import STRENGTHS, CaseAlignment, Judge, align_levels
 from samda.adaptation.case import (
+    AdaptedCase,
     EmbeddingReplay,
     PreparedCase,
+    Scan,
     Segmentation,
     choose_slices,
     cut_windows,
@@ -37,7 +39,7 @@ from samda.adaptation.case import (
     slice_areas,
 )
 from samda.adaptation.guard import Decision, after, before, mean_plausibility
-from samda.adaptation.loop import NotFinite, OutOfTime, Trajectory, keep_last, load, optimize, restoring
+from samda.adaptation.loop import Trajectory, decision_of, keep_last, load, optimize, restoring
 from samda.adaptation.objectives import check_settings, log_probabilities, most_likely
 from samda.adaptation.record import Outcome, case_record
 from samda.adaptation.views import make_views, mirrored_classes, restore_view, seed_of
@@ -47,10 +49,9 @@ from samda.adapters.base import changes_encoder, modules, unmerge
 from samda.data.formats import name_of, scan_path
 from samda.data.slices import SliceGrid, center_channels
 from samda.data.transforms import build_preprocessing
-from samda.errors import AdapterError, SamdaError
+from samda.errors import AdapterError
 from samda.inference.postprocessing import override, own_grid
 from samda.inference.volume import VolumeInferer
-from samda.inference.writer import label_image
 from samda.networks.head import IMAGE, Pyramid, map_levels, split_levels
 from samda.networks.segmenter import SamSegmenter
 from samda.progress import share
@@ -59,46 +60,8 @@ from samda.source_statistics import FeatureTap, body_boxes, level_sums
 from samda.task import Task
 
 GRADIENT_PIXELS = 1 << 23  # pixels of the slices decoded at once with gradients: about 1 GB for the head `sam`
-Scan = str | Path | SpatialImage | Mapping[str, Any]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass
-class AdaptedCase:
-    """The result of one scan, on the scan's own grid and in the axis order of its file.
-
-    Attributes:
-        case: name of the case.
-        labels: (X, Y, Z) the map to use: the adapted one if accepted, else the source's byte for byte.
-        source: (X, Y, Z) the plain prediction.
-        uncertainty: (X, Y, Z) float32 in [0, 1], normalized entropy of the prediction in `labels`.
-        affine: (4, 4) voxel index to RAS mm.
-        record: the audit record.
-        scan: the scan's file or DICOM folder, or the nibabel image that it came as.
-        tensors: the adapted parameters, where accepted.
-    """
-
-    case: str
-    labels: np.ndarray
-    source: np.ndarray
-    uncertainty: np.ndarray
-    affine: np.ndarray
-    record: dict[str, Any]
-    scan: Path | SpatialImage | None = None
-    tensors: dict[str, torch.Tensor] | None = None
-
-    @property
-    def image(self) -> SpatialImage:
-        """The map to use as a nibabel image; affine and form codes are the scan's own."""
-        return label_image(self.labels, self.scan, self.affine)
-
-    @property
-    def difference(self) -> np.ndarray:
-        """(X, Y, Z) uint8: 0 as before, 1 foreground removed, 2 foreground added, 3 another class."""
-        old, new = self.source > 0, self.labels > 0
-        change = np.where(old & new, 3, np.where(old, 1, 2))
-        return np.where(self.source == self.labels, 0, change).astype(np.uint8)
 
 
 class Adaptation:
@@ -227,7 +190,7 @@ class Adaptation:
             outcome.decision = self.compare(case, outcome)
         except Exception as error:
             outcome.adapted = None
-            outcome.decision, outcome.error = _fallback(error), f"{type(error).__name__}: {error}"
+            outcome.decision, outcome.error = decision_of(error), f"{type(error).__name__}: {error}"
             logger.debug("case fell back", exc_info=True)
         return outcome
 
@@ -439,20 +402,6 @@ class Adaptation:
         plausibility = self.judge.plausibility(most_likely(log_probabilities(scores)).cpu(), case.image_boxes)
         agreed = mean_agreement(by_class, range(1, self.task.num_classes))
         return mean_plausibility(plausibility, self.guard.absent) ** 2 * (1.0 if math.isnan(agreed) else agreed)
-
-
-def _fallback(error: Exception) -> Decision:
-    """The reason code of an exception."""
-    text = " ".join(str(error).split())
-    if isinstance(error, NotFinite):
-        return Decision.of("fallback_nonfinite", f"not finite: {text}")
-    if isinstance(error, OutOfTime):
-        return Decision.of("fallback_timeout", f"the time limit passed at {text}")
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
-        return Decision.of("fallback_oom", "out of memory; lower slices or views")
-    if isinstance(error, SamdaError) and "not finite" in text:
-        return Decision.of("fallback_nonfinite", text)
-    return Decision.of("fallback_error", f"{type(error).__name__} while adapting: {text}")
 
 
 def _check_trained(network: SamSegmenter, parameters: Mapping[str, torch.Tensor]) -> None:

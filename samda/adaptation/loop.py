@@ -14,7 +14,9 @@ import torch
 import torch.nn as nn
 
 from samda.adaptation.agreement import class_agreement, displacement, foreground_entropy, mean_agreement
+from samda.adaptation.guard import Decision
 from samda.adaptation.objectives import Objective
+from samda.errors import SamdaError
 from samda.progress import share
 
 GRADIENT_NORM = 1.0  # clip
@@ -28,6 +30,20 @@ class NotFinite(Exception):
 
 class OutOfTime(Exception):
     """The time limit of the case was exceeded; the case falls back."""
+
+
+def decision_of(error: Exception) -> Decision:
+    """The decision on a case whose adaptation failed."""
+    text = " ".join(str(error).split())
+    if isinstance(error, NotFinite):
+        return Decision.of("fallback_nonfinite", f"not finite: {text}")
+    if isinstance(error, OutOfTime):
+        return Decision.of("fallback_timeout", f"the time limit passed at {text}")
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+        return Decision.of("fallback_oom", "out of memory; lower slices or views")
+    if isinstance(error, SamdaError) and "not finite" in text:
+        return Decision.of("fallback_nonfinite", text)
+    return Decision.of("fallback_error", f"{type(error).__name__} while adapting: {text}")
 
 
 @dataclasses.dataclass

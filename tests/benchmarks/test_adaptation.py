@@ -7,19 +7,31 @@ import numpy as np
 import torch
 
 
-def test_shifts_keep_the_shape_and_the_range() -> None:
-    from benchmarks.evidence.adaptation import simulated_targets
-    from benchmarks.evidence.shifts import shifts
+def test_shifts_keep_the_shape_and_the_range_and_grow() -> None:
+    from benchmarks.evidence.shifts import SEVERITIES, SHIFTS, shifted
 
-    volume = torch.rand(1, 24, 24, 6, generator=torch.Generator().manual_seed(0))
-    labels = torch.zeros(1, 24, 24, 6, dtype=torch.uint8)
-    labels[:, 4:12, 4:12] = 1
-    for shift in shifts(("background", "liver")):
-        changed, moved = shift(volume, labels, np.array([3.0, 3.0, 3.0]), 400.0)
-        assert changed.shape == moved.shape == volume.shape and 0 <= changed.min() <= changed.max() <= 1
-        assert not torch.equal(changed, volume)
-        assert (shift.bend is None) == torch.equal(moved, labels)
-    assert {run["family"] for run in simulated_targets()} == {"tuning", "patients", "report"}
+    volume = 0.1 + 0.8 * torch.rand(1, 24, 24, 6, generator=torch.Generator().manual_seed(0))
+    for name in SHIFTS:
+        changes = []
+        for severity in SEVERITIES:
+            changed = shifted(volume, name, severity)
+            assert changed.shape == volume.shape and 0 <= changed.min() <= changed.max() <= 1
+            assert torch.equal(changed, shifted(volume, name, severity))
+            changes.append(float((changed - volume).abs().mean()))
+        assert 0 < changes[0] < changes[-1]
+        assert shifted(volume[..., :1], name, 3).shape == (1, 24, 24, 1)  # a picture
+
+
+def test_sites_by_hand() -> None:
+    from benchmarks.evidence.adaptation import site_targets
+    from benchmarks.evidence.tables import shifted
+
+    run = next(run for run in site_targets() if run["target"] != run["source"])
+    case = {"reason": "accepted", "seconds": 5.0, "predict": 2.0}
+    cases = {"a": case | {"source": 0.5, "final": 0.7}, "b": case | {"source": 0.6, "final": 0.57, "reason": "x"}}
+    line = shifted([run | {"cases": cases}]).splitlines()[-1]
+    expected = ["vessels_chase", "vessels_lesav", "2", "0.550", "0.635", "50 %", "-0.030", "50 %", "2.5"]
+    assert [cell.strip() for cell in line.strip("|").split("|")] == expected
 
 
 def test_dice_over_the_organs_that_are_shown() -> None:
