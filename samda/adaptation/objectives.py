@@ -231,6 +231,8 @@ def build_objective(name: str, settings: Mapping[str, Any] | None = None) -> Obj
     """The objective of a name; invalid names, keys and values raise UsageError."""
     if not isinstance(name, str) or name not in OBJECTIVES:
         raise UsageError(f"unknown method {name!r}; {nearest(str(name), OBJECTIVES)}")
+    if isinstance(settings, Mapping) and "anchor" in settings:
+        raise UsageError(f"method {name!r}: the setting 'anchor' was removed after samda 0.1; leave it out")
     return from_mapping(OBJECTIVES[name], {} if settings is None else settings, f"method {name!r}")
 
 

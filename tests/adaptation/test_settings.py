@@ -61,6 +61,7 @@ def test_an_adaptation_resolves_what_it_is_given(make_adaptation: Callable[..., 
         ({"families": []}, "6 views.*family"),
         ({"guard": {"tolerence": 1}}, "'tolerence'.*'tolerance'"),
         ({"objective": {"aling": 1}}, "'aling'.*'align'"),
+        ({"objective": {"anchor": 0.0, "align": 1.0}}, "'anchor' was removed"),  # records of samda 0.1
         ({"method": "tpt"}, "'tpt' was removed.*tent, memo, sam_da"),
     ],
 )
