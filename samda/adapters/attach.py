@@ -215,12 +215,16 @@ def _parameters_by_scope(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]
 
 @torch.no_grad()
 def fold(model: nn.Module) -> None:
-    """Overwrite base weights by merged weights and remove the merged adapters, for export.
+    """Overwrite base weights by merged weights and remove the merged adapters, for export; so does a class head's
+    `fold_sites` with adapters of its levels.
 
     Adapters that are modules remain, reparameterized if possible. This cannot be undone (see :func:`merge`): pass a
     copy.
     """
     merge(model)
+    for module in model.children():
+        if hasattr(module, "fold_sites"):
+            module.fold_sites()  # type: ignore[operator]
     for site in sites(model).values():
         if isinstance(site, WeightSite):
             for name in ("weight", "bias"):

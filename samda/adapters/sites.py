@@ -216,12 +216,16 @@ class LevelSite(Site):
 
     def read(self, layer: nn.Conv2d, maps: torch.Tensor) -> torch.Tensor:
         """`layer` of the scaled and shifted maps."""
-        deltas = [adapter.delta() for adapter in self.active()]
-        if not deltas:
+        if not any(True for _ in self.active()):
             return layer(maps)
-        scale, shift = (sum(parts).view(1, -1, 1, 1) for parts in zip(*deltas, strict=True))  # type: ignore[attr-defined]
-        bias = (layer.weight * shift).sum((1, 2, 3))
-        return F.conv2d(maps, layer.weight * (1 + scale), bias if layer.bias is None else layer.bias + bias)
+        weight, bias = self.folded(layer.weight)
+        return F.conv2d(maps, weight, bias if layer.bias is None else layer.bias + bias)
+
+    def folded(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight of a layer that reads the maps as they are, and what is added to its bias."""
+        deltas = zip(*(adapter.delta() for adapter in self.active()), strict=True)
+        scale, shift = (sum(parts).view(1, -1, 1, 1) for parts in deltas)  # type: ignore[attr-defined]
+        return weight * (1 + scale), (weight * shift).sum((1, 2, 3))
 
 
 class DecoderSite(Site):

@@ -8,7 +8,7 @@ file is read back and compared with the network.
   samda export -m model -o exported --format torch    encoder.pt2, decoder.pt2
   samda export -m model -o exported --format sam      sam.pth for segment_anything, or MobileSAM's package (vit_t)
 
-"sam" merges the adapters into SAM's weights (salt, lora, norm, head, decoder, full); modules (sam_da, lka, dka,
+"sam" merges the adapters into the weights (salt, lora, norm, ssf, head, decoder, full); modules (sam_da, lka, dka,
 bottleneck) cannot be merged. The class head is written to a separate file. "onnx" requires pip install 'samda[export]'.
 """
 

@@ -92,7 +92,7 @@ def class_head(network: SamSegmenter) -> State:
 def _refuse_modules(network: SamSegmenter) -> None:
     places: dict[str, list[str]] = {}
     for path, site, adapter in modules(network):
-        if not adapter.mergeable:
+        if not adapter.mergeable and site.info.part != "head":
             places.setdefault(path.rpartition(".")[2], []).append(site.info.name)
     for name, found in places.items():
         others = f" and {len(found) - 1} more" if len(found) > 1 else ""

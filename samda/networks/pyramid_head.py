@@ -153,6 +153,19 @@ class PyramidHead(ClassHead):
     def _read(site: Any, layer: Any, level: torch.Tensor) -> torch.Tensor:
         return site.read(layer, level)
 
+    @torch.no_grad()
+    def fold_sites(self) -> None:
+        """Multiply the adapters of the levels into the layers that read them, and remove them; for export."""
+        laterals = (self.lateral4, self.lateral8, self.lateral16)
+        for site, *layers in zip(self.sites, laterals, self.linear, strict=True):
+            if not any(True for _ in site.active()):  # type: ignore[operator]
+                continue
+            for layer, bias in zip(layers, (layers[0].bias, self.linear_bias), strict=True):
+                weight, added = site.folded(layer.weight)  # type: ignore[operator]
+                layer.weight.copy_(weight)
+                bias += added
+            site.adapters.clear()  # type: ignore[operator,union-attr]
+
     def standardized(self, pyramid: Pyramid) -> list[torch.Tensor]:
         """The encoder's levels, fine to coarse."""
         return [layer(pyramid[name]) for layer, name in zip(self.standardize, self.levels, strict=True)]

@@ -151,7 +151,9 @@ def test_a_base_of_no_file_makes_no_sam(tmp_path: Path, make_segmenter: Callable
 def test_the_encoder_of_a_pyramid_model_becomes_a_sam(
     tmp_path: Path, make_segmenter: Callable[..., SamSegmenter], original_sam: Callable[[ViTConfig], Sam]
 ) -> None:
-    network = trained(make_segmenter(adapters={"lora": {"rank": 2}}, head="pyramid"))
+    network = trained(make_segmenter(adapters={"lora": {"rank": 2}, "ssf": {}}, head="pyramid"))
+    pyramid = network.encode(torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(1)))
+    plain = make_segmenter(head="pyramid")
     about = export_model(network, tmp_path / "out", TASK, "sam")
     sam = original_sam(network.config)
     sam.load_state_dict(torch.load(tmp_path / "out" / "sam.pth", weights_only=True))
@@ -160,4 +162,7 @@ def test_the_encoder_of_a_pyramid_model_becomes_a_sam(
     assert torch.allclose(sam.image_encoder(preprocess(sam, image)), expected, atol=1e-4 * float(expected.abs().max()))
     head = load_file(tmp_path / "out" / "class_head.safetensors")
     assert {f"class_head.{name}" for name in head} == {*network.head_params(), *network.head_buffers()}
+    plain.class_head.load_state_dict(head)  # ssf is inside its weights
+    expected = network.decode(pyramid)
+    assert torch.allclose(plain.decode(pyramid), expected, atol=1e-4 * float(expected.abs().max()))
     assert about["model"]["head"]["type"] == "pyramid" and "'pyramid' reads image" in about["loading"]
