@@ -90,9 +90,7 @@ def _run(args: argparse.Namespace, output: Path) -> None:
     # short runs use as many views as epochs and validate at the end
     overrides = {"epochs": args.epochs} | {key: min(value, args.epochs) for key, value in RECIPE.items()}
     overrides |= {"seed": args.seed, "train::augmentation::tissue_share": TISSUE_SHARE}
-    trained = train(
-        parts[0].dataset, output / "model", task, "sam_da", "vit_t", overrides, overwrite=True, device=device
-    )
+    trained = train(parts[0].dataset, output / "model", task, "ssf", "vit_t", overrides, overwrite=True, device=device)
 
     say("[3/6] prediction")
     network, task, _ = load_model(output / "model")
@@ -227,7 +225,7 @@ def introduction(trained: Mapping[str, Any]) -> list[str]:
     """Text above the scores."""
     counts = trained["parameters"]
     return [
-        f"SAM (vit_t) with the adapter SAM-DA: {counts['trainable']:,} trained parameters on a frozen base of "
+        f"SAM (vit_t) with the class head pyramid and scaled and shifted levels (SSF): {counts['trainable']:,} trained parameters on a frozen base of "
         f"{counts['base']:,}. {trained['epochs']} epochs, of which epoch {trained['best_epoch']} was the best.",
         "The model was trained on patient A without the slices shown. Patient B was scanned on another scanner with "
         "contrast medium, patient M with MR. They are not part of the training data, and the adaptation does not use "
