@@ -162,7 +162,7 @@ class PyramidHead(ClassHead):
                 continue
             for layer, bias in zip(layers, (layers[0].bias, self.linear_bias), strict=True):
                 weight, added = site.folded(layer.weight)  # type: ignore[operator]
-                layer.weight.copy_(weight)
+                layer.weight.data = weight
                 bias += added
             site.adapters.clear()  # type: ignore[operator,union-attr]
 
