@@ -225,8 +225,9 @@ def introduction(trained: Mapping[str, Any]) -> list[str]:
     """Text above the scores."""
     counts = trained["parameters"]
     return [
-        f"SAM (vit_t) with the class head pyramid and scaled and shifted levels (SSF): {counts['trainable']:,} trained parameters on a frozen base of "
-        f"{counts['base']:,}. {trained['epochs']} epochs, of which epoch {trained['best_epoch']} was the best.",
+        "SAM (vit_t) with the class head pyramid and scaled and shifted levels (SSF): "
+        f"{counts['trainable']:,} trained parameters on a frozen base of {counts['base']:,}. "
+        f"{trained['epochs']} epochs, of which epoch {trained['best_epoch']} was the best.",
         "The model was trained on patient A without the slices shown. Patient B was scanned on another scanner with "
         "contrast medium, patient M with MR. They are not part of the training data, and the adaptation does not use "
         "their labels; its guard keeps the prediction of the source model where it finds no gain.",

@@ -7,20 +7,10 @@ from samda.training.average import BackToTraining, ParameterAverage
 from samda.training.cases import build_task, dataset_labels, labeled_cases, training_cases
 from samda.training.checkpoint import Checkpoint, Resume, SaveCheckpoint
 from samda.training.config_check import check_config, check_overrides
-from samda.training.datasets import RenewViews, SliceDataset, SliceSampler, build_dataset, prepare_batch
+from samda.training.datasets import RenewViews, SliceDataset, build_dataset, prepare_batch
 from samda.training.ddp import PaddedDataset, RankSampler, WholeBatchLoss, batch_share, distribute
 from samda.training.finish import save_training
-from samda.training.handlers import (
-    CaseDice,
-    JoinValidation,
-    MLflow,
-    Progress,
-    RecordEpoch,
-    TensorBoard,
-    TrainingRecord,
-    Validate,
-    ValidationProgress,
-)
+from samda.training.handlers import CaseDice, Progress, RecordEpoch, TrainingRecord, ValidationProgress
 from samda.training.loss import DiceCELoss
 from samda.training.optim import (
     ClipGradients,
@@ -31,6 +21,8 @@ from samda.training.optim import (
 )
 from samda.training.pace import Attach, Ended, Pace
 from samda.training.run import train
+from samda.training.sampler import JoinValidation, SliceSampler, Validate
+from samda.training.tracking import MLflow, TensorBoard
 
 __all__ = [
     "Attach",

@@ -23,8 +23,8 @@ from samda.processes import launched
 from samda.task import Task
 from samda.training.checkpoint import check_model_folder
 from samda.training.config_check import check_config
-from samda.training.handlers import mlflow_settings, trackers
 from samda.training.literals import literal, refuse_syntax
+from samda.training.tracking import mlflow_settings, trackers
 
 OWN = {  # keys that follow from an argument of another name -> remedy
     "dataset_dir": "give dataset (--data)",

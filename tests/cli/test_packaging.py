@@ -15,7 +15,7 @@ import pytest
 
 import samda
 from samda.io import packaged
-from samda.training.handlers import OLDEST_MLFLOW
+from samda.training.tracking import OLDEST_MLFLOW
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

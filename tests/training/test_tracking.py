@@ -20,7 +20,7 @@ from samda.models.folder import load_model
 from samda.report import paint
 from samda.task import Task
 from samda.training import SliceDataset, train
-from samda.training.handlers import OLDEST_MLFLOW, mlflow_settings, scalars, trackers
+from samda.training.tracking import OLDEST_MLFLOW, mlflow_settings, scalars, trackers
 
 Keys = dict[str, Any]
 
