@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from samda.data.dicom import series_files
 from samda.io import Image, file_sha256, files_of, plain
 from samda.version import __version__
 
@@ -48,9 +49,10 @@ def path_sha256(image: Image) -> str:
     if len(paths) > 1:
         return hashlib.sha256("\n".join(map(path_sha256, paths)).encode()).hexdigest()
     path = paths[0]
-    if not path.is_dir():
+    if path.is_file():
         return file_sha256(path)
-    hashes = sorted(file_sha256(p) for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    files = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    hashes = sorted(map(file_sha256, files if path.is_dir() else series_files(path)))
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 

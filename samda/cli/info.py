@@ -42,15 +42,15 @@ def describe_package() -> dict[str, Any]:
     import warnings
 
     import torch
-    import yaml
 
     from samda.adapters import attach, build_configs, count_parameters, detach
-    from samda.io import packaged
+    from samda.io import load_yaml, packaged
     from samda.networks.backbones import BACKBONES
     from samda.networks.segmenter import SamSegmenter
 
     overlays = {
-        path.stem: yaml.safe_load(path.read_text()) for path in sorted(packaged("configs", "adapters").glob("*"))
+        path.stem: load_yaml(path.read_text(encoding="utf-8"))
+        for path in sorted(packaged("configs", "adapters").glob("*"))
     }
     adapters: dict[str, Any] = {
         name: {"settings": overlay["adapters"], "parameters": {}} for name, overlay in overlays.items()

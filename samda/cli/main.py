@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -46,6 +47,9 @@ EXIT_CODES = {
     130: "interrupted (Ctrl-C)",
     141: "the output pipe was closed",
 }
+
+# MONAI's DICOM reader, which samda does not use, says on import or construction that a decoder of NVIDIA is missing
+MONAI_READER = re.compile(r"(?i)(.*\W)?nvim(age|g)codec")
 
 DESCRIPTION = "SAM adapters for medical image segmentation. Research use only."
 EPILOG = """\
@@ -121,6 +125,7 @@ def _line_logging(debug: bool, quiet: bool = False) -> Iterator[None]:
     from samda import progress
 
     handler, own = _Lines(), logging.getLogger("samda")
+    handler.addFilter(lambda record: not MONAI_READER.search(record.getMessage()))
     before = own.level
     logging.getLogger().addHandler(handler)
     own.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
@@ -128,6 +133,7 @@ def _line_logging(debug: bool, quiet: bool = False) -> Iterator[None]:
         with warnings.catch_warnings(), progress.quiet(quiet):
             if not debug:
                 warnings.filterwarnings("ignore", category=FutureWarning)
+                warnings.filterwarnings("ignore", message=MONAI_READER.pattern)
                 warnings.showwarning = lambda message, *_: print(f"warning: {one_line(message)}", file=sys.stderr)
             yield
     finally:

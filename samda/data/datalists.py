@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from samda.data.dicom import is_series
 from samda.data.folders import (
     Case,
     Problem,
@@ -84,8 +85,8 @@ def read_datalist(path: str | Path, report: Report = refuse, unlabeled: bool = F
     * a CSV file, or a folder with one, with the columns image and label (optionally id, patient, fold, section);
     * a folder with `images` and `masks` (or `labels`) with files of the same names;
     * a folder of DICOM series folders, CASE, with label volumes in them, next to them or in `labels`;
-    * any other folder: every scan and every DICOM series in it and the folders in it is a test case; what is not used
-      is reported. With `unlabeled`, also a folder of DICOM series with label volumes;
+    * any other folder: every scan and every DICOM series (by SeriesInstanceUID) in it and the folders in it is a test
+      case; what is not used is reported. With `unlabeled`, also a folder of DICOM series with label volumes;
     * one scan, or the folder of one DICOM series: one test case.
 
     `report` is called with every problem (missing files, duplicate ids, ...); if it returns, the case is skipped. The
@@ -312,7 +313,7 @@ def _report_missing(cases: Iterable[Case], report: Report) -> set[int]:
 
 def _exists(path: Path) -> bool:
     try:
-        return path.exists()
+        return path.exists() or is_series(path)
     except OSError:  # a name that is too long
         return False
 

@@ -8,9 +8,12 @@ pixels are decoded by SimpleITK. Affines map voxel indices to RAS mm.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import mmap
+import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -37,6 +40,7 @@ FLAT = 1e-3  # sine of the angle between rows and columns
 UNEVEN = 0.1  # tolerance between steps from slice to slice, relative
 PREAMBLE = 128  # bytes before the mark "DICM"
 OTHER_FILES = ("DICOMDIR",)
+UID_NAME = re.compile(r"[0-9][0-9.]{0,63}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +86,71 @@ def _is_image(path: Path) -> bool:
         return True
 
 
+def series_in(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The series of a folder, a path for each, and its files that are no images.
+
+    One series is the folder itself. Of several, each is FOLDER/UID (its SeriesInstanceUID; readers take that for a
+    path), or its file if it has but one. Damaged files that belong to none stand alone.
+    """
+    uids = _series_uids(folder, folder.stat().st_mtime_ns)
+    groups: dict[str, list[Path]] = {}
+    for path, (uid, image) in uids.items():
+        groups.setdefault(uid, []).extend([path] if image else [])
+    if len([files for files in groups.values() if files]) < 2:
+        return [folder], []
+    found = [
+        path
+        for uid, files in groups.items()
+        for path in ([folder / uid] if len(files) > 1 and UID_NAME.fullmatch(uid) else files)
+    ]
+    return found, [path for path, (uid, image) in uids.items() if not image and folder / uid not in found]
+
+
+def is_series(path: Path) -> bool:
+    """Is this a folder, or FOLDER/UID of :func:`series_in`?"""
+    return path.is_dir() or bool(_files_of_uid(path))
+
+
+def series_files(path: Path) -> list[Path]:
+    """The DICOM files of a folder or of FOLDER/UID."""
+    return [file for file in _files(path) if is_dicom(file)] if path.is_dir() else _files_of_uid(path)
+
+
+def _files_of_uid(path: Path) -> list[Path]:
+    if not UID_NAME.fullmatch(path.name) or os.path.lexists(path) or not path.parent.is_dir():
+        return []
+    uids = _series_uids(path.parent, path.parent.stat().st_mtime_ns)
+    return [file for file, (uid, _) in uids.items() if uid == path.name]
+
+
+@functools.lru_cache(maxsize=16)
+def _series_uids(folder: Path, _changed: int) -> dict[Path, tuple[str, bool]]:
+    """SeriesInstanceUID of each DICOM file in a folder, and whether it is an image (or damaged)."""
+    found = {}
+    for path in _files(folder):
+        if is_dicom(path):
+            try:
+                header = _header(path, ["SeriesInstanceUID", "SOPClassUID", "Rows"])
+            except InputError:
+                header = Dataset()
+            kind = UID(str(header.get("SOPClassUID", ""))).name
+            uid = str(header.get("SeriesInstanceUID", ""))
+            found[path] = uid, "Rows" in header or not kind or "Image Storage" in kind
+    return found
+
+
 def dicom_modality(path: Path) -> str | None:
-    """The modality in the header of a DICOM file or the series in a folder: "CT", "MR", "PT", ..."""
-    headers = [path] if path.is_file() else [file for file in _files(path) if is_dicom(file)]
+    """The modality in the header of a DICOM file or series: "CT", "MR", "PT", ..."""
+    headers = [path] if path.is_file() else series_files(path)
     return next((str(_header(file).get("Modality", "")).strip() or None for file in headers), None)
 
 
 def read_dicom(path: Path, pixels: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels (X, Y, Z[, C]) and affine of a DICOM file or the one series in a folder; zeros without `pixels`."""
-    headers = _one_series(path) if path.is_dir() else {path: _header(path)}
+    """Voxels (X, Y, Z[, C]) and affine of a DICOM file, the one series in a folder, or FOLDER/UID of several.
+
+    Zeros without `pixels`.
+    """
+    headers = {path: _header(path)} if path.is_file() else _one_series(path)
     frames = [frame for file, header in headers.items() for frame in _frames(header, file)]
     frames, affine = _arrange(frames, path)
     _warn_of_missing_slices(list(headers.values()), path)
@@ -141,9 +201,9 @@ def _dataset(path: Path, **settings: Any) -> Dataset:
         return pydicom.dcmread(content, force=True, **settings)
 
 
-def _header(path: Path) -> Dataset:
+def _header(path: Path, tags: list[str] | None = None) -> Dataset:
     with _refusing(path, "its header cannot be read"):
-        return _dataset(path, stop_before_pixels=True)
+        return _dataset(path, stop_before_pixels=True, specific_tags=tags)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -152,12 +212,11 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _one_series(folder: Path) -> dict[Path, Dataset]:
-    """The headers of the files of the one series in a folder.
+    """The headers of the files of the one series in a folder, or of FOLDER/UID.
 
     A file that cannot be parsed is refused, as it may be a slice; DICOM objects other than images are passed over.
     """
-    files = _files(folder)
-    found = {path: _header(path) for path in files if is_dicom(path)}
+    found = {path: _header(path) for path in series_files(folder)}
     other = {path: header for path, header in found.items() if "Rows" not in header}
     images = {path: header for path, header in found.items() if path not in other}
     if not images:
@@ -168,7 +227,7 @@ def _one_series(folder: Path) -> dict[Path, Dataset]:
             raise InputError(f"{path} is a damaged DICOM file or not an image; replace or remove it")
         warnings.warn(f"{path} is no image ({kind}) and is passed over", stacklevel=2)
     endings = {path.suffix.lower() for path in images}
-    for path in files:
+    for path in _files(folder) if folder.is_dir() else ():
         if path not in found and path.suffix.lower() in endings:
             raise InputError(f"{path} is a damaged DICOM file or not an image; replace or remove it")
     series: dict[str, dict[Path, Dataset]] = {}
@@ -176,7 +235,8 @@ def _one_series(folder: Path) -> dict[Path, Dataset]:
         series.setdefault(str(header.get("SeriesInstanceUID", "")), {})[path] = header
     if len(series) > 1:
         names = ", ".join(f"{_series_name(files)!r} ({len(files)} files)" for files in series.values())
-        raise InputError(f"{folder} contains {len(series)} DICOM series: {names}; use one folder per series")
+        remedy = f"use one folder per series, or name one in a list as {folder}/UID"
+        raise InputError(f"{folder} contains {len(series)} DICOM series: {names}; {remedy}")
     return images
 
 

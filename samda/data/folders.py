@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from samda.data.dicom import has_dicom, is_dicom
+from samda.data.dicom import has_dicom, is_dicom, series_in
 from samda.data.formats import SCAN_SUFFIXES, VOLUME_SUFFIXES, stem
 from samda.errors import InputError
 from samda.output import HIDDEN
@@ -189,7 +190,17 @@ def scan_cases(path: Path, report: Report) -> dict[str, list[Case]]:
         raise InputError(
             f"{path} has no scans; give {', '.join(SCAN_SUFFIXES)} files or DICOM folders, or {near} (data/README.md)"
         )
-    return {"test": [{"id": name, "image": str(image)} for name, image in found]}
+    count = Counter(name for name, _ in found)
+    doubled = [path for name, path in found if count[name] > 1]
+    if doubled:
+        names = ", ".join(path.name for path in doubled[:SHOWN]) + ", ..." * (len(doubled) > SHOWN)
+        report(Problem("id", f"{path}: scans of one name ({names}) get ids with their endings", stops=False))
+    return {"test": [{"id": _with_ending(n, p) if p in doubled else n, "image": str(p)} for n, p in found]}
+
+
+def _with_ending(name: str, path: Path) -> str:
+    """`a.nii.gz` -> `a_nii_gz`; a folder is named as it is."""
+    return name + path.name.removeprefix(stem(path)).replace(".", "_")
 
 
 def join_channels(cases: Sequence[Case], count: int) -> list[Case]:
@@ -238,8 +249,12 @@ def _walk(folder: Path, passed: dict[str, list[Path]], depth: int, seen: set[Pat
         passed.setdefault("folders that cannot be opened", []).append(folder)
         return found
     if series:
-        found.append(folder)
-        others = [path for path in files if not is_dicom(path)]
+        own, others = series_in(folder)
+        others += [path for path in files if not is_dicom(path)]
+        if len(own) > 1:  # a damaged file may be a slice of any of them; it fails alone
+            own += [path for path in others if path.name.lower().endswith(".dcm") and not is_dicom(path)]
+        found += own
+        others = [path for path in others if path not in own]
         passed.setdefault("beside a DICOM series", []).extend(others)
     else:
         scans = [path for path in files if path.name.lower().endswith(SCAN_SUFFIXES)]

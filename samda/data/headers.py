@@ -58,12 +58,12 @@ def check_request(path: Path, shape: Sequence[int], value_bytes: float, inflatio
     Args:
         shape: all axes, channels included.
         value_bytes: of a value in the file.
-        inflation: how many times longer the data may be than the file; 1 where they are not packed.
+        inflation: how many times longer the data may be than the file; 1 if not packed, infinity without limit.
     """
     size = " x ".join(map(str, shape))
     if any(n < 0 for n in shape):
         raise not_a_scan(path, ValueError(f"its header states {size} voxels"))
-    values, length = math.prod(map(int, shape)), path.stat().st_size
+    values, length = math.prod(map(int, shape)), path.stat().st_size if inflation < math.inf else math.inf
     if values * value_bytes > length * inflation:
         raise not_a_scan(path, ValueError(f"{length:,} bytes are too few for {size} voxels"))
     needed, free = values * (value_bytes + WORKING_BYTES), free_memory()

@@ -19,7 +19,7 @@ import numpy as np
 
 from samda.data.body import body_mask, body_threshold, coarse
 from samda.data.datalists import LARGEST_CHANNELS, LAYOUTS, DataList, read_datalist
-from samda.data.dicom import dicom_modality, is_dicom
+from samda.data.dicom import dicom_modality, is_dicom, is_series
 from samda.data.folders import Case, Problem, Report
 from samda.data.formats import PICTURE_SUFFIXES
 from samda.data.labels import IGNORE, SCALES, LabelMap, id_range, label_map
@@ -227,7 +227,7 @@ def _describe(scan: Scan, facts: CaseFacts, tell: Tell) -> None:
     facts.spacing_mm = tuple(float(f"{s:.5g}") for s in sides)
     facts.orientation = "".join(nib.aff2axcodes(scan.affine))
     facts.picture = first.name.lower().endswith(PICTURE_SUFFIXES)
-    facts.dicom = dicom_modality(first) if first.is_dir() or is_dicom(first) else None
+    facts.dicom = dicom_modality(first) if is_series(first) or is_dicom(first) else None
     if facts.picture:
         return
     extent, shown = float((sides * facts.shape).max()), " x ".join(f"{s:g}" for s in facts.spacing_mm)

@@ -20,7 +20,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
-from samda.data.dicom import is_dicom, read_dicom
+from samda.data.dicom import is_dicom, is_series, read_dicom
 from samda.data.formats import (
     NIFTI_SUFFIXES,
     PICTURE_SUFFIXES,
@@ -56,7 +56,8 @@ def read_scan(image: Image, channels: int | None = 1) -> Scan:
     equal channels is gray. Channels of a volume are not merged, because they may be time points.
 
     Args:
-        image: a file, the folder of one DICOM series, or several of them, one per channel, on the same grid.
+        image: a file, the folder of one DICOM series (of one among several: FOLDER/SeriesInstanceUID), or several of
+            them, one per channel, on the same grid.
         channels: required number of channels; None accepts any.
     """
     paths = [_existing(path) for path in files_of(image)]
@@ -103,7 +104,7 @@ def _load(path: Path, label: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Voxels (X, Y, Z[, C]) and affine as the file states them."""
     name = path.name.lower()
     try:
-        if path.is_dir() or is_dicom(path):
+        if is_series(path) or is_dicom(path):
             array, affine = read_dicom(path)
         elif name.endswith(NIFTI_SUFFIXES):
             array, affine = _read_nifti(path)
@@ -136,7 +137,7 @@ def read_geometry(image: Image) -> tuple[tuple[int, int, int], np.ndarray]:
     """Shape (X, Y, Z) and affine of a scan or its first channel, from the header if the format allows it."""
     path = _existing(files_of(image)[0])
     name = path.name.lower()
-    if path.is_dir() or is_dicom(path):
+    if is_series(path) or is_dicom(path):
         voxels, affine = read_dicom(path, pixels=False)
         shape = voxels.shape[:3]
     elif name.endswith(NIFTI_SUFFIXES):
@@ -187,6 +188,8 @@ def refuse_other_grid(
 def _existing(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if not path.exists():
+        if is_series(path):
+            return path
         raise InputError(f"{path} does not exist; check the path")
     check_file(path)
     return path

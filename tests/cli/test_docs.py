@@ -223,6 +223,7 @@ def test_reference_is_complete() -> None:
 
 
 def test_what_papers_do_otherwise_is_said_where_a_user_chooses() -> None:
-    reference, overlay = (ROOT / name for name in ("docs/reference.md", "configs/adapters/salt_256.yaml"))
-    assert "second GELU (`act: both` and `pre_act: true`) and dropout 0.1" in " ".join(reference.read_text().split())
-    assert "--adapter salt_256,norm" in overlay.read_text() and "max(1, floor(r k))" in reference.read_text()
+    names = "docs/reference.md", "configs/adapters/salt_256.yaml"
+    reference, overlay = (" ".join((ROOT / name).read_text(encoding="utf-8").split()) for name in names)
+    assert "second GELU (`act: both` and `pre_act: true`) and dropout 0.1" in reference
+    assert "--adapter salt_256,norm" in overlay and "max(1, floor(r k))" in reference

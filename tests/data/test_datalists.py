@@ -368,10 +368,15 @@ def test_folders_of_dicom_series(tmp_path):
     assert read_datalist(tmp_path / "p1").cases["test"] == [{"id": "p1", "image": str(tmp_path / "p1")}]
 
 
-def test_scans_of_one_name_and_two_formats(tmp_path):
-    touch(tmp_path, "a.nii.gz", "a.nrrd")
-    both = f"2 cases have the id 'a' ({tmp_path / 'a.nii.gz'} and {tmp_path / 'a.nrrd'}); rename or move all but one"
-    assert refusal(tmp_path) == both
+def test_scans_of_one_name_are_told_apart_by_their_endings(tmp_path, caplog):
+    touch(tmp_path, "a.nii.gz", "a.nrrd", "b.mha", "p1/a.nii.gz", "p1_a.png")
+    ids = {case["image"]: case["id"] for case in read_datalist(tmp_path).cases["test"]}
+    named = {"a.nii.gz": "a_nii_gz", "a.nrrd": "a_nrrd", "b.mha": "b"}
+    assert ids == {str(tmp_path / file): name for file, name in named.items()} | {
+        str(tmp_path / "p1" / "a.nii.gz"): "p1_a_nii_gz",
+        str(tmp_path / "p1_a.png"): "p1_a_png",
+    }
+    assert "a.nii.gz, a.nrrd, p1_a.png, a.nii.gz" in caplog.text
 
 
 def test_nothing_there(tmp_path):

@@ -11,9 +11,11 @@ import pytest
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
+from samda.data.datalists import find_cases
 from samda.data.dicom import has_dicom
 from samda.data.readers import read_geometry, read_scan
 from samda.errors import InputError
+from samda.provenance import path_sha256
 
 CT, ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1"
 VALUES = np.random.default_rng(0).integers(-1000, 1000, (4, 6, 5))  # slices, rows, columns
@@ -178,3 +180,35 @@ def test_files_without_preamble_and_of_unknown_class(tmp_path):
     check(tmp_path / "a")
     assert has_dicom(tmp_path / "b")
     check(tmp_path / "b")
+
+
+def test_series_of_one_folder_are_cases_of_their_own(tmp_path, caplog):
+    folder = tmp_path / "loose"
+    for k in range(4):
+        slice_file(folder, k)
+    for k in range(4):  # another series, with other values
+        slice_file(tmp_path / "b", k, SeriesInstanceUID="1.2.4", PixelData=stored(VALUES[k] + 7).tobytes())
+        (tmp_path / "b" / f"{9 - k}.dcm").rename(folder / f"b{k}")
+    slice_file(tmp_path / "c", 0, SeriesInstanceUID="1.2.5").rename(folder / "localizer.dcm")
+    plan = new(folder / "plan.dcm", "1.2.840.10008.5.1.4.1.1.481.3", "1.2.6")
+    del plan.Rows, plan.Columns
+    plan.save_as(folder / "plan.dcm")
+    (folder / "cut.dcm").write_bytes(b"")
+    cases = {case["id"]: Path(case["image"]) for case in find_cases(folder)}
+    assert set(cases) == {"1.2.3", "1.2.4", "localizer", "cut"}
+    assert "not used, beside a DICOM series (1): plan.dcm" in caplog.text
+    check(cases["1.2.3"])
+    check(cases["1.2.4"], VALUES + 7)
+    assert read_scan(cases["localizer"]).array.shape == (5, 6, 1)
+    refusal(cases["cut"])
+    hashes = {path_sha256(path) for path in cases.values()}
+    assert len(hashes) == 4
+    listing = tmp_path / "list.csv"  # a list may name one of them
+    listing.write_text("image,label\nloose/1.2.4,\n")
+    assert [(case["id"], case["image"]) for case in find_cases(listing)] == [("1.2.4", str(folder / "1.2.4"))]
+    (folder / "cut.dcm").unlink()
+    with pytest.warns(UserWarning, match="plan.dcm is no image"):
+        assert "3 DICOM series" in refusal(folder) and "/UID" in refusal(folder)
+    slice_file(folder, 0, PixelSpacing=[0.3, 0.5])  # what one series lacks, the others do not
+    assert "0.3" in refusal(cases["1.2.3"], folder / "9.dcm")
+    check(cases["1.2.4"], VALUES + 7)
