@@ -198,7 +198,7 @@ def _refusing(path: Path, what: str) -> Iterator[None]:
 def _dataset(path: Path, **settings: Any) -> Dataset:
     """The file; mapped, as reading so many bytes as a damaged length states would take the memory for them."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return pydicom.dcmread(content, force=True, **settings)
+        return pydicom.dcmread(content, force=True, **settings)  # type: ignore[arg-type]  # it reads, seeks and tells
 
 
 def _header(path: Path, tags: list[str] | None = None) -> Dataset:
