@@ -89,7 +89,8 @@ class OutputFolder:
             more = f" and {len(foreign) - NAMED} more" if len(foreign) > NAMED else ""
             raise UsageError(
                 f"{self.path} holds files that would be replaced and that samda did not write, or that were changed "
-                f"since: {', '.join(foreign[:NAMED])}{more}; choose another output folder, or move them away"
+                f"since: {', '.join(foreign[:NAMED])}{more}; choose another output folder, or move them away (to go on "
+                f"in a copy of a folder, copy its hidden {HIDDEN}, too)"
             )
 
     def note(self, path: Path, content: Path | None) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import resource
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +36,19 @@ class Pool(nn.Module):
 
     def encode(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"embedding": image.mean((2, 3), keepdim=True).expand(-1, 4, 2, 2)}
+
+
+def test_the_room_on_disk_is_reserved_at_once(tmp_path: Path) -> None:
+    """A mapped file that grows on a full disk ends the process; here, the limit of file sizes stands for the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"0\.0 GB do not fit into memory_mb=0.*set TMPDIR to a larger disk"):
+            allocate((2000,), torch.uint8, memory_mb=0, folder=tmp_path)
+        assert allocate((1000,), torch.uint8, memory_mb=0, folder=tmp_path).shape == (1000,)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_view_zero_is_the_slice_itself() -> None:

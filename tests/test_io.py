@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from samda.errors import InputError
-from samda.io import check_room, csv_text, new_folder, plain, replacing, write_json
+from samda.io import check_room, csv_text, new_folder, plain, replacing, save_tensors, write_json
 
 
 def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -63,6 +64,13 @@ def test_room_is_asked_for(tmp_path: Path) -> None:
     check_room(tmp_path, 1)
     with pytest.raises(InputError, match=r"MB left where 1000000000000 MB are needed; make room"):
         check_room(tmp_path, 1e18)
+
+
+def test_equal_tensors_are_equal_bytes_under_any_name(tmp_path: Path) -> None:
+    for name in ("model.pt", ".12-0123abcd-model.pt"):
+        save_tensors({"weight": torch.arange(6.0).reshape(2, 3)}, tmp_path / name)
+    assert (tmp_path / "model.pt").read_bytes() == (tmp_path / ".12-0123abcd-model.pt").read_bytes()
+    assert torch.load(tmp_path / "model.pt")["weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 @pytest.mark.parametrize("text", ["=1+2", "+cmd", "-x", "@SUM(A1)", "\tx", " =1", "\uff1d1", '-1+cmd|" /C calc"!A0'])

@@ -175,6 +175,11 @@ def test_a_command_is_one_file(command, capsys: pytest.CaptureFixture) -> None:
             1,
             "samda extra: a file cannot be written (is the disk full?); make room, or choose another folder",
         ),
+        (
+            "raise RuntimeError('unable to write to file </torch_7_1_0>: No space left on device (28)')",
+            1,
+            "samda extra: shared memory (/dev/shm) is too small for worker processes; use workers=0, or make it larger",
+        ),
         (WRAPPED, 1, "samda extra: scan 'a.nii.gz' has two time points; choose one"),
     ],
 )

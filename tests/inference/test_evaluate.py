@@ -7,6 +7,7 @@ import csv
 import json
 import logging
 import math
+import resource
 from pathlib import Path
 
 import nibabel as nib
@@ -15,7 +16,7 @@ import pytest
 import SimpleITK as sitk
 
 from samda.data.datalists import find_pairs
-from samda.errors import InputError, UsageError
+from samda.errors import InputError, SamdaError, UsageError
 from samda.inference.evaluate import evaluate, format_table, score_files
 from samda.metrics import ClassScores
 from samda.task import Task
@@ -124,6 +125,20 @@ def test_files_of_scores(tmp_path: Path, task: Task) -> None:
     ]
     assert float(rows[0]["hd95_mm"]) == 2.0
     assert rows[5]["dice"] == ""
+
+
+def test_scores_that_cannot_be_written_are_shown(tmp_path: Path, task: Task) -> None:
+    predictions, labels = folders(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))  # as a full disk
+    try:
+        result = evaluate(predictions, labels, task, tmp_path / "scores")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert set(result.cases) == {"a", "b", "c"} and "3 scored, 0 failed" in format_table(result)
+    with pytest.raises(SamdaError, match=r"the scores were not written: .*make room"):
+        result.check()
+    assert [path.name for path in (tmp_path / "scores").iterdir()] == [".samda"]
 
 
 def test_the_table_states_its_rules_and_counts(tmp_path: Path, task: Task) -> None:

@@ -21,7 +21,7 @@ from samda.io import cache_dir, download
 from samda.networks import weights
 from samda.networks.backbones import ViTConfig
 from samda.networks.segmenter import SamSegmenter
-from samda.networks.weights import KNOWN_FILES, fetch_weights, identify, read_state
+from samda.networks.weights import CONVERTED, CONVERTED_SHA256, KNOWN_FILES, fetch_weights, identify, read_state
 
 State = dict[str, torch.Tensor]
 
@@ -202,6 +202,17 @@ def test_a_published_name_needs_the_published_content(tmp_path: Path, tiny_vit_c
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     message = refused(path, tiny_vit_config)
     assert found in message and KNOWN_FILES["vit_b"].sha256 in message
+
+
+def test_cached_converted_weights_are_checked_again(
+    tmp_path: Path, tiny_vit_config: ViTConfig, vit_t_weights: Path
+) -> None:
+    tensors = read_state(vit_t_weights)
+    name = next(name for name, tensor in tensors.items() if tensor.numel() > 1000)
+    tensors[name].view(torch.int32)[0] ^= 1 << 20  # a flipped bit
+    save_file(tensors, tmp_path / CONVERTED)
+    message = refused(tmp_path / CONVERTED, tiny_vit_config)
+    assert CONVERTED_SHA256 in message and "delete the file and fetch it again" in message
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,23 @@ def test_samda_train_goes_on_with_what_the_bundle_began(
     one, two = curve(one_process), curve(place / "two")
     assert [row["epoch"] for row in two] == [1, 2, 3, 4]
     assert two[3]["loss"] == pytest.approx(one[3]["loss"], rel=CLOSE)
+
+
+def test_processes_share_the_cases_of_inference(
+    model: Path, datalist: Path, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    for name in "ad":
+        shutil.copy(datalist.parent / f"{name}.nii.gz", tmp_path)
+    (tmp_path / "bad.nii.gz").write_bytes(b"no scan")
+    options = ["--dataset_dir", str(tmp_path), "--output_dir", "out", "--weights", str(keys["weights"])]
+    config = str(model / "configs" / "inference.json")
+    options += ["--device", "cpu", "--bundle_root", str(model)]
+    done = torchrun("-m", "monai.bundle", "run", "--config_file", config, *options, folder=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("2 cases predicted") == 1
+    assert done.stderr.count("case bad: ") == 1 and "1 of 3 cases failed: bad" in done.stderr
+    assert {path.name for path in (tmp_path / "out").glob("*.nii.gz")} == {"a.nii.gz", "d.nii.gz"}
+    locks = sorted(path.name for path in (tmp_path / "out" / ".samda").glob("part-*"))
+    assert locks in ([], ["part-1-of-2.lock", "part-2-of-2.lock"])  # each wrote its own share
 
 
 def test_an_error_ends_all_processes(place: Path, options: dict[str, Any]) -> None:

@@ -16,15 +16,16 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_scans import TASK, write_case
 
 from samda.data.slices import SliceGrid
 from samda.data.transforms import build_preprocessing
-from samda.errors import AdapterError, InputError, UsageError
+from samda.errors import AdapterError, InputError, UsageError, WeightsError
 from samda.inference.volume import VolumeInferer
 from samda.io import packaged
 from samda.models.folder import load_model
+from samda.networks.weights import read_state
 from samda.task import Task
 from samda.training import Progress, train
 from samda.training.literals import literal
@@ -319,6 +320,24 @@ def test_a_finished_training_is_not_overwritten_by_chance(datalist: Path, tmp_pa
     assert same(before, tensors(tmp_path / "model"))
     train(datalist, tmp_path / "model", TASK, overrides=keys | {"seed": 1}, overwrite=True)
     assert not same(before, tensors(tmp_path / "model"))
+
+
+def test_a_resume_says_what_differs(datalist: Path, tmp_path: Path, keys: Keys) -> None:
+    train(datalist, tmp_path / "model", TASK, overrides=keys | {"epochs": 1})
+    before = tensors(tmp_path / "model")
+    other = read_state(keys["weights"])
+    save_file({name: tensor + 0.1 for name, tensor in other.items()}, tmp_path / "other.safetensors")
+    changes: list[tuple[Keys, str]] = [
+        ({"warmup": 0.2}, "warmup was 0.05 and is now 0.2"),
+        ({"empty_share": 0.3}, "empty_share was 0.1 and is now 0.3"),
+        ({"dice_background": True}, "dice_background was False and is now True"),
+        ({"train::augmentation::tissue": 0.5}, "train::augmentation::tissue was 1.0 and is now 0.5"),
+        ({"weights": str(tmp_path / "other.safetensors")}, "other base weights: .*other.safetensors"),
+    ]
+    for change, words in changes:
+        with pytest.raises((UsageError, WeightsError), match=words):
+            train(datalist, tmp_path / "model", TASK, overrides=keys | {"epochs": 2} | change, resume=True)
+    assert same(before, tensors(tmp_path / "model"))
 
 
 def test_more_epochs_can_be_added_on_resume(datalist: Path, tmp_path: Path, keys: Keys) -> None:
