@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("export", "test", "dev")
+EXTRAS = ("export", "dicom", "test", "dev")
 PINNED_BY_TORCH = ("nvidia-", "cuda-", "triton")
 HEADER = """\
 # The tested versions of everything that samda needs, directly or through another package.

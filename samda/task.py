@@ -16,7 +16,8 @@ from samda.errors import UsageError, from_mapping, nearest, one_line, printable
 from samda.io import load_yaml
 
 LARGEST_IMAGE = 4096  # pixels; limits the memory of a slice
-LATER = ("axes", "context", "keep_largest", "picture_size")  # keys that the first version did not have
+LATER = ("axes", "codes", "context", "keep_largest", "picture_size")  # keys that the first version did not have
+CODE_LENGTHS = (16, 16, 64)  # characters of value, scheme and meaning of a code in DICOM
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # slice axis -> axis of a volume in RAS order
 
 
@@ -43,6 +44,7 @@ class Task:
     context: int = 0  # 1: the three input channels are a slice and its two neighbors
     keep_largest: bool | tuple[str, ...] = False  # classes of which only the largest 3-D component is kept; True: all
     nsd_tolerance: float = 3.0  # mm, of the normalized surface distance
+    codes: Mapping[str, tuple[str, ...]] | None = None  # class -> [code, scheme, meaning] in DICOM output; None: known
 
     def __post_init__(self) -> None:
         for key, convert in _CONVERSIONS.items():
@@ -65,6 +67,11 @@ class Task:
             for i in ids:
                 yield i not in owners, f"labels gives id {i} to both {owners.get(i)!r} and {name!r}; give each its own"
                 owners[i] = name
+        for name, code in (self.codes or {}).items():
+            near = nearest(name, names[1:])
+            yield name in names[1:], f"codes names {name!r}, which is not a foreground class; {near}"
+            fits = len(code) == 3 and all(map(fits_dicom, code, CODE_LENGTHS))
+            yield fits, f"codes of {name!r} must be as [10200004, SCT, Liver], got {list(code)}"
         missing = [name for name in names[1:] if self.labels is not None and name not in self.labels]
         yield not missing, f"labels gives no ids for {', '.join(missing)}; add them or drop the class"
         for name in self.keep_largest if isinstance(self.keep_largest, tuple) else ():
@@ -138,7 +145,9 @@ class Task:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-        values["labels"] = None if self.labels is None else {k: list(v) for k, v in self.labels.items()}
+        for key in ("labels", "codes"):
+            own = getattr(self, key)
+            values[key] = None if own is None else {k: list(v) for k, v in own.items()}
         for key in LATER:  # omitted if unused, as in files of older models
             if values[key] == getattr(Task, key):
                 del values[key]
@@ -163,6 +172,19 @@ def _ids(name: str, value: Any) -> tuple[int, ...]:
     """The ids of a class in the label files, given as one number or a list."""
     ids = value if isinstance(value, list | tuple) else [value]
     return tuple(_whole(f"labels of {name!r}", i) for i in ids)
+
+
+def _codes(key: str, value: Any) -> Mapping[str, tuple[str, ...]] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(isinstance(code, list | tuple) for code in value.values()):
+        raise TypeError(f"{key} must be class names with [code, scheme, meaning], got {value!r}")
+    return {str(name): tuple(str(part) for part in code) for name, code in value.items()}
+
+
+def fits_dicom(text: str, length: int) -> bool:
+    """Can a text be the value of a DICOM element of `length` characters?"""
+    return 0 < len(text.strip()) <= length and "\\" not in text and text.isprintable()
 
 
 def _pair(key: str, value: Any) -> tuple[float, ...]:
@@ -199,6 +221,7 @@ def _kept(key: str, value: Any) -> bool | tuple[str, ...]:
 _CONVERSIONS: dict[str, Callable[[str, Any], Any]] = {
     "classes": _names,
     "labels": _labels,
+    "codes": _codes,
     "window": _pair,
     "percentiles": _pair,
     "spacing": _number,

@@ -15,11 +15,13 @@ from nibabel.spatialimages import SpatialImage
 
 from samda.adaptation.views import View, apply_view
 from samda.data.slices import SliceGrid
+from samda.inference.dicom_out import DicomOutput
 from samda.inference.postprocessing import keep_largest
 from samda.inference.volume import VolumeInferer, largest
 from samda.inference.writer import label_image
 from samda.networks.head import IMAGE, Pyramid, cat_levels, map_levels
 from samda.source_statistics import Box
+from samda.task import Task
 
 Scan = str | Path | SpatialImage | Mapping[str, Any]
 
@@ -55,7 +57,7 @@ class PreparedCase:
 
 
 @dataclasses.dataclass
-class AdaptedCase:
+class AdaptedCase(DicomOutput):
     """The result of one scan, on the scan's own grid and in the axis order of its file.
 
     Attributes:
@@ -67,6 +69,7 @@ class AdaptedCase:
         record: the audit record.
         scan: the scan's file or DICOM folder, or the nibabel image that it came as.
         tensors: the adapted parameters, where accepted.
+        task: of the model, for DICOM output.
     """
 
     case: str
@@ -77,6 +80,7 @@ class AdaptedCase:
     record: dict[str, Any]
     scan: Path | SpatialImage | None = None
     tensors: dict[str, torch.Tensor] | None = None
+    task: Task | None = None
 
     @property
     def image(self) -> SpatialImage:

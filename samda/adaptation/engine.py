@@ -345,7 +345,7 @@ class Adaptation:
         record = case_record(self.describe(), case, outcome, self.guard.absent, self.task.classes)
         record["labels_sha256"] = {"source": sha256_of(source), "final": sha256_of(labels)}
         tensors = outcome.run.tensors if outcome.accepted and outcome.run is not None else None
-        return AdaptedCase(case.name, labels, source, uncertainty, affine, record, case.scan, tensors)
+        return AdaptedCase(case.name, labels, source, uncertainty, affine, record, case.scan, tensors, self.task)
 
     def _own_grid(self, case: PreparedCase, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A map in RAS order in the axis order of the scan's file, and its affine."""

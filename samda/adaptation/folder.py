@@ -2,6 +2,7 @@
 """Adaptation to a folder of scans, case by case: it can be interrupted and resumed, and a bad scan stops no other.
 
     OUT/<case>.nii.gz                  the map to use: adapted where accepted, else the source's byte for byte
+    OUT/dicom-seg/<case>.dcm           on request the same as DICOM, also rtstruct/<case>.dcm
     OUT/details/<case>/source.nii.gz   the plain prediction
                        difference.nii.gz, uncertainty.nii.gz, record.json, adapter.safetensors (on request)
     OUT/run.jsonl                      the records, one line per case, without names
@@ -27,7 +28,8 @@ from samda.adaptation.engine import Adaptation, AdaptedCase
 from samda.adaptation.record import failed_record, read_record, validate_record, write_lines
 from samda.data.datalists import Case
 from samda.errors import InputError, SamdaError, UsageError, disk_trouble, is_disk_full, one_line
-from samda.inference.predict import refuse_own_folder, written_files
+from samda.inference.dicom_out import NIFTI, check_cases, parse_formats, write_formats
+from samda.inference.predict import label_files, refuse_own_folder, written_files
 from samda.inference.writer import file_name, label_path, write_labels, write_probabilities
 from samda.io import copy_file, csv_text, files_of, new_folder, replacing, write_json, write_text
 from samda.output import open_output, remove
@@ -86,6 +88,7 @@ def adapt_folder(
     overwrite: bool = False,
     part: Shard | None = None,
     on_case: Callable[[str, Mapping[str, Any]], None] | None = None,
+    formats: str | Sequence[str] = NIFTI,
 ) -> AdaptRun:
     """Adapt to every case; finished ones are skipped, so an interrupted run continues where it stopped.
 
@@ -100,6 +103,7 @@ def adapt_folder(
         overwrite: reprocess finished cases, also those of other settings.
         part: the share of this process; None does all. The lists then hold what all parts have finished so far.
         on_case: called with name and record of each case.
+        formats: of the map to use, see :meth:`samda.inference.predict.Prediction.save`; NIfTI is always written.
 
     Raises:
         UsageError: `output` holds results of another model or other settings, or cannot be written to.
@@ -111,18 +115,22 @@ def adapt_folder(
         )
     refuse_own_folder(cases, Path(output))
     mine = part.of(cases) if part else cases
-    with open_output(output, files_of_run(mine, dry_run, report), part) as place:
-        job = _Job(adaptation, place.path, dry_run, keep_names, keep_tensors)
+    formats = parse_formats([NIFTI, *parse_formats(formats)])
+    check_cases(cases, formats)
+    with open_output(output, files_of_run(mine, dry_run, report, formats), part) as place:
+        job = _Job(adaptation, place.path, dry_run, keep_names, keep_tensors, formats)
         if not overwrite:
             job.refuse_other_settings(cases)
         return _adapt_cases(job, cases, mine, report, overwrite, part, on_case)
 
 
-def files_of_run(cases: Sequence[Case], dry_run: bool, report: str | Path | None) -> list[Path]:
+def files_of_run(
+    cases: Sequence[Case], dry_run: bool, report: str | Path | None, formats: Sequence[str] = (NIFTI,)
+) -> list[Path]:
     """What a run for these cases writes into its folder, relative to it."""
     files = [Path("cases.csv"), Path("report.html"), *([Path("run.jsonl")] if report is None else [])]
     files += [details_folder("", case["id"]) for case in cases]
-    return files if dry_run else files + written_files(cases)
+    return files if dry_run else files + written_files(cases, formats=formats)
 
 
 def _adapt_cases(
@@ -180,6 +188,7 @@ class _Job:
     dry_run: bool
     keep_names: bool = False
     keep_tensors: bool = False
+    formats: Sequence[str] = (NIFTI,)
 
     def __post_init__(self) -> None:
         self.about = self.adaptation.describe()
@@ -226,8 +235,10 @@ class _Job:
         record = self.own(case)
         if record is None or record["decision"] == "failed" or record["input_sha256"] != case.get("input_sha256"):
             return None
-        details = details_folder(self.folder, case["id"])
-        return record if all((details / file).exists() for file in record["output_files"].values()) else None
+        files = [details_folder("", case["id"]) / file for file in record["output_files"].values()]
+        if not self.dry_run and any(kept for _, kept in record["volumes_ml"].values()):  # no DICOM of an empty map
+            files += label_files(case["id"], case["image"], self.formats)
+        return record if all((self.folder / file).exists() for file in files) else None
 
     def do(self, case: Mapping[str, Any]) -> dict[str, Any]:
         """Adapt to a case and write its files; for an unusable scan, a record with the reason."""
@@ -241,6 +252,7 @@ class _Job:
         result = None
         try:
             file_name(name)
+            check_cases([case], self.formats)
             result = self.adaptation.adapt(case)
             record = self._named(result.record, case)
         except Exception as error:
@@ -304,6 +316,7 @@ class _Job:
     def _publish_final(self, case: Mapping[str, Any], result: AdaptedCase) -> None:
         """The map to use; without an accepted change a copy of the source map, byte for byte."""
         final = label_path(self.folder, case["id"], case["image"])
+        write_formats(self.formats, self.folder, case["id"], result.labels, self.adaptation.task, result.scan)
         if result.record["labels_sha256"]["source"] != result.record["labels_sha256"]["final"]:
             write_labels(final, result.labels, self.adaptation.task.classes, result.scan, result.affine)
             return

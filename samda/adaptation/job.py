@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from samda.adaptation.site import check_site, distill
 from samda.data.datalists import find_cases
 from samda.data.folders import join_channels
 from samda.errors import InputError, UsageError
+from samda.inference.dicom_out import NIFTI, parse_formats
 from samda.inference.predict import refuse_own_folder
 from samda.models.versions import check_name, list_versions, load_version
 from samda.output import open_output
@@ -43,13 +44,15 @@ def run_adaptation(
     part: Shard | None = None,
     device: torch.device | str = "cpu",
     on_case: Callable[[str, Mapping[str, Any]], None] | None = None,
+    formats: str | Sequence[str] = NIFTI,
 ) -> dict[str, Any]:
     """Adapt a trained model to scans; everything `samda adapt` does.
 
     Args:
         model: a model folder.
         inputs, section: see :func:`samda.data.datalists.find_cases`.
-        output, report, dry_run, keep_names, overwrite, on_case: see :func:`samda.adaptation.folder.adapt_folder`.
+        output, report, dry_run, keep_names, overwrite, on_case, formats: of
+            :func:`samda.adaptation.folder.adapt_folder`.
         settings: of :class:`samda.adaptation.settings.AdaptationSettings`.
         labels: label files or a data set with labels: read after all decisions, for the report only.
         site: name of a candidate version to distill from the accepted cases.
@@ -63,6 +66,7 @@ def run_adaptation(
         {"output", "page", "version", "counts", "cases", "failed", "dice", "site", "part"}, plain values; "page" is None
         while other parts are at work.
     """
+    formats = parse_formats([NIFTI, *parse_formats(formats)])
     check_settings(settings)  # before the weights are read
     if site is not None:
         check_name(site)
@@ -75,7 +79,7 @@ def run_adaptation(
     cases = join_channels(find_cases(inputs, section), task.in_channels)
     mine = part.of(cases) if part else cases
     refuse_own_folder(cases, Path(output))
-    with open_output(output, files_of_run(mine, dry_run, report), part):
+    with open_output(output, files_of_run(mine, dry_run, report, formats), part):
         run = adapt_folder(
             adaptation,
             cases,
@@ -87,6 +91,7 @@ def run_adaptation(
             overwrite=overwrite,
             part=part,
             on_case=on_case,
+            formats=formats,
         )
         exchange(None)  # processes of torchrun wait for each other, jobs of an array do not
         whole: AdaptRun | None = run

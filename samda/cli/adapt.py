@@ -7,6 +7,7 @@ interrupted run, repeat the command.
 
   samda adapt -m model -i scans -o adapted
   samda adapt -m model -i scans -o adapted --dry-run            write only the source maps and the records
+  samda adapt -m model -i series -o adapted --output-format nifti,dicom-seg
   samda adapt -m model -i scans -o adapted --labels truth       report Dice before and after
   samda adapt -m model -i scans -o adapted --site clinic-a      also distill a candidate version
   samda adapt -m model -i scans -o adapted --part 2/8           the second of eight jobs; the last writes the report
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 metavar=rule.get("metavar", "N" if kind is int else "X"),
                 help=rule["help"],
             )
-    add_shared(parser, "--modality", "--keep-largest")
+    add_shared(parser, "--output-format", "--modality", "--keep-largest")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"any of {', '.join(SETTINGS)}")
     parser.add_argument("--records", type=Path, metavar="FILE", help="file of the records; default OUT/run.jsonl")
     parser.add_argument("--labels", type=Path, metavar="FOLDER", help="label maps, for the report only")
@@ -102,6 +103,7 @@ def run(args: argparse.Namespace) -> None:
         part=part,
         device=device,
         on_case=tell,
+        formats=args.output_format,
     )
     first = is_main()
     leave(wait=False)

@@ -73,6 +73,11 @@ SHARED: dict[str, dict[str, Any]] = {  # option -> arguments of argparse
         "metavar": "CLASSES",
         "help": "keep only the largest 3-D component of these classes (liver,spleen), all or none; default: the task's",
     },
+    "--output-format": {
+        "default": "nifti",
+        "metavar": "FORMATS",
+        "help": "nifti, and for DICOM series dicom-seg, dicom-seg-labelmap, rtstruct, joined by commas; default nifti",
+    },
     "--part": {
         "metavar": "I/N",
         "help": "process part I of N, for job arrays; not needed with torchrun",

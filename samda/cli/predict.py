@@ -10,6 +10,7 @@ are still processed, and the exit code is 1.
   samda predict -m model -i scans -o labels --modality MR   scans of another modality than the training data
   samda predict -m model -i scans -o labels --part 2/8      the second of eight jobs
   samda predict -m model -i scans -o labels --axes all      the mean of three slice axes
+  samda predict -m model -i series -o labels --output-format nifti,dicom-seg,rtstruct
   samda predict -m model -i scans -o labels --amp bf16      faster on GPUs and on CPUs with bfloat16
 """
 
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="all: the mean of predictions along all three axes, at three times the cost, if voxels are nearly cubes;"
         " default: the task's",
     )
-    add_shared(parser, "--modality", "--keep-largest", "--report", "--quiet", "--device", "--json")
+    add_shared(parser, "--output-format", "--modality", "--keep-largest", "--report", "--quiet", "--device", "--json")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -64,12 +65,15 @@ def run(args: argparse.Namespace) -> None:
             from samda.adapters.base import merge
             from samda.data.datalists import find_cases
             from samda.data.folders import join_channels
+            from samda.inference.dicom_out import check_cases, parse_formats
             from samda.inference.postprocessing import override
             from samda.inference.predict import Predictor, predict_folder
             from samda.models.versions import load_version
         report.add(device=device)
+        formats = parse_formats(args.output_format)
         join_for_cases()
         cases = find_cases(args.input, args.section)
+        check_cases(cases, formats)  # before the weights are read
         with report.stage("load"):
             network, task, _, version = load_version(args.model, args.version, args.weights)
         cases = join_channels(cases, task.in_channels)
@@ -103,6 +107,7 @@ def run(args: argparse.Namespace) -> None:
                 skip_finished=args.skip,
                 part=part,
                 on_case=Teller(report),
+                formats=formats,
             )
         first, results = is_main(), exchange(result)
         leave(wait=False)

@@ -150,10 +150,7 @@ def read_dicom(path: Path, pixels: bool = True) -> tuple[np.ndarray, np.ndarray]
 
     Zeros without `pixels`.
     """
-    headers = {path: _header(path)} if path.is_file() else _one_series(path)
-    frames = [frame for file, header in headers.items() for frame in _frames(header, file)]
-    frames, affine = _arrange(frames, path)
-    _warn_of_missing_slices(list(headers.values()), path)
+    frames, headers, affine = series_frames(path)
     rows, columns = frames[0].shape
     if not pixels:
         return np.broadcast_to(np.int16(0), (columns, rows, len(frames))), affine
@@ -174,25 +171,42 @@ def read_dicom(path: Path, pixels: bool = True) -> tuple[np.ndarray, np.ndarray]
     return array.transpose(2, 1, 0, *range(3, array.ndim)), affine
 
 
+def series_frames(path: Path) -> tuple[list[Frame], dict[Path, Dataset], np.ndarray]:
+    """Slices in the order of the third axis of :func:`read_dicom`, headers of the files, and affine."""
+    headers = {path: _header(path)} if path.is_file() else _one_series(path)
+    frames = [frame for file, header in headers.items() for frame in _frames(header, file)]
+    frames, affine = _arrange(frames, path)
+    _warn_of_missing_slices(list(headers.values()), path)
+    return frames, headers, affine
+
+
 # -------------------------------------------------------------------------------------------------------------- headers
 
 
 @contextmanager
-def _refusing(path: Path, what: str) -> Iterator[None]:
-    """pydicom's errors as InputErrors; its remarks on the spelling of values are left out."""
+def quiet() -> Iterator[None]:
+    """Without pydicom's remarks on the spelling of values, which may quote patient data."""
     logger = logging.getLogger("pydicom")
     disabled, logger.disabled = logger.disabled, True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    finally:
+        logger.disabled = disabled
+
+
+@contextmanager
+def _refusing(path: Path, what: str) -> Iterator[None]:
+    """pydicom's errors as InputErrors."""
+    try:
+        with quiet():
+            yield
     except (SamdaError, MemoryError):
         raise
     except Exception as error:  # pydicom raises all kinds of errors for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path} is a damaged DICOM file: {what} ({reason}); replace or remove it") from error
-    finally:
-        logger.disabled = disabled
 
 
 def _dataset(path: Path, **settings: Any) -> Dataset:

@@ -28,6 +28,7 @@ from scipy import ndimage
 
 from samda.data.formats import stem
 from samda.errors import UsageError
+from samda.inference.dicom_out import NIFTI, parse_formats, write_formats
 from samda.inference.writer import label_path, write_labels
 from samda.output import check_output_folder, open_output
 from samda.task import Task
@@ -107,6 +108,7 @@ def build_postprocessing(
     output_dir: str | Path | None = None,
     keys: KeysCollection = "pred",
     keep_largest: bool | str | Sequence[str] | None = None,
+    formats: str | Sequence[str] = NIFTI,
 ) -> Compose:
     """Keep largest components, restore the axis order of the file, and save predictions.
 
@@ -116,12 +118,13 @@ def build_postprocessing(
         output_dir: folder of the label maps; None does not save.
         keys: keys of the predictions, (1, X, Y, Z) class indices.
         keep_largest: overrides the task, see :func:`override`.
+        formats: of the label maps, see :meth:`samda.inference.predict.Prediction.save`.
     """
     task = override(task if isinstance(task, Task) else Task.from_dict(task), keep_largest)
     steps: list[Any] = [KeepLargestd(keys, task)] if task.largest_only else []
     steps.append(own_grid(preprocessing, keys))
     if output_dir is not None:
-        steps.append(SaveLabelMapd(keys, output_dir, task))
+        steps.append(SaveLabelMapd(keys, output_dir, task, formats=formats))
     return Compose(steps)
 
 
@@ -143,11 +146,12 @@ class SaveLabelMapd(SaveImaged):
         output_dir: str | Path,
         task: Task | Mapping[str, Any],
         image_key: str = "image",
+        formats: str | Sequence[str] = NIFTI,
     ) -> None:
         MapTransform.__init__(self, keys)
         self.folder = check_output_folder(output_dir)
         self.task = task if isinstance(task, Task) else Task.from_dict(task)
-        self.image_key = image_key
+        self.image_key, self.formats = image_key, parse_formats(formats)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -160,7 +164,9 @@ class SaveLabelMapd(SaveImaged):
                 warn_empty(case)
             affine = np.asarray(labels.affine, float)
             with open_output(self.folder):
-                write_labels(label_path(self.folder, case, image), array, self.task.classes, image, affine)
+                write_formats(self.formats, self.folder, case, array, self.task, image)
+                if NIFTI in self.formats:
+                    write_labels(label_path(self.folder, case, image), array, self.task.classes, image, affine)
         return d
 
 

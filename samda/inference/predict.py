@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from samda.data.folders import join_channels
 from samda.data.formats import name_of, scan_path, source_of
 from samda.data.transforms import build_preprocessing
 from samda.errors import InputError, SamdaError, UsageError, is_disk_full, log_failed
+from samda.inference.dicom_out import NIFTI, DicomOutput, check_cases, dicom_path, parse_formats, write_formats
 from samda.inference.postprocessing import keep_largest, override, own_grid, warn_empty
 from samda.inference.volume import VolumeInferer
 from samda.inference.writer import (
@@ -40,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Prediction:
+class Prediction(DicomOutput):
     """The label map of one scan on the grid of the scan.
 
     Attributes:
@@ -50,6 +52,7 @@ class Prediction:
         classes: names of the classes, background first.
         scan: file or DICOM folder (the first of several channel files), or the nibabel image.
         probabilities: (K, X, Y, Z) float32, if requested.
+        task: of the model, for the codes of the classes in DICOM output.
     """
 
     case: str
@@ -58,6 +61,7 @@ class Prediction:
     classes: tuple[str, ...]
     scan: Path | SpatialImage | None = None
     probabilities: np.ndarray | None = None
+    task: Task | None = None
 
     @property
     def image(self) -> SpatialImage:
@@ -77,14 +81,23 @@ class Prediction:
         voxel_ml = abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000.0
         return {name: int(counts[k]) * voxel_ml for k, name in enumerate(self.classes) if k}
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the label map (and probabilities) to `folder`; returns the path of the label map."""
-        path = label_path(folder, self.case, self.scan)
-        with open_output(folder, [path.name, f"{self.case}.json"]) as output:
+    def save(self, folder: str | Path, formats: str | Sequence[str] = NIFTI) -> Path:
+        """Write the label map (and probabilities) to `folder`; returns its path, that of the first of `formats`.
+
+        `formats` are of "nifti" (2-D images as PNG) and, for DICOM scans, "dicom-seg", "dicom-seg-labelmap" and
+        "rtstruct", each in a folder of this name.
+        """
+        formats = parse_formats(formats)
+        files = label_files(self.case, self.scan, formats)
+        with open_output(folder, [*files, f"{self.case}.json"]) as output:
             if self.probabilities is not None:
                 place = probability_path(output.path, self.case)
                 write_probabilities(place, self.probabilities, self.scan, self.affine)
-            return write_labels(output.path / path.name, self.labels, self.classes, self.scan, self.affine)
+            write_formats(formats, output.path, self.case, self.labels, self.task, self.scan)
+            if NIFTI in formats:  # last: if it exists, the case is finished
+                path = label_path(output.path, self.case, self.scan)
+                write_labels(path, self.labels, self.classes, self.scan, self.affine)
+            return output.path / files[0]
 
 
 class Predictor:
@@ -145,6 +158,7 @@ class Predictor:
             classes=self.task.classes,
             scan=source_of(scan),
             probabilities=None if kept is None else self._restore(data, kept).as_tensor().numpy(),
+            task=self.task,
         )
 
     def _restore(self, data: Mapping[str, Any], result: torch.Tensor) -> MetaTensor:
@@ -194,6 +208,7 @@ def predict_folder(
     skip_finished: bool = False,
     part: Shard | None = None,
     on_case: Callable[[str, str], None] | None = None,
+    formats: str | Sequence[str] = NIFTI,
 ) -> FolderResult:
     """Predict every case and write its label map; cases that fail are listed and the others are still predicted.
 
@@ -205,20 +220,26 @@ def predict_folder(
         skip_finished: skip cases whose result exists.
         part: share of the cases for this process; None predicts all.
         on_case: called with case and "done", "skipped", "empty" or the reason of its failure.
+        formats: of the label maps, see :meth:`Prediction.save`.
 
     Raises:
-        UsageError: `output` is not writable or in use, or results would replace scans or files of others.
+        UsageError: `output` is not writable or in use, results would replace scans or files of others, or DICOM output
+            is asked for and no case is a DICOM series.
         SamdaError: the disk is full; finished cases stay.
     """
     cases = join_channels(find_cases(cases) if isinstance(cases, str | Path) else cases, predictor.task.in_channels)
 
+    formats = parse_formats(formats)
+    check_cases(cases, formats)
+
     def one(case: Case, folder: Path) -> bool:
+        check_cases([case], formats)
         prediction = predictor.predict(case, save_probabilities)
-        prediction.save(folder)
+        prediction.save(folder, formats)
         return prediction.empty
 
     shown = predictor.inferer.progress
-    return run_cases(cases, output, one, save_probabilities, skip_finished, part, on_case, shown)
+    return run_cases(cases, output, one, save_probabilities, skip_finished, part, on_case, shown, formats)
 
 
 def run_cases(
@@ -230,15 +251,18 @@ def run_cases(
     part: Shard | None = None,
     on_case: Callable[[str, str], None] | None = None,
     shown: bool = True,
+    formats: Sequence[str] = (NIFTI,),
 ) -> FolderResult:
     """:func:`predict_folder` with any predictor: `one` writes a case into the folder and tells whether it is empty."""
     mine = part.of(cases) if part else cases
-    written = written_files(mine, save_probabilities)
+    written = written_files(mine, save_probabilities, formats)
     refuse_own_folder(cases, Path(output))
     result = FolderResult()
     with open_output(output, written, part) as place, Cases("predicting", len(mine), shown=shown) as progress:
         for case in mine:
-            outcome = _run_case(case, place.path, one, save_probabilities, skip_finished, result)
+            outcome = _run_case(
+                case, place.path, one, partial(result_files, case, save_probabilities, formats), skip_finished, result
+            )
             if on_case:
                 on_case(case["id"], outcome)
             progress.next()
@@ -255,6 +279,7 @@ class CaseEvaluator:
         network, inferer: as in MONAI's SupervisedEvaluator.
         postprocessing: of a dictionary with "pred" (1, X, Y, Z); writes the label map.
         output_dir: folder of the label maps.
+        formats: of the label maps, those of the postprocessing.
     """
 
     def __init__(
@@ -264,7 +289,9 @@ class CaseEvaluator:
         inferer: VolumeInferer,
         postprocessing: Callable[[dict[str, Any]], Any],
         output_dir: str | Path,
+        formats: str | Sequence[str] = NIFTI,
     ) -> None:
+        self.formats = parse_formats(formats)
         self.dataset, self.network, self.inferer = dataset, network, inferer
         self.postprocessing, self.output_dir = postprocessing, output_dir
         self.result = FolderResult()
@@ -272,16 +299,18 @@ class CaseEvaluator:
     def run(self) -> None:
         """Predict the cases of this process; the main one learns of all."""
         cases: list[Case] = list(self.dataset.data)
+        check_cases(cases, self.formats)
         index = {case["id"]: i for i, case in enumerate(cases)}
 
         def one(case: Case, _folder: Path) -> bool:
+            check_cases([case], self.formats)
             data: Any = self.dataset[index[case["id"]]]
             with eval_mode(self.network), torch.no_grad():
                 pred = self.inferer(data["image"][None], self.network)[0]
             self.postprocessing({**data, "pred": pred})
             return False  # the postprocessing has warned of an empty map
 
-        result = run_cases(cases, self.output_dir, one, part=read_part())
+        result = run_cases(cases, self.output_dir, one, part=read_part(), formats=self.formats)
         first, *others = exchange(result)
         self.result = sum(others, first)
 
@@ -303,28 +332,38 @@ def refuse_own_folder(cases: Sequence[Case], folder: Path) -> None:
             raise UsageError(f"output {folder} is the folder of the scan {image.name}; choose another output folder")
 
 
-def result_files(case: Case, probabilities: bool = False) -> list[Path]:
+def label_files(case: str, image: Any, formats: Sequence[str] = (NIFTI,)) -> list[Path]:
+    """The label maps of a case, relative to their folder; UsageError if its id cannot name a file."""
+    return [label_path("", case, image) if kind == NIFTI else dicom_path("", case, kind) for kind in formats]
+
+
+def result_files(case: Case, probabilities: bool = False, formats: Sequence[str] = (NIFTI,)) -> list[Path]:
     """The results of a case, relative to their folder; UsageError if its id cannot name a file."""
-    files = [label_path("", case["id"], case["image"])]
+    files = label_files(case["id"], case["image"], formats)
     return files + ([probability_path("", case["id"])] if probabilities else [])
 
 
-def written_files(cases: Sequence[Case], probabilities: bool = False) -> list[Path]:
+def written_files(cases: Sequence[Case], probabilities: bool = False, formats: Sequence[str] = (NIFTI,)) -> list[Path]:
     """What is written for these cases; those whose id cannot name a file fail later, alone."""
     written = []
     for case in cases:
         with contextlib.suppress(UsageError):
-            written += [*result_files(case, probabilities), Path(f"{case['id']}.json")]
+            written += [*result_files(case, probabilities, formats), Path(f"{case['id']}.json")]
     return written
 
 
 def _run_case(
-    case: Case, folder: Path, one: Callable[[Case, Path], bool], probabilities: bool, skip: bool, result: FolderResult
+    case: Case,
+    folder: Path,
+    one: Callable[[Case, Path], bool],
+    files: Callable[[], list[Path]],
+    skip: bool,
+    result: FolderResult,
 ) -> str:
     """Predict one case unless it is finished and `skip`; returns its outcome and adds it to `result`."""
     name = case["id"]
     try:
-        if all((folder / path).exists() for path in result_files(case, probabilities)) and skip:
+        if all((folder / path).exists() for path in files()) and skip:
             result.skipped.append(name)
             return "skipped"
         empty = one(case, folder)

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
+import SimpleITK as sitk
 
 from samda.adaptation import folder as run_module
 from samda.adaptation.folder import adapt_folder, details_folder
 from samda.adaptation.record import validate_record
 from samda.data.datalists import find_cases
-from samda.errors import SamdaError, UsageError
+from samda.errors import InputError, SamdaError, UsageError
 from tests.adaptation.conftest import ALWAYS, save, scan
 
 CHANGED = {"method": "class_entropy", "lr": 0.02, "steps": 1, "views": 2, "slices": 2, "keep": "last", "guard": ALWAYS}
@@ -41,6 +43,43 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_dicom_of_a_series(make_adaptation: Callable, tmp_path: Path) -> None:
+    """The map to use as DICOM; a rerun that asks for another format writes it."""
+    image, _ = scan(0)
+    write_series(tmp_path / "in" / "anna", image)
+    cases, out = find_cases(tmp_path / "in"), tmp_path / "out"
+    adapt_folder(make_adaptation(**CHANGED), cases, out, formats="dicom-seg")
+    labels = np.asarray(nib.load(out / "anna.nii.gz").dataobj)
+    seg = pydicom.dcmread(out / "dicom-seg" / "anna.dcm")
+    found = np.zeros_like(labels)
+    for frame, about in zip(seg.pixel_array, seg.PerFrameFunctionalGroupsSequence, strict=True):
+        plane = round(float(about.PlanePositionSequence[0].ImagePositionPatient[2]) / 2)
+        found[:, :, plane][frame.T > 0] = about.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+    assert labels.any() and np.array_equal(found, labels)
+    assert adapt_folder(make_adaptation(**CHANGED), cases, out, formats="nifti").resumed == ["anna"]
+    run = adapt_folder(make_adaptation(**CHANGED), cases, out, formats=["dicom-seg", "rtstruct"])
+    assert run.resumed == [] and (out / "rtstruct" / "anna.dcm").exists()
+    save(tmp_path / "a.nii.gz", image)
+    with pytest.raises(InputError, match=r"a\.nii\.gz"):
+        adapt_folder(make_adaptation(**CHANGED), find_cases(tmp_path / "a.nii.gz"), out, formats="rtstruct")
+
+
+def write_series(folder: Path, values: np.ndarray) -> None:
+    """A DICOM series of axial slices, 2 mm."""
+    folder.mkdir(parents=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for k in range(values.shape[2]):
+        image = sitk.GetImageFromArray(np.rint(values[::-1, ::-1, k].T[None]).astype(np.int16))
+        image.SetSpacing((2.0, 2.0, 2.0))
+        tags = {"0008|0060": "CT", "0020|000d": "1.2", "0020|000e": "1.2.3", "0008|0018": f"1.2.3.{k + 1}"}
+        tags |= {"0020|0032": f"0\\0\\{2 * k}", "0020|0037": "1\\0\\0\\0\\1\\0"}
+        for tag, value in tags.items():
+            image.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{k}.dcm"))
+        writer.Execute(image)
 
 
 def test_what_is_written(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import yaml
 
 from samda.cli import main as cli
@@ -92,6 +93,22 @@ def write_scan(image: Path, label: Path, seed: int) -> None:
         nib.Nifti1Image(array, AFFINE).to_filename(path)
 
 
+def write_series(folder: Path, values: np.ndarray) -> None:
+    """A DICOM series of axial slices."""
+    folder.mkdir()
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for k in range(values.shape[2]):
+        image = sitk.GetImageFromArray(values[:, :, k].T[None])
+        image.SetSpacing((2.5, 2.0, 5.0))
+        tags = {"0008|0060": "CT", "0020|000d": "1.2", "0020|000e": "1.2.3", "0008|0018": f"1.2.3.{k + 1}"}
+        tags |= {"0020|0032": f"0\\0\\{5 * k}", "0020|0037": "1\\0\\0\\0\\1\\0", "0020|0013": str(k + 1)}
+        for tag, value in tags.items():
+            image.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{k}.dcm"))
+        writer.Execute(image)
+
+
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that the pages speak of, and a model with an adapter, trained for one epoch."""
@@ -112,6 +129,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "liver.yaml").write_text(yaml.safe_dump(task))
     write_scan(place / "new_scans" / "new.nii.gz", place / "true_labels" / "new.nii.gz", 3)
     shutil.copytree(place / "new_scans", place / "scans")
+    write_series(place / "series", np.asarray(nib.load(place / "scans" / "new.nii.gz").dataobj))
     shutil.copy(place / "scans" / "new.nii.gz", place / "scan.nii.gz")
     shutil.copytree(place / "true_labels", place / "labels_of_another_tool")
     train = ["train", "-d", data, "-o", place / "model", "--task", place / "liver.yaml", "--epochs", 1]
