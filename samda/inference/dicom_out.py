@@ -349,6 +349,7 @@ def _structure_set(
         setattr(result, f"{event}Date", now.strftime("%Y%m%d"))
         setattr(result, f"{event}Time", now.strftime("%H%M%S"))
     result.ReferencedFrameOfReferenceSequence = [_referenced(series)]
+    lines = _contours(series, labels)
     result.StructureSetROISequence, result.ROIContourSequence, result.RTROIObservationsSequence = [], [], []
     for number, (k, code) in enumerate(known.items(), 1):
         roi, contours, about = Dataset(), Dataset(), Dataset()
@@ -356,7 +357,7 @@ def _structure_set(
         roi.ReferencedFrameOfReferenceUID = series.first.FrameOfReferenceUID
         roi.ROIGenerationDescription = _text(f"samda {__version__} {task.name}, {PURPOSE}")
         contours.ReferencedROINumber, contours.ROIDisplayColor = number, list(class_color(k))
-        contours.ContourSequence = list(_contours(series, labels, k))
+        contours.ContourSequence = lines[k]
         about.ObservationNumber, about.ReferencedROINumber = number, number
         about.RTROIIdentificationCodeSequence = [_code_item(code.type)]
         about.RTROIInterpretedType, about.ROIInterpreter = "", ""
@@ -379,14 +380,18 @@ def _referenced(series: _Series) -> Dataset:
     return place
 
 
-def _contours(series: _Series, labels: np.ndarray, k: int) -> Iterator[Dataset]:
-    """The contours of a class, slice by slice."""
+def _contours(series: _Series, labels: np.ndarray) -> dict[int, list[Dataset]]:
+    """The contours of each class, slice by slice."""
+    found: dict[int, list[Dataset]] = {}
     for frame, plane in zip(series.frames, np.moveaxis(labels, 2, 0), strict=True):
         steps = np.stack([frame.columns * frame.spacing_mm[0], frame.rows * frame.spacing_mm[1]])
-        for line in mask_contours((plane == k).T):
-            points = line @ steps + frame.position
-            contour = Dataset()
-            contour.ContourImageSequence = [series.reference(frame)]
-            contour.ContourGeometricType, contour.NumberOfContourPoints = "CLOSED_PLANAR", len(points)
-            contour.ContourData = [f"{value:.4f}" for value in points.ravel()]
-            yield contour
+        plane = np.ascontiguousarray(plane.T)
+        for k in np.unique(plane[plane > 0]):
+            for line in mask_contours(plane == k):
+                points = line @ steps + frame.position
+                contour = Dataset()
+                contour.ContourImageSequence = [series.reference(frame)]
+                contour.ContourGeometricType, contour.NumberOfContourPoints = "CLOSED_PLANAR", len(points)
+                contour.ContourData = [f"{value:.4f}" for value in points.ravel()]
+                found.setdefault(int(k), []).append(contour)
+    return found
