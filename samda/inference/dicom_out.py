@@ -23,7 +23,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sr.codedict import Code, codes
 from pydicom.uid import ImplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 
-from samda.data.dicom import Frame, is_dicom, quiet, series_frames
+from samda.data.dicom import Frame, is_dicom, is_series, quiet, series_frames
 from samda.errors import InputError, SamdaError, UsageError, nearest, one_line
 from samda.inference.codes import ClassCode, class_code
 from samda.inference.contours import mask_contours
@@ -73,7 +73,7 @@ def dicom_path(folder: str | Path, case: str, kind: str) -> Path:
 def check_series(scan: Image | SpatialImage | None) -> Path:
     """The file or folder of a DICOM scan; InputError for scans of other formats."""
     path = None if scan is None or isinstance(scan, SpatialImage) else files_of(scan)[0]
-    if path is None or not (path.is_dir() or is_dicom(path)):
+    if path is None or not (is_series(path) or is_dicom(path)):
         name = "the scan in memory" if path is None else path
         raise InputError(f"{name} is no DICOM series, to which DICOM output must refer; use --output-format nifti")
     return path
