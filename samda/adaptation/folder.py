@@ -77,6 +77,14 @@ def details_folder(output: str | Path, case: str) -> Path:
     return Path(output) / "details" / name
 
 
+def check_part(part: Shard | None, overwrite: bool) -> None:
+    """Refuse a part that overwrites."""
+    if part is not None and overwrite:
+        raise UsageError(
+            f"part {part} cannot overwrite: older results would count as finished; use a new output folder"
+        )
+
+
 def adapt_folder(
     adaptation: Adaptation,
     cases: Sequence[Case],
@@ -109,10 +117,7 @@ def adapt_folder(
         UsageError: `output` holds results of another model or other settings, or cannot be written to.
         SamdaError: the disk is full; finished cases stay.
     """
-    if part is not None and overwrite:
-        raise UsageError(
-            f"part {part} cannot overwrite: older results would count as finished; use a new output folder"
-        )
+    check_part(part, overwrite)
     refuse_own_folder(cases, Path(output))
     mine = part.of(cases) if part else cases
     formats = parse_formats([NIFTI, *parse_formats(formats)])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from samda.adaptation.engine import Adaptation
-from samda.adaptation.folder import AdaptRun, adapt_folder, collect, files_of_run
+from samda.adaptation.folder import AdaptRun, adapt_folder, check_part, collect, files_of_run
 from samda.adaptation.objectives import check_settings
 from samda.adaptation.page import mean_dice, score_run, write_page
 from samda.adaptation.site import check_site, distill
@@ -67,6 +67,7 @@ def run_adaptation(
         while other parts are at work.
     """
     formats = parse_formats([NIFTI, *parse_formats(formats)])
+    check_part(part, overwrite)
     check_settings(settings)  # before the weights are read
     if site is not None:
         check_name(site)

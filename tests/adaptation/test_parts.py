@@ -114,7 +114,7 @@ def test_two_jobs_of_an_array_at_once(model: Path, scans: Path, tmp_path: Path) 
     assert len(lines(tmp_path / "out" / "run.jsonl")) == 4
     assert (tmp_path / "out" / "report.html").exists() and any(result["page"] for result in results)
     hidden = [path.name for path in (tmp_path / "out").rglob(".*")]
-    assert hidden == []
+    assert hidden == [".samda"]
 
 
 def test_torchrun_adapts_every_case_once_and_reports_once(model: Path, scans: Path, tmp_path: Path) -> None:
