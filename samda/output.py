@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 HIDDEN = ".samda"
 LITTER = re.compile(r"\.\d+-[0-9a-f]{8}-.+|\.last\.pt\.tmp", re.DOTALL)  # unfinished files, see samda.io.replacing
 WAIT = 10.0  # seconds that a part waits for another one to start
+DAMAGED = (ValueError, TypeError, KeyError, RecursionError)  # what lines of a damaged manifest raise
 NAMED = 5  # foreign files that a message names
 
 _open: dict[Path, OutputFolder] = {}  # of this process, by resolved path
@@ -51,9 +52,11 @@ class OutputFolder:
     def _read(self) -> dict[str, set[str | None]]:
         """File -> the sha256 of its lines (None: any content); a line that a kill cut short is passed over."""
         lines: dict[str, set[str | None]] = {}
+        if not self.manifest.is_file() or self.manifest.is_symlink():  # a pipe would never end
+            return lines
         with contextlib.suppress(OSError):
             for line in self.manifest.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, TypeError, KeyError):
+                with contextlib.suppress(*DAMAGED):
                     entry = json.loads(line)
                     lines.setdefault(entry["file"], set()).add(entry["sha256"])
         return lines
@@ -65,7 +68,7 @@ class OutputFolder:
             return not os.path.islink(path)  # a broken link is somebody's
         if path.is_dir():
             return all(self.owns(file) for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
-        if not path.is_file():
+        if not path.is_file() or not path.is_relative_to(self.place):  # behind a linked folder
             return False
         state = _state(path)
         if self._states.get(path) == state:
@@ -81,6 +84,14 @@ class OutputFolder:
         if own:
             self._states[path] = state
         return own
+
+    def refuse_links(self) -> None:
+        """Raise UsageError unless the hidden folder holds regular files only: through a link, others are written."""
+        hidden = self.place / HIDDEN
+        inside = [hidden, *(hidden.iterdir() if hidden.is_dir() else ())] if os.path.lexists(hidden) else []
+        for path in inside:
+            if path.is_symlink() or not (path.is_dir() if path == hidden else path.is_file()):
+                raise UsageError(f"{path} was not made by samda (a link, or no regular file); remove it")
 
     def refuse_foreign(self, files: Iterable[str | Path]) -> None:
         """Raise UsageError if one of `files`, relative to the folder, exists and is not samda's own."""
@@ -173,7 +184,7 @@ class OutputFolder:
 
     def _compact(self) -> None:
         """Keep the last line of each file: what was written again and again (the curve of a training)."""
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        with contextlib.suppress(OSError, *DAMAGED):
             lines = [json.loads(line) for line in self.manifest.read_text(encoding="utf-8").splitlines() if line]
             last = {entry["file"]: entry for entry in lines}
             if len(last) < len(lines):
@@ -211,6 +222,7 @@ def open_output(folder: str | Path, files: Iterable[str | Path] = (), part: Shar
     output = _open.get(Path(folder).expanduser().resolve())
     if output is None:
         output = OutputFolder(folder)
+        output.refuse_links()
         output.refuse_foreign(files)  # before anything is made
         check_output_folder(folder)
         output.lock(part)

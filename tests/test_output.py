@@ -70,6 +70,43 @@ def test_what_is_no_file_is_foreign(tmp_path: Path, kind: str) -> None:
         write_text(out / "a.txt", "ours")
 
 
+@pytest.mark.parametrize("name", [".samda", ".samda/manifest.jsonl", ".samda/lock", ".samda/part-1-of-2.lock"])
+@pytest.mark.parametrize("kind", ["link", "broken link", "pipe", "folder or file"])
+def test_nothing_is_written_through_what_lies_in_the_hidden_folder(tmp_path: Path, name: str, kind: str) -> None:
+    theirs, path = tmp_path / "theirs", tmp_path / "out" / name
+    theirs.write_text("theirs")
+    path.parent.mkdir(parents=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder or file":
+        path.write_text("theirs") if name == ".samda" else path.mkdir()
+    else:
+        path.symlink_to(theirs if kind == "link" else tmp_path / "gone")
+    with pytest.raises(UsageError, match=r"\.samda.* was not made by samda"):
+        open_output(tmp_path / "out")
+    assert theirs.read_text() == "theirs" and not (tmp_path / "gone").exists()
+
+
+def test_files_behind_a_linked_folder_are_foreign(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "a.txt").write_text("theirs")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "details").symlink_to(tmp_path / "theirs")
+    with pytest.raises(UsageError, match=r"did not write.*: details/a\.txt;"):
+        open_output(tmp_path / "out", ["details/a.txt"])
+
+
+@pytest.mark.parametrize("line", ["[" * 200_000, '{"file": [1], "sha256": {}}', "7", "null", '{"file": "a.txt"'])
+def test_damaged_lines_of_the_manifest_are_passed_over(tmp_path: Path, line: str) -> None:
+    with open_output(tmp_path):
+        write_text(tmp_path / "a.txt", "1")
+    with (tmp_path / ".samda" / "manifest.jsonl").open("a") as file:
+        file.write(f"\n{line}")
+    with open_output(tmp_path):
+        write_text(tmp_path / "a.txt", "2")
+    assert (tmp_path / "a.txt").read_text() == "2"
+
+
 def test_a_folder_with_a_foreign_file_is_not_replaced(tmp_path: Path) -> None:
     with open_output(tmp_path):
         for text in ("1", "2"):

@@ -23,7 +23,7 @@ from typing import Any
 
 from samda.adaptation.settings import AdaptationSettings
 from samda.cli.options import add_shared, check_file, existing, parse_settings, pick_device, positive, print_json, say
-from samda.errors import UsageError, check_keys
+from samda.errors import UsageError, check_keys, one_line
 from samda.processes import is_main, join_for_cases, leave, read_part
 
 FIELDS = dataclasses.fields(AdaptationSettings)
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def tell(case: str, record: Mapping[str, Any]) -> None:
     """Print the outcome of a case."""
-    say(f"case {case}: {record['reason']} ({record['error'] or record['explanation']})")
+    say(one_line(f"case {case}: {record['reason']} ({record['error'] or record['explanation']})"))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -160,7 +160,7 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from samda import progress
 
-        progress.line(self.format(record))
+        progress.line(self.format(record) if record.exc_info else one_line(record.getMessage()))
 
 
 def _report(line: str, code: int, debug: bool) -> int:

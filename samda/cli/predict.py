@@ -21,7 +21,7 @@ import time
 
 from samda.cli.options import add_shared, existing, pick_device, positive, print_json, say
 from samda.cli.run_report import RunReport
-from samda.errors import InputError
+from samda.errors import InputError, one_line
 from samda.processes import exchange, is_main, join_for_cases, launched, leave, read_part
 
 
@@ -137,4 +137,4 @@ class Teller:
         self.report.set_outcome(case, outcome, now - self.since)
         self.since = now
         if outcome in ("done", "skipped"):
-            say(f"case {case}: {outcome}")
+            say(one_line(f"case {case}: {outcome}"))

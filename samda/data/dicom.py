@@ -7,6 +7,7 @@ pixels are decoded by SimpleITK. Affines map voxel indices to RAS mm.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -40,7 +41,7 @@ FLAT = 1e-3  # sine of the angle between rows and columns
 UNEVEN = 0.1  # tolerance between steps from slice to slice, relative
 PREAMBLE = 128  # bytes before the mark "DICM"
 OTHER_FILES = ("DICOMDIR",)
-UID_NAME = re.compile(r"[0-9][0-9.]{0,63}")
+UID_NAME = re.compile(r"[\w-][\w. -]{0,63}")  # anonymizers write letters, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ def series_in(folder: Path) -> tuple[list[Path], list[Path]]:
     """The series of a folder, a path for each, and its files that are no images.
 
     One series is the folder itself. Of several, each is FOLDER/UID (its SeriesInstanceUID; readers take that for a
-    path), or its file if it has but one. Damaged files that belong to none stand alone.
+    path), or its file if it has but one. The folder stands for files without a usable UID, which its reader refuses.
     """
     uids = _series_uids(folder, folder.stat().st_mtime_ns)
     groups: dict[str, list[Path]] = {}
@@ -101,7 +102,7 @@ def series_in(folder: Path) -> tuple[list[Path], list[Path]]:
     found = [
         path
         for uid, files in groups.items()
-        for path in ([folder / uid] if len(files) > 1 and UID_NAME.fullmatch(uid) else files)
+        for path in (files if len(files) < 2 else [folder / uid if UID_NAME.fullmatch(uid) else folder])
     ]
     return found, [path for path, (uid, image) in uids.items() if not image and folder / uid not in found]
 
@@ -129,13 +130,12 @@ def _series_uids(folder: Path, _changed: int) -> dict[Path, tuple[str, bool]]:
     found = {}
     for path in _files(folder):
         if is_dicom(path):
-            try:
+            found[path] = "", True
+            with contextlib.suppress(InputError), _refusing(path, "its header cannot be read"):
                 header = _header(path, ["SeriesInstanceUID", "SOPClassUID", "Rows"])
-            except InputError:
-                header = Dataset()
-            kind = UID(str(header.get("SOPClassUID", ""))).name
-            uid = str(header.get("SeriesInstanceUID", ""))
-            found[path] = uid, "Rows" in header or not kind or "Image Storage" in kind
+                kind = UID(str(header.get("SOPClassUID", ""))).name
+                uid = str(header.get("SeriesInstanceUID", ""))
+                found[path] = uid, "Rows" in header or not kind or "Image Storage" in kind
     return found
 
 
@@ -246,9 +246,10 @@ def _one_series(folder: Path) -> dict[Path, Dataset]:
             raise InputError(f"{path} is a damaged DICOM file or not an image; replace or remove it")
     series: dict[str, dict[Path, Dataset]] = {}
     for path, header in images.items():
-        series.setdefault(str(header.get("SeriesInstanceUID", "")), {})[path] = header
+        with _refusing(path, "its header cannot be read"):
+            series.setdefault(str(header.get("SeriesInstanceUID", "")), {})[path] = header
     if len(series) > 1:
-        names = ", ".join(f"{_series_name(files)!r} ({len(files)} files)" for files in series.values())
+        names = ", ".join(f"{_series_name(found)!r} ({len(found)} files, UID {uid})" for uid, found in series.items())
         remedy = f"use one folder per series, or name one in a list as {folder}/UID"
         raise InputError(f"{folder} contains {len(series)} DICOM series: {names}; {remedy}")
     return images

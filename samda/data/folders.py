@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 Case = dict[str, Any]  # "id", "image" (a path, or one per channel), optional "label", "fold", "patient" and "slices"
 IMAGE_FOLDERS = ("images", "image")
-LABEL_FOLDERS = ("masks", "labels", "mask", "label")
+LABEL_FOLDERS = ("masks", "labels", "mask", "label", "segmentations", "segmentation")
 LABEL_NAME = re.compile(r"(?:(.+)[._-])?(?:mask|label|seg|segmentation)s?", re.IGNORECASE)  # CASE_mask, CASE.seg, seg
 CHANNEL_FILE = re.compile(r"(.+)_(\d{4})")
 DEPTH = 6  # levels of folders that are looked into
@@ -284,9 +284,10 @@ def _walk(folder: Path, passed: dict[str, list[Path]], depth: int, seen: set[Pat
 
 
 def _is_label_beside(name: str, names: Iterable[str]) -> bool:
-    """Is this by its name the label of another scan in its folder?"""
+    """Is this by its name the label of another scan in its folder: CASE_seg of CASE or CASE_t1?"""
     match = LABEL_NAME.fullmatch(name)
-    return match is not None and (match[1] in names if match[1] else len(set(names)) > 1)
+    others = set(names) - {name}
+    return match is not None and any(match[1] is None or other.startswith(match[1]) for other in others)
 
 
 def _name_below(path: Path, root: Path) -> str:

@@ -200,12 +200,13 @@ def test_debug_shows_the_traceback(command, capsys: pytest.CaptureFixture) -> No
 def test_messages_and_warnings_are_one_line_each(command, capsys: pytest.CaptureFixture) -> None:
     command(
         "import logging, warnings; logging.getLogger('samda.x').info('read'); logging.getLogger('x').info('chatter'); "
-        "logging.getLogger('x').warning('odd'); warnings.warn('low\\n memory'); warnings.warn('later', FutureWarning); "
+        "logging.getLogger('x').warning('odd %s', 'a\\nb'); "
+        "warnings.warn('low\\n memory'); warnings.warn('later', FutureWarning); "
         "logging.getLogger('monai.data.x').warning('nvImageCodec is not available; skipping'); "
         "warnings.warn('NvImgCodecPydicomReader: nvImageCodec decoder plugin did not register')"
     )
     assert cli.main(["extra"]) == 0
-    assert capsys.readouterr().err == "read\nodd\nwarning: low memory\n"
+    assert capsys.readouterr().err == "read\nodd a b\nwarning: low memory\n"
 
 
 def start_extra(folder: Path, body: str) -> subprocess.Popen:

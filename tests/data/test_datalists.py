@@ -368,6 +368,14 @@ def test_folders_of_dicom_series(tmp_path):
     assert read_datalist(tmp_path / "p1").cases["test"] == [{"id": "p1", "image": str(tmp_path / "p1")}]
 
 
+def test_labels_beside_scans_are_none(tmp_path, caplog):
+    touch(tmp_path, "b1/b1_t1.nii.gz", "b1/b1_seg.nii.gz", "s1/ct.nii.gz", "s1/segmentations/liver.nii.gz", "k_seg.nii")
+    ids = [case["id"] for case in read_datalist(tmp_path).cases["test"]]
+    assert ids == ["k_seg", "b1_b1_t1", "s1_ct"]
+    assert "labels by their names (1): b1/b1_seg.nii.gz" in caplog.text
+    assert "folders of labels (1): s1/segmentations" in caplog.text
+
+
 def test_scans_of_one_name_are_told_apart_by_their_endings(tmp_path, caplog):
     touch(tmp_path, "a.nii.gz", "a.nrrd", "b.mha", "p1/a.nii.gz", "p1_a.png")
     ids = {case["image"]: case["id"] for case in read_datalist(tmp_path).cases["test"]}

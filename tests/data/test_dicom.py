@@ -209,6 +209,9 @@ def test_series_of_one_folder_are_cases_of_their_own(tmp_path, caplog):
     (folder / "cut.dcm").unlink()
     with pytest.warns(UserWarning, match="plan.dcm is no image"):
         assert "3 DICOM series" in refusal(folder) and "/UID" in refusal(folder)
+    for k in range(2):
+        slice_file(tmp_path / "d", k, SeriesInstanceUID="../../x").rename(folder / f"odd{k}.dcm")
+    assert {Path(case["image"]) for case in find_cases(folder)} == {*cases.values(), folder} - {cases["cut"]}
     slice_file(folder, 0, PixelSpacing=[0.3, 0.5])  # what one series lacks, the others do not
     assert "0.3" in refusal(cases["1.2.3"], folder / "9.dcm")
     check(cases["1.2.4"], VALUES + 7)
