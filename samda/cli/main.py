@@ -125,7 +125,7 @@ def _line_logging(debug: bool, quiet: bool = False) -> Iterator[None]:
     from samda import progress
 
     handler, own = _Lines(), logging.getLogger("samda")
-    handler.addFilter(lambda record: not MONAI_READER.search(record.getMessage()))
+    handler.addFilter(lambda record: record.name != "pydicom" and not MONAI_READER.match(record.getMessage()))
     before = own.level
     logging.getLogger().addHandler(handler)
     own.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
@@ -134,6 +134,7 @@ def _line_logging(debug: bool, quiet: bool = False) -> Iterator[None]:
             if not debug:
                 warnings.filterwarnings("ignore", category=FutureWarning)
                 warnings.filterwarnings("ignore", message=MONAI_READER.pattern)
+                warnings.filterwarnings("ignore", module=r"pydicom\.")  # on the spelling of values
                 warnings.showwarning = lambda message, *_: print(f"warning: {one_line(message)}", file=sys.stderr)
             yield
     finally:

@@ -299,6 +299,8 @@ def _frames(header: Dataset, path: Path) -> list[Frame]:
         thickness = _stated(places, "SliceThickness", 1, path) or _stated(places, "SpacingBetweenSlices", 1, path)
         slope = _stated(places, "RescaleSlope", 1, path) or (1.0,)
         intercept = _stated(places, "RescaleIntercept", 1, path) or (0.0,)
+        if slope[0] == 0:  # all voxels would be equal
+            raise InputError(f"{path} states RescaleSlope 0; repair its header")
         frames.append(
             Frame(
                 *(path, number, shape, np.array(position), np.array(directions[:3]), np.array(directions[3:])),

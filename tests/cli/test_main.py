@@ -201,6 +201,7 @@ def test_messages_and_warnings_are_one_line_each(command, capsys: pytest.Capture
     command(
         "import logging, warnings; logging.getLogger('samda.x').info('read'); logging.getLogger('x').info('chatter'); "
         "logging.getLogger('x').warning('odd %s', 'a\\nb'); "
+        "logging.getLogger('pydicom').warning('Invalid value'); "
         "warnings.warn('low\\n memory'); warnings.warn('later', FutureWarning); "
         "logging.getLogger('monai.data.x').warning('nvImageCodec is not available; skipping'); "
         "warnings.warn('NvImgCodecPydicomReader: nvImageCodec decoder plugin did not register')"

@@ -37,7 +37,7 @@ def new(path: Path, kind: str, series: str = "1.2.3", number: int = 1) -> FileDa
 
 
 def stored(values: np.ndarray, slope: float = 1.0, intercept: float = -1024.0) -> np.ndarray:
-    return np.rint((values - intercept) / slope).astype(np.uint16)
+    return np.rint((values - intercept) / (slope or 1)).astype(np.uint16)
 
 
 def slice_file(folder: Path, k: int, **tags) -> Path:
@@ -142,6 +142,7 @@ def test_one_slice_is_as_thick_as_stated(tmp_path):
         ({"ImagePositionPatient": None}, "states no position"),
         ({"ImageOrientationPatient": [1, 0, 0, 0, 0, 1]}, "another plane"),
         ({"SamplesPerPixel": 0}, "0 samples"),
+        ({"RescaleSlope": 0.0}, "RescaleSlope 0"),
         ({"PixelData": b"12" * 10}, "pixels cannot be read"),
         ({"Rows": 5}, "has 5 x 5 pixels, not 5 x 6 as"),
     ],
