@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -117,6 +118,7 @@ def test_cases_to_look_at_first() -> None:
 def test_a_site_version_is_a_candidate_until_a_person_activates_it(
     job: Callable, model: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
+    shutil.rmtree(model / ".samda")  # as `cp -r model/* copy` leaves it out
     source = {p.name: p.read_bytes() for p in model.iterdir() if p.is_file()}
     about = job(site="clinic-a")["site"]
     assert job(site="clinic-a")["site"] == load_version(model, "clinic-a")[2]["version"], "as after a kill at the end"

@@ -322,6 +322,24 @@ def test_a_finished_training_is_not_overwritten_by_chance(datalist: Path, tmp_pa
     assert not same(before, tensors(tmp_path / "model"))
 
 
+def test_a_copy_without_the_hidden_folder_goes_on_but_is_not_overwritten(
+    datalist: Path, tmp_path: Path, keys: Keys
+) -> None:
+    train(datalist, tmp_path / "model", TASK, overrides=keys | {"epochs": 1})
+    copy = shutil.copytree(tmp_path / "model", tmp_path / "copy", ignore=shutil.ignore_patterns(".samda"))
+    for how in ("resume", "overwrite"):
+        with pytest.raises(UsageError, match=r"adapter\.json, .*copy its hidden \.samda"):
+            train(datalist, copy, TASK, overrides=keys, **{how: True})
+    assert same(tensors(tmp_path / "model"), tensors(copy))
+    begun = tmp_path / "begun"  # a training that was stopped, copied in the same way
+    begun.mkdir()
+    for name in ("last.pt", "history.json"):
+        shutil.copy(copy / name, begun)
+    train(datalist, begun, TASK, overrides=keys, resume=True)
+    train(datalist, tmp_path / "model", TASK, overrides=keys, resume=True)
+    assert same(tensors(tmp_path / "model"), tensors(begun))
+
+
 def test_a_resume_says_what_differs(datalist: Path, tmp_path: Path, keys: Keys) -> None:
     train(datalist, tmp_path / "model", TASK, overrides=keys | {"epochs": 1})
     before = tensors(tmp_path / "model")
