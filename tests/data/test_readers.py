@@ -319,8 +319,8 @@ def test_several_series_are_refused_by_name(tmp_path):
     dicom(tmp_path / "both", [0.0, 2.0, 4.0], series="1.2.3", name="arterial")
     dicom(tmp_path / "both", [0.0, 2.0], series="1.2.4", name="venous", start=500)
     message = refusal(tmp_path / "both")
-    assert "'arterial' (3 files)" in message
-    assert "'venous' (2 files)" in message
+    assert "'arterial' (3 files, UID 1.2.3)" in message
+    assert "'venous' (2 files, UID 1.2.4)" in message
 
 
 def test_a_missing_slice_is_refused(tmp_path):
