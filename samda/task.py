@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from pathlib import Path
@@ -17,6 +19,7 @@ from samda.io import load_yaml
 
 LARGEST_IMAGE = 4096  # pixels; limits the memory of a slice
 LATER = ("axes", "codes", "context", "keep_largest", "picture_size")  # keys that the first version did not have
+NAMED, LAST_NAMED = 1 << 16, 1 << 20  # ids that stand for names, see `name_id`
 CODE_LENGTHS = (16, 16, 64)  # characters of value, scheme and meaning of a code in DICOM
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # slice axis -> axis of a volume in RAS order
 
@@ -31,7 +34,7 @@ class Task:
 
     name: str = "segmentation"
     classes: tuple[str, ...] = ("background", "foreground")  # network channel k is classes[k]; background first
-    labels: Mapping[str, tuple[int, ...]] | None = None  # class -> ids in the label files; None: dataset.json's, else k
+    labels: Mapping[str, tuple[int, ...]] | None = None  # class -> ids (of DICOM: names); None: dataset.json's, else k
     modality: str = "CT"  # "CT" (window in HU), "MR" (percentiles) or "image" (2-D images, percentiles)
     window: tuple[float, float] = (-160.0, 240.0)  # HU, mapped to [0, 1]; CT only
     percentiles: tuple[float, float] = (1.0, 99.0)  # of the body (MR) or of all pixels (image), to [0, 1]
@@ -171,7 +174,13 @@ def _labels(key: str, value: Any) -> Mapping[str, tuple[int, ...]] | None:
 def _ids(name: str, value: Any) -> tuple[int, ...]:
     """The ids of a class in the label files, given as one number or a list."""
     ids = value if isinstance(value, list | tuple) else [value]
-    return tuple(_whole(f"labels of {name!r}", i) for i in ids)
+    return tuple(name_id(i) if isinstance(i, str) else _whole(f"labels of {name!r}", i) for i in ids)
+
+
+def name_id(name: str) -> int:
+    """The id that stands for a name in DICOM labels, the same for `Kidney Left` and `kidney_left`."""
+    letters = re.sub(r"[\W_]", "", name.casefold())
+    return NAMED + zlib.crc32(letters.encode()) % (LAST_NAMED - NAMED)
 
 
 def _codes(key: str, value: Any) -> Mapping[str, tuple[str, ...]] | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from samda.data.dicom import is_series
+from samda.data.dicom_labels import is_dicom_label, label_names
 from samda.data.folders import (
     Case,
     Problem,
@@ -40,6 +41,7 @@ from samda.data.layouts import (
 )
 from samda.errors import InputError, UsageError, nearest
 from samda.io import files_of
+from samda.task import name_id
 
 logger = logging.getLogger(__name__)
 
@@ -277,7 +279,23 @@ def _finish(data: DataList, root: Path, report: Report) -> DataList:
             report(Problem("channels", f"{text}{LARGEST_CHANNELS}; select channels in a data list", case["id"]))
             left_out.add(id(case))
     kept = {section: [case for case in chosen if id(case) not in left_out] for section, chosen in cases.items()}
-    return dataclasses.replace(data, cases=kept)
+    names = _dicom_names([case for section in kept.values() for case in section], report)
+    labels = {**(data.labels or {}), **names} if names else data.labels
+    return dataclasses.replace(data, cases=kept, labels=labels)
+
+
+def _dicom_names(cases: Iterable[Case], report: Report) -> dict[str, tuple[int, ...]]:
+    """The names in DICOM labels with their ids."""
+    names: dict[str, tuple[int, ...]] = {}
+    for case in cases:
+        for path in files_of(case.get("label") or []):
+            try:
+                found = label_names(path) if is_dicom_label(path) else []
+            except InputError as error:
+                report(Problem("unreadable", str(error), case["id"]))
+                continue
+            names |= {name: (name_id(name),) for name in found if (name_id(name),) not in names.values()}
+    return names
 
 
 def _name(cases: Sequence[Case], root: Path) -> None:

@@ -34,6 +34,8 @@ from samda.errors import InputError, SamdaError
 
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 FUNCTIONAL_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")  # SEG, also as label map
+STRUCTURES = "1.2.840.10008.5.1.4.1.1.481.3"  # RTSTRUCT
 SAME_DIRECTION = 1e-3  # tolerance between direction cosines of slices
 SAME_SIZE = 1e-3  # tolerance between pixel sizes of slices, relative
 SAME_PLACE = 1e-3  # mm
@@ -82,9 +84,14 @@ def has_dicom(folder: str | Path) -> bool:
 
 def _is_image(path: Path) -> bool:
     try:
-        return "Rows" in _header(path)
+        return _shows_image(dicom_header(path))
     except InputError:
         return True
+
+
+def _shows_image(header: Dataset) -> bool:
+    """Is this an image? A segmentation has pixels, too, but is a label."""
+    return "Rows" in header and header.get("SOPClassUID") not in SEGMENTATIONS
 
 
 def series_in(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -107,6 +114,11 @@ def series_in(folder: Path) -> tuple[list[Path], list[Path]]:
     return found, [path for path, (uid, image) in uids.items() if not image and folder / uid not in found]
 
 
+def no_images(folder: Path) -> list[Path]:
+    """The DICOM files in a folder that are no images."""
+    return [path for path, (_, image) in _series_uids(folder, folder.stat().st_mtime_ns).items() if not image]
+
+
 def is_series(path: Path) -> bool:
     """Is this a folder, or FOLDER/UID of :func:`series_in`?"""
     return path.is_dir() or bool(_files_of_uid(path))
@@ -124,7 +136,7 @@ def _files_of_uid(path: Path) -> list[Path]:
     return [file for file, (uid, _) in uids.items() if uid == path.name]
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=256)
 def _series_uids(folder: Path, _changed: int) -> dict[Path, tuple[str, bool]]:
     """SeriesInstanceUID of each DICOM file in a folder, and whether it is an image (or damaged)."""
     found = {}
@@ -132,17 +144,17 @@ def _series_uids(folder: Path, _changed: int) -> dict[Path, tuple[str, bool]]:
         if is_dicom(path):
             found[path] = "", True
             with contextlib.suppress(InputError), _refusing(path, "its header cannot be read"):
-                header = _header(path, ["SeriesInstanceUID", "SOPClassUID", "Rows"])
+                header = dicom_header(path, ["SeriesInstanceUID", "SOPClassUID", "Rows"])
                 kind = UID(str(header.get("SOPClassUID", ""))).name
                 uid = str(header.get("SeriesInstanceUID", ""))
-                found[path] = uid, "Rows" in header or not kind or "Image Storage" in kind
+                found[path] = uid, _shows_image(header) or not kind or "Image Storage" in kind
     return found
 
 
 def dicom_modality(path: Path) -> str | None:
     """The modality in the header of a DICOM file or series: "CT", "MR", "PT", ..."""
     headers = [path] if path.is_file() else series_files(path)
-    return next((str(_header(file).get("Modality", "")).strip() or None for file in headers), None)
+    return next((str(dicom_header(file).get("Modality", "")).strip() or None for file in headers), None)
 
 
 def read_dicom(path: Path, pixels: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -163,7 +175,7 @@ def read_dicom(path: Path, pixels: bool = True) -> tuple[np.ndarray, np.ndarray]
     places = {(frame.path, frame.number): place for place, frame in enumerate(frames)}
     slices: list[Any] = [None] * len(frames)
     for file in headers:
-        values = _pixels(file)
+        values = stored_pixels(file)
         for number, plane in enumerate(values):
             place = places[file, number]
             slices[place] = _rescaled(plane, *frames[place].rescale)
@@ -173,8 +185,10 @@ def read_dicom(path: Path, pixels: bool = True) -> tuple[np.ndarray, np.ndarray]
 
 def series_frames(path: Path) -> tuple[list[Frame], dict[Path, Dataset], np.ndarray]:
     """Slices in the order of the third axis of :func:`read_dicom`, headers of the files, and affine."""
-    headers = {path: _header(path)} if path.is_file() else _one_series(path)
-    frames = [frame for file, header in headers.items() for frame in _frames(header, file)]
+    headers = {path: dicom_header(path)} if path.is_file() else _one_series(path)
+    if any(header.get("SOPClassUID") in SEGMENTATIONS for header in headers.values()):
+        raise InputError(f"{path} is a DICOM segmentation, which is a label; give the series it was drawn on")
+    frames = [frame for file, header in headers.items() for frame in frames_of(header, file)]
     frames, affine = _arrange(frames, path)
     _warn_of_missing_slices(list(headers.values()), path)
     return frames, headers, affine
@@ -215,7 +229,7 @@ def _dataset(path: Path, **settings: Any) -> Dataset:
         return pydicom.dcmread(content, force=True, **settings)  # type: ignore[arg-type]  # it reads, seeks and tells
 
 
-def _header(path: Path, tags: list[str] | None = None) -> Dataset:
+def dicom_header(path: Path, tags: list[str] | None = None) -> Dataset:
     with _refusing(path, "its header cannot be read"):
         return _dataset(path, stop_before_pixels=True, specific_tags=tags)
 
@@ -230,8 +244,8 @@ def _one_series(folder: Path) -> dict[Path, Dataset]:
 
     A file that cannot be parsed is refused, as it may be a slice; DICOM objects other than images are passed over.
     """
-    found = {path: _header(path) for path in series_files(folder)}
-    other = {path: header for path, header in found.items() if "Rows" not in header}
+    found = {path: dicom_header(path) for path in series_files(folder)}
+    other = {path: header for path, header in found.items() if not _shows_image(header)}
     images = {path: header for path, header in found.items() if path not in other}
     if not images:
         raise InputError(f"{folder} contains no DICOM series; give a scan, or the folder of one series")
@@ -260,7 +274,7 @@ def _series_name(files: dict[Path, Dataset]) -> str:
     return str(header.get("SeriesDescription", "")).strip() or path.name
 
 
-def _frames(header: Dataset, path: Path) -> list[Frame]:
+def frames_of(header: Dataset, path: Path) -> list[Frame]:
     """The frames of a file with their geometry; values that are missing or unreadable are refused."""
     with _refusing(path, "its header cannot be read"):
         count = int(header.get("NumberOfFrames") or 1)
@@ -269,12 +283,11 @@ def _frames(header: Dataset, path: Path) -> list[Frame]:
         samples = header.get("SamplesPerPixel", 1)
     if "Rows" not in header:
         raise InputError(f"{path} is no DICOM image; give the folder of one series")
-    if header.get("Modality") == "SEG":
-        raise InputError(f"{path} is a DICOM segmentation; convert it to NIfTI or NRRD")
     if samples not in (1, 3) or min(shape) < 1 or count < 1:
         size = f"{count} x {shape[0]} x {shape[1]} pixels with {samples} samples"
         raise InputError(f"{path} is a damaged DICOM file: it states {size}; replace or remove it")
-    if "ModalityLUTSequence" in header or header.get("PhotometricInterpretation") == "PALETTE COLOR":
+    table = "ModalityLUTSequence" in header or header.get("PhotometricInterpretation") == "PALETTE COLOR"
+    if table and header.get("SOPClassUID") not in SEGMENTATIONS:
         raise InputError(f"{path} maps its pixels by a table; convert the series to NIfTI")
     if each and len(each) != count:
         raise InputError(f"{path} has {count} frames but describes {len(each)}; repair its header")
@@ -400,7 +413,7 @@ def _warn_of_missing_slices(headers: Sequence[Dataset], path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- pixels
 
 
-def _pixels(path: Path) -> np.ndarray:
+def stored_pixels(path: Path) -> np.ndarray:
     """The stored pixels (frames, rows, columns[, C]) of a file, before rescaling."""
     with _refusing(path, "its pixels cannot be read"):
         header = _dataset(path)

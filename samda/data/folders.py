@@ -11,11 +11,12 @@ import dataclasses
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samda.data.dicom import has_dicom, is_dicom, series_in
+from samda.data.dicom import has_dicom, is_dicom, no_images, series_in
+from samda.data.dicom_labels import is_dicom_label, referenced_series, series_uid
 from samda.data.formats import SCAN_SUFFIXES, VOLUME_SUFFIXES, stem
 from samda.errors import InputError
 from samda.output import HIDDEN
@@ -130,19 +131,42 @@ Series = dict[Path, tuple[list[Path], list[Path]]]  # folder of a case -> folder
 def find_series(folder: Path) -> Series:
     """The DICOM series of a folder with candidates for their labels; empty if none has a label.
 
-    A case is a folder CASE that contains a series at any depth, or `folder` itself. Its label is a volume in CASE, or
-    CASE.nii.gz (.nrrd, .mha) next to it or in `labels`.
+    A case is a folder CASE that contains a series at any depth, or `folder` itself or each series in it. Its label is a
+    volume in CASE, CASE.nii.gz (.nrrd, .mha) next to it or in `labels`, or a DICOM label below `folder` that refers to
+    the series; of several series in CASE those count that a label refers to.
     """
+    objects = _dicom_labels(folder, DEPTH)
     if has_dicom(folder):
         own = files_in(folder, VOLUME_SUFFIXES)
-        return {folder: ([folder], own)} if own else {}
+        single = series_in(folder)[0]
+        found = {path: ([path], (own if len(single) == 1 else []) + _referring([path], objects)) for path in single}
+        return found if any(labels for _, labels in found.values()) else {}
     beside = _volumes(folder)
-    found: Series = {}
+    found = {}
     for case in _inside(folder):
         series = _series_below(case, DEPTH) if case.is_dir() and case.name.lower() not in LABEL_FOLDERS else []
-        if series:
+        referring = _referring(series, objects)
+        if referring:
+            series = [path for path in series if _referring([path], objects)]
+            found[case] = (series, referring)
+        elif series:
             found[case] = (series, _volumes(case) + [path for path in beside if is_label_of(stem(path), case.name)])
     return found if any(labels for _, labels in found.values()) else {}
+
+
+def _dicom_labels(folder: Path, depth: int) -> dict[Path, set[str]]:
+    """The DICOM labels in a folder and the folders in it, with the series that they refer to."""
+    found = {path: referenced_series(path) for path in no_images(folder) if is_dicom_label(path)}
+    for path in _inside(folder):
+        if path.is_dir() and depth and not (path / HIDDEN).is_dir():
+            found |= _dicom_labels(path, depth - 1)
+    return found
+
+
+def _referring(series: Sequence[Path], objects: Mapping[Path, set[str]]) -> list[Path]:
+    """The DICOM labels that refer to one of the series."""
+    uids = {series_uid(path) for path in series} if objects else set()
+    return [path for path, wanted in objects.items() if wanted & uids]
 
 
 def dicom_cases(folder: Path, series: Series, report: Report) -> dict[str, list[Case]]:
@@ -166,7 +190,7 @@ def dicom_cases(folder: Path, series: Series, report: Report) -> dict[str, list[
 
 def _series_below(folder: Path, depth: int) -> list[Path]:
     if has_dicom(folder):
-        return [folder]
+        return series_in(folder)[0]
     below = [path for path in _inside(folder) if path.is_dir()] if depth else []
     return [series for path in below for series in _series_below(path, depth - 1)]
 

@@ -183,7 +183,7 @@ def inspect_case(case: Case, section: str, report: Report) -> CaseFacts:
             _measure(image, facts, tell)
     if facts.label is not None:
         with _collect("unreadable", tell):
-            label = _in_ras(read_label(facts.label))
+            label = _in_ras(read_label(facts.label, case["image"]))
             facts.label_ids = _count_ids(label.array, facts.label, tell)
     if image is not None and label is not None:
         with _collect("grid", tell):

@@ -15,7 +15,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from samda.errors import InputError, UsageError, nearest
-from samda.task import Task
+from samda.task import NAMED, Task, name_id
 
 UNKNOWN = 255  # class index of an id without a name
 CHUNK = 1 << 22  # voxels mapped at once
@@ -42,7 +42,7 @@ class LabelMap:
                 f"has voxels of id {unlabeled[0]}, the data set's {IGNORE!r}: they would become background; label "
                 "them, leave the case out, or list the id under a class of the task"
             )
-        own = {i for i, index in self.ids.items() if index > 0}
+        own = {i for i, index in self.ids.items() if index > 0 and i < NAMED}
         other = {i for i in found if i and i not in self.ids}
         if len(own) == 1 and own | other == SCALES:
             return f"is a mask of 0 and {min(other)}, {self.source} has id {min(own)}; save all masks with one id"
@@ -58,22 +58,27 @@ def label_map(task: Task, dataset_labels: Mapping[str, tuple[int, ...]] | None =
     2. Otherwise, the `labels` of the data set are matched with `task.classes` by name. Other named structures become
        background; ids without a name are refused.
     3. Otherwise, id k is class k, and larger ids are refused.
+
+    Segments of DICOM labels have names, see :func:`samda.task.name_id`: those of the task's classes are these classes,
+    in addition to the rules above, and all others become background.
     """
+    named = {name_id(name): k for k, name in enumerate(task.classes)}
     if task.labels is not None:
         _refuse_disagreement(task, dataset_labels or {})
         given = _invert(task, task.labels)
         ignored = frozenset((dataset_labels or {}).get(IGNORE, ())) - given.keys()
-        return LabelMap(given, 0, f"task {task.name!r}", ignored)
+        return LabelMap(named | given, 0, f"task {task.name!r}", ignored)
     if dataset_labels is None:
-        return LabelMap({k: k for k in range(task.num_classes)}, None, f"task {task.name!r} (id k is class k)")
+        numbered = {k: k for k in range(task.num_classes)}
+        return LabelMap(numbered | named, None, f"task {task.name!r} (id k is class k)")
+    ids = {i: 0 for name, values in dataset_labels.items() if name != IGNORE for i in values}
     for name in task.classes[1:]:
-        if name not in dataset_labels:
+        if name not in dataset_labels and name_id(name) not in ids:
             raise InputError(
                 f"the data set has no class {name!r}; {nearest(name, dataset_labels)} or add `labels` to the task"
             )
-    ids = {i: 0 for name, values in dataset_labels.items() if name != IGNORE for i in values}
-    named = {name: dataset_labels[name] for name in task.classes if name in dataset_labels}
-    known = {0: 0} | ids | _invert(task, named)
+    own = {name: dataset_labels[name] for name in task.classes if name in dataset_labels}
+    known = {0: 0} | ids | named | _invert(task, own)
     return LabelMap(known, None, "the data set's labels", frozenset(dataset_labels.get(IGNORE, ())) - known.keys())
 
 
@@ -90,7 +95,8 @@ def _invert(task: Task, labels: Mapping[str, tuple[int, ...]]) -> dict[int, int]
 
 def _refuse_disagreement(task: Task, dataset_labels: Mapping[str, tuple[int, ...]]) -> None:
     for name, ids in (task.labels or {}).items():
-        if name in dataset_labels and set(dataset_labels[name]) != set(ids):
+        numbers = {i for i in dataset_labels.get(name, ()) if i < NAMED}
+        if numbers and numbers != set(ids):
             raise InputError(
                 f"class {name!r} has ids {list(ids)} in task {task.name!r} but {list(dataset_labels[name])} in the "
                 "data set; use the task file of this data set, or a task without `labels`"
@@ -155,6 +161,7 @@ class MapLabelsd(MapTransform):
         first, last = id_range(values.numpy(), name)
         self._check(values.reshape(-1), first, last, name)
         table = torch.full((last - first + 1,), UNKNOWN if self.map.rest is None else self.map.rest)
+        table[max(0, NAMED - first) :] = 0  # names that are no classes
         for i, index in self.map.ids.items():
             if 0 <= i - first < len(table):
                 table[i - first] = index

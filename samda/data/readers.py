@@ -21,6 +21,7 @@ import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
 from samda.data.dicom import is_dicom, is_series, read_dicom
+from samda.data.dicom_labels import is_dicom_label, read_dicom_label
 from samda.data.formats import (
     NIFTI_SUFFIXES,
     PICTURE_SUFFIXES,
@@ -72,8 +73,8 @@ def read_scan(image: Image, channels: int | None = 1) -> Scan:
     return _stack([_read_file(path, 1) for path in paths], paths)
 
 
-def read_label(path: Image) -> Scan:
-    """Read a label file: one integer id per voxel.
+def read_label(path: Image, image: Image | None = None) -> Scan:
+    """Read a label file: one integer id per voxel. `image` is its scan; DICOM labels without it look beside them.
 
     A 2-D image with a palette has its indices as ids. Values within 0.001 of integers, which scaled headers make of
     them, are rounded with a warning.
@@ -81,7 +82,9 @@ def read_label(path: Image) -> Scan:
     path = files_of(path)[0]
     if path.suffix.lower() in (".jpg", ".jpeg"):
         raise InputError(f"{path} is a label in JPEG format, which changes ids; save labels as PNG or NIfTI")
-    array, affine = _load(_existing(path), label=True)
+    if is_dicom_label(_existing(path)):
+        return Scan(*read_dicom_label(path, None if image is None else files_of(image)[0]))
+    array, affine = _load(path.expanduser(), label=True)
     if path.name.lower().endswith(PICTURE_SUFFIXES):
         array = _without_alpha(array, path, 1)
         remedy = "save the mask as PNG with a palette or in gray"

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Labels as DICOM objects: segmentations (SEG) and contours (RTSTRUCT) on the slices of the series they refer to.
+
+Their segments have names instead of ids; the id of a name is `samda.task.name_id`, in every file the same.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from pydicom.dataset import Dataset
+from skimage.draw import polygon
+
+from samda.data.dicom import (
+    SEGMENTATIONS,
+    STRUCTURES,
+    Frame,
+    dicom_header,
+    frames_of,
+    is_dicom,
+    is_series,
+    series_files,
+    series_frames,
+    series_in,
+    stored_pixels,
+)
+from samda.errors import InputError
+from samda.task import name_id
+
+THRESHOLD = 0.5  # of a fractional segmentation, from which a voxel belongs to the segment
+OFF = 0.1  # tolerance of the place of a frame or contour, relative to the step between slices
+HALF = 0.5  # pixels between the place of a frame and that of its slice
+CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
+
+
+def is_dicom_label(path: Path) -> bool:
+    """Is this a DICOM SEG or RTSTRUCT?"""
+    try:
+        return is_dicom(path) and _kind(dicom_header(path)) in (*SEGMENTATIONS, STRUCTURES)
+    except InputError:
+        return False
+
+
+def label_names(path: Path) -> list[str]:
+    """The names of the segments or ROIs of a DICOM label."""
+    return list(_names(dicom_header(path), path).values())
+
+
+def referenced_series(path: Path) -> set[str]:
+    """SeriesInstanceUIDs that a DICOM label refers to."""
+    header = dicom_header(path)
+    items = [*header.get("ReferencedSeriesSequence", [])]
+    for place in header.get("ReferencedFrameOfReferenceSequence", []):
+        for study in place.get("RTReferencedStudySequence", []):
+            items += study.get("RTReferencedSeriesSequence", [])
+    return {str(item.get("SeriesInstanceUID", "")) for item in items} - {""}
+
+
+def series_uid(path: Path) -> str:
+    """SeriesInstanceUID of a series."""
+    files = [path] if path.is_file() else series_files(path)
+    headers = (dicom_header(file) for file in files)
+    return next((str(h.get("SeriesInstanceUID", "")) for h in headers if _kind(h) not in SEGMENTATIONS), "")
+
+
+def read_dicom_label(path: Path, image: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (X, Y, Z), int32, and affine of a DICOM label on the grid of its series.
+
+    Args:
+        path: SEG (BINARY, LABELMAP, or FRACTIONAL from half of its maximum) or RTSTRUCT. Contours of one ROI in one
+            slice are combined by XOR; an ROI of the type EXTERNAL, the outline of the body, is left out.
+        image: the series; None looks for it beside the label.
+
+    Raises:
+        InputError: the series is not found, segments overlap, or a frame or contour lies on no slice.
+    """
+    frames, _, affine = series_frames(_source(path, image))
+    rows, columns = frames[0].shape
+    ids = np.zeros((len(frames), rows, columns), np.int32)
+    names: dict[int, str] = {0: "background"}
+    structures = _kind(dicom_header(path)) == STRUCTURES
+    masks = _contours(path, frames) if structures else _segments(path, frames)
+    for place, name, mask in masks:
+        number = name_id(name)
+        if names.setdefault(number, name) != name:
+            raise InputError(f"{path}: the names {name!r} and {names[number]!r} have the same id; rename one")
+        plane = ids[place]
+        other = plane[mask & (plane != 0) & (plane != number)]
+        if len(other):
+            raise InputError(
+                f"{path}: {name!r} and {names[int(other[0])]!r} overlap by {len(other)} voxels in slice {place + 1}; "
+                "a voxel has one class, so keep one of them, or cut one out of the other"
+            )
+        plane[mask] = number
+    return ids.transpose(2, 1, 0), affine
+
+
+def _kind(header: Dataset) -> str:
+    return str(header.get("SOPClassUID", ""))
+
+
+def _names(header: Dataset, path: Path) -> dict[int, str]:
+    """Number -> name of segments (without that of the background) or ROIs."""
+    if _kind(header) == STRUCTURES:
+        outline = {
+            int(about.ReferencedROINumber)
+            for about in header.get("RTROIObservationsSequence", [])
+            if about.get("RTROIInterpretedType") == "EXTERNAL"
+        }
+        found = {int(roi.ROINumber): str(roi.get("ROIName", "")) for roi in header.get("StructureSetROISequence", [])}
+        found = {number: name for number, name in found.items() if number not in outline}
+    else:
+        segments = header.get("SegmentSequence", [])
+        found = {int(s.SegmentNumber): str(s.get("SegmentLabel", "")) for s in segments if int(s.SegmentNumber)}
+    unnamed = [number for number, name in found.items() if not name.strip()]
+    if unnamed:
+        raise InputError(f"{path}: segment {unnamed[0]} has no name; name it")
+    return {number: name.strip() for number, name in found.items()}
+
+
+def _source(path: Path, image: Path | None) -> Path:
+    """The series that a label refers to: the image, or one beside the label."""
+    wanted = referenced_series(path)
+    if image is not None:
+        if not (is_series(image) or is_dicom(image)):
+            raise InputError(f"{path} is a DICOM label, but {image} is no DICOM series; convert one of them")
+        if wanted and series_uid(image) not in wanted:
+            raise InputError(f"{path} refers to another series than {image}; give the series it was drawn on")
+        return image
+    folders = [path.parent, *_folders(path.parent), path.parent.parent, *_folders(path.parent.parent)]
+    for folder in dict.fromkeys(folders):
+        for series in series_in(folder)[0]:
+            if series_uid(series) in wanted:
+                return series
+    raise InputError(f"{path}: the series that it refers to is not beside it; put it there, or list both in a CSV")
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+class _Slices:
+    """The planes of a series."""
+
+    def __init__(self, frames: list[Frame]) -> None:
+        self.normal = np.cross(frames[0].rows, frames[0].columns)
+        self.heights = np.array([frame.position @ self.normal for frame in frames])
+        step = np.ptp(self.heights) / max(1, len(frames) - 1)
+        self.step = float(step) or frames[0].thickness_mm or 1.0
+
+    def holding(self, points: np.ndarray, path: Path, what: str) -> int:
+        """The slice that points (n, 3) lie on; InputError if there is none."""
+        heights = np.atleast_2d(points) @ self.normal
+        place = int(np.abs(self.heights - heights[0]).argmin())
+        off = float(np.abs(heights - self.heights[place]).max())
+        if off > OFF * self.step:
+            raise InputError(f"{path}: {what} lies {off:.2f} mm off the slices of its series; resample it")
+        return place
+
+
+def _segments(path: Path, frames: list[Frame]) -> Iterator[tuple[int, str, np.ndarray]]:
+    """Slice, name and mask of each frame of a SEG, or of each segment in a frame of a label map."""
+    header = dicom_header(path)
+    names = _names(header, path)
+    kind, most = header.get("SegmentationType"), int(header.get("MaximumFractionalValue") or 255)
+    if kind not in ("BINARY", "FRACTIONAL", "LABELMAP"):
+        raise InputError(f"{path} states the segmentation type {kind!r}; convert it to BINARY")
+    own, slices = frames_of(header, path), _Slices(frames)
+    shared = [*header.get("SharedFunctionalGroupsSequence", [])][:1]
+    for frame, group, values in zip(
+        own, header.get("PerFrameFunctionalGroupsSequence", []), stored_pixels(path), strict=True
+    ):
+        place = slices.holding(frame.position, path, f"frame {frame.number + 1}")
+        source = frames[place]
+        off = np.abs(np.r_[frame.rows - source.rows, frame.columns - source.columns]).max() * max(frame.shape)
+        apart = np.linalg.norm(frame.position - source.position) / min(source.spacing_mm)
+        if frame.shape != source.shape or max(off, apart) > HALF:
+            raise InputError(f"{path}: frame {frame.number + 1} is not on the pixels of its series; resample it")
+        if kind == "LABELMAP":
+            for number in np.unique(values[values > 0]):
+                if int(number) not in names:
+                    raise InputError(f"{path} has voxels of segment {number}, which it does not describe; repair it")
+                yield place, names[int(number)], values == number
+            continue
+        about = [*group.get("SegmentIdentificationSequence", [])]
+        about += [item for g in shared for item in g.get("SegmentIdentificationSequence", [])]
+        number = int(about[0].ReferencedSegmentNumber) if about else 0
+        if number not in names:
+            raise InputError(f"{path}: frame {frame.number + 1} names no segment of it; repair it")
+        yield place, names[number], values > 0 if kind == "BINARY" else values >= THRESHOLD * most
+
+
+def _contours(path: Path, frames: list[Frame]) -> Iterator[tuple[int, str, np.ndarray]]:
+    """Slice, name and mask of each ROI in each slice of an RTSTRUCT."""
+    header = dicom_header(path)
+    names, slices = _names(header, path), _Slices(frames)
+    for roi in header.get("ROIContourSequence", []):
+        name = names.get(int(roi.ReferencedROINumber))
+        masks: dict[int, np.ndarray] = {}
+        for contour in roi.get("ContourSequence", []) if name else ():
+            if contour.get("ContourGeometricType") not in CLOSED:
+                warnings.warn(f"{path}: {name!r} has points or open lines, which are passed over", stacklevel=2)
+                continue
+            points = np.reshape(np.asarray(contour.ContourData, float), (-1, 3))
+            k = slices.holding(points, path, f"a contour of {name!r}")
+            frame = frames[k]
+            steps = np.stack([frame.columns * frame.spacing_mm[0], frame.rows * frame.spacing_mm[1]], 1)
+            lines = np.linalg.lstsq(steps, (points - frame.position).T, rcond=None)[0]
+            mask = masks.setdefault(k, np.zeros(frame.shape, bool))
+            inside = polygon(lines[0], lines[1], frame.shape)
+            mask[inside] = ~mask[inside]
+        for k, mask in masks.items():
+            yield k, str(name), mask
