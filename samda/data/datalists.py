@@ -86,7 +86,8 @@ def read_datalist(path: str | Path, report: Report = refuse, unlabeled: bool = F
       channels) and `labelsTr/CASE.nii.gz`, or the training cases of its entry "dataset";
     * a CSV file, or a folder with one, with the columns image and label (optionally id, patient, fold, section);
     * a folder with `images` and `masks` (or `labels`) with files of the same names;
-    * a folder of DICOM series folders, CASE, with label volumes in them, next to them or in `labels`;
+    * a folder of DICOM series folders, CASE, with label volumes in them, next to them or in `labels`, or with DICOM
+      labels (SEG, RTSTRUCT) that refer to the series; these may also all lie in one folder;
     * any other folder: every scan and every DICOM series (by SeriesInstanceUID) in it and the folders in it is a test
       case; what is not used is reported. With `unlabeled`, also a folder of DICOM series with label volumes;
     * one scan, or the folder of one DICOM series: one test case.

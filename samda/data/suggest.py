@@ -17,7 +17,7 @@ from samda.data.inspect import AIR, CaseFacts, DataReport, check_data, task_prob
 from samda.data.labels import IGNORE
 from samda.data.widths import ANISOTROPIC
 from samda.errors import InputError, one_line, printable
-from samda.task import AXES, Task
+from samda.task import AXES, Task, name_id
 
 GRID = 2  # pixels: the class head tells apart what lies on every second pixel of a slice, its logits have stride 2
 PER_WIDTH = 5  # places of that grid that the narrowest structure should cover
@@ -56,6 +56,7 @@ class Suggestion:
             value = values[key]
             if key == "labels":
                 value = {name: ids[0] if len(ids) == 1 else ids for name, ids in value.items()}
+                value = {name: name if i == name_id(name) else i for name, i in value.items()}  # of DICOM labels
             listed = yaml.safe_dump(
                 [_short(value)], default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True
             )

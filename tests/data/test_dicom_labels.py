@@ -11,12 +11,14 @@ import highdicom
 import numpy as np
 import pydicom
 import pytest
+import yaml
 from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
 from samda.data.datalists import read_datalist
 from samda.data.inspect import check_data
 from samda.data.readers import read_label, read_scan
+from samda.data.suggest import suggest_task
 from samda.data.transforms import build_preprocessing
 from samda.errors import InputError
 from samda.inference.dicom_out import write_dicom
@@ -90,6 +92,9 @@ def test_check_and_evaluate_read_them(tmp_path):
     assert {row["name"]: row["voxels"] for row in report.label_table() if row["id"]} == {
         name: int((labels == k).sum()) for k, name in enumerate(CLASSES[1:4], 1)
     }
+    suggested = suggest_task(report)
+    assert suggested is not None and "labels: {" in suggested.to_yaml() and "liver: liver" in suggested.to_yaml()
+    assert Task.from_dict(yaml.safe_load(suggested.to_yaml())) == suggested.task
     series = tmp_path / "data" / "c1" / "ct"
     task = Task(classes=("background", "kidney_left", "liver"), labels={"kidney_left": [7], "liver": ["Liver"]})
     wanted = np.select([labels == 2, labels == 1], [1, 2]).astype(np.uint8)
