@@ -174,7 +174,12 @@ def _labels(key: str, value: Any) -> Mapping[str, tuple[int, ...]] | None:
 def _ids(name: str, value: Any) -> tuple[int, ...]:
     """The ids of a class in the label files, given as one number or a list."""
     ids = value if isinstance(value, list | tuple) else [value]
-    return tuple(name_id(i) if isinstance(i, str) else _whole(f"labels of {name!r}", i) for i in ids)
+    return tuple(name_id(i) if _is_name(i) else _whole(f"labels of {name!r}", i) for i in ids)
+
+
+def _is_name(value: Any) -> bool:
+    """Is it the name of a segment? Digits in quotes are a mistake."""
+    return isinstance(value, str) and re.search(r"[^\W\d_]", value) is not None
 
 
 def name_id(name: str) -> int:

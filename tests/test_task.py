@@ -30,7 +30,7 @@ def test_values_survive_json():
         ({"classes": "liver"}, "classes must be a list of names, background first; got 'liver'"),
         ({"classes": None}, "classes must be a list of names, background first; got None"),
         ({"classes": ["liver", "tumor"]}, "the first class must be 'background', got 'liver'"),
-        ({"labels": {"foreground": "one"}}, "labels of 'foreground' must be a number, got 'one'"),
+        ({"labels": {"foreground": "1"}}, "labels of 'foreground' must be a number, got '1'"),
         ({"labels": {"foreground": 1.5}}, "labels of 'foreground' must be a whole number, got 1.5"),
         ({"labels": {"foreground": [True]}}, "labels of 'foreground' must be a number, got True"),
         ({"labels": [1]}, "labels must be class names with their ids, got [1]"),
