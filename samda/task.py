@@ -39,7 +39,7 @@ class Task:
     window: tuple[float, float] = (-160.0, 240.0)  # HU, mapped to [0, 1]; CT only
     percentiles: tuple[float, float] = (1.0, 99.0)  # of the body (MR) or of all pixels (image), to [0, 1]
     spacing: float = 1.5  # mm per pixel of a slice in both directions
-    picture_size: float | None = None  # mm of the longer side of every 2-D image, whatever its pixels; None: 1 a pixel
+    picture_size: float | None = None  # mm of the shorter side of every 2-D image, whatever its pixels; None: 1 a pixel
     image_size: int = 256  # pixels of a slice in both directions; a multiple of 16
     axis: str = "axial"  # slices are perpendicular to it: "axial", "coronal" or "sagittal"
     axes: str = "one"  # "all": slices along the other two axes, too, and the mean of the three predictions

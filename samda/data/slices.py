@@ -61,7 +61,7 @@ def sides_mm(spacing_mm: Sequence[float], shape: Sequence[int], task: Task) -> l
     if task.picture_size is not None:
         axes = plane_axes(task)
         for axis in axes:
-            sides[axis] = task.picture_size / max(shape[a] for a in axes)
+            sides[axis] = task.picture_size / min(shape[a] for a in axes)
     return sides
 
 

@@ -27,7 +27,7 @@ LARGEST_SIZE = 256  # of volumes: larger ones cost more than they gain, as fewer
 LARGEST_PICTURE = 768  # one slice per case, so encoding costs less than that of a volume
 SMALL_PART = 16  # times as wide as its structures a picture may be cut into tiles
 NEAR = 1.05  # times the spacing of pictures: how much coarser for one row less of 16 pixels, which would be padding
-ALIKE = 1.1  # pictures whose longer sides differ less than so many times have one size
+ALIKE = 1.1  # pictures whose shorter sides differ less than so many times have one size
 WHOLE = 1.25  # times the body: how large a scan may be to be seen as a whole
 CLOSE = 2.0  # mm: slices so close resemble each other, and neighbors help (hippocampus at 1 mm: Dice .859 to .868)
 TAIL = 0.5  # percent of the foreground below and above the window
@@ -170,7 +170,7 @@ def _geometry(cases: Sequence[CaseFacts], modality: str, labels: Mapping[str, An
     picture = modality == "image"
     scaled = _picture_size(cases, plane, labels) if picture else {}
     if scaled:
-        cases = [_scaled(case, scaled["picture_size"][0] / _longer_side(case, plane)) for case in cases]
+        cases = [_scaled(case, scaled["picture_size"][0] / _shorter_side(case, plane)) for case in cases]
     own = 1.0 if picture else float(np.median([np.mean([c.sides_mm[a] for a in plane]) for c in cases]))
     narrow, width = _narrowest(cases, labels)
     field, holds = _field(cases, plane, picture, width)
@@ -206,7 +206,7 @@ def _picture_size(cases: Sequence[CaseFacts], plane: Sequence[int], labels: Mapp
     A picture does not know its scale. A camera with more pixels shows the same field with more of them (eyes,
     endoscopes, X-rays); a larger mosaic of a microscope shows more tissue. The widths of the structures tell which.
     """
-    sides = [_longer_side(case, plane) for case in cases]
+    sides = [_shorter_side(case, plane) for case in cases]
     size, alike = float(np.median(sides)), max(sides) <= ALIKE * min(sides)
     widths = [_narrowest([case], labels)[1] for case in cases]
     known = [(width, side) for width, side in zip(widths, sides, strict=True) if width]
@@ -223,11 +223,12 @@ def _picture_size(cases: Sequence[CaseFacts], plane: Sequence[int], labels: Mapp
                 f"the pictures have {min(sides):.0f} to {max(sides):.0f} pixels; all show a field alike",
             )
         }
-    return {"picture_size": (size, "pixels of the longer side; a picture of another size is brought to it")}
+    return {"picture_size": (size, "pixels of the shorter side; a picture of another size is brought to it")}
 
 
-def _longer_side(case: CaseFacts, plane: Sequence[int]) -> float:
-    return max(case.extent_mm[a] for a in plane)
+def _shorter_side(case: CaseFacts, plane: Sequence[int]) -> float:
+    """Of a camera it spans the field; longer ones differ in how much of the margin they show."""
+    return min(case.extent_mm[a] for a in plane)
 
 
 def _scaled(case: CaseFacts, factor: float) -> CaseFacts:

@@ -163,10 +163,10 @@ def test_pictures_of_small_things_are_tiled_at_the_usual_size() -> None:
 @pytest.mark.parametrize(
     ("sides", "widths", "size"),
     [
-        ((565, 565, 999, 999), (4.0, 4.2, 7.2, 7.4), 782.0),  # two cameras, vessels of the same share
-        ((565, 584, 580, 565), (4.0, 8.0, 2.0, 4.0), 572.5),  # one camera
+        ((565, 565, 999, 999), (4.0, 4.2, 7.2, 7.4), 391.0),  # two cameras, vessels of the same share
+        ((565, 584, 580, 565), (4.0, 8.0, 2.0, 4.0), 286.25),  # one camera
         ((256, 256, 512, 1024), (12.0, 14.0, 13.0, 12.0), None),  # mosaics
-        ((256, 1024), (0.0, 0.0), 640.0),  # nothing was measured
+        ((256, 1024), (0.0, 0.0), 320.0),  # nothing was measured
     ],
 )
 def test_pictures_of_any_size_show_a_field_where_widths_follow_it(
