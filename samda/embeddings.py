@@ -216,9 +216,10 @@ class EmbeddingDataset(Dataset):
             own = [self._encode(batch) for batch in batches[start + rank : start + rank + 1]]
             for batch, pyramid, labels, extras in (result for results in exchange(own) for result in results):
                 self._store(batch, pyramid, labels, extras)
-                early = [place for place, (index, view) in enumerate(batch) if view == 0 and not self.late[index]]
-                if early and collect is not None:
-                    collect(map_levels(lambda level, early=early: level[early], pyramid), labels[early])
+                if batch[0][1] == 0 and collect is not None:
+                    early = [place for place, (index, _) in enumerate(batch) if not self.late[index]]
+                    if early:
+                        collect(map_levels(lambda level, early=early: level[early], pyramid), labels[early])
                 progress.update(len(batch))
         progress.close()
 

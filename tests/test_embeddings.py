@@ -21,6 +21,8 @@ HALF_EPS = torch.finfo(torch.float16).eps  # pyramids are kept in half precision
 class Slices:
     """Seven slices; view v adds v to the image and moves the label."""
 
+    late = torch.zeros(7, dtype=torch.bool)
+
     def __len__(self) -> int:
         return 7
 
