@@ -175,7 +175,7 @@ def test_weights_that_the_network_does_not_take_are_not_looked_for() -> None:
 
 
 def test_weights_must_exist_when_a_path_names_them() -> None:
-    with pytest.raises(WeightsError, match=r"there is no weights file no\.pth; give a file"):
+    with pytest.raises(WeightsError, match=r"there is no weights file no\.pth; give its path"):
         check_config(REFERENCE | {"weights": "no.pth"}, REFERENCE)
     with pytest.raises(WeightsError, match=r"there is no weights file no\.pth"):  # as adapt.json has it
         check_config({"weights": "no.pth"}, {"weights": None})

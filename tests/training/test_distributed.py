@@ -109,7 +109,7 @@ def test_one_process_writes_and_reports(place: Path, together: subprocess.Comple
     model = place / "two"
     found = {path.name for path in model.iterdir()}
     assert found == {
-        "LICENSE", "adapter.json", "adapter.safetensors", "configs", "docs", "history.json", "last.pt", "models",
+        ".samda", "LICENSE", "adapter.json", "adapter.safetensors", "configs", "docs", "history.json", "last.pt", "models",
         "tensorboard",
     }  # fmt: skip
     record = json.loads((model / "adapter.json").read_text())["record"]
@@ -156,7 +156,7 @@ def test_processes_share_the_cases_of_inference(
 def test_an_error_ends_all_processes(place: Path, options: dict[str, Any]) -> None:
     done = bundle_run(place, options | {"output_dir": "none", "batch_size": 5})
     assert done.returncode == 1
-    assert "UsageError: batch_size 5 cannot be dealt out to 2 processes; choose a multiple of 2" in done.stderr
+    assert "batch_size 5 cannot be dealt out to 2 processes; choose a multiple of 2" in done.stderr
     assert "destroy_process_group" not in done.stderr
     assert not (place / "none").exists()
 
