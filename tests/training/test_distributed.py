@@ -109,8 +109,8 @@ def test_one_process_writes_and_reports(place: Path, together: subprocess.Comple
     model = place / "two"
     found = {path.name for path in model.iterdir()}
     assert found == {
-        ".samda", "LICENSE", "adapter.json", "adapter.safetensors", "configs", "docs", "history.json", "last.pt", "models",
-        "tensorboard",
+        ".samda", "LICENSE", "adapter.json", "adapter.safetensors", "configs", "docs", "history.json", "last.pt",
+        "models", "tensorboard",
     }  # fmt: skip
     record = json.loads((model / "adapter.json").read_text())["record"]
     assert (record["training"]["epochs"], record["training"]["settings"]["batch_size"]) == (3, 4)
