@@ -50,7 +50,7 @@ CLAIMS: dict[str, Callable[[Rows], bool]] = {
             mean(rows.dice(data, "pyramid", n, test)) > mean(rows.dice(data, rival, n, test))
             for data, n, test, rival in (
                 ("hippocampus", 3, None, "DynUNet 3-D"),
-            ("hippocampus", 10, None, "DynUNet 3-D"),
+                ("hippocampus", 10, None, "DynUNet 3-D"),
                 ("hippocampus", 10, None, "nnU-Net 3d_fullres"),
                 ("vessels_chase", 0, None, "DynUNet 2-D"),
                 ("vessels_chase", 0, "vessels_lesav", "DynUNet 2-D"),
