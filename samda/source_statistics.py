@@ -266,56 +266,43 @@ def class_sums(features: torch.Tensor, shares: torch.Tensor) -> tuple[torch.Tens
 
 @torch.no_grad()
 def feature_statistics(
-    network: SamSegmenter, items: Any, indices: Sequence[int], batch_size: int = 8
-) -> list[dict[str, Any]]:
-    """Moments of every layer and class over some slices, evenly chosen where there are more than 256.
+    network: SamSegmenter, task: Task, items: Any, indices: Sequence[int], batch_size: int = 8
+) -> dict[str, list[dict[str, Any]]]:
+    """Moments of features and levels over some slices, evenly chosen where there are more than 256.
 
     Args:
         network: the trained network.
+        task: what it segments.
         items: `items[i]` holds "label" (1, H, W) class indices, and "pyramid" or "image" (C, H, W).
         indices: those with foreground, without augmentation.
         batch_size: slices decoded at once.
 
     Returns:
-        Per layer {"mean", "std"}: K rows of C values each, None for a class without slices; plain values for JSON.
+        Plain values for JSON: {"features": per layer {"mean", "std"}, K rows of C values each, None for a class without
+        slices; "levels": per level, fine to coarse, {"mean", "std"} over the body, one row, empty for a head without
+        levels}.
     """
     step = max(1, -(-len(indices) // MOST))
-    sums: Sums = []
+    features: Sums = []
+    levels: Sums = []
     device = network.pixel_mean.device
     network.eval()
     with FeatureTap(network) as tap:
         for inputs, labels in labeled_batches(items, list(indices)[::step], batch_size):
             tap.clear()
             if isinstance(inputs, dict):
-                network.decode(map_levels(lambda level: level.to(device), inputs))
+                pyramid = map_levels(lambda level: level.to(device), inputs)
             else:
-                network.decode(network.encode(inputs.to(device)))
+                pyramid = network.encode(inputs.to(device))
+            network.decode(pyramid)
             labels = labels[:, 0].to(device)
             height, width = (side // network.head.feature_stride for side in labels.shape[1:])
             shares = class_shares(labels, network.num_classes, (height, width)).double()
             found = [list(class_sums(torch.cat(kept).double(), shares)) for kept in tap.features]
-            sums = _added(sums, found)
-    return [_moments(*layer) for layer in sums]
-
-
-@torch.no_grad()
-def level_statistics(
-    network: SamSegmenter, task: Task, items: Any, indices: Sequence[int], batch_size: int = 8
-) -> list[dict[str, Any]]:
-    """Moments of the levels over the body; slices and plain values as those of :func:`feature_statistics`.
-
-    Returns:
-        Per level, fine to coarse, {"mean", "std"}: one row of C values each; none for a head without levels.
-    """
-    if not isinstance(network.head, PyramidHead):
-        return []
-    step, device = max(1, -(-len(indices) // MOST)), network.pixel_mean.device
-    sums: Sums = []
-    for inputs, _ in labeled_batches(items, list(indices)[::step], batch_size):
-        pyramid = inputs if isinstance(inputs, dict) else network.encode(inputs.to(device))
-        found = level_sums(network, pyramid, task)
-        sums = _added(sums, found)
-    return [_moments(*level) for level in sums]
+            features = _added(features, found)
+            if isinstance(network.head, PyramidHead):
+                levels = _added(levels, level_sums(network, pyramid, task))
+    return {"features": [_moments(*layer) for layer in features], "levels": [_moments(*level) for level in levels]}
 
 
 def level_sums(network: SamSegmenter, pyramid: Pyramid, task: Task) -> Sums:

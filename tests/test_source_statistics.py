@@ -202,7 +202,7 @@ def test_a_closed_tap_sees_nothing(network: SamSegmenter) -> None:
 
 def test_statistics_are_the_weighted_moments_over_all_slices_whatever_the_batch(network: SamSegmenter) -> None:
     items = labeled(5)
-    found = feature_statistics(network, items, [0, 2, 4], batch_size=2)
+    found = feature_statistics(network, TASK, items, [0, 2, 4], batch_size=2)["features"]
     chosen = [items[i] for i in (0, 2, 4)]
     # 64 px on a 4 x 4 grid: a place is 16 x 16 pixels
     blocks = torch.stack([item["label"][0].reshape(4, 16, 4, 16).float().mean((1, 3)) for item in chosen]).flatten()
@@ -224,7 +224,7 @@ def test_embeddings_give_the_same_as_images(network: SamSegmenter) -> None:
         embeddings = network.encode(images(3))["embedding"]
     pairs = zip(embeddings, items, strict=True)
     embedded = [{"pyramid": {"embedding": e}, "label": item["label"]} for e, item in pairs]
-    a, b = (feature_statistics(network, x, range(3)) for x in (items, embedded))
+    a, b = (feature_statistics(network, TASK, x, range(3))["features"] for x in (items, embedded))
     for one, other in zip(a, b, strict=True):
         np.testing.assert_allclose(one["mean"][0], other["mean"][0], atol=1e-4)
 
@@ -232,4 +232,5 @@ def test_embeddings_give_the_same_as_images(network: SamSegmenter) -> None:
 def test_many_slices_are_thinned_evenly(network: SamSegmenter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("samda.source_statistics.MOST", 2)
     items = labeled(5)
-    assert feature_statistics(network, items, range(5)) == feature_statistics(network, items, [0, 3])
+    few, chosen = (feature_statistics(network, TASK, items, indices) for indices in (range(5), [0, 3]))
+    assert few == chosen and few["features"]

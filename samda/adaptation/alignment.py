@@ -189,7 +189,7 @@ def align_levels(
     Args:
         network: with the head `pyramid`.
         parameters: those that may move, by name.
-        source: of :func:`samda.source_statistics.level_statistics`.
+        source: the "levels" of :func:`samda.source_statistics.feature_statistics`.
         found: of :func:`samda.source_statistics.level_sums`.
         strength: a.
     """

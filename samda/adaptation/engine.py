@@ -106,10 +106,11 @@ class Adaptation:
         self.settings = dataclasses.replace(self.settings, scope=scope)
         self.parameters = scope_parameters(network, scope)
         _check_trained(network, self.parameters)
-        paces = {path: adapter.pace for path, _, adapter in modules(network)}
+        rate = self.settings.lr or 0.0
         self.rates = {
-            name: (self.settings.lr or 0.0) * next(pace for path, pace in paces.items() if name.startswith(f"{path}."))
-            for name in self.parameters
+            f"{path}.{name}": rate * adapter.pace
+            for path, _, adapter in modules(network)
+            for name in adapter.adapter_params()
         }
         self.judge = Judge(task, record)
         self.embedded = not changes_encoder(network, self.parameters)  # then views are encoded once

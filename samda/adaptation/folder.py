@@ -32,7 +32,7 @@ from samda.inference.dicom_out import NIFTI, check_cases, parse_formats, write_f
 from samda.inference.predict import label_files, refuse_own_folder, written_files
 from samda.inference.writer import file_name, label_path, write_labels, write_probabilities
 from samda.io import copy_file, csv_text, files_of, new_folder, replacing, write_json, write_text
-from samda.output import open_output, remove
+from samda.output import OutputFolder, open_output, remove
 from samda.processes import Shard
 from samda.progress import Cases
 from samda.provenance import conceal, now, path_sha256
@@ -118,15 +118,33 @@ def adapt_folder(
         SamdaError: the disk is full; finished cases stay.
     """
     check_part(part, overwrite)
-    refuse_own_folder(cases, Path(output))
+    formats = formats_of_run(formats)
     mine = part.of(cases) if part else cases
-    formats = parse_formats([NIFTI, *parse_formats(formats)])
-    check_cases(cases, formats)
-    with open_output(output, files_of_run(mine, dry_run, report, formats), part) as place:
+    with open_run(cases, output, formats, dry_run, report, part) as place:
         job = _Job(adaptation, place.path, dry_run, keep_names, keep_tensors, formats)
         if not overwrite:
             job.refuse_other_settings(cases)
         return _adapt_cases(job, cases, mine, report, overwrite, part, on_case)
+
+
+def formats_of_run(formats: str | Sequence[str]) -> tuple[str, ...]:
+    """The formats of the map to use, NIfTI among them."""
+    return parse_formats([NIFTI, *parse_formats(formats)])
+
+
+def open_run(
+    cases: Sequence[Case],
+    output: str | Path,
+    formats: Sequence[str],
+    dry_run: bool,
+    report: str | Path | None,
+    part: Shard | None,
+) -> OutputFolder:
+    """Check the cases and the output folder of a run, and open the folder; within a run it can be opened again."""
+    refuse_own_folder(cases, Path(output))
+    check_cases(cases, formats)
+    mine = part.of(cases) if part else cases
+    return open_output(output, files_of_run(mine, dry_run, report, formats), part)
 
 
 def files_of_run(

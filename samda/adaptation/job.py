@@ -11,17 +11,15 @@ from typing import Any
 import torch
 
 from samda.adaptation.engine import Adaptation
-from samda.adaptation.folder import AdaptRun, adapt_folder, check_part, collect, files_of_run
+from samda.adaptation.folder import AdaptRun, adapt_folder, check_part, collect, formats_of_run, open_run
 from samda.adaptation.objectives import check_settings
 from samda.adaptation.page import mean_dice, score_run, write_page
 from samda.adaptation.site import check_site, distill
 from samda.data.datalists import find_cases
 from samda.data.folders import join_channels
 from samda.errors import InputError, UsageError
-from samda.inference.dicom_out import NIFTI, parse_formats
-from samda.inference.predict import refuse_own_folder
+from samda.inference.dicom_out import NIFTI
 from samda.models.versions import check_name, list_versions, load_version
-from samda.output import open_output
 from samda.processes import Shard, exchange, is_main, rank_and_world
 
 logger = logging.getLogger(__name__)
@@ -66,7 +64,7 @@ def run_adaptation(
         {"output", "page", "version", "counts", "cases", "failed", "dice", "site", "part"}, plain values; "page" is None
         while other parts are at work.
     """
-    formats = parse_formats([NIFTI, *parse_formats(formats)])
+    formats = formats_of_run(formats)
     check_part(part, overwrite)
     check_settings(settings)  # before the weights are read
     if site is not None:
@@ -78,9 +76,7 @@ def run_adaptation(
     if site is not None:
         check_site(model, site, {"from_version": version, "config": adaptation.config})
     cases = join_channels(find_cases(inputs, section), task.in_channels)
-    mine = part.of(cases) if part else cases
-    refuse_own_folder(cases, Path(output))
-    with open_output(output, files_of_run(mine, dry_run, report, formats), part):
+    with open_run(cases, output, formats, dry_run, report, part):
         run = adapt_folder(
             adaptation,
             cases,

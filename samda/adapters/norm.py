@@ -12,10 +12,8 @@ from samda.adapters.base import Adapter, AdapterConfig, Choices, zeros
 from samda.adapters.sites import Site, SiteInfo
 
 
-class NormAdapter(Adapter):
-    """weight + scale, bias + shift; both deltas (C,) start at zero: 2 C parameters."""
-
-    mergeable = True
+class ScaleShiftAdapter(Adapter):
+    """Deltas of a scale and a shift, both (C,), from zero on: 2 C parameters."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -24,6 +22,12 @@ class NormAdapter(Adapter):
 
     def delta(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.scale, self.shift
+
+
+class NormAdapter(ScaleShiftAdapter):
+    """weight + scale, bias + shift of a LayerNorm."""
+
+    mergeable = True
 
     def scope_params(self) -> dict[str, list[str]]:
         return {"norm": self.adapter_params()}

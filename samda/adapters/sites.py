@@ -80,6 +80,11 @@ class Site(nn.Module):
         """The enabled adapters."""
         return (adapter for adapter in self.adapters.values() if adapter.enabled)  # type: ignore[misc]
 
+    @property
+    def adapted(self) -> bool:
+        """Is there an enabled adapter?"""
+        return any(True for _ in self.active())
+
 
 class WeightSite(Site):
     """A site with base parameters, to which weight deltas are added.
@@ -107,7 +112,7 @@ class WeightSite(Site):
     @torch.no_grad()
     def merge(self) -> None:
         """Merge the active deltas into a copy of the base parameters; idempotent."""
-        if self.merged or not any(True for _ in self.active()):
+        if self.merged or not self.adapted:
             return
         weight, bias = self.sums()
         if not all(torch.isfinite(tensor).all() for tensor in (weight, bias) if tensor is not None):
@@ -216,7 +221,7 @@ class LevelSite(Site):
 
     def read(self, layer: nn.Conv2d, maps: torch.Tensor) -> torch.Tensor:
         """`layer` of the scaled and shifted maps."""
-        if not any(True for _ in self.active()):
+        if not self.adapted:
             return layer(maps)
         weight, bias = self.folded(layer.weight)
         return F.conv2d(maps, weight, bias if layer.bias is None else layer.bias + bias)

@@ -16,22 +16,15 @@ from typing import ClassVar
 
 import torch
 
-from samda.adapters.base import Adapter, AdapterConfig, zeros
+from samda.adapters.base import AdapterConfig
+from samda.adapters.norm import ScaleShiftAdapter
 from samda.adapters.sites import Site
 
 
-class SsfAdapter(Adapter):
-    """Scale and shift of one level; both (C,) start at zero: 2 C parameters."""
+class SsfAdapter(ScaleShiftAdapter):
+    """Scale and shift of one level."""
 
     pace = 10.0  # few numbers, in standard deviations of their channels
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.scale = zeros(dim)
-        self.shift = zeros(dim)
-
-    def delta(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.scale, self.shift
 
     def scope_params(self) -> dict[str, list[str]]:
         return {"ssf": self.adapter_params()}

@@ -253,7 +253,7 @@ def _scans(root: Path, report: Report, labels: bool = False) -> list[tuple[str, 
     """
     passed: dict[str, list[Path]] = {}
     found = _walk(root, passed, DEPTH, set(), labels)
-    for reason, paths in passed.items():
+    for reason, paths in ((reason, paths) for reason, paths in passed.items() if paths):
         names = ", ".join(str(path.relative_to(root)) for path in paths[:SHOWN]) + ", ..." * (len(paths) > SHOWN)
         report(Problem("not used", f"{root}: not used, {reason} ({len(paths)}): {names}", stops=False))
     return [(_name_below(path, root), path) for path in found]
@@ -302,8 +302,6 @@ def _walk(folder: Path, passed: dict[str, list[Path]], depth: int, seen: set[Pat
             passed.setdefault("folders too deep or met twice", []).append(path)
         else:
             found += _walk(path, passed, depth - 1, seen, keep)
-    for reason in [reason for reason, paths in passed.items() if not paths]:
-        del passed[reason]
     return found
 
 

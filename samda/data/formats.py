@@ -137,7 +137,7 @@ def read_picture(path: Path, indices: bool = False) -> tuple[np.ndarray, np.ndar
     of its colors.
     """
     try:
-        with _any_size(), warnings.catch_warnings():
+        with any_size(), warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # remarks on damaged files
             image: Any = PIL.Image.open(path)
             if getattr(image, "n_frames", 1) > 1:
@@ -191,8 +191,8 @@ def _pixels(image: Any, path: Path, indices: bool) -> np.ndarray:
 
 
 @contextmanager
-def _any_size() -> Iterator[None]:
-    """Pillow's own limit of pixels is lower than large slides of microscopes."""
+def any_size() -> Iterator[None]:
+    """Without Pillow's own limit of pixels: it does not know the memory, and slides of microscopes exceed it."""
     before = PIL.Image.MAX_IMAGE_PIXELS
     PIL.Image.MAX_IMAGE_PIXELS = None
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import PIL.Image
 
-from samda.data.formats import PICTURE_SUFFIXES, not_a_scan
+from samda.data.formats import PICTURE_SUFFIXES, any_size, not_a_scan
 from samda.errors import InputError
 from samda.io import free_memory
 
@@ -139,14 +139,11 @@ def _nrrd(path: Path) -> tuple[list[int], str, Path]:
 
 
 def _check_picture(path: Path) -> None:
-    before, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None  # Pillow's limit does not know the memory
     try:
-        with warnings.catch_warnings(action="ignore"), PIL.Image.open(path) as picture:
+        with any_size(), warnings.catch_warnings(action="ignore"), PIL.Image.open(path) as picture:
             shape = (*picture.size, len(picture.getbands()))
             value_bytes = {"1": 1 / 8, "I": 4, "F": 4}.get(picture.mode, 2 if "16" in picture.mode else 1)
     except (OSError, ValueError, SyntaxError, ArithmeticError, LookupError, TypeError, EOFError):
         return  # its reader says more
-    finally:
-        PIL.Image.MAX_IMAGE_PIXELS = before
     # JPEG, and some compressions of TIFF, pack plain areas more densely
     check_request(path, shape, value_bytes, INFLATION * (1 if path.name.lower().endswith((".png", ".bmp")) else 10))

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samda.data.folders import Case, Problem, Report, files_in, report_unused
+from samda.data.folders import CHANNEL_FILE, Case, Problem, Report, files_in, report_unused
 from samda.data.formats import PICTURE_SUFFIXES
 from samda.errors import InputError, nearest
 from samda.io import parse_json
@@ -24,7 +24,6 @@ SECTIONS = {"training": "training", "validation": "validation", "test": "test", 
 ALIASES = SECTIONS | {"train": "training", "tr": "training", "val": "validation", "valid": "validation", "ts": "test"}
 COLUMNS = ("image", "label", "id", "patient", "fold", "section")
 NNUNET_SPLITS = {"training": ("imagesTr", "labelsTr"), "test": ("imagesTs", "labelsTs")}
-CHANNEL_FILE = re.compile(r"(.+)_(\d{4})")
 LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes; asking for longer ones is an error of the system
 
 

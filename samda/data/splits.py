@@ -29,7 +29,6 @@ class Split:
     training: list[Case]
     validation: list[Case]
     note: str
-    own: bool = False  # not asked for by the data set or a fold
     late: list[Case] = dataclasses.field(default_factory=list)  # of the validation cases, those that train in the end
 
     @property
@@ -79,7 +78,7 @@ def split(
             raise UsageError(f"fold {fold} does not exist: {len(patients)} patients make folds 0 to {folds - 1}")
         chosen = patients[fold::folds]
     note = f"by patient: {len(chosen)} of {len(patients)} patients validate"
-    return dataclasses.replace(_by_patient(cases, set(chosen), note), own=fold is None)
+    return _by_patient(cases, set(chosen), note)
 
 
 def patient_of(case: Case) -> str:

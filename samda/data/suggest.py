@@ -207,23 +207,14 @@ def _picture_size(cases: Sequence[CaseFacts], plane: Sequence[int], labels: Mapp
     endoscopes, X-rays); a larger mosaic of a microscope shows more tissue. The widths of the structures tell which.
     """
     sides = [_shorter_side(case, plane) for case in cases]
-    size, alike = float(np.median(sides)), max(sides) <= ALIKE * min(sides)
-    widths = [_narrowest([case], labels)[1] for case in cases]
-    known = [(width, side) for width, side in zip(widths, sides, strict=True) if width]
-    if not alike:
-        in_pixels, in_sides = (
-            float(np.std(np.log(values))) if known else 0.0
-            for values in ([width for width, _ in known], [width / side for width, side in known])
-        )
-        if in_sides > in_pixels:
+    reason = "pixels of the shorter side; a picture of another size is brought to it"
+    if max(sides) > ALIKE * min(sides):
+        widths = [_narrowest([case], labels)[1] for case in cases]
+        known = [(width, side) for width, side in zip(widths, sides, strict=True) if width]
+        if known and np.std([np.log(w / side) for w, side in known]) > np.std([np.log(w) for w, _ in known]):
             return {}
-        return {
-            "picture_size": (
-                size,
-                f"the pictures have {min(sides):.0f} to {max(sides):.0f} pixels; all show a field alike",
-            )
-        }
-    return {"picture_size": (size, "pixels of the shorter side; a picture of another size is brought to it")}
+        reason = f"the pictures have {min(sides):.0f} to {max(sides):.0f} pixels; all show a field alike"
+    return {"picture_size": (float(np.median(sides)), reason)}
 
 
 def _shorter_side(case: CaseFacts, plane: Sequence[int]) -> float:

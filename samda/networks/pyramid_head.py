@@ -13,7 +13,7 @@ beside it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -132,8 +132,7 @@ class PyramidHead(ClassHead):
         image = pyramid[IMAGE]
         s16, s8, s4, s2 = ((image.shape[-2] // s, image.shape[-1] // s) for s in (16, 8, 4, 2))
         levels = self.standardized(pyramid)
-        laterals = (self.lateral4, self.lateral8, self.lateral16)
-        fine, middle, coarse = (self._read(*parts) for parts in zip(self.sites, laterals, levels, strict=True))
+        fine, middle, coarse = self._each_read(self._laterals, levels)
         stem = self.stem((image - 0.5) * 4)
         x = self.stage16(resize(coarse, s16))
         x = self.stage8(resize(middle, s8), resize(self.down8(x), s8))
@@ -145,20 +144,25 @@ class PyramidHead(ClassHead):
             x = self.stage2(resize(self.down2(x), s2), stem)
         logits = self.read(self.features(x))
         linear = self.linear_bias.view(1, -1, 1, 1)
-        for parts in zip(self.sites, self.linear, levels, strict=True):
-            linear = linear + resize(self._read(*parts), s4)
+        for part in self._each_read(self.linear, levels):
+            linear = linear + resize(part, s4)
         return logits + LINEAR_RATE * self.linear_gain * resize(linear, logits.shape[-2:])
 
-    @staticmethod
-    def _read(site: Any, layer: Any, level: torch.Tensor) -> torch.Tensor:
-        return site.read(layer, level)
+    @property
+    def _laterals(self) -> tuple[nn.Conv2d, ...]:
+        """What the stages read of the levels, fine to coarse."""
+        return self.lateral4, self.lateral8, self.lateral16
+
+    def _each_read(self, layers: Iterable[Any], levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Each level, through its site, by its layer."""
+        sites: Iterable[Any] = self.sites
+        return [site.read(layer, maps) for site, layer, maps in zip(sites, layers, levels, strict=True)]
 
     @torch.no_grad()
     def fold_sites(self) -> None:
         """Multiply the adapters of the levels into the layers that read them, and remove them; for export."""
-        laterals = (self.lateral4, self.lateral8, self.lateral16)
-        for site, *layers in zip(self.sites, laterals, self.linear, strict=True):
-            if not any(True for _ in site.active()):  # type: ignore[operator]
+        for site, *layers in zip(self.sites, self._laterals, self.linear, strict=True):
+            if not site.adapted:
                 continue
             for layer, bias in zip(layers, (layers[0].bias, self.linear_bias), strict=True):
                 weight, added = site.folded(layer.weight)  # type: ignore[operator]

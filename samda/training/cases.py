@@ -98,8 +98,9 @@ def training_cases(
         result = Split(training, validation, f"by the data set: {len(validation)} cases validate")
     else:
         result = split(training, task, fraction, fold, seed)
-    if join and result.own:
-        result = dataclasses.replace(result, late=result.validation, note=f"{result.note}, in the end they train, too")
+        if join and fold is None and result.apart:
+            note = f"{result.note}, in the end they train, too"
+            result = dataclasses.replace(result, late=result.validation, note=note)
     logger.info("validation %s", result.note)
     if not result.apart:
         logger.info("the patient trains and validates: no parameters are chosen by that, the last average is kept")

@@ -18,7 +18,7 @@ from samda.models.folder import BASE, is_published, save_model
 from samda.networks.segmenter import SamSegmenter
 from samda.output import open_output, release_output
 from samda.processes import is_main
-from samda.source_statistics import feature_statistics, level_statistics
+from samda.source_statistics import feature_statistics
 from samda.task import Task
 from samda.training.datasets import SliceDataset
 from samda.training.handlers import TrainingRecord
@@ -74,10 +74,6 @@ def save_training(
     training |= {"cases": {"training": len(cases.training), "validation": len(cases.validation)}}
     training |= {"settings": {key: value for key, value in settings.items() if key != "task"}}
     shown = dataset.foreground.nonzero().flatten().tolist()
-    moments = {
-        "features": feature_statistics(network, dataset, shown),
-        "levels": level_statistics(network, task, dataset, shown),
-    }
     content = {
         "purpose": "research use only",
         "versions": package_versions(),
@@ -87,7 +83,7 @@ def save_training(
             "mean_dice": summary["mean_dice"],
             "dice": summary["dice"],
         },
-        "statistics": slices.statistics.to_dict() | moments,
+        "statistics": slices.statistics.to_dict() | feature_statistics(network, task, dataset, shown),
     }
     with open_output(folder):
         save_model(network, folder, task, content, with_base)

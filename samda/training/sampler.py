@@ -115,12 +115,12 @@ class JoinValidation:
     the last average is kept. It happens at the end of a round. Attach it behind :class:`RecordEpoch`.
 
     Args:
-        sampler: :class:`samda.training.SliceSampler`; without late slices nothing happens.
+        sampler: of the training; without late slices nothing happens.
         pace: the length of the training.
         after: share in (0, 1).
     """
 
-    def __init__(self, sampler: Any, pace: Pace, after: float = 0.6) -> None:
+    def __init__(self, sampler: SliceSampler, pace: Pace, after: float = 0.6) -> None:
         self.sampler, self.pace, self.after = sampler, pace, after
 
     def attach(self, engine: Engine) -> None:

@@ -107,7 +107,7 @@ def trained(scans: Path, tiny_tinyvit_weights: Path) -> tuple[dict[str, torch.Te
         loss.backward()
         optimizer.step()
     shown = [{"pyramid": {"embedding": e}, "label": y[None]} for e, y in zip(embedding, target, strict=True) if y.any()]
-    known = statistics.to_dict() | {"features": feature_statistics(network, shown, range(len(shown)))}
+    known = statistics.to_dict() | feature_statistics(network, TASK, shown, range(len(shown)))
     return {k: v.clone() for k, v in network.state_dict().items()}, {"statistics": known}
 
 

@@ -32,7 +32,6 @@ from samda.source_statistics import (
     SliceStatistics,
     body_boxes,
     feature_statistics,
-    level_statistics,
     level_sums,
 )
 from tests.adaptation.conftest import TASK, slices_of
@@ -148,7 +147,7 @@ def test_levels_get_the_moments_of_the_training_slices(make_segmenter: Callable[
         parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     items = [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
     pictures = dataclasses.replace(TASK, modality="image")  # all of a picture is body
-    source = level_statistics(network, pictures, items, range(4), batch_size=3)
+    source = feature_statistics(network, pictures, items, range(4), batch_size=3)["levels"]
     pyramid, expected, before = network.encode(images), network(images), copies(parameters)
     for layer, name, level in zip(network.head.standardize, network.head.levels, source, strict=True):
         maps = layer(pyramid[name]).double()
@@ -169,7 +168,7 @@ def test_levels_get_the_moments_of_the_training_slices(make_segmenter: Callable[
 
 
 def test_other_heads_have_no_levels(network: SamSegmenter) -> None:
-    assert level_statistics(network, TASK, [], []) == []
+    assert feature_statistics(network, TASK, [], [])["levels"] == []
 
 
 # ------------------------------------------------------------------------------------- plausibility of predictions
@@ -258,7 +257,7 @@ def test_a_pyramid_head_is_adapted_by_its_last_hidden_maps(
     with torch.no_grad():
         for parameter in trainable_parameters(network).values():  # as if some steps had been made
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    features = feature_statistics(network, items, range(len(items)))
+    features = feature_statistics(network, TASK, items, range(len(items)))["features"]
     (layer,) = features
     assert len(layer["mean"][0]) == 16
     record = {"statistics": statistics.to_dict() | {"features": features}}

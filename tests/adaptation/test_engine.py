@@ -21,7 +21,7 @@ from samda.errors import AdapterError, InputError
 from samda.inference.predict import Predictor
 from samda.networks.segmenter import SamSegmenter
 from samda.provenance import sha256_of
-from samda.source_statistics import feature_statistics, level_statistics
+from samda.source_statistics import feature_statistics
 from tests.adaptation.conftest import ALWAYS, TASK, build, save, scan, slices_of
 from tests.conftest import TINY_TINYVIT
 
@@ -188,10 +188,7 @@ def test_levels_are_aligned_before_the_steps(tiny_tinyvit_weights: Path, trained
     images, labels = slices_of(*(scans / kind / "case0.nii.gz" for kind in ("images", "labels")))
     network.fit_closed_form([(images, labels[:, None])], torch.bincount(labels.flatten()))
     items = [{"image": image, "label": label[None]} for image, label in zip(images, labels, strict=True)]
-    moments = {
-        "features": feature_statistics(network, items, range(len(items))),
-        "levels": level_statistics(network, TASK, items, range(len(items))),
-    }
+    moments = feature_statistics(network, TASK, items, range(len(items)))
     record = {"statistics": trained[1]["statistics"] | moments}
     small = {"views": 2, "slices": 3, "steps": 2, "guard": ALWAYS}
     before, adaptation = snapshot(network), Adaptation(network, TASK, record, **small)
