@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from samda.data.dicom import series_files
+from samda.data.dicom_files import series_files
 from samda.io import Image, file_sha256, files_of, plain
 from samda.version import __version__
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samda.data.dicom import is_series
+from samda.data.dicom_files import is_series
 from samda.data.dicom_labels import is_dicom_label, label_names
 from samda.data.folders import (
     Case,

@@ -7,18 +7,11 @@ pixels are decoded by SimpleITK. Affines map voxel indices to RAS mm.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import logging
 import math
-import mmap
-import os
-import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +21,24 @@ import SimpleITK as sitk
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from samda.data.dicom_files import (
+    SEGMENTATIONS,
+    dicom_header,
+    one_series,
+    read_dataset,
+    refusing_damage,
+)
 from samda.data.formats import LPS_TO_RAS, itk_image
 from samda.data.headers import check_request
-from samda.errors import InputError, SamdaError
+from samda.errors import InputError
 
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 FUNCTIONAL_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
-SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")  # SEG, also as label map
-STRUCTURES = "1.2.840.10008.5.1.4.1.1.481.3"  # RTSTRUCT
 SAME_DIRECTION = 1e-3  # tolerance between direction cosines of slices
 SAME_SIZE = 1e-3  # tolerance between pixel sizes of slices, relative
 SAME_PLACE = 1e-3  # mm
 FLAT = 1e-3  # sine of the angle between rows and columns
 UNEVEN = 0.1  # tolerance between steps from slice to slice, relative
-PREAMBLE = 128  # bytes before the mark "DICM"
-OTHER_FILES = ("DICOMDIR",)
-UID_NAME = re.compile(r"[\w-][\w. -]{0,63}")  # anonymizers write letters, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,97 +59,6 @@ class Frame:
     def name(self) -> str:
         """For messages."""
         return f"{self.path} (frame {self.number + 1})" if self.number else str(self.path)
-
-
-def is_dicom(path: Path) -> bool:
-    """Does a file begin as a DICOM file, with or without preamble?"""
-    try:
-        with path.open("rb") as file:
-            head = file.read(PREAMBLE + 4)
-    except OSError:
-        return False
-    plain = head[:2] in (b"\x02\0", b"\x08\0") and head[2:4] in (b"\0\0", b"\x01\0", b"\x05\0", b"\x08\0", b"\x16\0")
-    return head[PREAMBLE:] == b"DICM" or plain
-
-
-def has_dicom(folder: str | Path) -> bool:
-    """Does `folder` directly contain DICOM images? A damaged file counts, so that reading the folder names it."""
-    return any(_is_image(path) for path in _files(Path(folder)) if is_dicom(path))
-
-
-def _is_image(path: Path) -> bool:
-    try:
-        return _shows_image(dicom_header(path))
-    except InputError:
-        return True
-
-
-def _shows_image(header: Dataset) -> bool:
-    """Is this an image? A segmentation has pixels, too, but is a label."""
-    return "Rows" in header and header.get("SOPClassUID") not in SEGMENTATIONS
-
-
-def series_in(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The series of a folder, a path for each, and its files that are no images.
-
-    One series is the folder itself. Of several, each is FOLDER/UID (its SeriesInstanceUID; readers take that for a
-    path), or its file if it has but one. The folder stands for files without a usable UID, which its reader refuses.
-    """
-    uids = _series_uids(folder, folder.stat().st_mtime_ns)
-    groups: dict[str, list[Path]] = {}
-    for path, (uid, image) in uids.items():
-        groups.setdefault(uid, []).extend([path] if image else [])
-    if len([files for files in groups.values() if files]) < 2:
-        return [folder], []
-    found = [
-        path
-        for uid, files in groups.items()
-        for path in (files if len(files) < 2 else [folder / uid if UID_NAME.fullmatch(uid) else folder])
-    ]
-    return found, [path for path, (uid, image) in uids.items() if not image and folder / uid not in found]
-
-
-def no_images(folder: Path) -> list[Path]:
-    """The DICOM files in a folder that are no images."""
-    return [path for path, (_, image) in _series_uids(folder, folder.stat().st_mtime_ns).items() if not image]
-
-
-def is_series(path: Path) -> bool:
-    """Is this a folder, or FOLDER/UID of :func:`series_in`?"""
-    return path.is_dir() or bool(_files_of_uid(path))
-
-
-def series_files(path: Path) -> list[Path]:
-    """The DICOM files of a folder or of FOLDER/UID."""
-    return [file for file in _files(path) if is_dicom(file)] if path.is_dir() else _files_of_uid(path)
-
-
-def _files_of_uid(path: Path) -> list[Path]:
-    if not UID_NAME.fullmatch(path.name) or os.path.lexists(path) or not path.parent.is_dir():
-        return []
-    uids = _series_uids(path.parent, path.parent.stat().st_mtime_ns)
-    return [file for file, (uid, _) in uids.items() if uid == path.name]
-
-
-@functools.lru_cache(maxsize=256)
-def _series_uids(folder: Path, _changed: int) -> dict[Path, tuple[str, bool]]:
-    """SeriesInstanceUID of each DICOM file in a folder, and whether it is an image (or damaged)."""
-    found = {}
-    for path in _files(folder):
-        if is_dicom(path):
-            found[path] = "", True
-            with contextlib.suppress(InputError), _refusing(path, "its header cannot be read"):
-                header = dicom_header(path, ["SeriesInstanceUID", "SOPClassUID", "Rows"])
-                kind = UID(str(header.get("SOPClassUID", ""))).name
-                uid = str(header.get("SeriesInstanceUID", ""))
-                found[path] = uid, _shows_image(header) or not kind or "Image Storage" in kind
-    return found
-
-
-def dicom_modality(path: Path) -> str | None:
-    """The modality in the header of a DICOM file or series: "CT", "MR", "PT", ..."""
-    headers = [path] if path.is_file() else series_files(path)
-    return next((str(dicom_header(file).get("Modality", "")).strip() or None for file in headers), None)
 
 
 def read_dicom(path: Path, pixels: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -185,7 +89,7 @@ def read_dicom(path: Path, pixels: bool = True) -> tuple[np.ndarray, np.ndarray]
 
 def series_frames(path: Path) -> tuple[list[Frame], dict[Path, Dataset], np.ndarray]:
     """Slices in the order of the third axis of :func:`read_dicom`, headers of the files, and affine."""
-    headers = {path: dicom_header(path)} if path.is_file() else _one_series(path)
+    headers = {path: dicom_header(path)} if path.is_file() else one_series(path)
     if any(header.get("SOPClassUID") in SEGMENTATIONS for header in headers.values()):
         raise InputError(f"{path} is a DICOM segmentation, which is a label; give the series it was drawn on")
     frames = [frame for file, header in headers.items() for frame in frames_of(header, file)]
@@ -194,89 +98,12 @@ def series_frames(path: Path) -> tuple[list[Frame], dict[Path, Dataset], np.ndar
     return frames, headers, affine
 
 
-# -------------------------------------------------------------------------------------------------------------- headers
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without pydicom's remarks on the spelling of values, which may quote patient data."""
-    logger = logging.getLogger("pydicom")
-    disabled, logger.disabled = logger.disabled, True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.disabled = disabled
-
-
-@contextmanager
-def _refusing(path: Path, what: str) -> Iterator[None]:
-    """pydicom's errors as InputErrors."""
-    try:
-        with quiet():
-            yield
-    except (SamdaError, MemoryError):
-        raise
-    except Exception as error:  # pydicom raises all kinds of errors for damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path} is a damaged DICOM file: {what} ({reason}); replace or remove it") from error
-
-
-def _dataset(path: Path, **settings: Any) -> Dataset:
-    """The file; mapped, as reading so many bytes as a damaged length states would take the memory for them."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return pydicom.dcmread(content, force=True, **settings)  # type: ignore[arg-type]  # it reads, seeks and tells
-
-
-def dicom_header(path: Path, tags: list[str] | None = None) -> Dataset:
-    with _refusing(path, "its header cannot be read"):
-        return _dataset(path, stop_before_pixels=True, specific_tags=tags)
-
-
-def _files(folder: Path) -> list[Path]:
-    inside = sorted(folder.iterdir())
-    return [p for p in inside if p.name not in OTHER_FILES and not p.name.startswith(".") and p.is_file()]
-
-
-def _one_series(folder: Path) -> dict[Path, Dataset]:
-    """The headers of the files of the one series in a folder, or of FOLDER/UID.
-
-    A file that cannot be parsed is refused, as it may be a slice; DICOM objects other than images are passed over.
-    """
-    found = {path: dicom_header(path) for path in series_files(folder)}
-    other = {path: header for path, header in found.items() if not _shows_image(header)}
-    images = {path: header for path, header in found.items() if path not in other}
-    if not images:
-        raise InputError(f"{folder} contains no DICOM series; give a scan, or the folder of one series")
-    for path, header in other.items():
-        kind = UID(str(header.get("SOPClassUID", ""))).name
-        if not kind or "Image Storage" in kind:
-            raise InputError(f"{path} is a damaged DICOM file or not an image; replace or remove it")
-        warnings.warn(f"{path} is no image ({kind}) and is passed over", stacklevel=2)
-    endings = {path.suffix.lower() for path in images}
-    for path in _files(folder) if folder.is_dir() else ():
-        if path not in found and path.suffix.lower() in endings:
-            raise InputError(f"{path} is a damaged DICOM file or not an image; replace or remove it")
-    series: dict[str, dict[Path, Dataset]] = {}
-    for path, header in images.items():
-        with _refusing(path, "its header cannot be read"):
-            series.setdefault(str(header.get("SeriesInstanceUID", "")), {})[path] = header
-    if len(series) > 1:
-        names = ", ".join(f"{_series_name(found)!r} ({len(found)} files, UID {uid})" for uid, found in series.items())
-        remedy = f"use one folder per series, or name one in a list as {folder}/UID"
-        raise InputError(f"{folder} contains {len(series)} DICOM series: {names}; {remedy}")
-    return images
-
-
-def _series_name(files: dict[Path, Dataset]) -> str:
-    path, header = next(iter(files.items()))
-    return str(header.get("SeriesDescription", "")).strip() or path.name
+# --------------------------------------------------------------------------------------------------------------- frames
 
 
 def frames_of(header: Dataset, path: Path) -> list[Frame]:
     """The frames of a file with their geometry; values that are missing or unreadable are refused."""
-    with _refusing(path, "its header cannot be read"):
+    with refusing_damage(path, "its header cannot be read"):
         count = int(header.get("NumberOfFrames") or 1)
         shared, each = ([*(header.get(name) or ())] for name in FUNCTIONAL_GROUPS)
         shape = int(header.get("Rows") or 0), int(header.get("Columns") or 0)
@@ -294,7 +121,7 @@ def frames_of(header: Dataset, path: Path) -> list[Frame]:
     frames = []
     for number in range(count):
         groups = [*each[number : number + 1], *shared[:1]]
-        with _refusing(path, "its frames cannot be read"):
+        with refusing_damage(path, "its frames cannot be read"):
             places = [item for group in groups for element in group if element.VR == "SQ" for item in element.value]
         if count == 1 or groups:  # frames without description have no place
             places.append(header)
@@ -326,7 +153,7 @@ def frames_of(header: Dataset, path: Path) -> list[Frame]:
 def _stated(places: Sequence[Dataset], tag: str, count: int, path: Path) -> Any:
     """The numbers of a tag in the first place that has it, or None."""
     for place in places:
-        with _refusing(path, f"{tag} cannot be read"):
+        with refusing_damage(path, f"{tag} cannot be read"):
             value = place.get(tag)
             if value is None or value == "":
                 continue
@@ -415,8 +242,8 @@ def _warn_of_missing_slices(headers: Sequence[Dataset], path: Path) -> None:
 
 def stored_pixels(path: Path) -> np.ndarray:
     """The stored pixels (frames, rows, columns[, C]) of a file, before rescaling."""
-    with _refusing(path, "its pixels cannot be read"):
-        header = _dataset(path)
+    with refusing_damage(path, "its pixels cannot be read"):
+        header = read_dataset(path)
         if not hasattr(header, "file_meta"):
             header.file_meta = pydicom.dataset.FileMetaDataset()
         if "TransferSyntaxUID" not in header.file_meta:  # files without preamble

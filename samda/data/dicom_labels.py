@@ -14,19 +14,8 @@ import numpy as np
 from pydicom.dataset import Dataset
 from skimage.draw import polygon
 
-from samda.data.dicom import (
-    SEGMENTATIONS,
-    STRUCTURES,
-    Frame,
-    dicom_header,
-    frames_of,
-    is_dicom,
-    is_series,
-    series_files,
-    series_frames,
-    series_in,
-    stored_pixels,
-)
+from samda.data.dicom import Frame, frames_of, series_frames, stored_pixels
+from samda.data.dicom_files import SEGMENTATIONS, STRUCTURES, dicom_header, is_dicom, is_series, series_files, series_in
 from samda.errors import InputError
 from samda.task import name_id
 

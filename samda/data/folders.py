@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samda.data.dicom import has_dicom, is_dicom, no_images, series_in
+from samda.data.dicom_files import has_dicom, is_dicom, no_images, series_in
 from samda.data.dicom_labels import is_dicom_label, referenced_series, series_uid
 from samda.data.formats import SCAN_SUFFIXES, VOLUME_SUFFIXES, stem
 from samda.errors import InputError

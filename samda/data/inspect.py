@@ -19,7 +19,7 @@ import numpy as np
 
 from samda.data.body import body_mask, body_threshold, coarse
 from samda.data.datalists import LARGEST_CHANNELS, LAYOUTS, DataList, read_datalist
-from samda.data.dicom import dicom_modality, is_dicom, is_series
+from samda.data.dicom_files import dicom_modality, is_dicom, is_series
 from samda.data.folders import Case, Problem, Report
 from samda.data.formats import PICTURE_SUFFIXES
 from samda.data.labels import IGNORE, SCALES, LabelMap, id_range, label_map

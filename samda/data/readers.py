@@ -20,7 +20,8 @@ import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
-from samda.data.dicom import is_dicom, is_series, read_dicom
+from samda.data.dicom import read_dicom
+from samda.data.dicom_files import is_dicom, is_series
 from samda.data.dicom_labels import is_dicom_label, read_dicom_label
 from samda.data.formats import (
     NIFTI_SUFFIXES,

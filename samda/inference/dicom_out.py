@@ -23,7 +23,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sr.codedict import Code, codes
 from pydicom.uid import ImplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 
-from samda.data.dicom import Frame, is_dicom, is_series, quiet, series_frames
+from samda.data.dicom import Frame, series_frames
+from samda.data.dicom_files import is_dicom, is_series, quiet
 from samda.errors import InputError, SamdaError, UsageError, nearest, one_line
 from samda.inference.codes import ClassCode, class_code
 from samda.inference.contours import mask_contours

@@ -12,7 +12,7 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
 from samda.data.datalists import find_cases
-from samda.data.dicom import has_dicom
+from samda.data.dicom_files import has_dicom
 from samda.data.readers import read_geometry, read_scan
 from samda.errors import InputError
 from samda.provenance import path_sha256
