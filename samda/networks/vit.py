@@ -6,7 +6,7 @@ module, with the same results: position tables are resized to the image, query, 
 windows are cut (padding tokens are zeros there, so their projection is the bias), and attention runs fused.
 
 The table of absolute positions is resized bicubically with antialiasing. SAMed resizes it bilinearly, SALT averages it:
-the tables are about 1.2 % apart, so parameters trained there do not give the same numbers here.
+the tables differ, so parameters trained there do not give the same numbers here.
 """
 
 from __future__ import annotations

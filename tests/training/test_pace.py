@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,21 @@ def by_steps(keys: Keys) -> Keys:
 
 def curve(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / "history.json").read_text())["epochs"]
+
+
+@contextmanager
+def interrupted_at(iteration: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The block's training must end with an error behind this step."""
+    step = Pace.step
+
+    def fail(self: Pace, engine: Any) -> None:
+        step(self, engine)
+        if engine.state.iteration == iteration:
+            raise MemoryError("no memory left")
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Pace, "step", fail)
+        yield
 
 
 class At(Pace):
@@ -119,17 +136,8 @@ def test_a_training_by_steps_resumes_bit_for_bit(
     torch.set_num_threads(1)
     keys = by_steps | {"val_interval": 4, "views": 3, "renewed_views": 2.0}
     train(datalist, tmp_path / "whole", TASK, overrides=keys, steps=11, tracking="none")
-    step = Pace.step
-
-    def fail(self: Pace, engine: Any) -> None:
-        step(self, engine)
-        if engine.state.iteration == 10:
-            raise MemoryError("no memory left")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Pace, "step", fail)
-        with pytest.raises(MemoryError):
-            train(datalist, tmp_path / "parts", TASK, overrides=keys, steps=11, tracking="none")
+    with interrupted_at(10, monkeypatch):
+        train(datalist, tmp_path / "parts", TASK, overrides=keys, steps=11, tracking="none")
     train(datalist, tmp_path / "parts", TASK, overrides=keys, steps=11, tracking="none", resume=True)
     torch.set_num_threads(threads)
     assert [row["step"] for row in curve(tmp_path / "whole")] == [4, 8, 11]
@@ -174,17 +182,8 @@ def test_validation_patients_train_in_the_end_and_a_resume_knows_it(
     one, two = (load_file(tmp_path / name / "adapter.safetensors") for name in ("joined", "apart"))
     assert not all(torch.equal(one[key], two[key]) for key in one)
 
-    step = Pace.step
-
-    def fail(self: Pace, engine: Any) -> None:
-        step(self, engine)
-        if engine.state.iteration == 11:
-            raise MemoryError("no memory left")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Pace, "step", fail)
-        with pytest.raises(MemoryError):
-            run("parts", keys={"join_validation": 0.7})
+    with interrupted_at(11, monkeypatch):
+        run("parts", keys={"join_validation": 0.7})
     run("parts", keys={"join_validation": 0.7}, resume=True)
     torch.set_num_threads(threads)
     two = load_file(tmp_path / "parts" / "adapter.safetensors")
