@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 
 from samda.errors import InputError, UsageError
 from samda.networks.head import Pyramid, map_levels
+from samda.networks.ops import computes_bf16
 from samda.processes import broadcast, exchange, rank_and_world
 from samda.progress import bar
 
@@ -136,7 +137,8 @@ class EmbeddingDataset(Dataset):
         device: where the encoder runs; the pyramids stay in main memory.
         memory_mb: size beyond which the pyramids lie on disk (MB).
         folder: folder of these files; None takes the system's temporary folder.
-        amp: encode under bfloat16 autocast (CUDA only).
+        amp: encode under bfloat16 autocast, on CUDA and on CPUs that compute it
+            (:func:`samda.networks.ops.computes_bf16`).
         first: views that are encoded before the training; None takes all.
         enough: asked before each batch; true ends the first encoding. A slice that it did not reach is encoded when it
             is asked for.
@@ -146,7 +148,8 @@ class EmbeddingDataset(Dataset):
             cut lies around a foreground pixel. None never cuts.
 
     Attributes:
-        cost: what the first encoding took: {"seconds", "megabytes", "slices", "views", "on_disk"}.
+        cost: what the first encoding took: {"seconds", "megabytes", "slices", "views", "on_disk",
+            "precision" ("bf16" or "fp32")}.
         renewed: slices that were encoded anew since.
 
     Raises:
@@ -177,7 +180,8 @@ class EmbeddingDataset(Dataset):
                 "these adapters change the encoder, so embeddings cannot be computed once; set embeddings=False"
             )
         self.slices, self.network, self.views, self.seed = slices, network, views, seed
-        self.batch_size, self.device, self.amp, self.crop = batch_size, torch.device(device), amp, crop
+        self.batch_size, self.device, self.crop = batch_size, torch.device(device), crop
+        self.amp = amp and (self.device.type == "cuda" or computes_bf16(self.device))
         self.memory_mb, self.folder = memory_mb, folder
         self.first = views if first is None else min(first, views)
         self.extras: list[dict[str, Any]] = [{} for _ in range(len(slices))]
@@ -192,6 +196,7 @@ class EmbeddingDataset(Dataset):
             "slices": len(slices),
             "views": round(float((self.latest + 1).float().mean()), 1),
             "on_disk": self.nbytes > memory_mb * 1e6,
+            "precision": "bf16" if self.amp else "fp32",
         }
         logger.info("encoded %(slices)d slices x %(views)g views in %(seconds).1f s: %(megabytes).0f MB", self.cost)
 
@@ -253,7 +258,7 @@ class EmbeddingDataset(Dataset):
         """The batch itself, its pyramid and labels, and the further entries of its slices."""
         items = [self.slices.view(index, view) for index, view in batch]
         images = torch.stack([item["image"] for item in items]).to(self.device)
-        cast = torch.autocast("cuda", torch.bfloat16, enabled=self.amp and self.device.type == "cuda")
+        cast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
         with torch.no_grad(), cast, eval_mode(self.network):
             pyramid = map_levels(_halved, self.network.encode(images))  # type: ignore[operator]
         extras = [{key: value for key, value in item.items() if key not in ("image", "label")} for item in items]

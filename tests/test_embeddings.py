@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,29 @@ def test_training_on_embeddings_equals_encoding_in_every_step() -> None:
     for name in gradients:
         difference = (gradients[name] - cached[name]).norm()
         assert difference <= 8 * HALF_EPS * gradients[name].norm() + 1e-7
+
+
+def test_reduced_precision_where_the_processor_computes_it(
+    make_segmenter: Callable[..., SamSegmenter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A convolution, attention and norms in bfloat16 on any processor; one that only emulates it is spared."""
+    network = make_segmenter("tiny_vit", head="pyramid")
+
+    class Noise(Slices):
+        def view(self, index: int, view: int) -> dict[str, Any]:
+            image = torch.rand(1, 64, 64, generator=torch.Generator().manual_seed(10 * index + view))
+            return super().view(index, view) | {"image": image}
+
+    found = {}
+    for computed in (False, True):
+        monkeypatch.setattr("samda.embeddings.computes_bf16", lambda device, computed=computed: computed)
+        dataset = EmbeddingDataset(Noise(), network, views=2, amp=True, batch_size=4)
+        assert dataset.cost["precision"] == ("bf16" if computed else "fp32")
+        found[computed] = dataset.pyramids
+    for name, exact in found[False].items():
+        difference = (found[True][name].float() - exact.float()).norm() / exact.float().norm()
+        assert difference < 0.02 and (difference > 1e-4 or name == "image"), name
+    assert torch.equal(found[True]["image"], found[False]["image"])
 
 
 def test_slices_that_there_was_no_time_for_are_encoded_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ are still processed, and the exit code is 1.
   samda predict -m model -i scans -o labels --part 2/8      the second of eight jobs
   samda predict -m model -i scans -o labels --axes all      the mean of three slice axes
   samda predict -m model -i series -o labels --output-format nifti,dicom-seg,rtstruct
-  samda predict -m model -i scans -o labels --amp bf16      faster on GPUs and on CPUs with bfloat16
+  samda predict -m model -i scans -o labels --amp off       full precision, also where bfloat16 is faster
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_shared(parser, "--part")
     parser.add_argument(
-        "--amp", choices=("bf16", "fp16"), help="reduced precision of the network (fp16: GPUs only); default: full"
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        default="auto",
+        help="precision of the network (fp16: GPUs only, off: full); default auto: bf16 on CPUs with AMX or"
+        " AVX512-BF16, else full",
     )
     parser.add_argument(
         "--axes",
@@ -96,6 +100,7 @@ def run(args: argparse.Namespace) -> None:
             amp=args.amp,
             progress=is_main(),
         )
+        report.add(precision=str(predictor.inferer.precision(device)).removeprefix("torch."))
         where = f"part {part} of {len(cases)} cases: " if part else ""
         say(f"{where}{total} case{'' if total == 1 else 's'} on {device}, model version {version}")
         with report.stage("predict"):

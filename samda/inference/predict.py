@@ -109,7 +109,7 @@ class Predictor:
         batch_size: slices per forward pass.
         overlap: of windows, if a body is larger than the field of view.
         memory_budget_mb: memory for class maps on the grid of the scan, see :class:`VolumeInferer`.
-        amp: "bf16", "fp16" or None.
+        amp: "auto", "bf16", "fp16" or "off", see :class:`VolumeInferer`.
         progress: show a progress bar over the cases of a folder or the slices of a single scan.
         axes: "all" predicts along all three axes and averages, "one" along the task's; None as the task says.
     """
@@ -122,7 +122,7 @@ class Predictor:
         batch_size: int = 8,
         overlap: float = 0.5,
         memory_budget_mb: float = 512.0,
-        amp: str | None = None,
+        amp: str | None = "auto",
         progress: bool = False,
         axes: str | None = None,
     ) -> None:

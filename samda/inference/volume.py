@@ -17,11 +17,13 @@ from monai.inferers import Inferer, sliding_window_inference
 from samda.data.slices import SliceGrid, axis_tasks
 from samda.embeddings import allocate
 from samda.errors import InputError, SamdaError, UsageError, nearest
+from samda.networks.ops import computes_bf16
 from samda.progress import bar, share
 from samda.task import Task
 
 OUTPUTS = ("labels", "probabilities", "logits")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AMP = ("auto", *PRECISIONS, "off")
 SMALLEST = 1e-12  # lower bound of probabilities before the logarithm
 
 
@@ -45,7 +47,8 @@ class VolumeInferer(Inferer):
             or "logits", the logarithm of these probabilities: softmax gives them back, argmax the labels.
         memory_budget_mb: memory for the class maps of a slab on the volume's grid (MB = 10^6 bytes); a slab holds at
             least one slice.
-        amp: "bf16" or "fp16" autocast of the network call; None is full precision. Stitching is always in float32.
+        amp: "bf16" or "fp16" autocast of the network call; "off" or None is full precision, "auto" is bf16 on CPUs that
+            compute it (:func:`samda.networks.ops.computes_bf16`). Stitching is always in float32.
         device: where the network runs; None takes the device of its parameters, else that of the inputs.
         progress: show a progress bar, on a terminal only.
         axes: "one" or "all" instead of the task's.
@@ -61,7 +64,7 @@ class VolumeInferer(Inferer):
         overlap: float = 0.5,
         output: str = "labels",
         memory_budget_mb: float = 512.0,
-        amp: str | None = None,
+        amp: str | None = "auto",
         device: torch.device | str | None = None,
         progress: bool = False,
         axes: str | None = None,
@@ -69,8 +72,8 @@ class VolumeInferer(Inferer):
         super().__init__()
         if output not in OUTPUTS:
             raise UsageError(f"output {output!r} is unknown; {nearest(str(output), OUTPUTS)}")
-        if amp is not None and amp not in PRECISIONS:
-            raise UsageError(f"amp {amp!r} is unknown; choose from bf16, fp16, or none")
+        if amp is not None and amp not in AMP:
+            raise UsageError(f"amp {amp!r} is unknown; {nearest(str(amp), AMP)}")
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
         if not 0 <= overlap < 1:
@@ -199,9 +202,10 @@ class VolumeInferer(Inferer):
         self, slices: torch.Tensor, network: Callable[..., torch.Tensor], args: tuple, kwargs: Mapping[str, Any]
     ) -> torch.Tensor:
         """(n, C, rows, columns) -> (n, K, rows, columns), float32; in windows if the canvas is larger."""
+        precision = self.precision(slices.device)
 
         def call(windows: torch.Tensor) -> torch.Tensor:
-            with torch.autocast(windows.device.type, PRECISIONS.get(self.amp or ""), enabled=self.amp is not None):
+            with torch.autocast(windows.device.type, precision, enabled=precision != torch.float32):
                 logits = network(windows, *args, **kwargs)
             return logits.to(torch.float32, copy=True)  # blending multiplies in place
 
@@ -227,9 +231,14 @@ class VolumeInferer(Inferer):
         self._check_precision(device)
         return device
 
+    def precision(self, device: torch.device | str) -> torch.dtype:
+        """Of the network call on `device`."""
+        amp = self.amp if self.amp != "auto" or not computes_bf16(device) else "bf16"
+        return PRECISIONS.get(amp or "off", torch.float32)
+
     def _check_precision(self, device: torch.device) -> None:
         if device.type == "cpu" and self.amp == "fp16":
-            raise UsageError("amp 'fp16' needs a GPU; on a CPU use bf16 or none")
+            raise UsageError("amp 'fp16' needs a GPU; on a CPU use bf16 or off")
 
 
 def window_overlap(side: int, size: int, least: float) -> float:

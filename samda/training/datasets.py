@@ -103,7 +103,7 @@ def build_dataset(
         embeddings: encode once where possible.
         batch_size: without effect, configs of saved models name it; slices are encoded eight at once.
         memory_mb: memory for slices and for embeddings, each (MB); what exceeds it lies on disk.
-        amp: encode under autocast (CUDA only).
+        amp: encode under bfloat16 autocast where that is faster, see :class:`EmbeddingDataset`.
         renew: views will be renewed during the training, so two are enough to begin with.
         crop: see :class:`EmbeddingDataset`; without effect on images, and for heads that read SAM's decoder.
         pace: the length of the training, which bounds the time for encoding.

@@ -146,12 +146,12 @@ def test_reduced_precision_predicts_nearly_the_same(place: Path, tmp_path: Path,
     assert samda(capsys, *train, *rates)[0] == 0
     predict = ["predict", "-m", model, "-i", place / "scans", "--save-probabilities"]
     found = {}
-    for name, amp in {"full": (), "half": ("--amp", "bf16")}.items():
+    for name, amp in {"full": ("--amp", "off"), "half": ("--amp", "bf16")}.items():
         assert samda(capsys, *predict, "-o", tmp_path / name, *amp)[0] == 0
         found[name] = nib.load(tmp_path / name / "probabilities" / "c.nii.gz").get_fdata()
     assert 0 < np.abs(found["full"] - found["half"]).max() < 0.15
     code, _, err = samda(capsys, *predict, "-o", tmp_path / "none", "--amp", "fp16", "--device", "cpu")
-    assert code == 2 and "amp 'fp16' needs a GPU; on a CPU use bf16 or none" in err
+    assert code == 2 and "amp 'fp16' needs a GPU; on a CPU use bf16 or off" in err
     assert not (tmp_path / "none").exists()
 
 

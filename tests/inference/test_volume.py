@@ -229,6 +229,14 @@ def test_autocast_wraps_the_network_only(
     assert not torch.is_autocast_enabled("cpu")
 
 
+def test_the_precision_suits_the_processor(band_task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    for computed, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("samda.inference.volume.computes_bf16", lambda device, computed=computed: computed)
+        assert VolumeInferer(band_task).precision("cpu") == expected
+        assert VolumeInferer(band_task, amp="off").precision("cpu") == torch.float32
+        assert VolumeInferer(band_task, amp="bf16").precision("cpu") == torch.bfloat16
+
+
 def test_a_network_may_keep_what_it_returns(band_task: Task) -> None:
     kept = torch.randn(8, 3, 16, 16)
     before = kept.clone()
@@ -241,7 +249,8 @@ def test_a_network_may_keep_what_it_returns(band_task: Task) -> None:
     ("settings", "message"),
     [
         ({"output": "label"}, "did you mean 'labels'"),
-        ({"amp": "float16"}, "amp 'float16'.*bf16"),
+        ({"amp": "float16"}, "amp 'float16' is unknown; did you mean 'fp16'"),
+        ({"amp": "full"}, "choose from auto, bf16, fp16, off"),
         ({"batch_size": 0}, "batch_size"),
         ({"overlap": 1.0}, "overlap"),
         ({"memory_budget_mb": 0}, "memory_budget_mb"),

@@ -1,11 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from samda.networks.ops import LARGEST_PRODUCT, upsample
+from samda.networks.ops import LARGEST_PRODUCT, computes_bf16, upsample
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_bfloat16_is_used_where_the_processor_has_instructions_for_it(device: str) -> None:
+    flags: list[str] = []
+    if sys.platform == "linux":  # elsewhere float32 is kept
+        flags = Path("/proc/cpuinfo").read_text().split()
+    has = "avx512_bf16" in flags or "amx_bf16" in flags
+    assert computes_bf16(device) == (has and device == "cpu")
 
 
 @pytest.mark.parametrize("size", [(3, 5), (1, 4), (2, LARGEST_PRODUCT + 1)])
