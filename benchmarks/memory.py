@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory of predicting one large CT, file to file, in a process of its own:
+"""Peak memory of predicting, or adapting to, one large CT, file to file, in a process of its own:
 
     python benchmarks/memory.py [--network cheap] [--shape 512 512 600] [--classes 7] [--budget 512]
+    python benchmarks/memory.py --adapt
 
 Prints the peak resident memory, the time, and the share that Python and torch take before any work. `--network vit_t`
 (the default) is the real segmenter; `cheap` is one convolution, so that what remains is samda's own handling of the
-volume.
+volume. `--adapt` trains a model for a few steps, and adapts it to the CT with all of its output.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+# an adaptation goes through all of its stages, whatever the model thinks of the CT
+ALWAYS = {"skip_agreement": 2, "plausible": 1, "tolerance": 10, "regain": 10, "drift_factor": 100, "improvement": -10}
 LIMIT = 4.0  # GB, of a 512 x 512 x 600 CT with 7 classes
 
 
@@ -72,6 +75,35 @@ def predict(scan: Path, output: Path, network_name: str, classes: int, budget: f
     return {"peak_gb": peak, "before_gb": round(before, 2), "seconds": seconds, "weights": weights}
 
 
+def write_model(folder: Path, network_name: str, classes: int) -> Path:
+    """A model folder, trained for a few steps on some slices of the CT with bands as labels."""
+    from samda import Task, train
+
+    write_ct(folder / "small.nii.gz", (256, 256, 16))
+    labels = np.zeros((256, 256, 16), np.uint8)
+    labels[32:-32, 64:-64] = 1 + np.arange(192)[:, None, None] * (classes - 1) // 192
+    nib.save(nib.Nifti1Image(labels, nib.load(folder / "small.nii.gz").affine), folder / "labels.nii.gz")
+    (folder / "pairs.csv").write_text("image,label\nsmall.nii.gz,labels.nii.gz\n", encoding="utf-8")
+    task = Task(classes=("background", *(f"class {k}" for k in range(1, classes))))
+    model = folder / "model"
+    train(folder / "pairs.csv", model, task, backbone=network_name, steps=4, device="cpu", tracking="none")
+    return model
+
+
+def adapt(scan: Path, output: Path, model: Path, batch_size: int) -> dict:
+    """Adapt in this process as `samda adapt` does; returns what it took."""
+    from samda.adaptation.job import run_adaptation
+
+    before, start = peak_gb(), time.perf_counter()
+    result = run_adaptation(model, scan, output, {"batch_size": batch_size, "keep": "last", "guard": ALWAYS})
+    seconds = round(time.perf_counter() - start, 1)
+    if result["failed"]:
+        raise SystemExit(str(result["failed"]))
+    reasons = ", ".join(case["reason"] for case in result["cases"].values())
+    peak = round(peak_gb(), 2)
+    return {"peak_gb": peak, "before_gb": round(before, 2), "seconds": seconds, "weights": f"of a model ({reasons})"}
+
+
 def main() -> int:
     """Run; the exit code is 1 where the peak exceeds the limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,15 +113,21 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=512.0, help="memory budget for class maps (MB)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--limit", type=float, default=LIMIT, help="largest peak that passes (GB)")
+    parser.add_argument("--adapt", action="store_true", help="adapt instead of predicting")
     parser.add_argument("--scan", type=Path, help=argparse.SUPPRESS)  # the child process
     args = parser.parse_args()
     if args.scan:
         folder = args.scan.parent / "labels"
+        if args.adapt:
+            print(json.dumps(adapt(args.scan, folder, args.scan.parent / "model", args.batch_size)))
+            return 0
         print(json.dumps(predict(args.scan, folder, args.network, args.classes, args.budget, args.batch_size)))
         return 0
     with tempfile.TemporaryDirectory() as folder:  # in a fresh process
         scan = Path(folder) / "ct.nii.gz"
         write_ct(scan, tuple(args.shape))
+        if args.adapt:
+            write_model(Path(folder), args.network, args.classes)
         command = [sys.executable, __file__, *sys.argv[1:], "--scan", str(scan)]
         result = json.loads(
             subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]

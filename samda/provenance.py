@@ -26,7 +26,9 @@ def sha256_of(value: Any) -> str:
     """sha256 of bytes, an array (dtype, shape and content) or plain values (their canonical JSON)."""
     if isinstance(value, np.ndarray):
         head = canonical_json([str(value.dtype), list(value.shape)]).encode()
-        return hashlib.sha256(head + np.ascontiguousarray(value).tobytes()).hexdigest()
+        digest = hashlib.sha256(head)
+        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)  # without a copy: maps are large
+        return digest.hexdigest()
     data = value if isinstance(value, bytes) else canonical_json(value).encode()
     return hashlib.sha256(data).hexdigest()
 

@@ -173,9 +173,10 @@ def scan_slices(
     """
     keys = list(maps)
     data = build_preprocessing(task, labels=False)({"image": image} | {key: str(path) for key, path in maps.items()})
-    steps: list[Any] = [LoadScand(keys, labels=True), EnsureChannelFirstd(keys)]
+    mapping = MapLabelsd(mapped, task)
+    steps: list[Any] = [LoadScand(keys, labels=True, wanted=mapping.map.wanted), EnsureChannelFirstd(keys)]
     steps += [Orientationd(keys, axcodes="RAS", labels=RAS_LABELS), CheckSameGridd(keys)]
-    data = Preprocessing([*steps, MapLabelsd(mapped, task)] if mapped else steps)(data)
+    data = Preprocessing([*steps, mapping] if mapped else steps)(data)
     grid = SliceGrid.from_volume(data["image"], data["image"].affine, task)
     every = range(grid.num_slices)
     labels = {key: grid.extract_labels(data[key], every).numpy() for key in keys}

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from samda.adaptation.case import PreparedCase, Segmentation
+from samda.adaptation.case import PreparedCase, Segmentation, slice_areas
 from samda.adaptation.guard import Evidence
 from samda.adaptation.objectives import most_likely
 from samda.adapters.base import modules
@@ -241,8 +241,8 @@ class Judge:
         labels = torch.from_numpy(prediction.labels.astype(np.uint8, copy=False))[None]
         plausibility = self.plausibility(case.grid.extract_labels(labels, range(case.grid.num_slices)), case.boxes)
         voxel_ml = float(np.prod(case.grid.spacing_mm)) / 1000.0
-        counts = np.bincount(prediction.labels.ravel(), minlength=self.task.num_classes)
-        volumes = {name: int(counts[k]) * voxel_ml for k, name in enumerate(self.task.classes) if k}
+        counts = slice_areas(prediction.labels, self.task.num_classes, case.grid.axes[0]).sum(1)
+        volumes = {name: int(count) * voxel_ml for name, count in zip(self.task.classes[1:], counts, strict=True)}
         return Evidence(volumes, plausibility, agreement, entropy, drift)
 
     def plausibility(self, labels: torch.Tensor, boxes: Sequence[Box]) -> dict[str, float | None]:

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -23,6 +25,8 @@ from samda.networks.head import IMAGE, Pyramid, cat_levels, map_levels
 from samda.source_statistics import Box
 from samda.task import Task
 
+LEAST_FREE = 1 << 30  # bytes of the disk that are left to others
+
 Scan = str | Path | SpatialImage | Mapping[str, Any]
 
 
@@ -31,7 +35,7 @@ class Segmentation:
     """A prediction on the volume's own grid, in RAS order."""
 
     labels: np.ndarray  # (X, Y, Z) class indices
-    uncertainty: np.ndarray  # (X, Y, Z) float32, normalized entropy of the class probabilities, 0 to 1
+    uncertainty: np.ndarray  # (X, Y, Z) float16, normalized entropy of the class probabilities, 0 to 1
 
 
 @dataclasses.dataclass
@@ -91,35 +95,57 @@ class AdaptedCase(DicomOutput):
     def difference(self) -> np.ndarray:
         """(X, Y, Z) uint8: 0 as before, 1 foreground removed, 2 foreground added, 3 another class."""
         old, new = self.source > 0, self.labels > 0
-        change = np.where(old & new, 3, np.where(old, 1, 2))
-        return np.where(self.source == self.labels, 0, change).astype(np.uint8)
+        change = old.view(np.uint8) + np.uint8(2) * new.view(np.uint8)  # nothing wider: scans are large
+        return change * (self.source != self.labels)
 
 
 class EmbeddingReplay:
     """A network that encodes a volume on the first pass and only decodes on every later one.
 
     The inferer asks for the same batches in the same order on every pass, so pyramids are kept in that order. Those
-    beyond `memory_mb` (10^6 bytes) are computed again; 0 keeps none, as an adapted encoder needs.
+    beyond `memory_mb` (10^6 bytes) lie in nameless temporary files, or are computed again if the disk has no room;
+    None keeps none, as an adapted encoder needs.
     """
 
-    def __init__(self, network: nn.Module, memory_mb: float) -> None:
+    def __init__(self, network: nn.Module, memory_mb: float | None) -> None:
         self.network, self.memory_mb = network, memory_mb
-        self.kept: list[Pyramid | None] = []
-        self.next = 0
+        self.rewind(forget=True)
 
-    def rewind(self) -> None:
-        """Begin a pass."""
+    def rewind(self, forget: bool = False) -> None:
+        """Begin a pass; with `forget`, as the first one."""
         self.next = 0
+        if forget:
+            self.kept: list[Pyramid | IO[bytes] | None] = []
+            self.held = 0  # bytes in memory
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         place, self.next = self.next, self.next + 1
-        if place < len(self.kept) and self.kept[place] is not None:
-            return self.network(self.kept[place])
+        kept = self.kept[place] if place < len(self.kept) else None
+        if isinstance(kept, dict):
+            return self.network(kept)
+        if kept is not None:
+            kept.seek(0)
+            return self.network(torch.load(kept, map_location=images.device))
         pyramid = self.network.encode(images)  # type: ignore[operator]
         if place == len(self.kept):
-            needed = sum(level.nbytes for kept in (*self.kept, pyramid) if kept is not None for level in kept.values())
-            self.kept.append(pyramid if needed <= self.memory_mb * 1e6 else None)
+            self.kept.append(self._stored(pyramid))
         return self.network(pyramid)
+
+    def _stored(self, pyramid: Pyramid) -> Pyramid | IO[bytes] | None:
+        if self.memory_mb is None:
+            return None
+        size = sum(level.nbytes for level in pyramid.values())
+        if self.held + size <= self.memory_mb * 1e6:
+            self.held += size
+            return pyramid
+        try:
+            if shutil.disk_usage(tempfile.gettempdir()).free < LEAST_FREE + size:
+                return None
+            file = tempfile.TemporaryFile()  # noqa: SIM115 - it vanishes with the replay, also when it is killed
+            torch.save(pyramid, file)
+        except (OSError, RuntimeError):
+            return None
+        return file
 
 
 @torch.no_grad()
@@ -127,7 +153,7 @@ def segment(inferer: VolumeInferer, data: dict[str, Any], grid: SliceGrid, repla
     """Predict all slices at the network's present parameters, slab by slab, as `samda predict` does."""
     volume = data["image"].as_tensor()
     labels = np.zeros(volume.shape[1:], np.uint8 if inferer.task.num_classes <= 255 else np.uint16)
-    uncertainty = np.zeros(volume.shape[1:], np.float32)
+    uncertainty = np.zeros(volume.shape[1:], np.float16)  # there are two of them, as large as the scan
     replay.rewind()
     for place, maps in inferer.slabs(volume, grid, replay):
         labels[place] = largest(maps).cpu().numpy()

@@ -59,7 +59,7 @@ from samda.provenance import now, path_sha256, sha256_of, tensors_sha256
 from samda.source_statistics import FeatureTap, body_boxes, level_sums
 from samda.task import Task
 
-GRADIENT_PIXELS = 1 << 23  # pixels of the slices decoded at once with gradients: about 1 GB for the head `sam`
+GRADIENT_PIXELS = 1 << 22  # pixels of the slices decoded at once with gradients: about 0.5 GB for the head `sam`
 
 logger = logging.getLogger(__name__)
 
@@ -226,12 +226,12 @@ class Adaptation:
         volume = data["image"].as_tensor()
         begin = time.perf_counter()
         grid = SliceGrid.from_volume(volume, data["image"].affine, task)
-        replay = EmbeddingReplay(self.network, settings.memory_mb if self.embedded else 0.0)
+        replay = EmbeddingReplay(self.network, settings.memory_mb if self.embedded else None)
         source = segment(self.inferer, data, grid, replay)
         predicted = time.perf_counter()
         share(0.2)
         areas = slice_areas(source.labels, task.num_classes, grid.axes[0])
-        slices = choose_slices(areas, source.uncertainty.sum(axis=grid.axes[1:]), settings.slices)
+        slices = choose_slices(areas, source.uncertainty.sum(axis=grid.axes[1:], dtype=np.float32), settings.slices)
         seed = seed_of(sha256, settings.seed)
         views = make_views(settings.views, seed, settings.families, settings.strength, settings.flips)
         labels = torch.from_numpy(source.labels)[None]
@@ -338,10 +338,11 @@ class Adaptation:
     def restore(self, case: PreparedCase, outcome: Outcome) -> AdaptedCase:
         """Bring the maps back to the scan's own grid, and write the record."""
         begin = time.perf_counter()
+        case.replay.rewind(forget=True)  # makes room for maps of the size of the scan
         final = outcome.adapted if outcome.accepted and outcome.adapted is not None else case.source
         source, affine = self._own_grid(case, case.source.labels)
         labels = source.copy() if final is case.source else self._own_grid(case, final.labels)[0]
-        uncertainty = self._own_grid(case, final.uncertainty)[0]
+        uncertainty = self._own_grid(case, final.uncertainty)[0].astype(np.float32)
         case.seconds["restore"] = time.perf_counter() - begin
         record = case_record(self.describe(), case, outcome, self.guard.absent, self.task.classes)
         record["labels_sha256"] = {"source": sha256_of(source), "final": sha256_of(labels)}

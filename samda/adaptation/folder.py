@@ -141,6 +141,11 @@ def open_run(
     part: Shard | None,
 ) -> OutputFolder:
     """Check the cases and the output folder of a run, and open the folder; within a run it can be opened again."""
+    if report is not None and Path(report).is_file():
+        with Path(report).open(encoding="utf-8", errors="replace") as file:
+            line = file.readline()
+        if line and '"record_version"' not in line:
+            raise UsageError(f"{report} exists and holds no records of samda; give another file")
     refuse_own_folder(cases, Path(output))
     check_cases(cases, formats)
     mine = part.of(cases) if part else cases

@@ -57,7 +57,7 @@ class AdaptationSettings:
         keep: "best" keeps the first iterate with at least 95 % of the highest merit, "last" the last one.
         time_limit_s: seconds after which a case falls back; None sets no limit.
         batch_size: slices in one call of the encoder.
-        memory_mb: memory for kept embeddings (MB); beyond it slices are encoded again.
+        memory_mb: memory for kept embeddings (MB); others lie in temporary files.
         modality: "CT" or "MR" where the scans are of another kind than those of the training; it decides how
             intensities are mapped to [0, 1].
         keep_largest: instead of the task's, see :func:`samda.inference.postprocessing.override`.
@@ -93,7 +93,7 @@ class AdaptationSettings:
     keep: str = "best"
     time_limit_s: float | None = _number(None)
     batch_size: int = _whole(8, 1)
-    memory_mb: float = _number(2048.0, most=math.inf)
+    memory_mb: float = _number(512.0, most=math.inf)
     modality: str | None = None
     keep_largest: bool | str | Sequence[str] | None = None
 

@@ -129,6 +129,10 @@ def pick_device(name: str) -> str:
 def existing(path: Path, what: str) -> Path:
     """`path`, refused if it does not exist."""
     if not path.exists():
+        from samda.data.dicom_files import is_series
+
+        if is_series(path):  # FOLDER/UID, one of several in a folder
+            return path
         raise InputError(f"{what} {str(path)!r} does not exist; check the path")
     return path
 

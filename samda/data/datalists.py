@@ -90,12 +90,14 @@ def read_datalist(path: str | Path, report: Report = refuse, unlabeled: bool = F
       labels (SEG, RTSTRUCT) that refer to the series; these may also all lie in one folder;
     * any other folder: every scan and every DICOM series (by SeriesInstanceUID) in it and the folders in it is a test
       case; what is not used is reported. With `unlabeled`, also a folder of DICOM series with label volumes;
-    * one scan, or the folder of one DICOM series: one test case.
+    * one scan, the folder of one DICOM series, or FOLDER/SeriesInstanceUID of one among several: one test case.
 
     `report` is called with every problem (missing files, duplicate ids, ...); if it returns, the case is skipped. The
     default raises InputError.
     """
     path = Path(path).expanduser()
+    if not path.exists() and is_series(path):
+        return _finish(DataList({"test": [{"image": str(path)}]}, None, "scans"), path.parent, report)
     if not path.exists():
         raise InputError(f"there is no data set {path}{_similar(path)}")
     root = path if path.is_dir() else path.parent
@@ -260,7 +262,7 @@ def _labels(path: Path, section: str | None) -> tuple[list[dict[str, Path]], Map
 
 
 def _label_maps(folder: Path) -> dict[str, Path]:
-    files = files_in(folder, [suffix for suffix in SCAN_SUFFIXES if suffix != ".dcm"])
+    files = [path for path in files_in(folder) if path.suffix.lower() != ".dcm" or is_dicom_label(path)]
     return by_name(((stem(path), path) for path in files), refuse)
 
 

@@ -32,6 +32,8 @@ from samda.data.formats import LPS_TO_RAS, itk_image
 from samda.data.headers import check_request
 from samda.errors import InputError
 
+QUANTITIES = ("CT",)  # modalities whose values have a unit, however they are displayed
+UNTRAINED = {"PT": "PET", "NM": "nuclear medicine"}
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 FUNCTIONAL_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 SAME_DIRECTION = 1e-3  # tolerance between direction cosines of slices
@@ -64,9 +66,14 @@ class Frame:
 def read_dicom(path: Path, pixels: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Voxels (X, Y, Z[, C]) and affine of a DICOM file, the one series in a folder, or FOLDER/UID of several.
 
-    Zeros without `pixels`.
+    Zeros without `pixels`. Images of MONOCHROME1, whose smallest value is white, are inverted, as viewers show them.
     """
     frames, headers, affine = series_frames(path)
+    kinds = {str(header.get("Modality", "")).strip() for header in headers.values()}
+    for kind in kinds & UNTRAINED.keys():
+        raise InputError(
+            f"{path} is {UNTRAINED[kind]} (modality {kind}), for which no task is made; give CT, MR or images"
+        )
     rows, columns = frames[0].shape
     if not pixels:
         return np.broadcast_to(np.int16(0), (columns, rows, len(frames))), affine
@@ -78,8 +85,16 @@ def read_dicom(path: Path, pixels: bool = True) -> tuple[np.ndarray, np.ndarray]
     check_request(path, (len(frames), *shape[1:]), 2, math.inf)
     places = {(frame.path, frame.number): place for place, frame in enumerate(frames)}
     slices: list[Any] = [None] * len(frames)
-    for file in headers:
+    inverted = [file for file, header in headers.items() if _is_inverted(header)]
+    if inverted:
+        warnings.warn(
+            f"{path} is MONOCHROME1 (small values are white) and is inverted, as viewers show it", stacklevel=2
+        )
+    for file, header in headers.items():
         values = stored_pixels(file)
+        if file in inverted:
+            bits, signed = int(header.get("BitsStored", 16)), int(header.get("PixelRepresentation", 0))
+            values = (-1 if signed else (1 << bits) - 1) - values.astype(np.int32)
         for number, plane in enumerate(values):
             place = places[file, number]
             slices[place] = _rescaled(plane, *frames[place].rescale)
@@ -267,6 +282,11 @@ def _decoded(header: Dataset, path: Path) -> np.ndarray:
         copy = Path(folder) / path.name
         header.save_as(copy)
         return sitk.GetArrayFromImage(itk_image(copy))
+
+
+def _is_inverted(header: Dataset) -> bool:
+    shown = header.get("PhotometricInterpretation") == "MONOCHROME1"
+    return shown and str(header.get("Modality", "")).strip() not in QUANTITIES
 
 
 def _rescaled(plane: np.ndarray, slope: float, intercept: float) -> np.ndarray:

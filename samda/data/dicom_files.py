@@ -201,7 +201,7 @@ def one_series(folder: Path) -> dict[Path, Dataset]:
             series.setdefault(str(header.get("SeriesInstanceUID", "")), {})[path] = header
     if len(series) > 1:
         names = ", ".join(f"{_series_name(found)!r} ({len(found)} files, UID {uid})" for uid, found in series.items())
-        remedy = f"use one folder per series, or name one in a list as {folder}/UID"
+        remedy = f"use one folder per series, or give one as {folder}/UID"
         raise InputError(f"{folder} contains {len(series)} DICOM series: {names}; {remedy}")
     return images
 

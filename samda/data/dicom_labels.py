@@ -7,17 +7,21 @@ Their segments have names instead of ids; the id of a name is `samda.task.name_i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from nibabel.orientations import inv_ornt_aff, io_orientation, ornt_transform
 from pydicom.dataset import Dataset
 from skimage.draw import polygon
 
 from samda.data.dicom import Frame, frames_of, series_frames, stored_pixels
 from samda.data.dicom_files import SEGMENTATIONS, STRUCTURES, dicom_header, is_dicom, is_series, series_files, series_in
+from samda.data.formats import LPS_TO_RAS
 from samda.errors import InputError
 from samda.task import name_id
+
+Grid = tuple[Sequence[int], np.ndarray]  # shape (X, Y, Z), affine
 
 THRESHOLD = 0.5  # of a fractional segmentation, from which a voxel belongs to the segment
 OFF = 0.1  # tolerance of the place of a frame or contour, relative to the step between slices
@@ -55,18 +59,25 @@ def series_uid(path: Path) -> str:
     return next((str(h.get("SeriesInstanceUID", "")) for h in headers if _kind(h) not in SEGMENTATIONS), "")
 
 
-def read_dicom_label(path: Path, image: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+def read_dicom_label(
+    path: Path, image: Path | Grid | None = None, wanted: Collection[int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Ids (X, Y, Z), int32, and affine of a DICOM label on the grid of its series.
 
     Args:
         path: SEG (BINARY, LABELMAP, or FRACTIONAL from half of its maximum) or RTSTRUCT. Contours of one ROI in one
             slice are combined by XOR; an ROI of the type EXTERNAL, the outline of the body, is left out.
-        image: the series; None looks for it beside the label.
+        image: the series, or (for a prediction) shape and affine of its grid in another file; None looks for the series
+            beside the label.
+        wanted: ids that must not overlap, and have priority over others; None is all.
 
     Raises:
         InputError: the series is not found, segments overlap, or a frame or contour lies on no slice.
     """
-    frames, _, affine = series_frames(_source(path, image))
+    if isinstance(image, tuple):
+        frames, affine = _grid_frames(path, *image)
+    else:
+        frames, _, affine = series_frames(_source(path, image))
     rows, columns = frames[0].shape
     ids = np.zeros((len(frames), rows, columns), np.int32)
     names: dict[int, str] = {0: "background"}
@@ -77,13 +88,16 @@ def read_dicom_label(path: Path, image: Path | None = None) -> tuple[np.ndarray,
         if names.setdefault(number, name) != name:
             raise InputError(f"{path}: the names {name!r} and {names[number]!r} have the same id; rename one")
         plane = ids[place]
-        other = plane[mask & (plane != 0) & (plane != number)]
-        if len(other):
+        taken = mask & (plane != 0) & (plane != number)
+        if wanted is not None:
+            taken &= np.isin(plane, list(wanted))
+        if taken.any() and (wanted is None or number in wanted):
+            other = names[int(plane[taken][0])]
             raise InputError(
-                f"{path}: {name!r} and {names[int(other[0])]!r} overlap by {len(other)} voxels in slice {place + 1}; "
-                "a voxel has one class, so keep one of them, or cut one out of the other"
+                f"{path}: {name!r} and {other!r} overlap by {taken.sum()} voxels in slice {place + 1}; a voxel has one "
+                "class, so give a task (--task) that lists one of them, or cut one out of the other"
             )
-        plane[mask] = number
+        plane[mask & ~taken] = number
     return ids.transpose(2, 1, 0), affine
 
 
@@ -116,7 +130,7 @@ def _source(path: Path, image: Path | None) -> Path:
     if image is not None:
         if not (is_series(image) or is_dicom(image)):
             raise InputError(f"{path} is a DICOM label, but {image} is no DICOM series; convert one of them")
-        if wanted and series_uid(image) not in wanted:
+        if wanted and series_uid(image) not in {*wanted, ""}:  # none where pseudonymization has emptied it
             raise InputError(f"{path} refers to another series than {image}; give the series it was drawn on")
         return image
     folders = [path.parent, *_folders(path.parent), path.parent.parent, *_folders(path.parent.parent)]
@@ -125,6 +139,22 @@ def _source(path: Path, image: Path | None) -> Path:
             if series_uid(series) in wanted:
                 return series
     raise InputError(f"{path}: the series that it refers to is not beside it; put it there, or list both in a CSV")
+
+
+def _grid_frames(path: Path, shape: Sequence[int], affine: np.ndarray) -> tuple[list[Frame], np.ndarray]:
+    """The slices of a grid, its axes turned to those of a SEG's frames (as stored for an RTSTRUCT), and affine."""
+    header = dicom_header(path)
+    if _kind(header) != STRUCTURES:
+        own, like = frames_of(header, path)[0], np.eye(4)
+        like[:3, :3] = np.stack([own.rows, own.columns, np.cross(own.rows, own.columns)], 1)
+        turn = ornt_transform(io_orientation(affine), io_orientation(LPS_TO_RAS @ like))
+        affine = affine @ inv_ornt_aff(turn, tuple(shape))
+        shape = [shape[k] for k in np.argsort(turn[:, 0])]
+    steps, first = (LPS_TO_RAS @ affine)[:3, :3].T, (LPS_TO_RAS @ affine)[:3, 3]
+    columns_mm, rows_mm, slices_mm = np.linalg.norm(steps, axis=1)
+    about = (steps[0] / columns_mm, steps[1] / rows_mm, (rows_mm, columns_mm), slices_mm, (1.0, 0.0))
+    size = (shape[1], shape[0])
+    return [Frame(path, k, size, first + k * steps[2], *about) for k in range(shape[2])], affine
 
 
 def _folders(folder: Path) -> list[Path]:

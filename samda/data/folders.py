@@ -268,6 +268,7 @@ def _walk(folder: Path, passed: dict[str, list[Path]], depth: int, seen: set[Pat
         broken = [path for path in inside if path.is_symlink() and not path.exists()]
         folders = [path for path in inside if path.is_dir()]
         files = [path for path in inside if path not in broken and path not in folders]
+        files = [path for path in files if path.suffix != ".img" or path.with_suffix(".hdr") not in files]
         series = has_dicom(folder)
     except OSError:
         passed.setdefault("folders that cannot be opened", []).append(folder)

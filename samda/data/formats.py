@@ -26,8 +26,9 @@ from samda.errors import InputError, SamdaError
 from samda.io import Image, files_of
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
+NIBABEL_SUFFIXES = (*NIFTI_SUFFIXES, ".mgz", ".mgh", ".hdr", ".img")  # MGH of FreeSurfer, and NIfTI as two files
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, ".nrrd", ".nhdr", ".mha", ".mhd")
+VOLUME_SUFFIXES = (*NIBABEL_SUFFIXES[:-1], ".nrrd", ".nhdr", ".mha", ".mhd")
 SCAN_SUFFIXES = (*VOLUME_SUFFIXES, ".dcm", *PICTURE_SUFFIXES)
 ORIENTATION = 274  # tag of EXIF and TIFF
 

@@ -6,10 +6,11 @@ Every case is read completely: grid, intensities and label ids. All problems are
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from samda.data.readers import Scan, read_label, read_scan, refuse_other_grid, u
 from samda.data.slices import refuse_other_scale, sides_mm
 from samda.data.splits import patient_of, split
 from samda.data.widths import structure_widths
-from samda.errors import InputError, SamdaError, one_line, reason_of
+from samda.errors import InputError, SamdaError, UsageError, one_line, reason_of
 from samda.io import files_of
 from samda.progress import Cases
 from samda.task import Task
@@ -145,10 +146,12 @@ def check_data(path: str | Path, task: Task | None = None) -> DataReport:
     problems: list[Problem] = []
     data = read_datalist(path, problems.append)
     every = [(case, section) for section, cases in data.cases.items() for case in cases]
-    facts = []
+    wanted, facts = None, []
+    with contextlib.suppress(InputError, UsageError):  # see task_problems
+        wanted = None if task is None else label_map(task, data.labels).wanted
     with Cases("reading", len(every)) as progress:
         for case, section in every:
-            facts.append(inspect_case(case, section, problems.append))
+            facts.append(inspect_case(case, section, problems.append, wanted))
             progress.next()
     report = DataReport(Path(path), data, facts, problems)
     problems += _label_problems(report, task)
@@ -166,8 +169,8 @@ def check_data(path: str | Path, task: Task | None = None) -> DataReport:
 Tell = Callable[..., None]  # (kind, text, stops=True)
 
 
-def inspect_case(case: Case, section: str, report: Report) -> CaseFacts:
-    """Read a case completely; `report` is called with its problems."""
+def inspect_case(case: Case, section: str, report: Report, wanted: Collection[int] | None = None) -> CaseFacts:
+    """Read a case completely; `report` is called with its problems. `wanted` are ids that must not overlap."""
     facts = CaseFacts(str(case["id"]), section, [str(p) for p in files_of(case["image"])], case.get("label"))
 
     def tell(kind: str, text: str, stops: bool = True) -> None:
@@ -183,7 +186,7 @@ def inspect_case(case: Case, section: str, report: Report) -> CaseFacts:
             _measure(image, facts, tell)
     if facts.label is not None:
         with _collect("unreadable", tell):
-            label = _in_ras(read_label(facts.label, case["image"]))
+            label = _in_ras(read_label(facts.label, case["image"], wanted))
             facts.label_ids = _count_ids(label.array, facts.label, tell)
     if image is not None and label is not None:
         with _collect("grid", tell):

@@ -34,6 +34,11 @@ class LabelMap:
     source: str  # source of the ids, for messages
     ignored: frozenset[int] = frozenset()  # ids of unlabeled voxels: refused
 
+    @property
+    def wanted(self) -> set[int]:
+        """The ids of foreground classes."""
+        return {i for i, index in self.ids.items() if index > 0}
+
     def refusal(self, found: Collection[int]) -> str:
         """Why a label with these ids cannot be used as it is, and the remedy; empty if it can."""
         unlabeled = sorted(self.ignored & set(found))
@@ -42,7 +47,7 @@ class LabelMap:
                 f"has voxels of id {unlabeled[0]}, the data set's {IGNORE!r}: they would become background; label "
                 "them, leave the case out, or list the id under a class of the task"
             )
-        own = {i for i, index in self.ids.items() if index > 0 and i < NAMED}
+        own = {i for i in self.wanted if i < NAMED}
         other = {i for i in found if i and i not in self.ids}
         if len(own) == 1 and own | other == SCALES:
             return f"is a mask of 0 and {min(other)}, {self.source} has id {min(own)}; save all masks with one id"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read files to arrays with geometry: NIfTI, NRRD, MetaImage, DICOM and 2-D images; scans and labels.
+"""Read files to arrays with geometry: NIfTI, MGH, NRRD, MetaImage, DICOM and 2-D images; scans and labels.
 
-NIfTI is read by nibabel, which uses the same rule for the affine as viewers and the writer (sform, then qform) and
-accepts affines that ITK refuses. Affines map voxel indices to RAS mm.
+NIfTI (also as two files) and MGH are read by nibabel, which uses the same rule for the affine as viewers and the writer
+(sform, then qform) and accepts affines that ITK refuses. Affines map voxel indices to RAS mm.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import gzip
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from nibabel.spatialimages import HeaderDataError
 
 from samda.data.dicom import read_dicom
 from samda.data.dicom_files import is_dicom, is_series
-from samda.data.dicom_labels import is_dicom_label, read_dicom_label
+from samda.data.dicom_labels import Grid, is_dicom_label, read_dicom_label
 from samda.data.formats import (
-    NIFTI_SUFFIXES,
+    NIBABEL_SUFFIXES,
     PICTURE_SUFFIXES,
     itk_geometry,
     not_a_scan,
@@ -36,6 +36,7 @@ from samda.data.labels import whole_ids
 from samda.errors import InputError, SamdaError
 from samda.io import Image, files_of
 
+PACKED = (".gz", ".mgz")
 LONGEST_REST = 64  # MiB behind the voxels of a compressed NIfTI
 VOXEL_SIDES = 1e-6, 1e6  # mm
 NRRD_SPACES = ("right anterior superior", "left anterior superior", "left posterior superior", "ras", "las", "lps")
@@ -74,8 +75,9 @@ def read_scan(image: Image, channels: int | None = 1) -> Scan:
     return _stack([_read_file(path, 1) for path in paths], paths)
 
 
-def read_label(path: Image, image: Image | None = None) -> Scan:
-    """Read a label file: one integer id per voxel. `image` is its scan; DICOM labels without it look beside them.
+def read_label(path: Image, image: Image | Grid | None = None, wanted: Collection[int] | None = None) -> Scan:
+    """Read a label file: one integer id per voxel; for the other arguments, which DICOM labels need, see
+    :func:`samda.data.dicom_labels.read_dicom_label`.
 
     A 2-D image with a palette has its indices as ids. Values within 0.001 of integers, which scaled headers make of
     them, are rounded with a warning.
@@ -84,7 +86,8 @@ def read_label(path: Image, image: Image | None = None) -> Scan:
     if path.suffix.lower() in (".jpg", ".jpeg"):
         raise InputError(f"{path} is a label in JPEG format, which changes ids; save labels as PNG or NIfTI")
     if is_dicom_label(_existing(path)):
-        return Scan(*read_dicom_label(path, None if image is None else files_of(image)[0]))
+        source = image if image is None or isinstance(image, tuple) else files_of(image)[0]
+        return Scan(*read_dicom_label(path, source, wanted))
     array, affine = _load(path.expanduser(), label=True)
     if path.name.lower().endswith(PICTURE_SUFFIXES):
         array = _without_alpha(array, path, 1)
@@ -110,7 +113,7 @@ def _load(path: Path, label: bool = False) -> tuple[np.ndarray, np.ndarray]:
     try:
         if is_series(path) or is_dicom(path):
             array, affine = read_dicom(path)
-        elif name.endswith(NIFTI_SUFFIXES):
+        elif name.endswith(NIBABEL_SUFFIXES):
             array, affine = _read_nifti(path)
         elif name.endswith(PICTURE_SUFFIXES):
             array, affine = read_picture(path, indices=label)
@@ -144,7 +147,7 @@ def read_geometry(image: Image) -> tuple[tuple[int, int, int], np.ndarray]:
     if is_series(path) or is_dicom(path):
         voxels, affine = read_dicom(path, pixels=False)
         shape = voxels.shape[:3]
-    elif name.endswith(NIFTI_SUFFIXES):
+    elif name.endswith(NIBABEL_SUFFIXES):
         header = load_nifti(path)
         shape, affine = (*header.shape, 1, 1)[:3], header.affine
     elif name.endswith(PICTURE_SUFFIXES):
@@ -233,10 +236,15 @@ def load_nifti(path: str | Path) -> Any:
         with _noted() as notes:
             image: Any = nib.load(path, mmap=False)  # a mapped file could change later
             unit = image.header.get_xyzt_units()[0] if hasattr(image.header, "get_xyzt_units") else "mm"
-            shape, packed = image.shape, path.name.lower().endswith(".gz")
+            shape, packed = image.shape, path.name.lower().endswith(PACKED)
+        data = Path(image.file_map["image"].filename)
     except Exception as error:  # damaged headers raise of any kind
         raise not_a_scan(path, error) from error
-    check_request(path, shape, image.get_data_dtype().itemsize, INFLATION if packed else 1)
+    if not isinstance(image, nib.Nifti1Pair | nib.MGHImage):
+        raise InputError(f"{path} is an Analyze image, which states no orientation; convert it to NIfTI")
+    if not data.is_file():
+        raise not_a_scan(path, FileNotFoundError(f"{data.name} is missing"))
+    check_request(data, shape, image.get_data_dtype().itemsize, INFLATION if packed else 1)
     if any("pixdim" in note for note in notes) and not image.header.get("sform_code", 1):
         raise InputError(f"{path} states no voxel size ({notes[0]}); repair its header")
     if unit in ("meter", "micron"):
@@ -248,7 +256,7 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     image = load_nifti(path)
     _warn_of_form_codes(image, path)
     try:
-        if path.name.lower().endswith(".gz"):
+        if path.name.lower().endswith(PACKED):
             with _noted(), gzip.open(path) as stream:
                 array = _nifti_voxels(type(image).from_stream(stream))
                 for _ in range(LONGEST_REST):  # gzip verifies its checksum at the end
@@ -276,6 +284,10 @@ def _nifti_voxels(image: Any) -> np.ndarray:
 
 def _warn_of_form_codes(image: Any, path: Path) -> None:
     """Warn if the orientation is ambiguous: no form code, or two different forms."""
+    if isinstance(image, nib.MGHImage):
+        if not image.header["goodRASFlag"]:
+            warnings.warn(f"{path}: no orientation is set; left and right follow a convention only", stacklevel=4)
+        return
     sform, qform = image.get_sform(coded=True), qform_of(image)
     if sform[1] == 0 and qform[1] == 0:
         warnings.warn(f"{path}: neither sform nor qform is set; left and right follow a convention only", stacklevel=4)

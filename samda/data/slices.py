@@ -23,6 +23,7 @@ from samda.task import AXES, Task
 logger = logging.getLogger(__name__)
 
 ANISOTROPIC = 1.5  # times the shortest voxel side: how long the longest is where all three axes are used
+MOST = 64  # slices resampled at once, which bounds the memory
 FARTHEST = 64  # largest ratio of pixel and voxel size; a larger one indicates wrong units
 
 
@@ -172,6 +173,8 @@ class SliceGrid:
 
     def extract(self, volume: torch.Tensor, index: int | slice | Iterable[int]) -> torch.Tensor:
         """Slices `index` of a volume (C, X, Y, Z) on the canvas: (n, C, rows, columns) float32."""
+        if len(chosen := self._chosen(index)) > MOST:
+            return torch.cat([self.extract(volume, chosen[i : i + MOST]) for i in range(0, len(chosen), MOST)])
         # contiguous, so that rounding does not depend on the memory layout of the volume
         planes = self._planes(volume, index).float().contiguous()
         return _resample(planes, self._rows.forward, self._columns.forward)
@@ -197,6 +200,8 @@ class SliceGrid:
 
         A pixel has the class with the largest interpolated share; pixels outside the volume are background.
         """
+        if len(chosen := self._chosen(index)) > MOST:
+            return torch.cat([self.extract_labels(label, chosen[i : i + MOST]) for i in range(0, len(chosen), MOST)])
         planes = self._planes(label, index)[:, 0]
         best = torch.zeros((len(planes), *self.canvas), dtype=torch.uint8, device=planes.device)
         share = _resample((planes == 0).float(), self._rows.forward, self._columns.forward)

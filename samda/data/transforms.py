@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -183,11 +183,14 @@ class LoadScand(MapTransform):
         keys: keys of paths: a file, a DICOM folder, or a list of one file per channel.
         channels: required number of channels of scans.
         labels: read label files, see :func:`samda.data.readers.read_label`.
+        wanted: ids of the label files that are classes.
     """
 
-    def __init__(self, keys: KeysCollection, channels: int = 1, labels: bool = False) -> None:
+    def __init__(
+        self, keys: KeysCollection, channels: int = 1, labels: bool = False, wanted: Collection[int] | None = None
+    ) -> None:
         super().__init__(keys)
-        self.channels, self.labels = channels, labels
+        self.channels, self.labels, self.wanted = channels, labels, wanted
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -196,7 +199,7 @@ class LoadScand(MapTransform):
             if not path:
                 name = d.get("id") or d.get("image") or "without a name"
                 raise InputError(f"case {str(name)!r} has no {key}; {nearest(str(key), map(str, d))}")
-            scan = read_label(path, self._image_of(d)) if self.labels else read_scan(path, self.channels)
+            scan = read_label(path, self._image_of(d), self.wanted) if self.labels else read_scan(path, self.channels)
             affine = torch.from_numpy(scan.affine.copy())
             meta = {
                 "affine": affine,
@@ -248,11 +251,12 @@ def build_preprocessing(
     keys = ["image", "label"] if labels else ["image"]
     steps: list[Any] = [LoadScand("image", channels=task.in_channels)]
     if labels:
-        steps.append(LoadScand("label", labels=True))
+        mapping = MapLabelsd("label", task, dataset_labels)
+        steps.append(LoadScand("label", labels=True, wanted=mapping.map.wanted))
     steps.append(EnsureChannelFirstd(keys))
     steps.append(Orientationd(keys, axcodes="RAS", labels=RAS_LABELS))
     if labels:
-        steps += [CheckSameGridd("label"), MapLabelsd("label", task, dataset_labels)]
+        steps += [CheckSameGridd("label"), mapping]
     steps.append(ScaleBodyIntensityd("image", task))
     return Preprocessing(steps)
 

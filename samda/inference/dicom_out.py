@@ -44,7 +44,12 @@ LONG_TEXT = 64  # characters of a text in DICOM (LO)
 UTF8 = "ISO_IR 192"
 SERIES_NUMBER = 1000  # beyond those of scanners
 DETACHED_STUDY = "1.2.840.10008.3.1.2.3.1"
-NEEDED = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
+NEEDED = ("SOPInstanceUID", "SOPClassUID")
+GIVEN = {  # identifiers that are made where pseudonymization has emptied them
+    "StudyInstanceUID": "study",
+    "SeriesInstanceUID": "series",
+    "FrameOfReferenceUID": "frame of reference",
+}
 COPIED = (  # of patient and study, which must be there, if empty
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID"),
     *("AccessionNumber", "ReferringPhysicianName"),
@@ -197,11 +202,13 @@ class _Series:
         for header in self.headers.values():
             if not header.get("SliceThickness"):  # highdicom reads it
                 header.SliceThickness = f"{np.linalg.norm(affine[:3, 2]):.6g}"
-        if any(not header.get("FrameOfReferenceUID") for header in self.headers.values()):
-            logger.warning("%s states no frame of reference; a new one is written", path)
-            place = generate_uid(entropy_srcs=[str(first.SeriesInstanceUID), "frame of reference"])
-            for header in self.headers.values():
-                header.FrameOfReferenceUID = place
+        for tag, what in GIVEN.items():
+            empty = [header for header in self.headers.values() if not header.get(tag)]
+            if empty:
+                logger.warning("%s states no %s (%s); a new one is written", path, what, tag)
+            uid = generate_uid(entropy_srcs=[str(first.get("SeriesInstanceUID") or first.SOPInstanceUID), what])
+            for header in empty:
+                setattr(header, tag, uid)
         self.first = first
         self.patient = {tag: copy.deepcopy(first[tag]) for tag in (*COPIED, *KEPT) if tag in first}
         for header in self.headers.values():  # highdicom refuses odd values, which must stay as they are
@@ -349,6 +356,7 @@ def _structure_set(
     for event in ("InstanceCreation", "StructureSet", "Series"):
         setattr(result, f"{event}Date", now.strftime("%Y%m%d"))
         setattr(result, f"{event}Time", now.strftime("%H%M%S"))
+    result.FrameOfReferenceUID, result.PositionReferenceIndicator = series.first.FrameOfReferenceUID, ""
     result.ReferencedFrameOfReferenceSequence = [_referenced(series)]
     lines = _contours(series, labels)
     result.StructureSetROISequence, result.ROIContourSequence, result.RTROIObservationsSequence = [], [], []

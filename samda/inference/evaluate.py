@@ -16,6 +16,7 @@ import torch
 from monai.data import MetaTensor
 
 from samda.data.datalists import find_pairs
+from samda.data.dicom_labels import is_dicom_label
 from samda.data.formats import PICTURE_SUFFIXES
 from samda.data.labels import MapLabelsd
 from samda.data.readers import Scan, read_label, refuse_other_grid, uncropped
@@ -189,21 +190,31 @@ def score_files(
     nsd_tolerance_mm: float,
     mapping: MapLabelsd | None = None,
 ) -> list[ClassScores]:
-    """Evaluate a label map of class indices against a label file; see :func:`samda.metrics.score_case`.
+    """Evaluate a label map of class indices, or a DICOM SEG or RTSTRUCT, against a label file; see
+    :func:`samda.metrics.score_case`.
 
     `mapping` maps ids of the label file to class indices; None takes that of the task.
     """
-    true = read_label(label)
-    predicted = _turned(read_label(prediction), true)
+    own = MapLabelsd("label", task)
+    mapping = mapping or own
+    true = read_label(label, wanted=mapping.map.wanted)
+    predicted = read_label(prediction, (true.array.shape, true.affine), own.map.wanted)
+    if is_dicom_label(Path(prediction)):  # its segments have names
+        predicted = Scan(_classes(predicted, prediction, own), predicted.affine)
+    predicted = _turned(predicted, true)
     pictures = any(str(path).lower().endswith(PICTURE_SUFFIXES) for path in (prediction, label))
     affine = true.affine if pictures else predicted.affine  # 2-D images have no position
     true = uncropped(true, (predicted.array.shape, affine), label)
     refuse_other_grid(predicted.array.shape, affine, (true.array.shape, true.affine), (prediction, label))
-    mapping = mapping or MapLabelsd("label", task)
-    ids = MetaTensor(torch.from_numpy(np.ascontiguousarray(true.array)), meta={"filename_or_obj": str(label)})
-    classes = mapping({"label": ids})["label"].as_tensor().numpy()
+    classes = _classes(true, label, mapping)
     spacing_mm = np.linalg.norm(true.affine[:3, :3], axis=0)
     return score_case(predicted.array, classes, spacing_mm, task.num_classes, nsd_tolerance_mm)
+
+
+def _classes(scan: Scan, path: str | Path, mapping: MapLabelsd) -> np.ndarray:
+    """The class indices of ids."""
+    ids = MetaTensor(torch.from_numpy(np.ascontiguousarray(scan.array)), meta={"filename_or_obj": str(path)})
+    return mapping({"label": ids})["label"].as_tensor().numpy()
 
 
 def _turned(scan: Scan, like: Scan) -> Scan:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from samda.io import packaged, replacing, save_tensors
 from samda.networks.fingerprint import check_fingerprint
 from samda.output import OutputFolder, hold_output, output_of, try_writing
 from samda.processes import broadcast, is_main, launched, rank_and_world
-from samda.training.config_check import own_settings
+from samda.training.config_check import is_plain, own_settings
+from samda.training.literals import decoded
 from samda.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -118,17 +119,13 @@ class Checkpoint:
 
     def load(self, engine: Engine) -> None:
         """Restore what last.pt holds; refuse it where a setting has changed since."""
-        state = broadcast(self._read() if is_main() else {})
+        state = broadcast(_read(self.path) if is_main() else {})
         for name, stored in state.get("bases", {}).items():
             if name in self._bases:
                 check_fingerprint(self.objects[name], stored)
         before = state["settings"]
         same = state.get("version") == __version__  # another samda stored other keys
-        for key in [*self._compared, *(before if same else ())]:
-            now, then = (values.get(key) for values in (self._compared, before))
-            if now != then and (same or (key in before and key in self._compared)):
-                words = "are others than before" if key.endswith(" data") else f"was {then!r} and is now {now!r}"
-                raise UsageError(f"resume: {key} {words}; keep it or use another folder")
+        _refuse_changes(before, self._compared, before.keys() ^ self._compared.keys() if same else ())
         for name, thing in self._all(engine).items():
             if name in state:
                 thing.load_state_dict(state[name])
@@ -146,18 +143,36 @@ class Checkpoint:
         scaler = getattr(engine, "scaler", None)
         return self.objects if scaler is None else self.objects | {"scaler": scaler}
 
-    def _read(self) -> dict[str, Any]:
-        try:
-            with zipfile.ZipFile(self.path) as file:  # PyTorch does not look at the checksums that it writes
-                if (damaged := file.testzip()) is not None:
-                    raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            missing = {"settings", "epoch", "random"} - set(state)
-            if missing:
-                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-            return state
-        except Exception as error:
-            raise InputError(f"{self.path} cannot be read ({error}); train anew with overwrite") from error
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(path) as file:  # PyTorch does not look at the checksums that it writes
+            if (damaged := file.testzip()) is not None:
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"settings", "epoch", "random"} - set(state)
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return state
+    except Exception as error:
+        raise InputError(f"{path} cannot be read ({error}); train anew with overwrite") from error
+
+
+def _refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], only_in_one: Collection[str] = ()) -> None:
+    for key in [*(key for key in now if key in before), *only_in_one]:
+        if now.get(key) != before.get(key):
+            was = f"was {before.get(key)!r} and is now {now.get(key)!r}"
+            words = "are others than before" if key.endswith(" data") else was
+            raise UsageError(f"resume: {key} {words}; keep it, start anew with overwrite, or use another folder")
+
+
+def check_resume(folder: str | Path, config: Mapping[str, Any]) -> None:
+    """Refuse to resume with other plain values in train.json's `config` before anything is read or encoded."""
+    if (Path(folder) / LAST).exists():
+        stored = config["checkpoint"]["settings"]
+        now = {key: decoded(config[key]) for key, value in stored.items() if value == f"@{key}"}
+        now = {key: value for key, value in now.items() if is_plain(value)}
+        _refuse_changes(_read(Path(folder) / LAST)["settings"], now)
 
 
 class Resume:

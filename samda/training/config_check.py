@@ -124,7 +124,7 @@ def check_config(config: Mapping[str, Any], reference: Mapping[str, Any]) -> Non
             allowed = " and ".join(f"{words} {limit}" for words, limit in limits.items())
             raise UsageError(f"config key {key!r} must be {allowed}, got {value!r}")
     config = {key: decoded(value) for key, value in config.items()}
-    _check_by_builders({key: config[key] for key in config if key in reference and _is_plain(config[key])}, config)
+    _check_by_builders({key: config[key] for key in config if key in reference and is_plain(config[key])}, config)
 
 
 def _check_by_builders(plain: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -186,12 +186,12 @@ def _is_dynamic(value: Any) -> bool:
     return isinstance(value, str) and value.startswith(("$", "@", "%"))
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Is nothing in it left for MONAI to resolve?"""
     if isinstance(value, Mapping):
-        return not _is_dynamic(value) and all(map(_is_plain, value.values()))
+        return not _is_dynamic(value) and all(map(is_plain, value.values()))
     if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
     return not _is_dynamic(value)
 
 

@@ -21,7 +21,7 @@ from samda.io import load_yaml, packaged
 from samda.output import open_output
 from samda.processes import launched
 from samda.task import Task
-from samda.training.checkpoint import check_model_folder
+from samda.training.checkpoint import check_model_folder, check_resume
 from samda.training.config_check import check_config
 from samda.training.literals import literal, refuse_syntax
 from samda.training.tracking import mlflow_settings, trackers
@@ -115,6 +115,8 @@ def train(
     with _plain_errors():
         settings = _read_settings(given, adapters, dict(overrides or {}))
         workflow = _checked_workflow(settings)
+        if resume:
+            check_resume(output, workflow.parser.get())
         if "mlflow" in chosen:
             ConfigWorkflow.patch_bundle_tracking(workflow.parser, mlflow_settings())
         with open_output(output) if launched()[0] == 0 else contextlib.nullcontext():

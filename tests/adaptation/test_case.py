@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
+from samda.adaptation import case
 from samda.adaptation.case import EmbeddingReplay, choose_slices, cut_windows, slice_areas
 
 
@@ -71,7 +73,7 @@ class Counter(torch.nn.Module):
         return self.gain * pyramid["embedding"]
 
 
-def passes(memory_mb: float) -> tuple[int, list[torch.Tensor]]:
+def passes(memory_mb: float | None) -> tuple[int, list[torch.Tensor]]:
     network, batches = Counter(), [torch.rand(2, 1, 4, 4), torch.rand(2, 1, 4, 4)]
     replay, results = EmbeddingReplay(network, memory_mb), []
     for _ in range(3):
@@ -86,8 +88,12 @@ def test_embeddings_are_computed_once() -> None:
     assert all(torch.equal(results[0], r) for r in results)
 
 
-def test_without_memory_slices_are_encoded_again_with_the_same_result() -> None:
-    encoded, results = passes(memory_mb=0)
+def test_beyond_the_memory_they_lie_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    for memory_mb in (0.0, 2 * 16 * 4 / 1e6):  # the first batch fits
+        encoded, results = passes(memory_mb)
+        assert encoded == 4 and all(torch.equal(results[0], r) for r in results)
+    encoded, results = passes(None)
     assert encoded == 12 and all(torch.equal(results[0], r) for r in results)
-    encoded, results = passes(memory_mb=2 * 16 * 4 / 1e6)  # the first batch fits
+    monkeypatch.setattr(case, "LEAST_FREE", 1 << 62)  # no disk has this room
+    encoded, results = passes(2 * 16 * 4 / 1e6)
     assert encoded == 4 + 2 * 2 and all(torch.equal(results[0], r) for r in results)

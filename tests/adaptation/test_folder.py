@@ -119,6 +119,17 @@ def test_records_are_valid_and_without_names(make_adaptation: Callable, inputs: 
     assert key[0] == "case_id,case,decision,reason" and key[1].split(",")[1] == "anna"
 
 
+def test_a_file_of_others_is_not_replaced_by_records(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:
+    adaptation, cases, out = make_adaptation(steps=0), find_cases(inputs)[:1], tmp_path / "out"
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"notes\.txt exists and holds no records"):
+        adapt_folder(adaptation, cases, out, report=tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "mine" and not out.exists()
+    for _ in range(2):  # its own are
+        adapt_folder(adaptation, cases, out, report=tmp_path / "run.jsonl")
+    assert len(lines(tmp_path / "run.jsonl")) == 1
+
+
 def test_names_are_kept_on_request(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:
     run = adapt_folder(make_adaptation(steps=0), find_cases(inputs), tmp_path / "out", keep_names=True)
     assert [r["case_id"] for r in run.records.values()] == ["anna", "bert", "carl"]

@@ -207,6 +207,7 @@ def test_series_of_one_folder_are_cases_of_their_own(tmp_path, caplog):
     listing = tmp_path / "list.csv"  # a list may name one of them
     listing.write_text("image,label\nloose/1.2.4,\n")
     assert [(case["id"], case["image"]) for case in find_cases(listing)] == [("1.2.4", str(folder / "1.2.4"))]
+    assert [(case["id"], case["image"]) for case in find_cases(folder / "1.2.4")] == [("1.2.4", str(folder / "1.2.4"))]
     (folder / "cut.dcm").unlink()
     with pytest.warns(UserWarning, match="plan.dcm is no image"):
         assert "3 DICOM series" in refusal(folder) and "/UID" in refusal(folder)
@@ -216,3 +217,36 @@ def test_series_of_one_folder_are_cases_of_their_own(tmp_path, caplog):
     slice_file(folder, 0, PixelSpacing=[0.3, 0.5])  # what one series lacks, the others do not
     assert "0.3" in refusal(cases["1.2.3"], folder / "9.dcm")
     check(cases["1.2.4"], VALUES + 7)
+
+
+@pytest.mark.parametrize("modality", ["MR", "DX", "CT"])
+@pytest.mark.parametrize("signed", [0, 1])
+def test_small_values_that_are_white_are_inverted(tmp_path, modality, signed):
+    tags = {"PhotometricInterpretation": "MONOCHROME1", "BitsStored": 12, "HighBit": 11, "Modality": modality}
+    values = VALUES
+    for k in range(4):
+        pixels = (VALUES[k] if signed else VALUES[k] + 1024).astype("<i2")
+        slice_file(
+            tmp_path / "s", k, **tags, PixelRepresentation=signed, PixelData=pixels.tobytes(), RescaleIntercept=-1024
+        )
+    values = VALUES - 1024 if signed else VALUES
+    if modality == "CT":  # Hounsfield units, however they are displayed
+        check(tmp_path / "s", values)
+        return
+    with pytest.warns(UserWarning, match="MONOCHROME1"):  # stored v is shown as 4095 - v, or -1 - v
+        check(tmp_path / "s", (-1 if signed else 4095) - 2048 - values)
+
+
+@pytest.mark.parametrize("modality", ["PT", "NM"])
+def test_modalities_without_tasks_are_refused(tmp_path, modality):
+    for k in range(4):
+        slice_file(tmp_path / "s", k, Modality=modality)
+    assert f"modality {modality}" in refusal(tmp_path / "s")
+
+
+def test_a_tilted_gantry_shears_the_grid(tmp_path):
+    for k in range(4):
+        slice_file(tmp_path / "s", k, ImagePositionPatient=[-4, -6 + 0.3 * k, HEIGHTS[k]])
+    sheared = AFFINE.copy()
+    sheared[1, 2] = -0.3
+    check(tmp_path / "s", affine=sheared)

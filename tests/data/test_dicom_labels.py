@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import highdicom
+import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
@@ -103,6 +104,24 @@ def test_check_and_evaluate_read_them(tmp_path):
     assert not result.failed and [scores.dice for scores in result.cases["c1"]] == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("plane", ["axial", "tilted", "coronal"])
+def test_they_are_scored_as_predictions(tmp_path, kind, plane):
+    """The label is a NIfTI with other axes than the series, which need not be there."""
+    labels = labeled(tmp_path, kind, plane, "out/c1.dcm")
+    image = nib.Nifti1Image(np.where(labels == 3, 2, labels), read_scan(tmp_path / "ct").affine)
+    image = nib.as_closest_canonical(image) if kind != "rtstruct" else image.as_reoriented([[0, -1], [1, 1], [2, 1]])
+    (tmp_path / "true").mkdir()
+    nib.save(image, tmp_path / "true" / "c1.nii.gz")
+    shutil.rmtree(tmp_path / "ct")
+    task = Task(classes=("background", "liver", "kidney_left", "gadget"))
+    result = evaluate(tmp_path / "out", tmp_path / "true", task)
+    liver, kidney, gadget = (score.dice for score in result.cases["c1"])
+    third = (labels == 3).sum()
+    assert (liver, gadget) == (1.0, 0.0)
+    assert kidney == pytest.approx(2 * (labels == 2).sum() / (2 * (labels == 2).sum() + third))
+
+
 def fractional(path: Path, series: Path, values: np.ndarray, kind: str = "FRACTIONAL") -> Path:
     """A SEG of two segments, (slices, rows, columns, 2), by highdicom."""
     images = sorted((pydicom.dcmread(file) for file in series.iterdir()), key=lambda file: file.InstanceNumber)
@@ -132,12 +151,16 @@ def test_fractions_count_from_one_half(tmp_path):
 
 
 def test_overlaps_are_refused_with_their_names(tmp_path):
-    series = write_series(tmp_path / "ct")
+    series = write_series(tmp_path / "ct", values=np.arange(-900, np.prod(SHAPE) - 900, dtype=np.int16).reshape(SHAPE))
     values = np.zeros((SHAPE[2], SHAPE[1], SHAPE[0], 2), np.uint8)
     values[2, 3:9, 4:8, 0], values[2, 7:12, 4:8, 1] = 1, 1
     path = fractional(tmp_path / "s.dcm", series, values, "BINARY")
     with pytest.raises(InputError, match=r"s\.dcm.*'Kidney left' and 'liver' overlap by 8 voxels in slice 3"):
         read_label(path, series)
+    for name, overlapping in (("liver", values[2, ..., 0]), ("kidney left", values[2, ..., 1])):  # the task has one
+        task = Task(classes=("background", name), spacing=2.0, image_size=32, window=(-500, 500))
+        label = build_preprocessing(task, True)({"image": str(series), "label": str(path)})["label"]
+        np.testing.assert_array_equal(label[0].as_tensor()[:, :, 2], np.flip(overlapping.T, (0, 1)))
 
 
 def test_labels_of_another_series_are_refused(tmp_path):

@@ -220,7 +220,8 @@ def test_a_folder_of_nothing_known_says_what_could_be_done(tmp_path):
 
 def test_everything_in_a_folder_is_a_case_or_named(tmp_path):
     touch(tmp_path, "a.nii.gz", "a-label.nrrd", "a.json", "p7/ct.nii.gz", "p7/seg.nii.gz", "k.nii/k.nii", ".DS_Store")
-    touch(tmp_path, "f.mgz", "pair.img", "labels/a.nii.gz", "._a.nii.gz", "p8/thumb.jpg", "p8/st/old.nii.gz")
+    touch(tmp_path, "f.mgz", "pair.img", "pair.hdr", "labels/a.nii.gz", "._a.nii.gz", "p8/thumb.jpg")
+    touch(tmp_path, "p8/st/old.nii.gz", "disk.img")
     series(tmp_path / "p8" / "st" / "se")
     series(tmp_path / "p9")
     touch(tmp_path, "p9/thumb.jpg", "p9/old.nii.gz")
@@ -231,6 +232,8 @@ def test_everything_in_a_folder_is_a_case_or_named(tmp_path):
     cases = read_datalist(tmp_path, found.append, unlabeled=True).cases["test"]
     assert {c["id"]: str(Path(c["image"]).relative_to(tmp_path)) for c in cases} == {
         "a": "a.nii.gz",
+        "f": "f.mgz",
+        "pair": "pair.hdr",
         "k": "k.nii/k.nii",
         "p7_ct": "p7/ct.nii.gz",
         "p8_thumb": "p8/thumb.jpg",
@@ -240,7 +243,7 @@ def test_everything_in_a_folder_is_a_case_or_named(tmp_path):
     }
     named = {name for p in found for name in p.text.partition(": ")[2].partition(": ")[2].split(", ")}
     assert named == {
-        *("a-label.nrrd", "p7/seg.nii.gz", "a.json", "f.mgz", "pair.img", "labels", "annexed.nii.gz", "loop", "out"),
+        *("a-label.nrrd", "p7/seg.nii.gz", "a.json", "disk.img", "labels", "annexed.nii.gz", "loop", "out"),
         *("p9/thumb.jpg", "p9/old.nii.gz"),
     }
     assert not any(p.stops for p in found)

@@ -548,3 +548,28 @@ def test_a_segmentation_that_slicer_cropped_is_put_in_its_place():
     np.testing.assert_allclose(label.affine, grid[1])
     for name, place in (("a.nrrd", affine), ("a.seg.nrrd", AFFINES["ras"])):
         assert uncropped(Scan(cropped, place), grid, name).array.shape == cropped.shape
+
+
+@pytest.mark.parametrize("name", ["a.mgz", "a.mgh", "a.hdr", "a.img"])
+def test_freesurfer_and_pairs_of_files(tmp_path, name):
+    values = np.random.default_rng(0).integers(-900, 900, (5, 6, 7)).astype(np.int16)
+    affine = np.array([[0, 0, -2, 9], [1.5, 0, 0, -7], [0, 1, 0, 4], [0, 0, 0, 1.0]])
+    kind = nib.MGHImage if "mg" in name else nib.Nifti1Pair
+    nib.save(kind(values, affine), tmp_path / name)
+    scan = read_scan(tmp_path / name)
+    np.testing.assert_array_equal(scan.array, values)
+    np.testing.assert_allclose(scan.affine, affine, atol=1e-5)
+    shape, stated = read_geometry(tmp_path / name)
+    assert shape == (5, 6, 7)
+    np.testing.assert_allclose(stated, affine, atol=1e-5)
+    data = tmp_path / name.replace("hdr", "img")
+    data.write_bytes(data.read_bytes()[:-40])  # cut short
+    refusal(tmp_path / name, named=data)
+    data.unlink()
+    refusal(tmp_path / name)
+
+
+def test_analyze_is_refused(tmp_path):
+    nib.save(nib.AnalyzeImage(np.zeros((4, 4, 4), np.int16), np.eye(4)), tmp_path / "a.img")
+    with pytest.raises(InputError, match=r"a\.hdr is an Analyze image"):
+        read_scan(tmp_path / "a.hdr")

@@ -3,20 +3,25 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from pathlib import Path
 
 import highdicom
 import numpy as np
+import PIL.Image
 import pydicom
 import pytest
 import torch
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.encaps import encapsulate
+from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
 from scipy import ndimage
 from skimage.draw import polygon2mask
 
+from samda.data.dicom_labels import referenced_series
+from samda.data.readers import read_scan
 from samda.errors import InputError, UsageError
 from samda.inference.contours import mask_contours
 from samda.inference.dicom_out import write_dicom
@@ -166,6 +171,33 @@ def test_frames_of_one_file_are_referred_to(tmp_path, plane):
         assert np.abs((np.reshape(contour.ContourData, (-1, 3)).astype(float) - corner) @ normal).max() < 1e-3
 
 
+def compress(path: Path, syntax: UID) -> None:
+    """Compress a file of unsigned pixels without loss."""
+    file = pydicom.dcmread(path)
+    if syntax != JPEG2000Lossless:
+        file.compress(syntax, generate_instance_uid=False)
+    else:  # by Pillow, as pydicom needs a further package
+        code = io.BytesIO()
+        image = PIL.Image.fromarray(file.pixel_array.astype(np.uint16))
+        image.save(code, "JPEG2000", irreversible=False, no_jp2=True)
+        file.PixelData, file.file_meta.TransferSyntaxUID = encapsulate([code.getvalue()]), syntax
+        file["PixelData"].VR = "OB"
+    file.save_as(path)
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless, JPEG2000Lossless])
+def test_compressed_series(tmp_path, phantom, predictor, syntax):
+    labels = phantom.truth(SHAPE)
+    stored = np.asarray((1024, 1184, 904), np.int16)[labels]
+    folder = write_series(tmp_path / "in", "axial", stored, PixelRepresentation=0, RescaleIntercept=-1024)
+    for path in folder.iterdir():
+        compress(path, syntax)
+    np.testing.assert_array_equal(read_scan(folder).array, stored - 1024)
+    prediction = predictor.predict(folder)
+    np.testing.assert_array_equal(read_by_hand(prediction.to_dicom_seg(tmp_path / "seg.dcm"), "axial"), labels)
+    np.testing.assert_array_equal(from_contours(prediction.to_rtstruct(tmp_path / "rt.dcm"), "axial"), labels)
+
+
 def all_contours(structures: Dataset) -> list[Dataset]:
     return [contour for roi in structures.ROIContourSequence for contour in roi.ContourSequence]
 
@@ -277,6 +309,7 @@ def test_structures_say_what_they_are(tmp_path):
         {"StudyDate": "", "StudyTime": "", "StudyID": "longer than sixteen characters", "PatientBirthDate": "unknown"},
         {"AccessionNumber": "12345678901234567890", "PatientSex": "?", "PatientAge": "40"},
         {"StudyDescription": "x" * 99, "PatientName": "a" * 80},
+        {"StudyInstanceUID": "", "SeriesInstanceUID": "", "SOPInstanceUID": ""},
     ],
 )
 def test_a_missing_or_odd_tag_does_not_stop_the_export(tmp_path, kind, tags):
@@ -287,11 +320,16 @@ def test_a_missing_or_odd_tag_does_not_stop_the_export(tmp_path, kind, tags):
         found = from_contours(path, "axial") if kind == "rtstruct" else read_by_hand(path, "axial")
     np.testing.assert_array_equal(found, labels)
     assert pydicom.dcmread(path).get("FrameOfReferenceUID", "1.2.9") or kind == "rtstruct"
+    assert pydicom.dcmread(path).StudyInstanceUID and referenced_series(path)
 
 
-@pytest.mark.parametrize("tag", ["StudyInstanceUID", "SeriesInstanceUID"])
-def test_a_series_without_identity_is_refused(tmp_path, tag):
+@pytest.mark.parametrize("tag", ["SOPInstanceUID", "SOPClassUID"])
+def test_images_without_identity_are_refused(tmp_path, tag):
     folder = write_series(tmp_path / "series", **{tag: None})
+    for path in folder.iterdir():
+        file = pydicom.dcmread(path)
+        del file.file_meta, file.preamble
+        pydicom.dcmwrite(path, file, implicit_vr=True, little_endian=True)
     with pytest.raises(InputError, match=tag) as caught:
         write_dicom("dicom-seg", tmp_path / "a.dcm", blobs(), TASK, folder)
     assert str(folder) in str(caught.value) and not (tmp_path / "a.dcm").exists()

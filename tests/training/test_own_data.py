@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,17 @@ import torch
 from own_data import WRITERS
 
 from samda.data.datalists import read_datalist
+from samda.data.readers import read_scan
 from samda.data.suggest import check_and_suggest
 from samda.errors import InputError, UsageError
+from samda.inference.dicom_out import write_dicom
 from samda.inference.evaluate import evaluate
 from samda.inference.predict import Predictor, find_cases, predict_folder
 from samda.models.folder import load_model
 from samda.task import Task
 from samda.training import build_task, train
+from tests.inference.test_dicom_out import SHAPE, blobs, write_series
+from tests.inference.test_dicom_out import TASK as ORGANS
 
 EXPECTED = {  # layout -> modality, channels, classes
     "csv": ("CT", 1, ("background", "class_1", "class_2")),
@@ -105,3 +111,25 @@ def test_wrong_keys_are_refused_before_anything_is_read(tmp_path: Path) -> None:
         train(tmp_path / "nowhere", tmp_path / "model", overrides={"epoch": 3})
     with pytest.raises(UsageError, match="'epochs' must be a whole number, got 'many'"):
         train(tmp_path / "nowhere", tmp_path / "model", overrides={"epochs": "many"})
+
+
+def test_segments_and_contours_train_as_the_label_maps_that_they_were_made_of(
+    tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    rows = ["image,label,id"]
+    for k, kind in enumerate(("dicom-seg", "rtstruct", "dicom-seg"), 1):
+        labels, case = np.roll(blobs(), k, axis=0), tmp_path / "data" / f"c{k}"
+        values = np.random.default_rng(k).integers(-900, 0, SHAPE) + 300 * labels.astype(int)
+        series = write_series(case / "ct", "axial", values.astype(np.int16), SeriesInstanceUID=f"1.2.3.4.{k}")
+        write_dicom(kind, case / "label.dcm", labels, ORGANS, series)
+        nib.save(nib.Nifti1Image(labels, read_scan(series).affine), tmp_path / f"c{k}.nii.gz")
+        rows.append(f"data/c{k}/ct,c{k}.nii.gz,c{k}")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    task = Task(classes=ORGANS.classes[:3], spacing=2.0, image_size=64, window=(-900, 900))
+    ids = {"liver": (1,), "kidney_left": (2,)}
+    for name, data in (("dicom", tmp_path / "data"), ("nifti", tmp_path / "pairs.csv")):
+        own = dataclasses.replace(task, labels=ids if name == "nifti" else None)
+        train(data, tmp_path / name, own, overrides=keys, device="cpu", tracking="none")
+    dicom, nifti = (json.loads((tmp_path / name / "history.json").read_text())["epochs"] for name in ("dicom", "nifti"))
+    assert [row["loss"] for row in dicom] == [row["loss"] for row in nifti] and len(dicom) == keys["epochs"]
+    assert [row["mean_dice"] for row in dicom] == [row["mean_dice"] for row in nifti]

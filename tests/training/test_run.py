@@ -315,8 +315,8 @@ def test_a_finished_training_is_not_overwritten_by_chance(datalist: Path, tmp_pa
     before = tensors(tmp_path / "model")
     with pytest.raises(UsageError, match="already holds a training"):
         train(datalist, tmp_path / "model", TASK, overrides=keys | {"seed": 1})
-    with pytest.raises(UsageError, match="resume: seed was 0 and is now 1"):
-        train(datalist, tmp_path / "model", TASK, overrides=keys | {"seed": 1}, resume=True)
+    with pytest.raises(UsageError, match="resume: seed was 0 and is now 1"):  # before the data are read
+        train(tmp_path / "gone.json", tmp_path / "model", TASK, overrides=keys | {"seed": 1}, resume=True)
     assert same(before, tensors(tmp_path / "model"))
     train(datalist, tmp_path / "model", TASK, overrides=keys | {"seed": 1}, overwrite=True)
     assert not same(before, tensors(tmp_path / "model"))
