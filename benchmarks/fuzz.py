@@ -33,6 +33,7 @@ import SimpleITK as sitk
 import torch
 
 from samda.cli import main as cli
+from samda.inference.dicom_out import write_dicom
 from samda.models.folder import save_model
 from samda.networks.backbones import ViTConfig
 from samda.networks.segmenter import SamSegmenter
@@ -45,8 +46,8 @@ FLAT = (".png", ".jpg", ".tif", ".bmp")
 TEXTS = ("dataset.json", "list.csv", "task.yaml", "adapter.yaml")
 MODEL = ("adapter.json", "adapter.safetensors", "versions/active.json")
 KINDS = {
-    "scans": (*VOLUMES, *(f"a{ending}" for ending in FLAT), "dicom"),
-    "labels": VOLUMES,
+    "scans": (*VOLUMES, "a.mgz", "a.hdr", *(f"a{ending}" for ending in FLAT), "dicom"),
+    "labels": (*VOLUMES, "dicom-seg.dcm", "rtstruct.dcm"),
     "texts": TEXTS,
     "model": MODEL,
 }
@@ -61,9 +62,14 @@ def write_scan(folder: Path, name: str, label: bool = False) -> Path:
     organ = (x - 0.2) ** 2 + y**2 + 0 * z < 0.1
     noise = np.random.default_rng(0).normal(0, 9, organ.shape)
     array = organ if label else np.where(x**2 + y**2 < 0.8, 40, -1000) + 100 * organ + noise
-    if ".nii" in name:
-        nib.save(nib.Nifti1Image(array.astype(np.int16), np.diag([-3.0, -3.0, 5.0, 1.0])), folder / name)
+    endings = {".nii": nib.Nifti1Image, ".nii.gz": nib.Nifti1Image, ".hdr": nib.Nifti1Pair, ".mgz": nib.MGHImage}
+    kind = next((kind for ending, kind in endings.items() if name.endswith(ending)), None)
+    if kind is not None:
+        nib.save(kind(array.astype(np.int16), np.diag([-3.0, -3.0, 5.0, 1.0])), folder / name)
         return folder / name
+    if name.endswith(".dcm"):
+        series = write_scan(folder, "dicom").parent
+        return write_dicom(name.removesuffix(".dcm"), folder / name, array.astype(np.uint8), Task(), series)
     image = sitk.GetImageFromArray(array.astype(np.int16).T.copy())
     image.SetSpacing((3, 3, 5))
     if name.endswith(FLAT):

@@ -16,7 +16,16 @@ from pydicom.dataset import Dataset
 from skimage.draw import polygon
 
 from samda.data.dicom import Frame, frames_of, series_frames, stored_pixels
-from samda.data.dicom_files import SEGMENTATIONS, STRUCTURES, dicom_header, is_dicom, is_series, series_files, series_in
+from samda.data.dicom_files import (
+    SEGMENTATIONS,
+    STRUCTURES,
+    dicom_header,
+    is_dicom,
+    is_series,
+    refusing_damage,
+    series_files,
+    series_in,
+)
 from samda.data.formats import LPS_TO_RAS
 from samda.errors import InputError
 from samda.task import name_id
@@ -39,17 +48,19 @@ def is_dicom_label(path: Path) -> bool:
 
 def label_names(path: Path) -> list[str]:
     """The names of the segments or ROIs of a DICOM label."""
-    return list(_names(dicom_header(path), path).values())
+    with refusing_damage(path, "its segments cannot be read"):
+        return list(_names(dicom_header(path), path).values())
 
 
 def referenced_series(path: Path) -> set[str]:
     """SeriesInstanceUIDs that a DICOM label refers to."""
     header = dicom_header(path)
-    items = [*header.get("ReferencedSeriesSequence", [])]
-    for place in header.get("ReferencedFrameOfReferenceSequence", []):
-        for study in place.get("RTReferencedStudySequence", []):
-            items += study.get("RTReferencedSeriesSequence", [])
-    return {str(item.get("SeriesInstanceUID", "")) for item in items} - {""}
+    with refusing_damage(path, "its references cannot be read"):
+        items = [*(header.get("ReferencedSeriesSequence") or ())]
+        for place in header.get("ReferencedFrameOfReferenceSequence") or ():
+            for study in place.get("RTReferencedStudySequence") or ():
+                items += study.get("RTReferencedSeriesSequence") or ()
+        return {str(item.get("SeriesInstanceUID", "")) for item in items} - {""}
 
 
 def series_uid(path: Path) -> str:
@@ -78,11 +89,21 @@ def read_dicom_label(
         frames, affine = _grid_frames(path, *image)
     else:
         frames, _, affine = series_frames(_source(path, image))
+    passed: list[str] = []
+    with refusing_damage(path, "its segments cannot be read"):
+        ids = _painted(path, frames, wanted, passed)
+    for name in dict.fromkeys(passed):
+        warnings.warn(f"{path}: {name!r} has points or open lines, which are passed over", stacklevel=2)
+    return ids.transpose(2, 1, 0), affine
+
+
+def _painted(path: Path, frames: list[Frame], wanted: Collection[int] | None, passed: list[str]) -> np.ndarray:
+    """Ids (slices, rows, columns); `passed` gets the names of what has no area."""
     rows, columns = frames[0].shape
     ids = np.zeros((len(frames), rows, columns), np.int32)
     names: dict[int, str] = {0: "background"}
     structures = _kind(dicom_header(path)) == STRUCTURES
-    masks = _contours(path, frames) if structures else _segments(path, frames)
+    masks = _contours(path, frames, passed) if structures else _segments(path, frames)
     for place, name, mask in masks:
         number = name_id(name)
         if names.setdefault(number, name) != name:
@@ -98,7 +119,7 @@ def read_dicom_label(
                 "class, so give a task (--task) that lists one of them, or cut one out of the other"
             )
         plane[mask & ~taken] = number
-    return ids.transpose(2, 1, 0), affine
+    return ids
 
 
 def _kind(header: Dataset) -> str:
@@ -212,7 +233,7 @@ def _segments(path: Path, frames: list[Frame]) -> Iterator[tuple[int, str, np.nd
         yield place, names[number], values > 0 if kind == "BINARY" else values >= THRESHOLD * most
 
 
-def _contours(path: Path, frames: list[Frame]) -> Iterator[tuple[int, str, np.ndarray]]:
+def _contours(path: Path, frames: list[Frame], passed: list[str]) -> Iterator[tuple[int, str, np.ndarray]]:
     """Slice, name and mask of each ROI in each slice of an RTSTRUCT."""
     header = dicom_header(path)
     names, slices = _names(header, path), _Slices(frames)
@@ -221,9 +242,11 @@ def _contours(path: Path, frames: list[Frame]) -> Iterator[tuple[int, str, np.nd
         masks: dict[int, np.ndarray] = {}
         for contour in roi.get("ContourSequence", []) if name else ():
             if contour.get("ContourGeometricType") not in CLOSED:
-                warnings.warn(f"{path}: {name!r} has points or open lines, which are passed over", stacklevel=2)
+                passed.append(str(name))
                 continue
             points = np.reshape(np.asarray(contour.ContourData, float), (-1, 3))
+            if not np.isfinite(points).all():
+                raise InputError(f"{path}: a contour of {name!r} has points that are no numbers; repair it")
             k = slices.holding(points, path, f"a contour of {name!r}")
             frame = frames[k]
             steps = np.stack([frame.columns * frame.spacing_mm[0], frame.rows * frame.spacing_mm[1]], 1)
