@@ -185,6 +185,8 @@ class EmbeddingDataset(Dataset):
         self.memory_mb, self.folder = memory_mb, folder
         self.first = views if first is None else min(first, views)
         self.extras: list[dict[str, Any]] = [{} for _ in range(len(slices))]
+        self.pyramids: dict[int, Pyramid] = {}  # slot -> levels of all slices; a slot takes no room before its first view
+        self.labels: dict[int, torch.Tensor] = {}
         self.latest = torch.full((len(slices),), -1)  # newest view of each slice
         self.renewed = 0
         self._order: tuple[int, list[int]] | None = None  # of renewal: number of the cycle, slices
@@ -203,7 +205,7 @@ class EmbeddingDataset(Dataset):
     @property
     def nbytes(self) -> int:
         """Bytes of all pyramids."""
-        return sum(level.nbytes for level in self.pyramids.values())
+        return sum(level.nbytes for pyramid in self.pyramids.values() for level in pyramid.values())
 
     def _fill(self, enough: Callable[[], bool], collect: Callable[[Pyramid, torch.Tensor], None] | None) -> None:
         """Encode the first views: view 0 of all slices, then view 1, ...; in random order, as time may end."""
@@ -231,26 +233,26 @@ class EmbeddingDataset(Dataset):
     def _store(
         self, batch: list[tuple[int, int]], pyramid: Pyramid, labels: torch.Tensor, extras: list[dict[str, Any]]
     ) -> None:
-        if not hasattr(self, "pyramids"):
-            self._allocate(pyramid, labels)
         for position, (index, view) in enumerate(batch):
             slot = self.slot(view)
+            if slot not in self.pyramids:
+                self._allocate(slot, pyramid, labels)
             for name, level in pyramid.items():
-                self.pyramids[name][index, slot] = level[position]
-            self.labels[index, slot] = labels[position]
+                self.pyramids[slot][name][index] = level[position]
+            self.labels[slot][index] = labels[position]
             self.extras[index] = extras[position]
             self.latest[index] = max(int(self.latest[index]), view)
 
-    def _allocate(self, pyramid: Pyramid, labels: torch.Tensor) -> None:
-        """Room for all levels and labels, like those of a first batch: all levels in memory or all on disk."""
-        places = (len(self.slices), self.views)
-        shapes = {name: places + tuple(level.shape[1:]) for name, level in pyramid.items()}
+    def _allocate(self, slot: int, pyramid: Pyramid, labels: torch.Tensor) -> None:
+        """Room for a view of all slices, like those of a batch: all levels in memory or all on disk."""
+        count = len(self.slices)
+        shapes = {name: (count, *level.shape[1:]) for name, level in pyramid.items()}
         needed = sum(math.prod(shape) * HALF.itemsize for shape in shapes.values())
-        limit = self.memory_mb if needed <= self.memory_mb * 1e6 else 0.0
+        limit = self.memory_mb if self.nbytes + needed <= self.memory_mb * 1e6 else 0.0
         if not limit:
             check_disk(needed, self.memory_mb, self.folder)
-        self.pyramids = {name: allocate(shape, HALF, limit, self.folder) for name, shape in shapes.items()}
-        self.labels = allocate(places + tuple(labels.shape[1:]), labels.dtype, self.memory_mb, self.folder)
+        self.pyramids[slot] = {name: allocate(shape, HALF, limit, self.folder) for name, shape in shapes.items()}
+        self.labels[slot] = allocate((count, *labels.shape[1:]), labels.dtype, limit, self.folder)
 
     def _encode(
         self, batch: list[tuple[int, int]]
@@ -325,7 +327,7 @@ class EmbeddingDataset(Dataset):
     @property
     def cut_share(self) -> float:
         """Pixels of a cut over those of a slice; 1 where nothing is cut."""
-        sides = self.labels.shape[-2:]
+        sides = self.labels[0].shape[-2:]
         return math.prod(min(side, self.crop or side) for side in sides) / math.prod(sides)
 
     def signature(self) -> list[int]:
@@ -342,7 +344,7 @@ class EmbeddingDataset(Dataset):
         if self.latest[index] < 0:  # there was no time
             self._renew(index, 0)
         slot = self.choose(turn, index)
-        pyramid, label = map_levels(lambda level: level[index, slot], self.pyramids), self.labels[index, slot]
+        pyramid, label = map_levels(lambda level: level[index], self.pyramids[slot]), self.labels[slot][index]
         if turn and self.crop is not None and max(label.shape[-2:]) > self.crop:
             pyramid, label = self._cut(pyramid, label, draw(self.seed, "crop", turn, index))
         return {"pyramid": pyramid, "label": label, **self.extras[index]}

@@ -90,7 +90,8 @@ def test_the_choice_follows_from_the_seed() -> None:
 def test_beyond_the_budget_it_lies_on_disk_and_holds_the_same() -> None:
     memory, disk = (EmbeddingDataset(Slices(), Pool(), views=2, memory_mb=mb) for mb in (1, 0))
     assert [memory.cost["on_disk"], disk.cost["on_disk"]] == [False, True]
-    assert torch.equal(memory.pyramids["embedding"], disk.pyramids["embedding"])
+    for slot in (0, 1):
+        assert torch.equal(memory.pyramids[slot]["embedding"], disk.pyramids[slot]["embedding"])
     assert torch.equal(memory[1, 3]["label"], disk[1, 3]["label"])
 
 
@@ -174,11 +175,19 @@ def test_reduced_precision_where_the_processor_computes_it(
         monkeypatch.setattr("samda.embeddings.computes_bf16", lambda device, computed=computed: computed)
         dataset = EmbeddingDataset(Noise(), network, views=2, amp=True, batch_size=4)
         assert dataset.cost["precision"] == ("bf16" if computed else "fp32")
-        found[computed] = dataset.pyramids
+        found[computed] = dataset.pyramids[1]
     for name, exact in found[False].items():
         difference = (found[True][name].float() - exact.float()).norm() / exact.float().norm()
         assert difference < 0.02 and (difference > 1e-4 or name == "image"), name
     assert torch.equal(found[True]["image"], found[False]["image"])
+
+
+def test_a_view_takes_room_when_it_is_there() -> None:
+    dataset = EmbeddingDataset(Slices(), Pool(), views=8, first=2)
+    two = dataset.nbytes
+    dataset.renew(len(dataset))
+    assert dataset.nbytes == 1.5 * two
+    assert EmbeddingDataset(Slices(), Pool(), views=8).nbytes == 4 * two
 
 
 def test_slices_that_there_was_no_time_for_are_encoded_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--head", choices=("pyramid", "sam"), help="class head; default pyramid")
     parser.add_argument("--minutes", type=float, metavar="N", help="wall time of the whole training; instead of steps")
-    parser.add_argument("--steps", type=positive, metavar="N", help="gradient steps; default 1500")
+    parser.add_argument("--steps", type=positive, metavar="N", help="gradient steps; default 3000")
     parser.add_argument("--epochs", type=positive, metavar="N", help="passes over the training slices, instead")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="slices per step")
     parser.add_argument(

@@ -18,7 +18,7 @@ from samda.processes import broadcast, rank_and_world
 
 logger = logging.getLogger(__name__)
 
-STEPS = 1500  # where nothing else is said
+STEPS = 3000  # where nothing else is said
 ROUNDS = 10  # validations of a training by steps or minutes
 ENDLESS = 10**9  # steps of a round for the engine, which :class:`Pace` ends itself
 ENCODING = 0.25  # share of the time that may go into encoding

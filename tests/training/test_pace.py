@@ -228,8 +228,10 @@ def test_new_views_take_the_places_of_the_oldest() -> None:
         assert values == {10.0 * index + view for view in held}
     again = EmbeddingDataset(Slices(), Pool(), views=3, first=2)
     again.load_state_dict(dataset.state_dict())
-    assert torch.equal(again.pyramids["embedding"], dataset.pyramids["embedding"])
-    assert torch.equal(again.labels, dataset.labels) and again.renewed == 12
+    for slot in range(3):
+        assert torch.equal(again.pyramids[slot]["embedding"], dataset.pyramids[slot]["embedding"])
+        assert torch.equal(again.labels[slot], dataset.labels[slot])
+    assert again.renewed == 12
 
 
 def test_cuts_keep_labels_and_levels_together() -> None:
