@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,10 @@ def _done() -> str:
     lines = []
     for part in PARTS:
         wanted, left = len(planned(part)), len(missing(part))
-        lines.append([part, str(wanted), str(wanted - left), f"{left}, not made yet" if left else "none"])
-    return markdown(["part", "runs planned", "done", "left out"], lines)
+        kinds = Counter(row.get("processor", "not noted") for row in read(part) if "data" in row)
+        on = ", ".join(f"{kind}: {count}" for kind, count in kinds.items())
+        lines.append([part, str(wanted), str(wanted - left), f"{left}, not made yet" if left else "none", on])
+    return markdown(["part", "runs planned", "done", "left out", "instructions of the processor: runs"], lines)
 
 
 def checksum(rows: Any) -> str:

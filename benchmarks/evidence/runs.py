@@ -114,7 +114,8 @@ def measure(run: Run, root: Path | None) -> Run:
         if "data" in run:
             if root is None:
                 raise FileNotFoundError(f"{run['data']} needs --data FOLDER; docs/evidence.md names the sources")
-            return run | _measure_training(run, root, Path(folder))
+            row = _measure_training(run, root, Path(folder))
+            return run | row | {"processor": torch.backends.cpu.get_cpu_capability()}
         if "demo" in run:
             return run | _measure_demo(run["seed"], Path(folder) / "demo")
     if "target" in run:
