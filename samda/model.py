@@ -56,7 +56,8 @@ class Model:
         keep_largest: bool | str | Sequence[str] | None = None,
         **settings: Any,
     ) -> Prediction:
-        """Segment one scan; `prediction.image` is the label map on the grid of the scan.
+        """Segment one scan; `prediction.image` is the label map on the grid of the scan, `prediction.expected_dice` the
+        predicted Dice of each class.
 
         Args:
             scan: path of a file or DICOM folder, a nibabel image, or a case {"image": one of these, "id": name}.
@@ -66,7 +67,8 @@ class Model:
             settings: of :class:`samda.Predictor`, for instance `batch_size` or `amp`.
         """
         task = override(self.task, keep_largest, modality)
-        return Predictor(self.network, task, self.device, **settings).predict(scan, probabilities)
+        predictor = Predictor(self.network, task, self.device, record=self.record, **settings)
+        return predictor.predict(scan, probabilities)
 
     def adapt(self, scan: str | Path | SpatialImage | Mapping[str, Any], **settings: Any) -> AdaptedCase:
         """Adapt to one scan without labels and segment it; then restore the parameters bitwise.

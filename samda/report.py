@@ -161,7 +161,11 @@ def curve(history: Sequence[Mapping[str, Any]], keys: Sequence[str], x: str = "e
 
 
 def scan_slices(
-    image: Image, maps: Mapping[str, str | Path], task: Task, mapped: Sequence[str] = ()
+    image: Image,
+    maps: Mapping[str, str | Path],
+    task: Task,
+    mapped: Sequence[str] = (),
+    dataset_labels: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Slices (n, C, H, W) of a scan as the network sees them, and (n, H, W) of label maps on its grid.
 
@@ -170,10 +174,11 @@ def scan_slices(
         maps: name -> file; their values are class indices.
         task: geometry and intensities.
         mapped: names of those whose values are ids of the data set instead, see :func:`samda.data.labels.label_map`.
+        dataset_labels: these ids by class, where the data set states them.
     """
     keys = list(maps)
     data = build_preprocessing(task, labels=False)({"image": image} | {key: str(path) for key, path in maps.items()})
-    mapping = MapLabelsd(mapped, task)
+    mapping = MapLabelsd(mapped, task, dataset_labels)
     steps: list[Any] = [LoadScand(keys, labels=True, wanted=mapping.map.wanted), EnsureChannelFirstd(keys)]
     steps += [Orientationd(keys, axcodes="RAS", labels=RAS_LABELS), CheckSameGridd(keys)]
     data = Preprocessing([*steps, mapping] if mapped else steps)(data)

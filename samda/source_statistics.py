@@ -13,7 +13,7 @@ Levels: mean and spread over the body of each channel of the encoder's levels, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from scipy import ndimage
 
+from samda.adapters.base import modules
+from samda.adapters.sites import LevelSite
 from samda.data.body import body_mask, body_threshold
 from samda.embeddings import labeled_batches
 from samda.errors import InputError
@@ -37,6 +39,8 @@ COARSE_MM = 3.0  # step of the grid on which the body is searched
 VERSION = 1
 MOST = 256  # slices whose features are measured: enough for moments of 256 channels over 16 x 16 places or more
 EPS = 1e-6
+LEAST_VARIANCE = 1e-8
+MOST_GAIN = 4.0  # by which the alignment may change a channel's spread
 
 FEATURES = {
     "area_mm2": "area in a slice",
@@ -299,9 +303,9 @@ def feature_statistics(
             height, width = (side // network.head.feature_stride for side in labels.shape[1:])
             shares = class_shares(labels, network.num_classes, (height, width)).double()
             found = [list(class_sums(torch.cat(kept).double(), shares)) for kept in tap.features]
-            features = _added(features, found)
+            features = added(features, found)
             if isinstance(network.head, PyramidHead):
-                levels = _added(levels, level_sums(network, pyramid, task))
+                levels = added(levels, level_sums(network, pyramid, task))
     return {"features": [_moments(*layer) for layer in features], "levels": [_moments(*level) for level in levels]}
 
 
@@ -318,7 +322,49 @@ def level_sums(network: SamSegmenter, pyramid: Pyramid, task: Task) -> Sums:
     return sums
 
 
-def _added(sums: Sums, found: Sums) -> Sums:
+def align_levels(
+    network: SamSegmenter,
+    parameters: Mapping[str, torch.Tensor],
+    source: Sequence[Mapping[str, Any]],
+    found: Sequence[Sequence[torch.Tensor]],
+    strength: float,
+) -> dict[str, torch.Tensor]:
+    """Values of the adapter `ssf` that bring the moments of a scan's levels to those of the training slices.
+
+    With mean m and deviation s of a channel u in the body of the scan, and m0, s0 in that of the training slices,
+
+        u -> s' / s (u - m) + m',    m' = m + a (m0 - m),    s' = s (s0 / s)^a
+
+    a is the `strength`, 0 to 1; s' / s is limited to 1/4 to 4. The trained scale and shift follow.
+
+    Args:
+        network: with the head `pyramid`.
+        parameters: those that may move, by name.
+        source: the "levels" of :func:`feature_statistics`.
+        found: of :func:`level_sums`.
+        strength: a.
+    """
+    aligned: dict[str, torch.Tensor] = {}
+    done = set()
+    for path, site, adapter in modules(network):
+        names = f"{path}.scale", f"{path}.shift"
+        if not isinstance(site, LevelSite) or site in done or names[0] not in parameters:
+            continue
+        done.add(site)
+        weight, total, square = (part.squeeze(0) for part in found[site.info.block])
+        mean = total / weight
+        std = (square / weight - mean.square()).clamp_min(LEAST_VARIANCE).sqrt()
+        mean0, std0 = (torch.tensor(source[site.info.block][key][0]).to(mean) for key in ("mean", "std"))
+        gain = (std0 / std).pow(strength).clamp(1 / MOST_GAIN, MOST_GAIN)
+        trained = 1 + sum(other.delta()[0].detach().double() for other in site.active())
+        changes = trained * (gain - 1), trained * (mean + strength * (mean0 - mean) - gain * mean)
+        for name, old, change in zip(names, adapter.delta(), changes, strict=True):
+            aligned[name] = (old.detach() + change).to(old.dtype)
+    return aligned
+
+
+def added(sums: Sums, found: Sums) -> Sums:
+    """Sums of two parts; `sums` may be empty."""
     return [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, found, strict=True)] if sums else found
 
 

@@ -1,19 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A scan against the statistics of the training slices (:mod:`samda.source_statistics`): features and predictions.
 
-Alignment of levels: the mean and spread of each channel that the head `pyramid` reads, in closed form.
-
 Alignment of features: another scanner shifts and scales the channels that the class head reads. Networks with batch
 norm re-estimate their moments at test time; SAM has none, so the adapter restores the moments of the training slices,
 as in activation matching (ActMAD, arXiv 2211.12870). A scan may show other organs than the training slices, so the
 source's moments are kept by class and mixed in the proportions that the source model predicts. Unlike entropy the
 distance has no trivial minimum.
-
-Plausibility of a prediction: for every class the model folder has the quantiles over training slices of area, number of
-pieces, compactness, elongation and position in the body; only slices with the class are compared, so a scan may be a
-slab. A feature scores 1 inside the source's 5 % to 95 % range and falls off outside like a Gaussian whose width is the
-distance from the median to that end. A class scores the mean over its slices, weighted by area, of the geometric mean
-of its features: an organ of usual size and position scores near 1, specks and leaks near 0.
 """
 
 from __future__ import annotations
@@ -28,21 +20,13 @@ import torch
 from samda.adaptation.case import PreparedCase, Segmentation, slice_areas
 from samda.adaptation.guard import Evidence
 from samda.adaptation.objectives import most_likely
-from samda.adapters.base import modules
-from samda.adapters.sites import LevelSite
 from samda.errors import InputError
-from samda.networks.segmenter import SamSegmenter
-from samda.source_statistics import FEATURES, Box, FeatureTap, class_shares, class_sums, shape_features
+from samda.quality import class_plausibility
+from samda.source_statistics import LEAST_VARIANCE, Box, FeatureTap, class_shares, class_sums, shape_features
 from samda.task import Task
 
-LEAST_VARIANCE = 1e-8
-MOST_GAIN = 4.0  # by which a channel's spread may change
 STRENGTHS = (0.5, 1.0)  # of the alignment of levels
 FEW = 8.0  # places of the grid that a class must fill to be aligned by itself
-# least width of a feature's fall-off: one patient's slices do not show how far patients differ
-LEAST = {"area_mm2": 0.4, "components": 1.0, "compactness": 0.1, "elongation": 0.2, "row": 0.06, "column": 0.06}
-LOGARITHMIC = ("area_mm2", "elongation")  # compared as ratios
-ONE_SIDED = {"components": 1, "compactness": -1}  # fewer pieces or a rounder shape is not penalized
 
 
 class FeatureAlignment:
@@ -137,81 +121,6 @@ def _distance(mean: torch.Tensor, square: torch.Tensor, mean0: torch.Tensor, squ
     return ((mean - mean0).abs() / variance0.sqrt()).mean() + 0.5 * (variance / variance0).log().abs().mean()
 
 
-def feature_score(name: str, values: np.ndarray, quantiles: Mapping[float, float]) -> np.ndarray:
-    """Score of a feature's (n,) values, 0 to 1, see the module; `quantiles` has 0.05, 0.5 and 0.95 of the source."""
-    low, middle, high = (quantiles[q] for q in (0.05, 0.5, 0.95))
-    if name in LOGARITHMIC:
-        values = np.log(np.maximum(values, 1e-6))
-        low, middle, high = (math.log(max(v, 1e-6)) for v in (low, middle, high))
-    below = np.maximum(0.0, low - values) / max(middle - low, LEAST[name])
-    above = np.maximum(0.0, values - high) / max(high - middle, LEAST[name])
-    side = ONE_SIDED.get(name, 0)
-    departure = above if side > 0 else below if side < 0 else below + above
-    return np.exp(-0.5 * departure**2)
-
-
-def class_plausibility(
-    measured: Mapping[str, Sequence[float]], source: Mapping[str, Any], quantiles: Sequence[float]
-) -> float | None:
-    """Plausibility of one class; None where no slice holds it.
-
-    `measured` has each feature's (n,) values over the slices with the class; `source` is the class's entry of the
-    model's statistics, which lists these `quantiles`.
-    """
-    areas = np.asarray(measured["area_mm2"], float)
-    if not len(areas):
-        return None
-    if source.get("area_mm2") is None:
-        return 0.0  # the training data never showed this class
-    logs = []
-    for name in FEATURES:
-        known = dict(zip(quantiles, source[name], strict=True))
-        logs.append(np.log(np.maximum(feature_score(name, np.asarray(measured[name], float), known), 1e-9)))
-    scores = np.exp(np.mean(logs, axis=0))
-    return float(np.average(scores, weights=areas))
-
-
-def align_levels(
-    network: SamSegmenter,
-    parameters: Mapping[str, torch.Tensor],
-    source: Sequence[Mapping[str, Any]],
-    found: Sequence[Sequence[torch.Tensor]],
-    strength: float,
-) -> dict[str, torch.Tensor]:
-    """Values of the adapter `ssf` that bring the moments of a scan's levels to those of the training slices.
-
-    With mean m and deviation s of a channel u in the body of the scan, and m0, s0 in that of the training slices,
-
-        u -> s' / s (u - m) + m',    m' = m + a (m0 - m),    s' = s (s0 / s)^a
-
-    a is the `strength`, 0 to 1; s' / s is limited to 1/4 to 4. The trained scale and shift follow.
-
-    Args:
-        network: with the head `pyramid`.
-        parameters: those that may move, by name.
-        source: the "levels" of :func:`samda.source_statistics.feature_statistics`.
-        found: of :func:`samda.source_statistics.level_sums`.
-        strength: a.
-    """
-    aligned: dict[str, torch.Tensor] = {}
-    done = set()
-    for path, site, adapter in modules(network):
-        names = f"{path}.scale", f"{path}.shift"
-        if not isinstance(site, LevelSite) or site in done or names[0] not in parameters:
-            continue
-        done.add(site)
-        weight, total, square = (part.squeeze(0) for part in found[site.info.block])
-        mean = total / weight
-        std = (square / weight - mean.square()).clamp_min(LEAST_VARIANCE).sqrt()
-        mean0, std0 = (torch.tensor(source[site.info.block][key][0]).to(mean) for key in ("mean", "std"))
-        gain = (std0 / std).pow(strength).clamp(1 / MOST_GAIN, MOST_GAIN)
-        trained = 1 + sum(other.delta()[0].detach().double() for other in site.active())
-        changes = trained * (gain - 1), trained * (mean + strength * (mean0 - mean) - gain * mean)
-        for name, old, change in zip(names, adapter.delta(), changes, strict=True):
-            aligned[name] = (old.detach() + change).to(old.dtype)
-    return aligned
-
-
 class Judge:
     """Turns predictions into evidence for the guard; its :attr:`alignment` measures features.
 
@@ -243,7 +152,7 @@ class Judge:
         voxel_ml = float(np.prod(case.grid.spacing_mm)) / 1000.0
         counts = slice_areas(prediction.labels, self.task.num_classes, case.grid.axes[0]).sum(1)
         volumes = {name: int(count) * voxel_ml for name, count in zip(self.task.classes[1:], counts, strict=True)}
-        return Evidence(volumes, plausibility, agreement, entropy, drift)
+        return Evidence(volumes, plausibility, agreement, entropy, drift, prediction.expected)
 
     def plausibility(self, labels: torch.Tensor, boxes: Sequence[Box]) -> dict[str, float | None]:
         """Plausibility of each foreground class in predicted slices (n, H, W), whose body lies in `boxes`."""

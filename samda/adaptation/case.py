@@ -15,15 +15,16 @@ import torch
 import torch.nn as nn
 from nibabel.spatialimages import SpatialImage
 
-from samda.adaptation.views import View, apply_view
 from samda.data.slices import SliceGrid
 from samda.inference.dicom_out import DicomOutput
 from samda.inference.postprocessing import keep_largest
 from samda.inference.volume import VolumeInferer, largest
 from samda.inference.writer import label_image
 from samda.networks.head import IMAGE, Pyramid, cat_levels, map_levels
+from samda.quality import Calibration, CaseQuality, QualityMeter
 from samda.source_statistics import Box
 from samda.task import Task
+from samda.views import View, apply_view
 
 LEAST_FREE = 1 << 30  # bytes of the disk that are left to others
 
@@ -36,6 +37,7 @@ class Segmentation:
 
     labels: np.ndarray  # (X, Y, Z) class indices
     uncertainty: np.ndarray  # (X, Y, Z) float16, normalized entropy of the class probabilities, 0 to 1
+    expected: CaseQuality | None = None  # where the model has a calibration
 
 
 @dataclasses.dataclass
@@ -74,6 +76,7 @@ class AdaptedCase(DicomOutput):
         scan: the scan's file or DICOM folder, or the nibabel image that it came as.
         tensors: the adapted parameters, where accepted.
         task: of the model, for DICOM output.
+        quality: what Dice is to be expected of the map to use; None where the model has no calibration.
     """
 
     case: str
@@ -85,6 +88,7 @@ class AdaptedCase(DicomOutput):
     scan: Path | SpatialImage | None = None
     tensors: dict[str, torch.Tensor] | None = None
     task: Task | None = None
+    quality: CaseQuality | None = None
 
     @property
     def image(self) -> SpatialImage:
@@ -104,32 +108,49 @@ class EmbeddingReplay:
 
     The inferer asks for the same batches in the same order on every pass, so pyramids are kept in that order. Those
     beyond `memory_mb` (10^6 bytes) lie in nameless temporary files, or are computed again if the disk has no room;
-    None keeps none, as an adapted encoder needs.
+    None keeps none, as an adapted encoder needs. With a `calibration`, `meter` sees every pass.
     """
 
-    def __init__(self, network: nn.Module, memory_mb: float | None) -> None:
-        self.network, self.memory_mb = network, memory_mb
+    def __init__(
+        self,
+        network: nn.Module,
+        memory_mb: float | None,
+        meter: QualityMeter | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:
+        self.network, self.memory_mb, self.meter, self.calibration = network, memory_mb, meter, calibration
         self.rewind(forget=True)
 
     def rewind(self, forget: bool = False) -> None:
         """Begin a pass; with `forget`, as the first one."""
         self.next = 0
+        if self.meter is not None:
+            self.meter.clear()
         if forget:
             self.kept: list[Pyramid | IO[bytes] | None] = []
             self.held = 0  # bytes in memory
+
+    def expected(self) -> CaseQuality | None:
+        """What Dice is to be expected of the pass."""
+        if self.meter is None or self.calibration is None:
+            return None
+        return self.calibration.expected(self.meter.features())
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         place, self.next = self.next, self.next + 1
         kept = self.kept[place] if place < len(self.kept) else None
         if isinstance(kept, dict):
-            return self.network(kept)
+            return self._decode(images, kept)
         if kept is not None:
             kept.seek(0)
-            return self.network(torch.load(kept, map_location=images.device))
+            return self._decode(images, torch.load(kept, map_location=images.device))
         pyramid = self.network.encode(images)  # type: ignore[operator]
         if place == len(self.kept):
             self.kept.append(self._stored(pyramid))
-        return self.network(pyramid)
+        return self._decode(images, pyramid)
+
+    def _decode(self, images: torch.Tensor, pyramid: Pyramid) -> torch.Tensor:
+        return self.network(pyramid) if self.meter is None else self.meter(images, pyramid)
 
     def _stored(self, pyramid: Pyramid) -> Pyramid | IO[bytes] | None:
         if self.memory_mb is None:
@@ -159,7 +180,7 @@ def segment(inferer: VolumeInferer, data: dict[str, Any], grid: SliceGrid, repla
         labels[place] = largest(maps).cpu().numpy()
         entropy = -(maps * maps.clamp_min(1e-12).log()).sum(0) / np.log(len(maps))
         uncertainty[place] = entropy.clamp(0.0, 1.0).cpu().numpy()
-    return Segmentation(keep_largest(labels, inferer.task.largest_only), uncertainty)
+    return Segmentation(keep_largest(labels, inferer.task.largest_only), uncertainty, replay.expected())
 
 
 def choose_slices(areas: np.ndarray, doubt: np.ndarray, count: int) -> list[int]:

@@ -25,7 +25,7 @@ from nibabel.spatialimages import SpatialImage
 from torch.utils.checkpoint import checkpoint
 
 from samda.adaptation.agreement import class_agreement, foreground_entropy, mean_agreement
-from samda.adaptation.alignment import STRENGTHS, CaseAlignment, Judge, align_levels
+from samda.adaptation.alignment import STRENGTHS, CaseAlignment, Judge
 from samda.adaptation.case import (
     AdaptedCase,
     EmbeddingReplay,
@@ -42,7 +42,6 @@ from samda.adaptation.guard import Decision, after, before, mean_plausibility
 from samda.adaptation.loop import Trajectory, decision_of, keep_last, load, optimize, restoring
 from samda.adaptation.objectives import check_settings, log_probabilities, most_likely
 from samda.adaptation.record import Outcome, case_record
-from samda.adaptation.views import make_views, mirrored_classes, restore_view, seed_of
 from samda.adapters.adapter_file import state_tensors
 from samda.adapters.attach import default_scope, scope_parameters
 from samda.adapters.base import changes_encoder, modules, unmerge
@@ -56,8 +55,10 @@ from samda.networks.head import IMAGE, Pyramid, map_levels, split_levels
 from samda.networks.segmenter import SamSegmenter
 from samda.progress import share
 from samda.provenance import now, path_sha256, sha256_of, tensors_sha256
-from samda.source_statistics import FeatureTap, body_boxes, level_sums
+from samda.quality import Calibration, QualityMeter
+from samda.source_statistics import FeatureTap, align_levels, body_boxes, level_sums
 from samda.task import Task
+from samda.views import make_views, mirrored_classes, restore_view, seed_of
 
 GRADIENT_PIXELS = 1 << 22  # pixels of the slices decoded at once with gradients: about 0.5 GB for the head `sam`
 
@@ -113,6 +114,8 @@ class Adaptation:
             for name in adapter.adapter_params()
         }
         self.judge = Judge(task, record)
+        self.calibration = Calibration.from_record(record)
+        self.meter = None if self.calibration is None else QualityMeter(network, task, record["statistics"])
         self.embedded = not changes_encoder(network, self.parameters)  # then views are encoded once
         self.mirror = mirrored_classes(task.classes)
         self.preprocessing = build_preprocessing(task, labels=False)
@@ -128,6 +131,12 @@ class Adaptation:
         values = self.settings.to_dict() | {"objective": self.objective.settings(), "modality": self.task.modality}
         del values["keep_largest"]  # the task's own is not a setting
         return values | ({"keep_largest": self.task.to_dict()["keep_largest"]} if self.task.largest_only else {})
+
+    @property
+    def margin(self) -> float:
+        """Predicted gain of the mean Dice from which the adapted map replaces the other; NaN where it is unknown."""
+        margin = None if self.calibration is None else self.calibration.margin
+        return math.nan if margin is None else margin
 
     def describe(self) -> dict[str, Any]:
         """Model and settings as a record has them."""
@@ -226,7 +235,8 @@ class Adaptation:
         volume = data["image"].as_tensor()
         begin = time.perf_counter()
         grid = SliceGrid.from_volume(volume, data["image"].affine, task)
-        replay = EmbeddingReplay(self.network, settings.memory_mb if self.embedded else None)
+        memory_mb = settings.memory_mb if self.embedded else None
+        replay = EmbeddingReplay(self.network, memory_mb, self.meter, self.calibration)
         source = segment(self.inferer, data, grid, replay)
         predicted = time.perf_counter()
         share(0.2)
@@ -265,7 +275,7 @@ class Adaptation:
             logits = self.logits(case).float()
         shown = class_agreement(logits)
         source = self.judge.evidence(case, case.source, mean_agreement(shown), foreground_entropy(logits))
-        return Outcome(source, before(source, bool(shown), self.guard))
+        return Outcome(source, before(source, bool(shown), self.guard, self.margin))
 
     def optimize(self, case: PreparedCase) -> Trajectory:
         """Adapt to a prepared case; the model keeps its values, the result is in the trajectory."""
@@ -333,6 +343,7 @@ class Adaptation:
             dataclasses.replace(evidence, agreement=now_),
             self.guard,
             (last, run.entropy[-1]),
+            self.margin,
         )
 
     def restore(self, case: PreparedCase, outcome: Outcome) -> AdaptedCase:
@@ -347,7 +358,9 @@ class Adaptation:
         record = case_record(self.describe(), case, outcome, self.guard.absent, self.task.classes)
         record["labels_sha256"] = {"source": sha256_of(source), "final": sha256_of(labels)}
         tensors = outcome.run.tensors if outcome.accepted and outcome.run is not None else None
-        return AdaptedCase(case.name, labels, source, uncertainty, affine, record, case.scan, tensors, self.task)
+        return AdaptedCase(
+            case.name, labels, source, uncertainty, affine, record, case.scan, tensors, self.task, final.expected
+        )
 
     def _own_grid(self, case: PreparedCase, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A map in RAS order in the axis order of the scan's file, and its affine."""

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guard: may the adapted prediction replace the plain one? A pure function of a few numbers, no images, no labels.
 
-Both predictions are judged alike: by their plausibility, that is the agreement of their shapes with the training slices
-(:mod:`samda.adaptation.alignment`), and by the agreement of the views of a slice. So an organ may grow fifty-fold where
-the result has the usual size and position, and entropy that falls because everything became background is not accepted.
+Where the model has a calibration (:mod:`samda.quality`), the adapted prediction replaces the plain one if its predicted
+Dice is higher by the calibrated margin.
+
+Without one, both predictions are judged alike: by their plausibility, that is the agreement of their shapes with the
+training slices, and by the agreement of the views of a slice. So an organ may grow fifty-fold where the result has the
+usual size and position, and entropy that falls because everything became background is not accepted.
 
 Every decision carries one of the codes of :data:`REASONS`.
 """
@@ -13,9 +16,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from samda.errors import UsageError, check_numbers
+
+if TYPE_CHECKING:  # it imports PyTorch, which `samda adapt --help` must not
+    from samda.quality import CaseQuality
 
 REASONS = {
     "accepted": "the adapted prediction is more plausible or its views agree better, and they do not agree less",
@@ -26,6 +32,7 @@ REASONS = {
     "fallback_volume": "a class grew or shrank beyond the limit, became implausible, and the whole less plausible",
     "fallback_plausibility": "plausibility fell by more than better agreement makes up for",
     "fallback_agreement": "the views agree less, or neither agreement nor plausibility rose",
+    "fallback_expected": "the predicted Dice did not rise by the calibrated margin",
     "fallback_drift": "the features went away from those of the training slices",
     "fallback_entropy": "certainty rose while agreement fell: the sign of confirmation bias",
     "fallback_nonfinite": "a loss, parameter or output was not finite",
@@ -52,6 +59,7 @@ class Evidence:
     agreement: float  # of the views, see samda.adaptation.agreement; NaN with a single view
     entropy: float  # mean normalized entropy on the foreground
     drift: float = math.nan  # see samda.adaptation.alignment.FeatureAlignment; NaN where it was not measured
+    expected: CaseQuality | None = None  # predicted Dice, where the model has a calibration
 
     def score(self, absent: float) -> float:
         """See :func:`mean_plausibility`."""
@@ -60,6 +68,7 @@ class Evidence:
     def to_dict(self, absent: float) -> dict[str, Any]:
         """Plain values for the record."""
         values = dataclasses.asdict(self) | {"score": self.score(absent)}
+        values["expected"] = None if self.expected is None else self.expected.to_dict()
         return values | {"drift": None if math.isnan(self.drift) else self.drift}
 
 
@@ -108,11 +117,18 @@ class Decision:
         return cls(reason.partition("_")[0], reason, explanation)
 
 
-def before(source: Evidence, shown: bool, settings: GuardSettings) -> Decision | None:
-    """A reason not to adapt at all; `shown`: does any view show foreground on any slice that would be adapted on?"""
+def before(source: Evidence, shown: bool, settings: GuardSettings, margin: float = math.nan) -> Decision | None:
+    """A reason not to adapt at all.
+
+    `shown`: does any view show foreground on any slice that would be adapted on? `margin` is that of the calibration.
+    """
     if not shown and not any(source.volumes_ml.values()):
         return Decision.of("skipped_empty", "neither the scan nor its views have any foreground; check the scan")
     score = source.score(settings.absent)
+    expected = 0.0 if source.expected is None else source.expected.mean
+    if expected + margin >= 1 > settings.skip_agreement and expected > 0:  # false without a margin (NaN)
+        text = f"predicted Dice {expected:.3f}: no gain can exceed the margin {margin:.3f}"
+        return Decision.of("skipped_quality", text)
     if source.agreement >= settings.skip_agreement and score >= settings.skip_plausibility:
         numbers = f"views agree to {source.agreement:.3f}, plausibility {score:.2f}"
         return Decision.of("skipped_quality", f"the source prediction is good: {numbers}")
@@ -120,9 +136,18 @@ def before(source: Evidence, shown: bool, settings: GuardSettings) -> Decision |
 
 
 def after(
-    source: Evidence, adapted: Evidence, settings: GuardSettings, last: tuple[float, float] | None = None
+    source: Evidence,
+    adapted: Evidence,
+    settings: GuardSettings,
+    last: tuple[float, float] | None = None,
+    margin: float = math.nan,
 ) -> Decision:
-    """Accept the kept iterate or fall back to the source; `last` is (agreement, entropy) of the last iterate."""
+    """Accept the kept iterate or fall back to the source.
+
+    `last` is (agreement, entropy) of the last iterate; `margin` that of the calibration, where there is one.
+    """
+    if source.expected is not None and adapted.expected is not None and not math.isnan(margin):
+        return _by_expected_dice(source.expected, adapted.expected, margin)
     for name, volume in source.volumes_ml.items():
         reason = _class_reason(name, volume, source, adapted, settings)
         if reason is not None:
@@ -146,6 +171,14 @@ def after(
     if last is not None and last[0] < source.agreement and last[1] < source.entropy and gain <= settings.improvement:
         return Decision.of("fallback_entropy", "at the last step, agreement had fallen and confidence had risen")
     return Decision.of("accepted", f"{agreement}plausibility {gain:+.3f}")
+
+
+def _by_expected_dice(source: CaseQuality, adapted: CaseQuality, margin: float) -> Decision:
+    """Over the classes of either prediction; a class that one of them lacks counts 0 there."""
+    classes = [name for name, one in source.dice.items() if one.predicted or adapted.dice[name].predicted]
+    before, after = source.mean_over(classes), adapted.mean_over(classes)
+    text = f"predicted Dice {before:.3f} -> {after:.3f}, margin {margin:.3f}"
+    return Decision.of("accepted" if after - before > margin else "fallback_expected", text)
 
 
 def _class_reason(

@@ -22,6 +22,7 @@ from samda.errors import SamdaError
 from samda.inference.evaluate import score_files
 from samda.inference.writer import label_path
 from samda.io import Image
+from samda.quality import TRUSTED, CaseQuality
 from samda.report import (
     changed,
     changed_legend,
@@ -103,7 +104,9 @@ def write_page(
 
 
 def look_first(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Cases in the order of review: failed, empty, changed (largest change first), fallbacks, unchanged."""
+    """Cases in the order of review: failed, empty, low predicted Dice (lowest first), changed (largest change first),
+    fallbacks, unchanged.
+    """
     ranks = {"failed": 0, "accepted": 2, "fallback": 3, "skipped": 4}
 
     def key(case: str) -> tuple[float, float]:
@@ -111,10 +114,20 @@ def look_first(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
         rank = 1 if record["reason"] == "skipped_empty" else ranks[record["decision"]]
         if record["reason"] == "accepted_unchanged":
             rank = 4
+        expected = expected_mean(record, "adapted" if record["decision"] == "accepted" else "source")
+        if rank > 1 and expected is not None and expected < TRUSTED:
+            return 1.5, expected
         overlap = [value for value in record["dice_source_adapted"].values() if value is not None]
         return rank, min(overlap, default=1.0)
 
     return sorted(records, key=key)
+
+
+def expected_mean(record: Mapping[str, Any], which: str) -> float | None:
+    """Mean predicted Dice of the source or the adapted map of a record, None where it has none."""
+    evidence = record["quality"][which]
+    expected = None if evidence is None else evidence.get("expected")
+    return None if expected is None else CaseQuality.from_dict(expected).mean
 
 
 def _summary(adaptation: Adaptation, run: AdaptRun) -> str:
@@ -164,9 +177,11 @@ def _all_cases(run: AdaptRun, shown: Mapping[str, str]) -> str:
         score = [None if quality[k] is None else quality[k]["score"] for k in ("source", "adapted")]
         agreed = record["agreement"]
         pair = [agreed[0], agreed[record["best_step"]]] if agreed else [None, None]
+        pair = [*pair, *(expected_mean(record, k) for k in ("source", "adapted"))]
         seconds = sum(record["seconds"].values()) or None
         rows.append([shown[case], record["decision"], record["reason"], *score, *pair, record["best_step"], seconds])
-    head = ["case", "decision", "reason", "plausibility", "adapted", "agreement", "adapted", "step kept", "seconds"]
+    head = ["case", "decision", "reason", "plausibility", "adapted", "agreement", "adapted"]
+    head += ["predicted Dice", "adapted", "step kept", "seconds"]
     return section("All cases", [table(head, rows)])
 
 

@@ -15,7 +15,6 @@ from typing import Any
 from samda.adaptation.guard import GuardSettings
 from samda.errors import UsageError, check_keys, from_mapping, is_finite, nearest
 
-FAMILIES = ("window", "gamma", "noise", "blur", "bias")  # of samda.adaptation.views
 METHODS = (  # of samda.adaptation.objectives
     "none",
     "tent",
@@ -49,7 +48,7 @@ class AdaptationSettings:
     Fields with a `flag` are options of `samda adapt` and explained there; the others are keys of its `--set`.
 
     Args:
-        families: kinds of views, or one of them, see :mod:`samda.adaptation.views`.
+        families: kinds of views, or one of them, see :mod:`samda.views`; None takes all.
         flips: mirror every second view; off by default, because organs are lateralized.
         strength: factor of the changes of the views, 0 to 10.
         guard: thresholds of the guard, see :class:`samda.adaptation.guard.GuardSettings`.
@@ -85,7 +84,7 @@ class AdaptationSettings:
     views: int = _whole(6, 1, "views of each slice; default 6", flag="--views")
     slices: int = _whole(8, 1, "slices to adapt on; default 8", flag="--slices")
     seed: int = _whole(0, 0, "random seed of the views; default 0", flag="--seed")
-    families: str | Sequence[str] = FAMILIES
+    families: str | Sequence[str] | None = None
     flips: bool = False
     strength: float = _number(1.0, most=10.0)  # stronger views overflow
     guard: Mapping[str, Any] | None = None
@@ -128,7 +127,7 @@ class AdaptationSettings:
         """Plain values for the record; without `memory_mb`, which does not change the result."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del values["memory_mb"]
-        return values | {"families": list(self.families), "guard": self.thresholds.to_dict()}
+        return values | {"families": list(self.families or ()), "guard": self.thresholds.to_dict()}
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:
@@ -147,7 +146,9 @@ def _check(field: dataclasses.Field, value: Any) -> None:
 
 def _families(value: Any, views: int) -> tuple[str, ...]:
     """The families of views, given as a list or a single name."""
-    families = [value] if isinstance(value, str) else value
+    from samda.views import FAMILIES  # imports PyTorch, which `samda adapt --help` must not
+
+    families = FAMILIES if value is None else [value] if isinstance(value, str) else value
     if not isinstance(families, Sequence) or not all(isinstance(family, str) for family in families):
         raise UsageError(f"families must be a list of {', '.join(FAMILIES)}, got {value!r}")
     for family in families:

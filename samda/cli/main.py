@@ -30,6 +30,7 @@ COMMANDS = {  # name -> module, in the order of the help
         "predict",
         "adapt",
         "evaluate",
+        "commission",
         "erf",
         "site",
         "export",

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Segment scans with a trained model.
 
-Writes one label map per scan on the grid of the scan. The input is a scan (NIfTI, NRRD, MHA, 2-D image, folder with one
-DICOM series), a folder of scans, or a data set (its test cases by default). Scans that fail are reported, the others
-are still processed, and the exit code is 1.
+Writes one label map per scan on the grid of the scan, and predictions.csv with the predicted Dice of each class, the
+lowest first. The input is a scan (NIfTI, NRRD, MHA, 2-D image, folder with one DICOM series), a folder of scans, or a
+data set (its test cases by default). Scans that fail are reported, the others are still processed, and the exit code is
+1.
 
   samda predict -m model -i scans -o labels
   samda predict -m model -i scans -o labels --continue      skip finished cases
@@ -18,11 +19,15 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 from samda.cli.options import add_shared, existing, pick_device, positive, print_json, say
 from samda.cli.run_report import RunReport
 from samda.errors import InputError, one_line
 from samda.processes import exchange, is_main, join_for_cases, launched, leave, read_part
+
+NO_CALIBRATION = "the model folder has no calibration, so no Dice is predicted; a new training adds it"
+SHOWN = 8  # doubtful cases that are named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="all: the mean of predictions along all three axes, at three times the cost, if voxels are nearly cubes;"
         " default: the task's",
     )
+    parser.add_argument(
+        "--site-report",
+        type=Path,
+        metavar="FILE",
+        help="JSON report of samda commission; flags cases unlike those of the site",
+    )
     add_shared(parser, "--output-format", "--modality", "--keep-largest", "--report", "--quiet", "--device", "--json")
 
 
@@ -70,16 +81,19 @@ def run(args: argparse.Namespace) -> None:
             from samda.data.datalists import find_cases
             from samda.data.folders import join_channels
             from samda.inference.dicom_out import check_cases, parse_formats
+            from samda.inference.expected import look_first, read_site_report, write_table
             from samda.inference.postprocessing import override
             from samda.inference.predict import Predictor, predict_folder
             from samda.models.versions import load_version
+            from samda.quality import TRUSTED
         report.add(device=device)
         formats = parse_formats(args.output_format)
+        site = None if args.site_report is None else read_site_report(args.site_report)
         join_for_cases()
         cases = find_cases(args.input, args.section)
         check_cases(cases, formats)  # before the weights are read
         with report.stage("load"):
-            network, task, _, version = load_version(args.model, args.version, args.weights)
+            network, task, record, version = load_version(args.model, args.version, args.weights)
         cases = join_channels(cases, task.in_channels)
         mine = part.of(cases) if part else cases
         total = len(mine)
@@ -99,8 +113,11 @@ def run(args: argparse.Namespace) -> None:
             memory_budget_mb=args.memory,
             amp=args.amp,
             progress=is_main(),
+            record=record,
         )
         report.add(precision=str(predictor.inferer.precision(device)).removeprefix("torch."))
+        if predictor.calibration is None:
+            say(NO_CALIBRATION)
         where = f"part {part} of {len(cases)} cases: " if part else ""
         say(f"{where}{total} case{'' if total == 1 else 's'} on {device}, model version {version}")
         with report.stage("predict"):
@@ -113,6 +130,7 @@ def run(args: argparse.Namespace) -> None:
                 part=part,
                 on_case=Teller(report),
                 formats=formats,
+                site=site,
             )
         first, results = is_main(), exchange(result)
         leave(wait=False)
@@ -122,10 +140,18 @@ def run(args: argparse.Namespace) -> None:
             report.set_outcomes(other.to_dict())
         if len(results) > 1:
             result, part, total = sum(results[1:], results[0]), None, len(cases)
+            if result.quality:
+                write_table(args.output, cases, result.quality, site)
+        report.add(quality={case: one.to_dict() for case, one in result.quality.items()})
         if args.json:
             print_json(result.to_dict() | ({"part": str(part)} if part else {}))
         else:
             print(f"{len(result.done)} predicted, {len(result.skipped)} skipped; label maps in {args.output}")
+            doubtful = [case for case in look_first(result.quality) if result.quality[case].mean < TRUSTED]
+            if doubtful:
+                shown = ", ".join(f"{case} ({result.quality[case].mean:.2f})" for case in doubtful[:SHOWN])
+                more = f" and {len(doubtful) - SHOWN} more" if len(doubtful) > SHOWN else ""
+                print(one_line(f"predicted Dice below {TRUSTED:g}, look at these first: {shown}{more}"))
         if result.failed:
             raise InputError(f"{len(result.failed)} of {total} cases failed: {', '.join(result.failed)}")
 

@@ -2,7 +2,7 @@
 """List, activate and roll back the versions of a model written by `samda adapt --site NAME`.
 
 A site version is a candidate until it is activated; then predict, adapt, erf and export use it. The trained version is
-called "source" and never changes.
+called "source" and never changes. A version is activated once `samda commission` has tested it, or with --force.
 
   samda site list -m model
   samda site activate clinic-a -m model
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("list", "activate", "rollback"), help="action")
     parser.add_argument("name", nargs="?", metavar="NAME", help="version to activate")
     parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="a model folder")
+    parser.add_argument("--force", action="store_true", help="activate a version without an acceptance report")
     add_shared(parser, "--json")
 
 
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     if args.action == "list":
         return show(args)
     if args.action == "activate":
-        before, now = activate(args.model, args.name), args.name
+        before, now = activate(args.model, args.name, args.force), args.name
     else:
         before, now = rollback(args.model)
     if args.json:

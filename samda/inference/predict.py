@@ -23,6 +23,7 @@ from samda.data.formats import name_of, scan_path, source_of
 from samda.data.transforms import build_preprocessing
 from samda.errors import InputError, SamdaError, UsageError, is_disk_full, log_failed
 from samda.inference.dicom_out import NIFTI, DicomOutput, check_cases, dicom_path, parse_formats, write_formats
+from samda.inference.expected import QUALITY, TABLE, write_table
 from samda.inference.postprocessing import keep_largest, override, own_grid, warn_empty
 from samda.inference.volume import VolumeInferer
 from samda.inference.writer import (
@@ -33,9 +34,11 @@ from samda.inference.writer import (
     write_probabilities,
 )
 from samda.io import files_of
+from samda.networks.segmenter import SamSegmenter
 from samda.output import open_output
 from samda.processes import Shard, exchange, is_main, read_part
 from samda.progress import Cases
+from samda.quality import Calibration, CaseQuality, ExpectedDice, QualityMeter
 from samda.task import Task
 
 logger = logging.getLogger(__name__)
@@ -53,6 +56,7 @@ class Prediction(DicomOutput):
         scan: file or DICOM folder (the first of several channel files), or the nibabel image.
         probabilities: (K, X, Y, Z) float32, if requested.
         task: of the model, for the codes of the classes in DICOM output.
+        quality: what Dice is to be expected; None where the model has no calibration.
     """
 
     case: str
@@ -62,6 +66,12 @@ class Prediction(DicomOutput):
     scan: Path | SpatialImage | None = None
     probabilities: np.ndarray | None = None
     task: Task | None = None
+    quality: CaseQuality | None = None
+
+    @property
+    def expected_dice(self) -> dict[str, ExpectedDice]:
+        """Class -> predicted Dice with its 90 % interval, see :mod:`samda.quality`; empty without a calibration."""
+        return {} if self.quality is None else self.quality.dice
 
     @property
     def image(self) -> SpatialImage:
@@ -96,7 +106,8 @@ class Prediction(DicomOutput):
             write_formats(formats, output.path, self.case, self.labels, self.task, self.scan)
             if NIFTI in formats:  # last: if it exists, the case is finished
                 path = label_path(output.path, self.case, self.scan)
-                write_labels(path, self.labels, self.classes, self.scan, self.affine)
+                facts = None if self.quality is None else {QUALITY: self.quality.to_dict()}
+                write_labels(path, self.labels, self.classes, self.scan, self.affine, facts)
             return output.path / files[0]
 
 
@@ -112,6 +123,7 @@ class Predictor:
         amp: "auto", "bf16", "fp16" or "off", see :class:`VolumeInferer`.
         progress: show a progress bar over the cases of a folder or the slices of a single scan.
         axes: "all" predicts along all three axes and averages, "one" along the task's; None as the task says.
+        record: of the model folder; with its calibration, predictions have an expected Dice.
     """
 
     def __init__(
@@ -125,6 +137,7 @@ class Predictor:
         amp: str | None = "auto",
         progress: bool = False,
         axes: str | None = None,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(network, torch.nn.Module):
             network = network.to(device).eval()
@@ -137,6 +150,10 @@ class Predictor:
             device=device,
             progress=progress,
         )
+        self.calibration = None if record is None else Calibration.from_record(record)
+        self.meter: QualityMeter | None = None
+        if record is not None and self.calibration is not None and isinstance(network, SamSegmenter):
+            self.meter = QualityMeter(network, self.task, record["statistics"])
 
     def predict(self, image: str | Path | SpatialImage | Mapping[str, Any], probabilities: bool = False) -> Prediction:
         """Segment one scan; with `probabilities`, also return the class probabilities (4 K bytes per voxel).
@@ -148,7 +165,9 @@ class Predictor:
         scan = case["image"]
         with scan_path(scan) as path:
             data = self.preprocessing(case | {"image": path})
-        labels, kept = self.inferer.segment(data["image"][None], self.network, keep_probabilities=probabilities)
+        if self.meter is not None:
+            self.meter.clear()  # of a scan that failed
+        labels, kept = self.inferer.segment(data["image"][None], self._run, keep_probabilities=probabilities)
         labels = torch.from_numpy(keep_largest(labels[0, 0].cpu().numpy(), self.task.largest_only))[None, None]
         restored = self._restore(data, labels)
         return Prediction(
@@ -159,7 +178,18 @@ class Predictor:
             scan=source_of(scan),
             probabilities=None if kept is None else self._restore(data, kept).as_tensor().numpy(),
             task=self.task,
+            quality=self._quality(),
         )
+
+    def _run(self, slices: torch.Tensor) -> torch.Tensor:
+        """Logits; the meter sees the slices along the axis of the task."""
+        measured = self.meter is not None and self.inferer.first_axis
+        return self.meter(slices) if measured and self.meter is not None else self.network(slices)
+
+    def _quality(self) -> CaseQuality | None:
+        if self.meter is None or self.calibration is None:
+            return None
+        return self.calibration.expected(self.meter.features())
 
     def _restore(self, data: Mapping[str, Any], result: torch.Tensor) -> MetaTensor:
         return own_grid(self.preprocessing)({"image": data["image"], "pred": MetaTensor(result[0])})["pred"]
@@ -174,12 +204,14 @@ class FolderResult:
         skipped: cases that were already finished.
         empty: predicted cases without foreground.
         failed: case -> reason in one line.
+        quality: case -> what Dice is to be expected, of the cases that were predicted, as far as known.
     """
 
     done: list[str] = dataclasses.field(default_factory=list)
     skipped: list[str] = dataclasses.field(default_factory=list)
     empty: list[str] = dataclasses.field(default_factory=list)
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    quality: dict[str, CaseQuality] = dataclasses.field(default_factory=dict)
 
     def __add__(self, other: FolderResult) -> FolderResult:
         """Outcomes of two parts."""
@@ -188,6 +220,7 @@ class FolderResult:
             self.skipped + other.skipped,
             self.empty + other.empty,
             self.failed | other.failed,
+            self.quality | other.quality,
         )
 
     @property
@@ -197,7 +230,8 @@ class FolderResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return dataclasses.asdict(self) | {"exit_code": self.exit_code}
+        quality = {case: one.to_dict() for case, one in self.quality.items()}
+        return dataclasses.asdict(self) | {"quality": quality, "exit_code": self.exit_code}
 
 
 def predict_folder(
@@ -209,6 +243,7 @@ def predict_folder(
     part: Shard | None = None,
     on_case: Callable[[str, str], None] | None = None,
     formats: str | Sequence[str] = NIFTI,
+    site: Mapping[str, Any] | None = None,
 ) -> FolderResult:
     """Predict every case and write its label map; cases that fail are listed and the others are still predicted.
 
@@ -221,6 +256,7 @@ def predict_folder(
         part: share of the cases for this process; None predicts all.
         on_case: called with case and "done", "skipped", "empty" or the reason of its failure.
         formats: of the label maps, see :meth:`Prediction.save`.
+        site: report of `samda commission`, which adds flags to `predictions.csv`.
 
     Raises:
         UsageError: `output` is not writable or in use, results would replace scans or files of others, or DICOM output
@@ -232,14 +268,20 @@ def predict_folder(
     formats = parse_formats(formats)
     check_cases(cases, formats)
 
+    quality: dict[str, CaseQuality] = {}
+
     def one(case: Case, folder: Path) -> bool:
         check_cases([case], formats)
         prediction = predictor.predict(case, save_probabilities)
         prediction.save(folder, formats)
+        if prediction.quality is not None:
+            quality[case["id"]] = prediction.quality
         return prediction.empty
 
     shown = predictor.inferer.progress
-    return run_cases(cases, output, one, save_probabilities, skip_finished, part, on_case, shown, formats)
+    finish = None if predictor.meter is None else lambda folder: write_table(folder, cases, quality, site)
+    result = run_cases(cases, output, one, save_probabilities, skip_finished, part, on_case, shown, formats, finish)
+    return dataclasses.replace(result, quality=quality)
 
 
 def run_cases(
@@ -252,10 +294,13 @@ def run_cases(
     on_case: Callable[[str, str], None] | None = None,
     shown: bool = True,
     formats: Sequence[str] = (NIFTI,),
+    finish: Callable[[Path], Any] | None = None,
 ) -> FolderResult:
-    """:func:`predict_folder` with any predictor: `one` writes a case into the folder and tells whether it is empty."""
+    """:func:`predict_folder` with any predictor: `one` writes a case into the folder and tells whether it is empty,
+    `finish` writes :data:`samda.inference.expected.TABLE`.
+    """
     mine = part.of(cases) if part else cases
-    written = written_files(mine, save_probabilities, formats)
+    written = written_files(mine, save_probabilities, formats) + ([] if finish is None else [Path(TABLE)])
     refuse_own_folder(cases, Path(output))
     result = FolderResult()
     with open_output(output, written, part) as place, Cases("predicting", len(mine), shown=shown) as progress:
@@ -266,6 +311,8 @@ def run_cases(
             if on_case:
                 on_case(case["id"], outcome)
             progress.next()
+        if finish is not None:
+            finish(place.path)
     return result
 
 

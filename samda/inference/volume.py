@@ -140,6 +140,11 @@ class VolumeInferer(Inferer):
                 kept[(slice(None), *place)] = maps.to(kept.device)
         return labels[None, None], None if kept is None else kept[None]
 
+    @property
+    def first_axis(self) -> bool:
+        """Does the present pass look along the axis of the task?"""
+        return self._turn[0] == 0
+
     def _grids(self, volume: torch.Tensor, geometry: Any) -> list[SliceGrid]:
         """Slices along the axis of the task, or along all three."""
         sides = np.asarray(geometry, float)

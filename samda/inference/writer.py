@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ def write_labels(
     classes: Sequence[str],
     image: str | Path | SpatialImage | None = None,
     affine: np.ndarray | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a label map, and `<case>.json` with the names of its values; returns the path.
 
@@ -63,6 +64,7 @@ def write_labels(
         classes: names of the classes, background first.
         image: file or DICOM folder of the scan, or a nibabel image.
         affine: (4, 4) voxel index to RAS mm; required if `image` is not NIfTI.
+        facts: further plain values for `<case>.json`.
     """
     path = Path(path)
     labels = labels.astype(np.uint8 if len(classes) <= 255 else np.uint16, copy=False)
@@ -70,6 +72,7 @@ def write_labels(
         "labels": {name: k for k, name in enumerate(classes)},
         "created_by": f"samda {__version__}",
         "note": PURPOSE,
+        **(facts or {}),
     }
     names = path.with_name(_case(path) + ".json")
     try:

@@ -3,6 +3,7 @@
 
     model/adapter.json, adapter.safetensors        version "source"; never changed
     model/versions/NAME/adapter.json, ...          a candidate, a complete adapter folder
+    model/versions/NAME/commission.json            acceptance report of `samda commission`
     model/versions/active.json                     {"stack": [..., NAME], "history": [{"time", "from", "to"}, ...]}
 
 The last version of the stack is active; `samda site activate` and `rollback` change it.
@@ -26,6 +27,7 @@ from samda.task import Task
 SOURCE = "source"
 FOLDER = "versions"
 POINTER = "active.json"
+COMMISSION = "commission.json"  # report of `samda commission` in the folder of a version
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -72,9 +74,17 @@ def version_folder(model: str | Path, version: str | None = None) -> Path:
     return Path(model) if version == SOURCE else Path(model) / FOLDER / version
 
 
-def activate(model: str | Path, version: str) -> str:
-    """Make a version the active one; returns the previous one."""
-    version_folder(model, version)
+def activate(model: str | Path, version: str, force: bool = False) -> str:
+    """Make a version the active one; returns the previous one.
+
+    UsageError where the version has no report of `samda commission`, unless `force`; the source needs none.
+    """
+    folder = version_folder(model, version)
+    if version != SOURCE and not force and not (folder / COMMISSION).is_file():
+        raise UsageError(
+            f"version {version!r} has no acceptance report; run samda commission --version {version} on labeled cases, "
+            "or force it"
+        )
     pointer = _pointer(model)
     before = pointer["stack"][-1]
     _write(model, [*pointer["stack"], version], pointer["history"], before)

@@ -143,10 +143,16 @@ class PyramidHead(ClassHead):
         if self.stride == 2:
             x = self.stage2(resize(self.down2(x), s2), stem)
         logits = self.read(self.features(x))
+        return logits + self.linear_gain * self.linear_logits(levels, s4, logits.shape[-2:])
+
+    def linear_logits(
+        self, levels: Sequence[torch.Tensor], stride4: tuple[int, int], size: tuple[int, ...] | torch.Size
+    ) -> torch.Tensor:
+        """Logits of the linear path from standardized levels, summed at stride 4, interpolated to `size`."""
         linear = self.linear_bias.view(1, -1, 1, 1)
         for part in self._each_read(self.linear, levels):
-            linear = linear + resize(part, s4)
-        return logits + LINEAR_RATE * self.linear_gain * resize(linear, logits.shape[-2:])
+            linear = linear + resize(part, stride4)
+        return LINEAR_RATE * resize(linear, size)
 
     @property
     def _laterals(self) -> tuple[nn.Conv2d, ...]:

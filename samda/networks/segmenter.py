@@ -213,12 +213,13 @@ class SamSegmenter(nn.Module):
             (B, K, H, W), of stacks (B, K, H, W, D).
         """
         if isinstance(x, dict):
-            return self._upsampled(self.decode(x))
+            return self.upsampled(self.decode(x))
         if x.ndim == 5:
             return torch.stack([self(image) for image in x.unbind(-1)], -1)
-        return self._upsampled(self.decode(self.encode(x)))
+        return self.upsampled(self.decode(self.encode(x)))
 
-    def _upsampled(self, logits: torch.Tensor) -> torch.Tensor:
+    def upsampled(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits of :meth:`decode` at the size of the image."""
         # single precision from here: class scores of many windows and slices are summed later
         return upsample(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.head.stride)
 

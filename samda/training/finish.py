@@ -20,6 +20,7 @@ from samda.output import open_output, release_output
 from samda.processes import is_main
 from samda.source_statistics import feature_statistics
 from samda.task import Task
+from samda.training.calibration import calibrate
 from samda.training.datasets import SliceDataset
 from samda.training.handlers import TrainingRecord
 from samda.training.literals import literal
@@ -38,6 +39,7 @@ def save_training(
     settings: Mapping[str, Any],
     dataset: SliceDataset | EmbeddingDataset,
     with_base: bool = False,
+    validation: SliceDataset | EmbeddingDataset | None = None,
 ) -> dict[str, Any]:
     """Restore the best parameters and write the model folder with a bundle around it.
 
@@ -48,6 +50,7 @@ def save_training(
         settings: the keys that shaped the training.
         dataset: the training data, for its statistics and the cost of its embeddings.
         with_base: copy the base weights into the folder.
+        validation: the validation data, for the calibration of predicted Dice; None leaves it out.
 
     Returns:
         {"model", "epochs", "best_epoch", "mean_dice", "dice", "seconds", "parameters", "split", "embeddings"}; Dice on
@@ -74,6 +77,14 @@ def save_training(
     training |= {"cases": {"training": len(cases.training), "validation": len(cases.validation)}}
     training |= {"settings": {key: value for key, value in settings.items() if key != "task"}}
     shown = dataset.foreground.nonzero().flatten().tolist()
+    statistics = slices.statistics.to_dict() | feature_statistics(network, task, dataset, shown)
+    calibration = None
+    if validation is not None:
+        held_out: Any = getattr(validation, "slices", validation)
+        record.restore_apart(network)
+        spent = summary["seconds"] + (cost or {}).get("seconds", 0.0)
+        calibration = calibrate(network, held_out, cases, statistics, spent)
+        record.restore_best(network)
     content = {
         "purpose": "research use only",
         "versions": package_versions(),
@@ -83,7 +94,8 @@ def save_training(
             "mean_dice": summary["mean_dice"],
             "dice": summary["dice"],
         },
-        "statistics": slices.statistics.to_dict() | feature_statistics(network, task, dataset, shown),
+        "statistics": statistics,
+        **({} if calibration is None else {"calibration": calibration}),
     }
     with open_output(folder):
         save_model(network, folder, task, content, with_base)

@@ -119,6 +119,7 @@ class TrainingRecord:
             where validated, "mean_dice" and "dice" (class -> Dice).
         best_score, best_epoch: of the best validation; -inf and 0 before the first.
         best_state: the trainable parameters at that moment, on the CPU.
+        apart_state: the best ones before the validation patients trained, too; empty where they never did.
         misses: validations since then.
     """
 
@@ -126,6 +127,7 @@ class TrainingRecord:
         self.history: list[dict[str, Any]] = []
         self.best_score, self.best_epoch, self.misses = -float("inf"), 0, 0
         self.best_state: dict[str, torch.Tensor] = {}
+        self.apart_state: dict[str, torch.Tensor] = {}
 
     def validated(self, score: float, epoch: int, network: nn.Module, select: bool = True) -> bool:
         """Note a validation; True if it is better than every one before, or if the last one counts anyway."""
@@ -145,6 +147,11 @@ class TrainingRecord:
         if self.best_state:
             network.load_state_dict(self.best_state)
 
+    def restore_apart(self, network: nn.Module) -> None:
+        """Put the best parameters into the network that did not see the validation patients."""
+        if self.apart_state or self.best_state:
+            network.load_state_dict(self.apart_state or self.best_state)
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values, for a checkpoint."""
         return dict(vars(self))
@@ -152,7 +159,7 @@ class TrainingRecord:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
         for key in vars(self):
-            setattr(self, key, state[key])
+            setattr(self, key, state.get(key, getattr(self, key)))  # an older samda had fewer
 
 
 class RecordEpoch:
@@ -217,6 +224,7 @@ class RecordEpoch:
             if self.pace is not None:
                 self.pace.validated()
         elif self.pace is not None and self.pace.joined:
+            record.apart_state = record.apart_state or record.best_state
             record.keep(self.network)
         record.history.append(row)
         best = {"epoch": record.best_epoch, "mean_dice": record.best_score} if record.best_epoch else None

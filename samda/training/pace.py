@@ -23,6 +23,7 @@ ROUNDS = 10  # validations of a training by steps or minutes
 ENDLESS = 10**9  # steps of a round for the engine, which :class:`Pace` ends itself
 ENCODING = 0.25  # share of the time that may go into encoding
 VALIDATING = 0.1  # share of the time that may go into validation
+CALIBRATING = 0.08  # share of the time that the calibration of predicted Dice may take
 FINISH = 0.03  # share of the budget that saving the model may take, beside
 FINISH_STEPS = 25  # as much time as so many steps, for the statistics of features
 
@@ -163,7 +164,7 @@ class Pace:
         budget = self.minutes * 60
         spent = clock() - self._first_step - self._validations
         step = spent / max(1, iteration - self._first_iteration)
-        reserve = FINISH * budget + FINISH_STEPS * step + 1.2 * self._last_validation
+        reserve = (CALIBRATING + FINISH) * budget + FINISH_STEPS * step + 1.2 * self._last_validation
         end = self._began + budget - self._before - reserve
         left = max(end - self._first_step, 1e-9)
         share = self._first_share + (1 - self._first_share) * (clock() - self._first_step) / left

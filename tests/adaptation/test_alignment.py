@@ -12,24 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from samda.adaptation.alignment import (
-    CaseAlignment,
-    FeatureAlignment,
-    Judge,
-    align_levels,
-    class_plausibility,
-    feature_score,
-)
+from samda.adaptation.alignment import CaseAlignment, FeatureAlignment, Judge
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.loop import copies, load, restoring
 from samda.adapters.base import adapter_parameters, trainable_parameters
 from samda.embeddings import labeled_batches
 from samda.errors import InputError
 from samda.networks.segmenter import SamSegmenter
+from samda.quality import class_plausibility, feature_score
 from samda.source_statistics import (
     QUANTILES,
     FeatureTap,
     SliceStatistics,
+    align_levels,
     body_boxes,
     feature_statistics,
     level_sums,

@@ -14,7 +14,6 @@ import torch
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.loop import NotFinite, OutOfTime
 from samda.adaptation.record import validate_record
-from samda.adaptation.views import apply_view
 from samda.adapters.attach import SCOPES, scope_parameters
 from samda.adapters.base import base_parameters
 from samda.errors import AdapterError, InputError
@@ -22,6 +21,7 @@ from samda.inference.predict import Predictor
 from samda.networks.segmenter import SamSegmenter
 from samda.provenance import sha256_of
 from samda.source_statistics import feature_statistics
+from samda.views import apply_view
 from tests.adaptation.conftest import ALWAYS, TASK, build, save, scan, slices_of
 from tests.conftest import TINY_TINYVIT
 

@@ -11,6 +11,7 @@ import pytest
 from samda.adaptation.guard import REASONS, Decision, Evidence, GuardSettings, after, before
 from samda.adaptation.record import schema
 from samda.errors import UsageError
+from samda.quality import CaseQuality, ExpectedDice
 
 SETTINGS = GuardSettings(improvement=0.0)
 
@@ -125,6 +126,28 @@ def test_a_single_view_leaves_it_to_plausibility() -> None:
     nan = float("nan")
     assert reason(evidence(agreement=nan), evidence(plausible=(0.85, 0.75), agreement=nan)) == "accepted"
     assert "nan" not in after(evidence(agreement=nan), evidence(agreement=nan), SETTINGS).explanation
+
+
+def test_with_a_calibration_the_predicted_dice_decides() -> None:
+    def expected(liver: float, spleen: float | None) -> CaseQuality:
+        absent = ExpectedDice(0.0, 0.0, 0.0, predicted=False)
+        found = absent if spleen is None else ExpectedDice(spleen, 0.0, 1.0)
+        return CaseQuality({"liver": ExpectedDice(liver, 0.0, 1.0), "spleen": found})
+
+    source = dataclasses.replace(evidence(), expected=expected(0.6, None))
+    for liver, spleen, margin, wanted in (
+        (0.7, None, 0.05, "accepted"),
+        (0.7, None, 0.15, "fallback_expected"),
+        (0.6, 0.4, 0.15, "accepted"),  # 0.3 -> 0.5: the class was missing before
+        (0.5, 0.4, 0.2, "fallback_expected"),
+        (0.7, None, math.nan, "fallback_agreement"),  # no pairs in the calibration: the other rules
+    ):
+        adapted = dataclasses.replace(evidence(), expected=expected(liver, spleen))
+        assert after(source, adapted, SETTINGS, margin=margin).reason == wanted
+    good = dataclasses.replace(evidence(), expected=expected(0.97, 0.96))
+    decision = before(good, True, SETTINGS, 0.05)
+    assert decision is not None and decision.reason == "skipped_quality"
+    assert before(good, True, SETTINGS, 0.01) is None
 
 
 def test_good_predictions_are_left_alone() -> None:

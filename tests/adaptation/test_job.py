@@ -138,7 +138,8 @@ def test_a_site_version_is_a_candidate_until_a_person_activates_it(
     predict = ["predict", "-m", str(model), "-i", str(scans / "images" / "case0.nii.gz"), "-o"]
     assert main([*predict, str(tmp_path / "p0")]) == 0
     assert "model version source" in capsys.readouterr().err
-    assert main(["site", "activate", "clinic-a", "-m", str(model)]) == 0
+    assert main(["site", "activate", "clinic-a", "-m", str(model)]) == 2  # without a report of samda commission
+    assert main(["site", "activate", "clinic-a", "-m", str(model), "--force"]) == 0
     assert main([*predict, str(tmp_path / "p1")]) == 0
     assert "model version clinic-a" in capsys.readouterr().err
     maps = [np.asarray(nib.load(tmp_path / p / "case0.nii.gz").dataobj) for p in ("p0", "p1")]

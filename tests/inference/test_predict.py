@@ -508,5 +508,5 @@ def test_parts_of_a_folder_are_the_folder(tmp_path: Path, phantom: SimpleNamespa
     again = predict_folder(predictor, tmp_path / "in", tmp_path / "out", part=Shard(1, 2), skip_finished=True)
     assert (again.done, again.skipped) == ([], ["a", "c"])
     assert (first + second).to_dict() == {
-        "done": ["a", "c", "b"], "skipped": [], "empty": [], "failed": {}, "exit_code": 0,
+        "done": ["a", "c", "b"], "skipped": [], "empty": [], "failed": {}, "quality": {}, "exit_code": 0,
     }  # fmt: skip

@@ -27,8 +27,8 @@ def test_source_is_active_until_told_otherwise(model: Path) -> None:
 
 
 def test_activate_and_roll_back_step_by_step(model: Path) -> None:
-    assert versions.activate(model, "a") == "source"
-    assert versions.activate(model, "b") == "a"
+    assert versions.activate(model, "a", force=True) == "source"
+    assert versions.activate(model, "b", force=True) == "a"
     assert versions.version_folder(model) == model / "versions" / "b"
     assert versions.rollback(model) == ("b", "a")
     assert versions.rollback(model) == ("a", "source")
@@ -45,12 +45,12 @@ def test_activate_and_roll_back_step_by_step(model: Path) -> None:
 
 def test_unknown_versions_are_refused(model: Path) -> None:
     with pytest.raises(UsageError, match="no version 'c'"):
-        versions.activate(model, "c")
+        versions.activate(model, "c", force=True)
     assert versions.active_version(model) == "source"
 
 
 def test_a_version_that_is_gone_is_not_replaced_in_silence(model: Path) -> None:
-    versions.activate(model, "a")
+    versions.activate(model, "a", force=True)
     (model / "versions" / "a" / "adapter.json").unlink()
     with pytest.raises(InputError, match="active version 'a'"):
         versions.active_version(model)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from samda.adaptation.settings import FAMILIES
+FAMILIES = ("window", "gamma", "noise", "blur", "bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +53,14 @@ def seed_of(*parts: Any) -> int:
 
 
 def make_views(
-    count: int, seed: int, families: Sequence[str] = FAMILIES, strength: float = 1.0, flips: bool = False
+    count: int, seed: int, families: Sequence[str] | None = None, strength: float = 1.0, flips: bool = False
 ) -> list[View]:
     """`count` views: the identity first, then the families in turn, with strengths drawn from `seed`.
 
     A strength is drawn from the outer half of its range with alternating sign per round, so that eight views cover both
-    ends. `strength` is a factor; with `flips`, every second view is mirrored left to right.
+    ends. None takes all families; `strength` is a factor; with `flips`, every second view is mirrored left to right.
     """
+    families = FAMILIES if families is None else families
     generator = torch.Generator().manual_seed(seed)
     start = 1 if torch.rand((), generator=generator) < 0.5 else -1
     views = [View()]

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from samda.adaptation.views import FAMILIES, View, apply_view, make_views, mirrored_classes, restore_view, seed_of
+from samda.views import FAMILIES, View, apply_view, make_views, mirrored_classes, restore_view, seed_of
 
 
 def slices(count: int = 3) -> torch.Tensor:

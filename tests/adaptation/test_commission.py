@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commissioning of a calibrated tiny model on five labeled scans, and what `samda predict` makes of the report."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.special import expit, logit
+
+from samda.adaptation.commission import bootstrap, recalibration
+from samda.cli.main import main
+from samda.errors import InputError
+from samda.inference.evaluate import evaluate
+from samda.inference.expected import read_site_report
+from samda.model import load
+from samda.models.versions import COMMISSION
+from samda.quality import FEATURES, Calibration
+from tests.adaptation.conftest import save, scan
+
+CALIBRATION = Calibration(
+    mean=[2.0] * len(FEATURES),
+    std=[1.0] * len(FEATURES),
+    weights=[0.3] * len(FEATURES),
+    bias=1.5,
+    class_bias={},
+    heights=[0.5],
+    low=[-0.2],
+    high=[0.1],
+    margin=0.02,
+    about={"from": "a test"},
+)
+
+
+@pytest.fixture
+def calibrated(model: Path) -> Path:
+    """The model folder with a calibration."""
+    path = model / "adapter.json"
+    values = json.loads(path.read_text())
+    values["record"]["calibration"] = CALIBRATION.to_dict()
+    path.write_text(json.dumps(values))
+    return model
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five labeled scans, the last one nearly all noise."""
+    folder = tmp_path_factory.mktemp("local")
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir()
+    for seed in range(5):
+        image, labels = scan(seed)
+        noise = np.random.default_rng(seed).normal(0, 400, image.shape) if seed == 4 else 0
+        save(folder / "images" / f"case{seed}.nii.gz", (image + noise).astype(np.float32))
+        save(folder / "labels" / f"case{seed}.nii.gz", labels)
+    return folder
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_report_and_flags(calibrated: Path, local: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    report, out = tmp_path / "report", tmp_path / "out"
+    assert main(["commission", "-m", str(calibrated), "-d", str(local), "-o", str(report), "--keep-names"]) == 0
+    content: dict[str, Any] = json.loads((report / "commission.json").read_text())
+    assert main(["predict", "-m", str(calibrated), "-i", str(local / "images"), "-o", str(out)]) == 0
+    plain = evaluate(out, local / "labels", load(calibrated).task)
+    for k, name in enumerate(plain.classes):
+        dice = [scores[k].dice for scores in plain.cases.values()]
+        assert content["scores"]["plain"][name]["dice"]["mean"] == pytest.approx(np.nanmean(dice))
+        for case, scores in plain.cases.items():
+            assert content["cases"][case]["plain"][name]["dice"] == pytest.approx(scores[k].dice)
+    page = (report / "commission.html").read_text()
+    assert "Predicted Dice" in page and "Outlier" in page and "case4" in page
+
+    # the table: the lowest first; its numbers are those of the case's own file
+    rows = rows_of(out / "predictions.csv")
+    assert rows[0]["case"] == "case4" and len(rows) == 10
+    stored = json.loads((out / "case4.json").read_text())["quality"]["dice"]
+    assert {row["class"]: float(row["dice"]) for row in rows[:2]} == pytest.approx(
+        {name: one["dice"] for name, one in stored.items()}, abs=1e-3
+    )
+    means = [np.mean([float(r["dice"]) for r in rows if r["case"] == c and r["flags"] != "not predicted"] or [0.0])
+             for c in dict.fromkeys(row["case"] for row in rows)]  # fmt: skip
+    assert means == sorted(means)
+
+    # a stricter site flags every class, and the table can be made again of what is finished
+    for name in plain.classes:
+        content["accepted"]["classes"][name] = 1.1
+    content["recalibration"]["shift"] = -1.0
+    site = tmp_path / "site.json"
+    site.write_text(json.dumps(content))
+    again = ["predict", "-m", str(calibrated), "-i", str(local / "images"), "-o", str(out), "--continue"]
+    assert main([*again, "--site-report", str(site)]) == 0
+    moved = {(row["case"], row["class"]): row for row in rows_of(out / "predictions.csv")}
+    for row in rows:
+        found = moved[row["case"], row["class"]]
+        if row["flags"] != "not predicted":
+            assert "below the site's accepted 1.100" in found["flags"]
+            assert float(found["dice"]) == pytest.approx(expit(logit(float(row["dice"])) - 1.0), abs=2e-3)
+    site.write_text("{}")
+    assert main([*again, "--site-report", str(site)]) == 1
+    assert "site.json is no report of samda commission" in capsys.readouterr().err
+
+
+def test_without_a_calibration_no_dice_is_predicted(model: Path, local: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    assert main(["predict", "-m", str(model), "-i", str(local / "images" / "case0.nii.gz"), "-o", str(out)]) == 0
+    assert not (out / "predictions.csv").exists()
+    assert "no calibration" in capsys.readouterr().err
+    assert load(model).predict(local / "images" / "case0.nii.gz").expected_dice == {}
+
+
+def test_the_expected_dice_of_one_scan(calibrated: Path, local: Path) -> None:
+    model = load(calibrated)
+    prediction = model.predict(local / "images" / "case0.nii.gz")
+    assert set(prediction.expected_dice) == {"liver", "spleen"}
+    for one in prediction.expected_dice.values():
+        assert one.low == pytest.approx(max(0.0, one.dice - 0.2)) and one.high == pytest.approx(
+            min(1.0, one.dice + 0.1)
+        )
+    adapted = model.adapt(local / "images" / "case0.nii.gz", views=3, slices=3, steps=1)
+    source = adapted.record["quality"]["source"]["expected"]["dice"]
+    assert {name: one["dice"] for name, one in source.items()} == pytest.approx(
+        {name: one.dice for name, one in prediction.expected_dice.items()}, abs=2e-3
+    )
+
+
+def test_few_cases_are_refused(calibrated: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["commission", "-m", str(calibrated), "-d", str(scans), "-o", str(tmp_path / "r")]) == 1
+    assert "needs at least 5" in capsys.readouterr().err
+    assert not (calibrated / COMMISSION).exists()
+
+
+def test_intervals_and_recalibration() -> None:
+    values = np.random.default_rng(1).normal(0.8, 0.1, 400)
+    found = bootstrap([*values, float("nan")])
+    error = 1.96 * values.std() / 20
+    assert found["n"] == 400 and found["mean"] == pytest.approx(values.mean())
+    assert (found["low"], found["high"]) == pytest.approx((values.mean() - error, values.mean() + error), abs=2e-3)
+    predicted = np.linspace(0.2, 0.9, 50)
+    assert recalibration(predicted, expit(logit(predicted) - 0.7)) == pytest.approx(-0.7, abs=1e-3)
+    assert recalibration(predicted, np.zeros(50)) == -4.0
+
+
+def test_a_foreign_file_is_no_report(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no report of samda commission"):
+        read_site_report(tmp_path / "missing.json")

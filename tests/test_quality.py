@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features of a scan and the calibration of predicted Dice; for plausibility see tests/adaptation/test_alignment.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from samda.errors import InputError
+from samda.quality import FEATURES, Calibration, QualityMeter, Row, fit_calibration
+from samda.source_statistics import SliceStatistics, feature_statistics
+from samda.task import Task
+
+TASK = Task(name="t", classes=("background", "a", "b"), spacing=2.0, image_size=64, modality="image")
+GENERATOR = np.random.default_rng(0)
+
+
+def rows_of(weights: list[float], patients: int = 8, scans: int = 12, noise: float = 0.02, seed: int = 0) -> list[Row]:
+    """Rows whose Dice is a logistic function of the features, with noise."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for patient in range(patients):
+        for scan in range(scans):
+            x = rng.normal(0, 1, len(FEATURES))
+            dice = 1 / (1 + math.exp(-(0.5 + float(np.dot(weights, x))))) + noise * rng.standard_normal()
+            rows.append(Row(f"p{patient}", f"p{patient}/{scan}", 0, "a", x.tolist(), min(max(dice, 0.0), 1.0)))
+    return rows
+
+
+@pytest.fixture
+def meter(make_segmenter: Callable) -> QualityMeter:
+    """Of a tiny network whose head starts in closed form."""
+    network = make_segmenter("tiny_vit", adapters={"ssf": {}}, head="pyramid")
+    images, labels = pictures(6)
+    network.fit_closed_form([(images, labels)], torch.bincount(labels.flatten(), minlength=3))
+    statistics = SliceStatistics(TASK)
+    statistics.update(images[:, :1], labels[:, 0])
+    items = [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
+    return QualityMeter(network, TASK, statistics.to_dict() | feature_statistics(network, TASK, items, range(6)))
+
+
+def pictures(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures (n, 3, 64, 64) of two bright disks, and labels (n, 1, 64, 64)."""
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    labels = torch.zeros(count, 1, 64, 64, dtype=torch.long)
+    for i in range(count):
+        labels[i, 0][(x - 20 - i) ** 2 + (y - 24) ** 2 < 100] = 1
+        labels[i, 0][(x - 44) ** 2 + (y - 40 + i) ** 2 < 64] = 2
+    noise = 0.02 * torch.rand(labels.shape, generator=torch.Generator().manual_seed(0))
+    return (0.1 + 0.4 * labels + noise).float(), labels
+
+
+def test_features_do_not_depend_on_the_batches(meter: QualityMeter) -> None:
+    images, _ = pictures(6)
+    whole = [meter(images), meter.features()][1]
+    for part in images.split(2):
+        meter(part)
+    parts = meter.features()
+    assert whole["a"] is not None and parts["a"] is not None
+    assert parts["a"] == pytest.approx(whole["a"], abs=1e-3)
+    assert meter.features() == {"a": None, "b": None}  # a closed scan leaves nothing
+
+
+def test_logits_are_those_of_the_network_and_features_follow_their_formulas(meter: QualityMeter) -> None:
+    images, _ = pictures(3)
+    logits = meter(images)
+    with torch.no_grad():
+        assert torch.equal(logits, meter.network(images))
+    found = meter.features()["a"]
+    assert found is not None
+    p = meter.network.decode(meter.network.encode(images)).softmax(1).double().detach().numpy()
+    y = p.argmax(1) == 1
+    share = 2 * p[:, 1][y].sum() / (p[:, 1].sum() + y.sum())
+    assert found[0] == pytest.approx(math.log(share / (1 - share)), rel=1e-4)
+    assert all(math.isfinite(value) for value in found)
+
+
+def test_worse_pictures_have_lower_features(meter: QualityMeter) -> None:
+    images, _ = pictures(6)
+    meter(images)
+    clean = meter.features()["a"]
+    meter((images + 0.3 * torch.rand(images.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1))
+    noisy = meter.features()["a"]
+    assert clean is not None and noisy is not None
+    assert noisy[-1] < clean[-1]  # levels went away from those of the training
+    assert noisy[3] < clean[3]  # and so did the shapes
+
+
+def test_the_regression_finds_the_weights_and_never_a_negative_one() -> None:
+    true = [1.0, 0.5, 0.0, 0.8, 0.0]
+    rows = rows_of(true, scans=40)
+    model = fit_calibration(rows)
+    assert model is not None
+    assert np.asarray(model.weights) / model.std == pytest.approx(true, abs=0.15)
+    turned = fit_calibration(rows_of([-1.0, 0.5, 0.0, 0.8, 0.0]))
+    assert turned is not None and turned.weights[0] == 0
+
+
+def test_the_interval_covers_new_patients_nine_times_of_ten() -> None:
+    weights = [1.0, 0.5, 0.2, 0.8, 0.1]
+    model = fit_calibration(rows_of(weights, patients=20, noise=0.05))
+    assert model is not None
+    inside = []
+    for row in rows_of(weights, patients=40, noise=0.05, seed=1):
+        one = model.expected({"a": row.features}).dice["a"]
+        assert one.low <= one.dice <= one.high
+        inside.append(one.low <= row.dice <= one.high)
+    assert 0.86 <= np.mean(inside) <= 0.95
+
+
+def test_the_margin_is_what_overestimated_gains_need() -> None:
+    rows = rows_of([1.0, 0.5, 0.2, 0.8, 0.1], noise=0.0)
+    better = [Row(r.patient, r.scan, 1, r.name, [v + 0.3 for v in r.features or []], r.dice) for r in rows]
+    model = fit_calibration(rows + better)  # a variant that looks better and is not
+    assert model is not None
+    gains = [
+        model.expected({"a": b.features}).mean - model.expected({"a": a.features}).mean
+        for a, b in zip(rows, better, strict=True)
+    ]
+    assert np.mean(np.asarray(gains) <= model.margin) > 0.85
+    alone = fit_calibration(rows)
+    assert alone is not None and alone.margin is None  # without pairs nothing is known of gains
+
+
+def test_a_missing_class_is_expected_to_have_dice_0_and_few_rows_give_nothing() -> None:
+    rows = rows_of([1.0] * 5)
+    model = fit_calibration(rows)
+    assert model is not None
+    quality = model.expected({"a": rows[0].features, "b": None})
+    assert (quality.dice["b"].dice, quality.dice["b"].predicted) == (0.0, False)
+    assert quality.mean == quality.dice["a"].dice
+    assert type(quality).from_dict(quality.to_dict()).to_dict() == quality.to_dict()
+    assert fit_calibration(rows[:5]) is None
+
+
+def test_a_record_is_read_back_and_a_damaged_one_refused() -> None:
+    model = fit_calibration(rows_of([1.0] * 5))
+    assert model is not None
+    assert Calibration.from_record({"calibration": model.to_dict()}) == model
+    assert Calibration.from_record({}) is None
+    for change in ({"weights": [1.0]}, {"std": [0.0] * 5}, {"margin": math.nan}, {"other": 1}):
+        with pytest.raises(InputError, match="calibration"):
+            Calibration.from_record({"calibration": model.to_dict() | change})
