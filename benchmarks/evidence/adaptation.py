@@ -8,13 +8,15 @@ B (another scanner, contrast medium) and M (MR). Three predictions are scored: t
 the objective does when left alone) and the final one (kept iterate, after the guard). One patient each, labeled by
 another model: a demonstration of domain shift.
 
-Part "shifts": source models trained by `samda train` with its defaults on the patients of `splits.json` that may train;
-targets are another data set, or the held-out patients under a corruption (`shifts.py`), with the default alone.
+Part "shifts": source models trained by `samda train` for two minutes of CPU time on the patients of `splits.json` that
+may train; targets are another data set, or the held-out patients under a corruption (`shifts.py`), with the default
+alone. The rows also have the predicted Dice of each class of the plain map, with its interval.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,15 @@ from monai.data import MetaTensor
 
 from samda import Task, fetch_examples, load_model, train
 from samda.adaptation import OBJECTIVES, Adaptation
+from samda.adaptation.case import Segmentation
 from samda.cli.demo import RECIPE
 from samda.data import build_preprocessing
 from samda.io import cache_dir
 from samda.metrics import confusion_matrix
 
+from .apart import run_there
 from .datasets import ALL, split, write_list
+from .methods import CPU_CLOCK
 from .shifts import SEVERITIES, SHIFTS, shifted
 
 SEEDS = 5
@@ -43,6 +48,7 @@ SITES = {  # source -> targets: another data set, or "" for its own held-out pat
     "heart_sunnybrook": "",
 }
 SITE_SEEDS = 3
+SITE_MINUTES = 2  # of CPU time that a source model trains
 MOST = 20  # cases of a target
 
 Run = dict[str, Any]
@@ -73,7 +79,8 @@ def measure_site(run: Run, root: Path) -> dict[str, Any]:
     """Adapt the source model to every case of the target.
 
     Returns:
-        {"cases": id -> {"source", "final": mean Dice, "reason", "seconds", "predict": seconds of the plain one}}
+        {"cases": id -> {"source", "final": mean Dice, "expected": of the plain map, "reason", "seconds", "predict":
+        seconds of the plain one}}
     """
     training, test = split(run["source"], root, ALL, 0)
     if run["target"] != run["source"]:
@@ -84,7 +91,19 @@ def measure_site(run: Run, root: Path) -> dict[str, Any]:
     with FileLock(f"{model}.lock"):
         if not (model / "adapter.json").exists():
             write_list(run["source"], training, [], file)
-            train(file, model, overrides={"seed": run["seed"]}, overwrite=True)
+            words = [
+                "-d",
+                file,
+                "-o",
+                model,
+                "--seed",
+                run["seed"],
+                "--minutes",
+                SITE_MINUTES,
+                "--overwrite",
+                "--quiet",
+            ]
+            run_there([sys.executable, "-c", CPU_CLOCK, "train", *words, "--tracking", "none"], timeout=None)
     network, task, record = load_model(model)
     engine, rows = Adaptation(network, task, record), {}
     preprocessing = build_preprocessing(engine.task, labels=True)
@@ -102,6 +121,7 @@ def measure_site(run: Run, root: Path) -> dict[str, Any]:
         rows[case["id"]] = {
             "source": dice[0],
             "final": dice[1],
+            "expected": _expected(prepared.source, label, task),
             "reason": outcome.decision.reason if outcome.decision else "",
             "seconds": round(
                 sum(prepared.seconds[key] for key in ("predict", "views")) + time.perf_counter() - begin, 2
@@ -109,6 +129,19 @@ def measure_site(run: Run, root: Path) -> dict[str, Any]:
             "predict": round(prepared.seconds["predict"], 2),
         }
     return {"cases": rows}
+
+
+def _expected(prediction: Segmentation, label: np.ndarray, task: Task) -> dict[str, list[float]]:
+    """Class of the label -> true Dice, predicted Dice, low, high; empty without a calibration."""
+    if prediction.expected is None:
+        return {}
+    counts = confusion_matrix(prediction.labels, label.astype(np.int64), task.num_classes)
+    found = {}
+    for k, name in enumerate(task.classes[1:], start=1):
+        if counts[k].any():
+            true, one = 2 * counts[k, k] / (counts[k].sum() + counts[:, k].sum()), prediction.expected.dice[name]
+            found[name] = [round(float(value), 4) for value in (true, one.dice, one.low, one.high)]
+    return found
 
 
 def adapt(case: str, objective: str, seed: int) -> dict[str, Any]:

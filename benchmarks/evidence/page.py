@@ -70,6 +70,7 @@ def blocks(name: str) -> dict[str, str]:
         found[data] = tables.scores(rows[data], data)
         found[f"{data}_paired"] = tables.compared(rows[data], data)
     found["adaptation"], found["shifts"] = tables.adaptation(read("adaptation")), tables.shifted(read("shifts"))
+    found["trusted"] = tables.trusted(read("shifts"))
     found["elsewhere"] = tables.elsewhere(rows["vessels_chase"], "vessels_chase")
     ablations = read("ablations") + tables.pick(rows["hippocampus"], patients=10, budget=SHORT, method="pyramid + SALT")
     found["ablations"] = tables.compared(ablations, "hippocampus", base="pyramid + SALT")

@@ -22,6 +22,7 @@ from .runs import BASELINE, LONG, SCORES, SHORT
 
 Row = dict[str, Any]
 HARM = 0.02  # loss of Dice from which a case counts as harmed
+LOW = 0.6  # Dice below which a prediction should be found out
 NOTHING = "-"
 
 
@@ -202,6 +203,38 @@ def shifted(rows: list[Row]) -> str:
             [source, where, str(len(cases)), *means, shares[0], f"{min(gains):+.3f}", shares[1], f"{cost:.1f}"]
         )
     head = ["source", "target", "cases", "plain", "adapted", "harmed", "smallest gain", "accepted", "time / predict"]
+    return markdown(head, lines, texts=2) if lines else "not measured"
+
+
+def trusted(rows: list[Row]) -> str:
+    """How good the predicted Dice of classes is: error, ranks, the low ones found, and the interval's coverage."""
+    rows, lines = pick(rows), []
+    for source, target, corrupted in dict.fromkeys((row["source"], row["target"], row["severity"] > 0) for row in rows):
+        same = [row for row in pick(rows, source=source, target=target) if (row["severity"] > 0) == corrupted]
+        found = [one for row in same for case in row["cases"].values() for one in case["expected"].values()]
+        if not found:
+            continue
+        true, expected, low, high = (list(column) for column in zip(*found, strict=True))
+        error = statistics.fmean(abs(a - b) for a, b in zip(true, expected, strict=True))
+        covered = sum(a <= t <= b for t, a, b in zip(true, low, high, strict=True)) / len(true)
+        ranks = stats.spearmanr(true, expected)[0] if len(set(true)) > 1 and len(set(expected)) > 1 else math.nan
+        bad = [e for t, e in zip(true, expected, strict=True) if t < LOW]
+        good = [e for t, e in zip(true, expected, strict=True) if t >= LOW]
+        area = NOTHING
+        if bad and good:
+            area = f"{stats.mannwhitneyu(good, bad)[0] / (len(good) * len(bad)):.3f}"
+        cells = [str(len(true)), f"{statistics.fmean(true):.3f}", f"{error:.3f}", f"{ranks:.3f}", area]
+        lines.append([source, f"{target}{', corrupted' if corrupted else ''}", *cells, f"{100 * covered:.0f} %"])
+    head = [
+        "source",
+        "target",
+        "classes of cases",
+        "Dice",
+        "error",
+        "rank correlation",
+        f"AUROC, Dice < {LOW}",
+        "covered",
+    ]
     return markdown(head, lines, texts=2) if lines else "not measured"
 
 

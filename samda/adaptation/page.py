@@ -125,7 +125,7 @@ def look_first(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def expected_mean(record: Mapping[str, Any], which: str) -> float | None:
     """Mean predicted Dice of the source or the adapted map of a record, None where it has none."""
-    evidence = record["quality"][which]
+    evidence = record.get("quality", {}).get(which)
     expected = None if evidence is None else evidence.get("expected")
     return None if expected is None else CaseQuality.from_dict(expected).mean
 

@@ -14,6 +14,7 @@ from samda.adaptation import OBJECTIVES, Adaptation, AdaptationSettings, GuardSe
 from samda.adaptation.settings import METHODS, SCOPES
 from samda.adapters.attach import SCOPES as KNOWN_SCOPES
 from samda.errors import UsageError
+from samda.views import FAMILIES
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(AdaptationSettings)}
 
@@ -28,7 +29,7 @@ def test_the_settings_need_no_pytorch_and_name_what_there_is() -> None:
 def test_none_takes_the_default() -> None:
     found, objective = check_settings(dict.fromkeys(DEFAULTS))
     assert (objective, found.thresholds) == (OBJECTIVES["default"](), GuardSettings())
-    assert vars(found) == DEFAULTS | {"steps": 4, "lr": 6e-4} == vars(check_settings({})[0])
+    assert vars(found) == DEFAULTS | {"steps": 4, "lr": 6e-4, "families": FAMILIES} == vars(check_settings({})[0])
 
 
 def test_an_adaptation_resolves_what_it_is_given(make_adaptation: Callable[..., Adaptation]) -> None:
