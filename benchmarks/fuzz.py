@@ -68,8 +68,8 @@ def write_scan(folder: Path, name: str, label: bool = False) -> Path:
         nib.save(kind(array.astype(np.int16), np.diag([-3.0, -3.0, 5.0, 1.0])), folder / name)
         return folder / name
     if name.endswith(".dcm"):
-        series = write_scan(folder, "dicom").parent
-        return write_dicom(name.removesuffix(".dcm"), folder / name, array.astype(np.uint8), Task(), series)
+        series, task = write_scan(folder, "dicom").parent, Task(codes={"foreground": ["10200004", "SCT", "Liver"]})
+        return write_dicom(name.removesuffix(".dcm"), folder / name, array.astype(np.uint8), task, series)
     image = sitk.GetImageFromArray(array.astype(np.int16).T.copy())
     image.SetSpacing((3, 3, 5))
     if name.endswith(FLAT):
@@ -80,7 +80,13 @@ def write_scan(folder: Path, name: str, label: bool = False) -> Path:
     (folder / name).mkdir()
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
-    tags = {"0008|0060": "CT", "0020|000d": "1.2.1", "0020|000e": "1.2.2", "0020|0037": "1\\0\\0\\0\\1\\0"}
+    tags = {
+        "0008|0060": "CT",
+        "0020|000d": "1.2.1",
+        "0020|000e": "1.2.2",
+        "0020|0052": "1.2.3",
+        "0020|0037": "1\\0\\0\\0\\1\\0",
+    }
     for k in range(array.shape[2]):
         plane = image[:, :, k]
         for key, value in (tags | {"0020|0032": f"0\\0\\{5 * k}", "0020|0013": str(k + 1)}).items():
