@@ -15,6 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any, TextIO
 
@@ -52,6 +53,13 @@ EXIT_CODES = {
 # MONAI's DICOM reader, which samda does not use, says on import or construction that a decoder of NVIDIA is missing
 MONAI_READER = re.compile(r"(?i)(.*\W)?nvim(age|g)codec")
 
+# what MONAI imports where it is there, and takes most of its time to start; none of it serves these commands
+OPTIONAL = (
+    *("huggingface_hub", "ignite", "matplotlib", "pandas", "tensorboard", "torchvision"),
+    *("scipy.optimize", "scipy.signal", "scipy.sparse.linalg", "skimage.morphology"),
+)
+QUICK = ("check", "predict", "adapt", "evaluate", "info")
+
 DESCRIPTION = "SAM adapters for medical image segmentation. Research use only."
 EPILOG = """\
 `samda COMMAND --help` shows the options of a command. Exit codes: 0 success, 1 failure, 2 usage error.
@@ -61,6 +69,8 @@ The environment variable SAMDA_CACHE sets the folder of downloaded weights and e
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name; None takes the process's own) and return the exit code."""
+    if argv is None and sys.argv[1:2] and sys.argv[1] in QUICK:  # another process may need all of MONAI later on
+        sys.meta_path.insert(0, _Spared())
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         with contextlib.redirect_stdout(_Printable(sys.stdout)):
@@ -141,6 +151,15 @@ def _line_logging(debug: bool, quiet: bool = False) -> Iterator[None]:
     finally:
         logging.getLogger().removeHandler(handler)
         own.setLevel(before)
+
+
+class _Spared(MetaPathFinder):
+    """Packages of :data:`OPTIONAL` are missing while MONAI itself is being imported; later they are found as ever."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        spec = getattr(sys.modules.get("monai"), "__spec__", None)
+        if name in OPTIONAL and getattr(spec, "_initializing", False):
+            raise ModuleNotFoundError(f"{name} is not imported for this command", name=name)
 
 
 class _Printable:

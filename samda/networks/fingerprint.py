@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.models.tiny_vit import ConvNorm
 
 from samda.adapters.base import disabled
 from samda.errors import WeightsError
+from samda.networks.ops import ConvNorm
 
 TOLERANCE = 1e-3  # relative
 PROBE_SIZE = 64  # pixels
@@ -122,9 +122,9 @@ def _base_tensors(network: Any) -> Iterator[tuple[str, torch.Tensor]]:
     skipped = set(network.head_params())
     for path, module in network.named_modules():
         if isinstance(module, ConvNorm):
-            convolution = module.fuse()
-            yield f"{path}.weight", convolution.weight
-            yield f"{path}.bias", convolution.bias
+            weight, bias = module.fold()
+            yield f"{path}.weight", weight
+            yield f"{path}.bias", bias
             skipped |= {f"{path}.{name}" for name, _ in module.named_parameters()}
         elif ".adapters." not in f"{path}.":
             for name, parameter in module.named_parameters(recurse=False):

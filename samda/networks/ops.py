@@ -10,7 +10,7 @@
   to the softmax, so a single token with the logarithm as its bias replaces all of them. On a 16 x 16 grid with windows
   of 14, which pad to 28 x 28, a quarter of the products remains.
 * :func:`upsample`: bilinear interpolation, in the form whose gradient is the faster one.
-* :class:`FoldedConvNorm`: a batch norm in evaluation is a scale and a shift per channel, folded into the convolution
+* :class:`ConvNorm`: a batch norm in evaluation is a scale and a shift per channel, folded into the convolution
   before it. A 1 x 1 convolution of channels-last maps is a linear layer, for which CPUs have better kernels.
 
 :func:`computes_bf16` tells where bfloat16 is faster; its results are close, not the same.
@@ -21,12 +21,10 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.models.tiny_vit import ConvNorm
 
 from samda.networks.attention import DerivedTensors
 
@@ -45,13 +43,6 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.gelu(x)
     return torch.ops.aten.gelu_(x)
-
-
-class Gelu(nn.Module):
-    """:func:`gelu` as a module."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return gelu(x)
 
 
 def bias_index(window: int) -> torch.Tensor:
@@ -149,45 +140,30 @@ def _matrix(size: int, factor: int) -> torch.Tensor:
         return F.interpolate(unit, (factor * size, size), mode="bilinear", align_corners=False)[0, 0]
 
 
-M = TypeVar("M", bound=nn.Module)
+class ConvNorm(nn.Module):
+    """A convolution without bias and the batch norm after it as one; `kernel` // 2 pixels of padding."""
 
-
-class FoldedConvNorm(ConvNorm):
-    """A convolution and the batch norm after it as one, from timm's `original`; parameter names are timm's."""
-
-    def __init__(self, original: ConvNorm) -> None:
-        nn.Module.__init__(self)
-        self.conv: nn.Conv2d = original.conv
-        self.bn: nn.BatchNorm2d = original.bn
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels)
         self._folded = DerivedTensors()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
         conv, bn = self.conv, self.bn
         if bn.training:
-            return super().forward(x)
+            return bn(conv(x))
         sources = (conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var)
-        weight, bias = self._folded(sources, "folded", self._fold)  # type: ignore[arg-type]
+        weight, bias = self._folded(sources, "folded", self.fold)  # type: ignore[arg-type]
         if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1:
             return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
         return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
 
-    def _fold(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def fold(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias; computed in fp32 or wider."""
         weight, bn = self.conv.weight, self.bn
         wide = torch.promote_types(weight.dtype, torch.float32)
         scale = bn.weight.to(wide) * (bn.running_var.to(wide) + bn.eps).rsqrt()  # type: ignore[union-attr]
         shift = bn.bias.to(wide) - bn.running_mean.to(wide) * scale  # type: ignore[union-attr]
         return (weight.to(wide) * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
-
-
-def fuse_modules(module: M) -> M:
-    """Replace timm's ConvNorm and GELU within `module` in place by ours; returns `module`."""
-    for name, child in module.named_children():
-        if isinstance(child, ConvNorm):
-            setattr(module, name, FoldedConvNorm(child))
-        elif isinstance(child, nn.GELU):
-            setattr(module, name, Gelu())
-        else:
-            fuse_modules(child)
-    return module

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MobileSAM's image encoder: TinyViT (arXiv 2207.10666) with SAM's neck, its transformer blocks naming their sites.
 
-Convolutional parts are timm's. Blocks norm and project their tokens on the whole grid and cut windows from the result:
-the same numbers as for each window, and adapters see the grid instead of windows.
+Parameters carry the names of timm's `tiny_vit`, whose numbers these are. Blocks norm and project their tokens on the
+whole grid and cut windows from the result: the same numbers as for each window, and adapters see the grid.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from collections.abc import Collection, Iterable
 
 import torch
 import torch.nn as nn
-from timm.models.tiny_vit import ConvNorm, MBConv, PatchEmbed, PatchMerging
 
 from samda.adapters.sites import LinearSite, NormSite, ResidualSites, SiteInfo
 from samda.networks.attention import DerivedTensors
 from samda.networks.head import EMBEDDING, Pyramid
-from samda.networks.ops import FoldedConvNorm, bias_index, fuse_modules, gelu, window_attention, window_bias
+from samda.networks.ops import ConvNorm, bias_index, gelu, window_attention, window_bias
 from samda.networks.vit import build_neck, run_block
 
 NORM_EPS = 1e-5
@@ -81,7 +80,7 @@ class Block(nn.Module):
         prefix = f"encoder.{block}"
         self.attn = Attention(prefix, block, dim, num_heads, window)
         self.attn_sites = ResidualSites(prefix, "attn", block, dim)
-        self.local_conv = FoldedConvNorm(ConvNorm(dim, dim, ks=3, stride=1, pad=1, groups=dim))
+        self.local_conv = ConvNorm(dim, dim, 3, groups=dim)
         self.mlp = Mlp(prefix, block, dim, int(dim * mlp_ratio))
         self.mlp_sites = ResidualSites(prefix, "mlp", block, dim)
 
@@ -91,13 +90,40 @@ class Block(nn.Module):
         return self.mlp_sites(x, *self.mlp(x))
 
 
+class Convolutions(nn.Module):
+    """`conv1`, `conv2`, ... with a GELU between them; where `residual`, with the input added and a GELU at the end."""
+
+    def __init__(self, *layers: ConvNorm, residual: bool = False) -> None:
+        super().__init__()
+        for number, layer in enumerate(layers, start=1):
+            self.add_module(f"conv{number}", layer)
+        self.residual = residual
+        if residual:  # fresh weights begin at the input
+            nn.init.zeros_(layers[-1].bn.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, *others = self.children()
+        y = first(x)
+        for layer in others:
+            y = layer(gelu(y))
+        if not self.residual:
+            return y
+        y += x
+        return gelu(y)
+
+
+def separable(in_dim: int, dim: int, out_dim: int, stride: int = 1, residual: bool = False) -> Convolutions:
+    """A depthwise convolution of `dim` channels between two that mix channels."""
+    layers = ConvNorm(in_dim, dim), ConvNorm(dim, dim, 3, stride, groups=dim), ConvNorm(dim, out_dim)
+    return Convolutions(*layers, residual=residual)
+
+
 class Stage(nn.Module):
     """Patch merging with a stride of 2 or 1, then transformer blocks; maps (B, C, H, W)."""
 
     def __init__(self, in_dim: int, dim: int, stride: int, blocks: Iterable[Block]) -> None:
         super().__init__()
-        self.downsample = fuse_modules(PatchMerging(in_dim, dim, nn.GELU))
-        self.downsample.conv2.conv.stride = (stride, stride)
+        self.downsample = separable(in_dim, dim, dim, stride)
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: torch.Tensor, checkpointing: bool) -> torch.Tensor:
@@ -131,9 +157,9 @@ class TinyViT(nn.Module):
     ) -> None:
         super().__init__()
         self.img_size = image_size
-        self.patch_embed = fuse_modules(PatchEmbed(3, dims[0], nn.GELU))
-        blocks = (MBConv(dims[0], dims[0], 4.0, nn.GELU, 0.0) for _ in range(depths[0]))
-        self.conv_blocks = fuse_modules(nn.Sequential(*blocks))
+        self.patch_embed = Convolutions(ConvNorm(3, dims[0] // 2, 3, 2), ConvNorm(dims[0] // 2, dims[0], 3, 2))
+        blocks = (separable(dims[0], 4 * dims[0], dims[0], residual=True) for _ in range(depths[0]))
+        self.conv_blocks = nn.Sequential(*blocks)
         self.stages = nn.ModuleList()
         for i in range(1, len(dims)):
             first, stride = sum(depths[1:i]), 1 if i == len(dims) - 1 else 2

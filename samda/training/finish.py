@@ -26,7 +26,7 @@ from samda.training.handlers import TrainingRecord
 from samda.training.literals import literal
 from samda.version import __version__
 
-PACKAGES = ("torch", "monai", "timm", "segment-anything", "numpy", "nibabel", "SimpleITK")
+PACKAGES = ("torch", "monai", "segment-anything", "numpy", "nibabel", "SimpleITK")
 
 
 def save_training(

@@ -7,6 +7,8 @@ import csv
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -153,6 +155,25 @@ def test_reduced_precision_predicts_nearly_the_same(place: Path, tmp_path: Path,
     code, _, err = samda(capsys, *predict, "-o", tmp_path / "none", "--amp", "fp16", "--device", "cpu")
     assert code == 2 and "amp 'fp16' needs a GPU; on a CPU use bf16 or off" in err
     assert not (tmp_path / "none").exists()
+
+
+def test_a_process_that_predicts_imports_less_and_finds_the_same(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    code = """if True:
+        import sys
+        from samda.cli.main import OPTIONAL, main
+        print(main(), [name for name in OPTIONAL if name in sys.modules])
+        import ignite.engine, segment_anything, torchvision  # later they are found as ever
+        print(segment_anything.sam_model_registry["vit_b"].__name__)
+    """
+    predict = ["predict", "-m", place / "model", "-i", place / "scans"]
+    command = [sys.executable, "-c", code, *map(str, predict), "-o", str(tmp_path / "process")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1:] == ["0 []", "build_sam_vit_b"]
+    assert samda(capsys, *predict, "-o", tmp_path / "here")[0] == 0
+    maps = [nib.load(tmp_path / name / "c.nii.gz").get_fdata() for name in ("process", "here")]
+    assert np.array_equal(*maps)
 
 
 def test_one_bad_scan_does_not_stop_the_others(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
