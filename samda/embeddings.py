@@ -185,7 +185,9 @@ class EmbeddingDataset(Dataset):
         self.memory_mb, self.folder = memory_mb, folder
         self.first = views if first is None else min(first, views)
         self.extras: list[dict[str, Any]] = [{} for _ in range(len(slices))]
-        self.pyramids: dict[int, Pyramid] = {}  # slot -> levels of all slices; a slot takes no room before its first view
+        self.pyramids: dict[
+            int, Pyramid
+        ] = {}  # slot -> levels of all slices; a slot takes no room before its first view
         self.labels: dict[int, torch.Tensor] = {}
         self.latest = torch.full((len(slices),), -1)  # newest view of each slice
         self.renewed = 0

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Progress from one process, and not with `--quiet`: on a terminal a bar with the time left, elsewhere now and then a
-line.
+line. And where the time of a job goes: :func:`phase`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from samda.errors import printable
 from samda.processes import is_main
 
 EVERY = 15.0  # seconds between lines
+
+phases: dict[str, float] = {}  # name -> seconds in this process
 
 _quiet = False
 _outer: list[Cases] = []  # the bar of the current job, if any
@@ -36,6 +38,21 @@ def quiet(on: bool = True) -> Iterator[None]:
         yield
     finally:
         _quiet = before
+
+
+@contextlib.contextmanager
+def phase(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
+    """Add the time of the block, or of the decorated function, to `seconds[name]`, also if it fails; None adds to
+    :data:`phases`. The time of an inner phase does not count for the outer one. Work on a GPU counts where it is
+    waited for.
+    """
+    seconds = phases if seconds is None else seconds
+    begin, before = time.perf_counter(), sum(seconds.values())
+    try:
+        yield
+    finally:
+        own = time.perf_counter() - begin - (sum(seconds.values()) - before)
+        seconds[name] = seconds.get(name, 0.0) + own
 
 
 class _Bar(tqdm):

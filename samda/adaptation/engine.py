@@ -53,7 +53,7 @@ from samda.inference.postprocessing import override, own_grid
 from samda.inference.volume import VolumeInferer
 from samda.networks.head import IMAGE, Pyramid, map_levels, split_levels
 from samda.networks.segmenter import SamSegmenter
-from samda.progress import share
+from samda.progress import phase, share
 from samda.provenance import now, path_sha256, sha256_of, tensors_sha256
 from samda.quality import Calibration, QualityMeter
 from samda.source_statistics import FeatureTap, align_levels, body_boxes, level_sums
@@ -215,7 +215,7 @@ class Adaptation:
         if isinstance(image, Mapping):
             case = {key: value for key, value in image.items() if key != "label"}
         scan, sha256 = case["image"], case.pop("input_sha256", None)
-        with scan_path(scan) as path:
+        with scan_path(scan) as path, phase("preprocessing"):
             sha256 = sha256 or path_sha256(path)
             data = self.preprocessing(case | {"image": path})
         seconds = {"read": time.perf_counter() - begin}
@@ -277,6 +277,7 @@ class Adaptation:
         source = self.judge.evidence(case, case.source, mean_agreement(shown), foreground_entropy(logits))
         return Outcome(source, before(source, bool(shown), self.guard, self.margin))
 
+    @phase("gradient steps")
     def optimize(self, case: PreparedCase) -> Trajectory:
         """Adapt to a prepared case; the model keeps its values, the result is in the trajectory."""
         begin = time.perf_counter()

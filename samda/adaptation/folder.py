@@ -34,7 +34,7 @@ from samda.inference.writer import file_name, label_path, write_labels, write_pr
 from samda.io import copy_file, csv_text, files_of, new_folder, replacing, write_json, write_text
 from samda.output import OutputFolder, open_output, remove
 from samda.processes import Shard
-from samda.progress import Cases
+from samda.progress import Cases, phase
 from samda.provenance import conceal, now, path_sha256
 
 logger = logging.getLogger(__name__)
@@ -325,6 +325,7 @@ class _Job:
                 remove(place)
                 raise
 
+    @phase("writing")
     def _write_maps(self, place: Path, result: AdaptedCase) -> dict[str, str]:
         task, image, affine = self.adaptation.task, result.scan, result.affine
         files = {"source": label_path(place, "source", image).name}

@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--section", choices=("training", "validation", "test"), help="which cases of a data set; default test"
     )
-    add_shared(parser, "--part", "--quiet", "--device", "--json")
+    add_shared(parser, "--part", "--profile", "--quiet", "--device", "--json")
 
 
 def tell(case: str, record: Mapping[str, Any]) -> None:
@@ -83,7 +83,10 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("--site needs adapted cases; leave out --dry-run")
     part = read_part(args.part)
     device = pick_device(args.device)
-    from samda.adaptation.job import check_run, run_adaptation
+    from samda.progress import phase
+
+    with phase("imports"):
+        from samda.adaptation.job import check_run, run_adaptation
 
     join_for_cases()
     result = run_adaptation(

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -105,7 +106,7 @@ def _run(argv: list[str]) -> int:
         if args.command is None:
             parser.print_help(sys.stderr)
             return 2
-        with _line_logging(debug, getattr(args, "quiet", False)):
+        with _line_logging(debug, getattr(args, "quiet", False)), _profile(getattr(args, "profile", False)):
             _module(args.command).run(args)
         return 0
     except SystemExit as done:  # --help and --version
@@ -151,6 +152,22 @@ def _line_logging(debug: bool, quiet: bool = False) -> Iterator[None]:
     finally:
         logging.getLogger().removeHandler(handler)
         own.setLevel(before)
+
+
+@contextlib.contextmanager
+def _profile(wanted: bool) -> Iterator[None]:
+    """Show in the end where the time went."""
+    from samda.progress import line, phases
+
+    phases.clear()
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        total = time.perf_counter() - begin
+        rest = {"everything else": total - sum(phases.values()), "total": total}
+        for name, seconds in ({**phases, **rest} if wanted else {}).items():
+            line(f"{name:<16}{seconds:9.2f} s {100 * seconds / total:4.0f} %")
 
 
 class _Spared(MetaPathFinder):

@@ -73,6 +73,7 @@ SHARED: dict[str, dict[str, Any]] = {  # option -> arguments of argparse
         "metavar": "CLASSES",
         "help": "keep only the largest 3-D component of these classes (liver,spleen), all or none; default: the task's",
     },
+    "--profile": {"action": "store_true", "help": "show at the end where the time went, also in the report"},
     "--output-format": {
         "default": "nifti",
         "metavar": "FORMATS",

@@ -67,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSON report of samda commission; flags cases unlike those of the site",
     )
-    add_shared(parser, "--output-format", "--modality", "--keep-largest", "--report", "--quiet", "--device", "--json")
+    add_shared(parser, "--output-format", "--modality", "--keep-largest", "--report", "--profile")
+    add_shared(parser, "--quiet", "--device", "--json")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -76,7 +77,9 @@ def run(args: argparse.Namespace) -> None:
         existing(args.input, "input")
         part = read_part(args.part)
         device = pick_device(args.device)
-        with report.stage("import"):
+        from samda.progress import phase
+
+        with report.stage("import"), phase("imports"):
             from samda.adapters.base import merge
             from samda.data.datalists import find_cases
             from samda.data.folders import join_channels
@@ -92,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         join_for_cases()
         cases = find_cases(args.input, args.section)
         check_cases(cases, formats)  # before the weights are read
-        with report.stage("load"):
+        with report.stage("load"), phase("loading"):
             network, task, record, version = load_version(args.model, args.version, args.weights)
         cases = join_channels(cases, task.in_channels)
         mine = part.of(cases) if part else cases

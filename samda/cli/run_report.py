@@ -72,15 +72,11 @@ class RunReport:
                 raise
             say(f"the report {self.path} could not be written: {failure}")  # the first error is raised
 
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage, also if it fails; the time of an inner stage does not count for the outer one."""
-        begin, before = time.perf_counter(), sum(self.seconds.values())
-        try:
-            yield
-        finally:
-            own = time.perf_counter() - begin - (sum(self.seconds.values()) - before)
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + own, 3)
+    def stage(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Time a stage, see :func:`samda.progress.phase`."""
+        from samda.progress import phase
+
+        return phase(name, self.seconds)
 
     def add_input(self, case: str, **files: Image | None) -> None:
         """Hash the files of a case: `add_input("a", image=..., label=...)`; a missing file has no hash."""
@@ -140,6 +136,7 @@ class RunReport:
 
     def _write(self, error: BaseException | None) -> None:
         from samda.io import write_json
+        from samda.progress import phases
         from samda.provenance import now, sha256_of, versions
 
         code, reason, text = outcome_of(error)
@@ -148,7 +145,8 @@ class RunReport:
         inputs = [entry if entry["outcome"] in PLAIN else self._conceal(entry) for entry in entries]
         content = self.content | {
             "time_end": now(),
-            "seconds": self.seconds | {"total": round(time.perf_counter() - self._begin, 3)},
+            "seconds": _rounded(self.seconds | {"total": time.perf_counter() - self._begin}),
+            **({"profile": _rounded(phases)} if self.content["config"].get("profile") else {}),
             "versions": versions(),
             "config_sha256": sha256_of(self.content["config"]),
             "peak_memory_mb": peak_memory_mb(),
@@ -165,6 +163,10 @@ class RunReport:
 
         text = "\n".join(_texts(value))
         return conceal(value, {name: other for name, other in self.names.items() if name in text})
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in seconds.items()}
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="tensorboard (default, into MODEL/tensorboard), mlflow (into MODEL/mlruns.db), tensorboard,mlflow or none",
     )
-    add_shared(parser, "--report", "--quiet", "--device", "--json")
+    add_shared(parser, "--report", "--profile", "--quiet", "--device", "--json")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -88,7 +88,9 @@ def run(args: argparse.Namespace) -> None:
         adapters = None if args.adapter is None else args.adapter.split(",")
         task = None if args.task is None else task_file(args.task)
         device = pick_device(args.device)
-        with report.stage("import"):
+        from samda.progress import phase
+
+        with report.stage("import"), phase("imports"):
             from samda.training import train
         report.add(device=device)
         rank, world = launched()

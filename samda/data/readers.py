@@ -35,6 +35,7 @@ from samda.data.headers import INFLATION, check_file, check_request, text_fields
 from samda.data.labels import whole_ids
 from samda.errors import InputError, SamdaError
 from samda.io import Image, files_of
+from samda.progress import phase
 
 PACKED = (".gz", ".mgz")
 LONGEST_REST = 64  # MiB behind the voxels of a compressed NIfTI
@@ -51,6 +52,7 @@ class Scan:
     affine: np.ndarray  # (4, 4) voxel index to RAS mm
 
 
+@phase("reading")
 def read_scan(image: Image, channels: int | None = 1) -> Scan:
     """Read a scan with its geometry.
 
@@ -75,6 +77,7 @@ def read_scan(image: Image, channels: int | None = 1) -> Scan:
     return _stack([_read_file(path, 1) for path in paths], paths)
 
 
+@phase("reading")
 def read_label(path: Image, image: Image | Grid | None = None, wanted: Collection[int] | None = None) -> Scan:
     """Read a label file: one integer id per voxel; for the other arguments, which DICOM labels need, see
     :func:`samda.data.dicom_labels.read_dicom_label`.

@@ -37,7 +37,7 @@ from samda.io import files_of
 from samda.networks.segmenter import SamSegmenter
 from samda.output import open_output
 from samda.processes import Shard, exchange, is_main, read_part
-from samda.progress import Cases
+from samda.progress import Cases, phase
 from samda.quality import Calibration, CaseQuality, ExpectedDice, QualityMeter
 from samda.task import Task
 
@@ -91,6 +91,7 @@ class Prediction(DicomOutput):
         voxel_ml = abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000.0
         return {name: int(counts[k]) * voxel_ml for k, name in enumerate(self.classes) if k}
 
+    @phase("writing")
     def save(self, folder: str | Path, formats: str | Sequence[str] = NIFTI) -> Path:
         """Write the label map (and probabilities) to `folder`; returns its path, that of the first of `formats`.
 
@@ -163,7 +164,7 @@ class Predictor:
         """
         case = {k: image[k] for k in image if k != "label"} if isinstance(image, Mapping) else {"image": image}
         scan = case["image"]
-        with scan_path(scan) as path:
+        with scan_path(scan) as path, phase("preprocessing"):
             data = self.preprocessing(case | {"image": path})
         if self.meter is not None:
             self.meter.clear()  # of a scan that failed

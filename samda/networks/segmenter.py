@@ -40,6 +40,7 @@ from samda.networks.head import (
 from samda.networks.ops import upsample
 from samda.networks.pyramid_head import PyramidHead, PyramidHeadConfig
 from samda.networks.weights import BaseReport, check_published, fetch_weights, read_base
+from samda.progress import phase
 
 BASE_RESPONSE = "_extra_state"  # PyTorch's key
 STRIDE = 16  # pixels of the image per embedding pixel
@@ -223,6 +224,7 @@ class SamSegmenter(nn.Module):
         # single precision from here: class scores of many windows and slices are summed later
         return upsample(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.head.stride)
 
+    @phase("encoding")
     def encode(self, image: torch.Tensor) -> Pyramid:
         """Images (B, C, H, W) in [0, 1] -> the levels that :meth:`decode` needs."""
         if isinstance(image, MetaTensor):
@@ -245,6 +247,7 @@ class SamSegmenter(nn.Module):
             image = torch.cat([image, image.mean(dim=1, keepdim=True)], dim=1)
         return (image.expand(-1, 3, -1, -1) - self.pixel_mean) / self.pixel_std
 
+    @phase("head")
     def decode(self, pyramid: Pyramid) -> torch.Tensor:
         """Levels of :meth:`encode`, also in half precision -> class logits at the stride of the head."""
         missing = [name for name in self.levels if name not in pyramid]

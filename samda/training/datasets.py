@@ -24,7 +24,7 @@ from samda.errors import InputError, UsageError, nearest
 from samda.io import files_of, free_memory
 from samda.networks.head import Pyramid, map_levels
 from samda.networks.segmenter import SamSegmenter
-from samda.progress import bar
+from samda.progress import bar, phase
 from samda.source_statistics import SliceStatistics
 from samda.task import Task
 from samda.training.pace import Pace, clock
@@ -277,7 +277,8 @@ class SliceDataset(Dataset):
         """The slices of a case, cut into tiles of the task's size: (n, C, H, W) and (n, 1, H, W)."""
         if not case.get("label"):
             raise InputError(f"case {name!r} has no label; training needs one for every case")
-        scan = transform(dict(case))
+        with phase("preprocessing"):
+            scan = transform(dict(case))
         image, label = scan["image"], scan["label"]
         tasks = [self.task]
         if self.part == "training" and not case.get("slices"):  # those held out would show in slices of another axis

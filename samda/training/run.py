@@ -20,6 +20,7 @@ from samda.errors import UsageError, cause_of, nearest, one_line
 from samda.io import load_yaml, packaged
 from samda.output import open_output
 from samda.processes import launched
+from samda.progress import phase
 from samda.task import Task
 from samda.training.checkpoint import check_model_folder, check_resume
 from samda.training.config_check import check_config
@@ -123,8 +124,10 @@ def train(
             if begin is not None:
                 begin()
             workflow.initialize()
-            workflow.run()
-            return workflow.finalize()[0]
+            with phase("gradient steps"):
+                workflow.run()
+            with phase("writing"):
+                return workflow.finalize()[0]
 
 
 def _read_settings(given: dict[str, Any], adapters: Adapters | None, overrides: dict[str, Any]) -> dict[str, Any]:

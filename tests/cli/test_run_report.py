@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "dataset.json").write_text(json.dumps({"training": cases}))
     (place / "cube.yaml").write_text(yaml.safe_dump(TASK))
     train = ["train", "-d", place / "dataset.json", "-o", place / "model", "--task", place / "cube.yaml", "--quiet"]
-    more = ["--epochs", "1", "--set", "views=1", "--tracking", "none", "--report", place / "train.json"]
+    more = ["--epochs", "1", "--set", "views=1", "--tracking", "none", "--report", place / "train.json", "--profile"]
     assert cli.main([*map(str, train), "--head", "sam", *map(str, more)]) == 0
     return place
 
@@ -72,6 +73,28 @@ def test_train(place: Path) -> None:
     assert seconds["import"] + seconds["hash"] + seconds["train"] <= seconds["total"] + 0.01
     assert found["peak_memory_mb"]["rss"] > 100
     assert found["versions"]["samda"] and found["versions"]["torch"]
+
+
+def shares(found: dict[str, Any], shown: str) -> set[str]:
+    """Names of the phases of a report, which are those that were shown; their times are within the whole."""
+    lines = [line.split() for line in shown.splitlines() if line.endswith(" %")]
+    assert [" ".join(words[:-4]) for words in lines] == [*found["profile"], "everything else", "total"]
+    seconds = [float(words[-4]) for words in lines]
+    assert sum(seconds[:-1]) == pytest.approx(seconds[-1], abs=0.1)
+    assert sum(found["profile"].values()) <= found["seconds"]["total"] + 0.1
+    return set(found["profile"])
+
+
+def test_profiles_tell_where_the_time_went(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    trained = set(json.loads((place / "train.json").read_text())["profile"])
+    common = {"imports", "reading", "preprocessing", "encoding", "head", "writing"}
+    assert trained == common | {"gradient steps"}
+    job = ["-m", place / "model", "-i", place / "jane_doe_image.nii.gz", "-o", tmp_path / "out", "--profile"]
+    assert cli.main([*map(str, ["predict", *job, "--report", tmp_path / "run.json"])]) == 0
+    assert shares(json.loads((tmp_path / "run.json").read_text()), capsys.readouterr().err) == common | {"loading"}
+    assert cli.main(["predict", *map(str, job[:-1])]) == 0 and " %" not in capsys.readouterr().err
+    assert cli.main(["adapt", *map(str, job), "--overwrite"]) == 0
+    assert common <= set(re.findall(r"^([a-z ]+?) +\d", capsys.readouterr().err, re.MULTILINE))
 
 
 def test_predict_names_model_and_inputs_as_adapt_does(place: Path, tmp_path: Path) -> None:
