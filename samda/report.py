@@ -178,10 +178,13 @@ def scan_slices(
     """
     keys = list(maps)
     data = build_preprocessing(task, labels=False)({"image": image} | {key: str(path) for key, path in maps.items()})
-    mapping = MapLabelsd(mapped, task, dataset_labels)
-    steps: list[Any] = [LoadScand(keys, labels=True, wanted=mapping.map.wanted), EnsureChannelFirstd(keys)]
+    mapping = MapLabelsd(mapped, task, dataset_labels) if mapped else None
+    steps: list[Any] = [
+        LoadScand(keys, labels=True, wanted=mapping.map.wanted if mapping else None),
+        EnsureChannelFirstd(keys),
+    ]
     steps += [Orientationd(keys, axcodes="RAS", labels=RAS_LABELS), CheckSameGridd(keys)]
-    data = Preprocessing([*steps, mapping] if mapped else steps)(data)
+    data = Preprocessing([*steps, mapping] if mapping else steps)(data)
     grid = SliceGrid.from_volume(data["image"], data["image"].affine, task)
     every = range(grid.num_slices)
     labels = {key: grid.extract_labels(data[key], every).numpy() for key in keys}

@@ -56,8 +56,8 @@ MONAI_READER = re.compile(r"(?i)(.*\W)?nvim(age|g)codec")
 
 # what MONAI imports where it is there, and takes most of its time to start; none of it serves these commands
 OPTIONAL = (
-    *("huggingface_hub", "ignite", "matplotlib", "pandas", "tensorboard", "torchvision"),
-    *("scipy.optimize", "scipy.signal", "scipy.sparse.linalg", "skimage.morphology"),
+    *("huggingface_hub", "ignite", "matplotlib", "pandas"),
+    *("scipy.signal", "skimage.morphology", "tensorboard", "torchvision"),
 )
 QUICK = ("check", "predict", "adapt", "evaluate", "info")
 
