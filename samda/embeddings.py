@@ -27,6 +27,7 @@ import torch.nn as nn
 from monai.networks.utils import eval_mode
 from torch.utils.data import Dataset
 
+from samda.data.labels import OPEN
 from samda.errors import InputError, UsageError
 from samda.networks.head import Pyramid, map_levels
 from samda.networks.ops import computes_bf16
@@ -355,7 +356,7 @@ class EmbeddingDataset(Dataset):
         """A random part of at most `crop` pixels a side, on the grid of the coarsest level."""
         random = np.random.default_rng(seed)
         center = None
-        places = label[0].nonzero()
+        places = ((label[0] > 0) & (label[0] < OPEN)).nonzero()
         if len(places) and random.random() < 0.5:
             center = places[random.integers(len(places))].tolist()
         starts, sizes = [], []

@@ -7,6 +7,7 @@
 | the label only         | `missed` | 0         | the volume's diagonal | 0   |
 | the prediction only    | `extra`  | 0         | the volume's diagonal | 0   |
 | neither                | `absent` | NaN       | NaN                   | NaN |
+| no label of the class  | `unlabeled` | NaN    | NaN                   | NaN |
 
 Means exclude NaN and are reported with the number of values.
 """
@@ -23,6 +24,7 @@ import torch
 from monai.metrics.utils import get_edge_surface_distance
 from scipy import ndimage
 
+from samda.data.labels import IGNORED, OPEN
 from samda.errors import InputError
 
 CHUNK = 1 << 22  # voxels counted at once; counting needs about 30 bytes per voxel
@@ -42,6 +44,7 @@ DEFINITIONS = {
     "missed": "in the label, not in the prediction: Dice, IoU and NSD 0, HD95 the diagonal of the volume",
     "extra": "in the prediction, not in the label: Dice, IoU and NSD 0, HD95 the diagonal of the volume",
     "absent": "in neither: no value (NaN), excluded from means",
+    "unlabeled": "the label lacks the class: no value (NaN), excluded from means; ignored voxels count for no class",
     "pooled_dice": "Dice of the voxels of all cases together",
     "mean": "over the n cases that have a value; `all` is the mean of the classes' means",
 }
@@ -51,7 +54,7 @@ DEFINITIONS = {
 class ClassScores:
     """Scores of one class in one case, see the table of the module."""
 
-    status: str  # "both", "missed", "extra" or "absent"
+    status: str  # "both", "missed", "extra", "absent" or "unlabeled"
     dice: float
     iou: float
     hd95_mm: float
@@ -77,11 +80,17 @@ def score_case(
     spacing_mm: Sequence[float],
     num_classes: int,
     nsd_tolerance_mm: float,
+    unlabeled: Sequence[int] = (),
 ) -> list[ClassScores]:
     """Scores of the foreground classes 1 .. K-1 of one case from class indices (X, Y, Z) on one grid.
 
-    `spacing_mm` is the size of a voxel along X, Y, Z. Raises InputError if the shapes differ or a value is not a class.
+    `spacing_mm` is the size of a voxel along X, Y, Z. The label may have values of
+    :class:`samda.data.labels.PartialLabels`; `unlabeled` are classes that it lacks. Raises InputError if the shapes
+    differ or a value is not a class.
     """
+    if prediction.shape == label.shape and label.dtype == np.uint8 and label.max(initial=0) >= OPEN:
+        prediction = np.where(label == IGNORED, 0, prediction)
+        label = np.where(label >= OPEN, 0, label)
     counts = confusion_matrix(prediction, label, num_classes)
     boxes = [ndimage.find_objects(a, max_label=num_classes) for a in (prediction, label)]
     voxel_ml = float(np.prod(spacing_mm)) / 1000.0
@@ -90,7 +99,10 @@ def score_case(
     for k in range(1, num_classes):
         overlap, predicted, true = int(counts[k, k]), int(counts[:, k].sum()), int(counts[k].sum())
         volumes = {"predicted_ml": predicted * voxel_ml, "label_ml": true * voxel_ml}
-        if not predicted and not true:
+        if k in unlabeled:
+            volumes["label_ml"] = math.nan
+            scores.append(ClassScores("unlabeled", math.nan, math.nan, math.nan, math.nan, **volumes))
+        elif not predicted and not true:
             scores.append(ClassScores("absent", math.nan, math.nan, math.nan, math.nan, **volumes))
         elif not predicted or not true:
             scores.append(ClassScores("missed" if true else "extra", 0.0, 0.0, diagonal_mm, 0.0, **volumes))

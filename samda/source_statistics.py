@@ -26,6 +26,7 @@ from scipy import ndimage
 from samda.adapters.base import modules
 from samda.adapters.sites import LevelSite
 from samda.data.body import body_mask, body_threshold
+from samda.data.labels import IGNORED, OPEN, PartialLabels
 from samda.embeddings import labeled_batches
 from samda.errors import InputError
 from samda.networks.head import IMAGE, Pyramid, map_levels
@@ -57,10 +58,14 @@ ClassFeatures = dict[str, list[float]]  # feature -> its value in each slice tha
 
 
 class SliceStatistics:
-    """Collects statistics of slices with their labels, case by case."""
+    """Collects statistics of slices with their labels, case by case; what `partial` labels leave open is no part of
+    them, nor are shapes in slices with ignored pixels.
+    """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, partial: PartialLabels | None = None) -> None:
         self.task = task
+        self.possible = None if partial is None else partial.possible().numpy()
+        self.known = np.zeros(task.num_classes, np.int64)  # slices whose label tells where the class is
         self.cases = self.slices = 0
         self.features: list[ClassFeatures] = [{name: [] for name in FEATURES} for _ in task.classes]
         self.histograms = np.zeros((task.num_classes, task.in_channels, BINS), np.int64)
@@ -70,9 +75,17 @@ class SliceStatistics:
     def update(self, images: torch.Tensor | np.ndarray, labels: torch.Tensor | np.ndarray) -> None:
         """Add neighboring slices (n, C, H, W) in [0, 1] of one case, in their order, with labels (n, H, W)."""
         images, labels = np.asarray(images), np.asarray(labels)
+        if self.possible is not None:
+            values = [np.unique(label) for label in labels]
+            self.known += sum(~self.possible[v[v >= OPEN]].any(0) for v in values)
+            whole = np.array([IGNORED not in v for v in values])
+            labels = np.where(labels < OPEN, labels, 0)
+        else:
+            self.known += len(labels)
+            whole = np.ones(len(labels), bool)
         self._check(images, labels)
         bodies = body_masks(images, self.task)
-        measured = shape_features(labels, [_box(body) for body in bodies], self.task)
+        measured = shape_features(labels * whole[:, None, None], [_box(body) for body in bodies], self.task)
         for features, added in zip(self.features, measured, strict=True):
             for name, values in added.items():
                 features[name] += values
@@ -86,14 +99,15 @@ class SliceStatistics:
 
         Returns:
             {"version", "cases", "slices", "spacing_mm", "quantiles": which, "body": {"area_mm2", "intensity"},
-            "classes": {name: {"slices": number that hold it, "share": of all slices, feature of `FEATURES`: quantiles
-            over these slices, "intensity": per channel, quantiles over its pixels}}}; None where there is nothing.
+            "classes": {name: {"slices": number that hold it, "share": of the slices that tell, feature of
+            `FEATURES`: quantiles over the slices that hold it, "intensity": per channel, quantiles over its
+            pixels}}}; None where there is nothing.
         """
         classes = {}
         for k, name in enumerate(self.task.classes):
             if k:
                 count = len(self.features[k]["area_mm2"])
-                entry: dict[str, Any] = {"slices": count, "share": _short(count / max(1, self.slices))}
+                entry: dict[str, Any] = {"slices": count, "share": _short(count / max(1, self.known[k]))}
                 entry |= {feature: _quantiles(values) for feature, values in self.features[k].items()}
                 entry["intensity"] = [_histogram_quantiles(h) for h in self.histograms[k]]
                 classes[name] = entry
@@ -300,13 +314,22 @@ def feature_statistics(
                 pyramid = network.encode(inputs.to(device))
             network.decode(pyramid)
             labels = labels[:, 0].to(device)
+            k = network.num_classes  # open background is a class of its own here
+            labels = torch.where(labels < OPEN, labels, torch.where(labels == IGNORED, k + 1, k))
             height, width = (side // network.head.feature_stride for side in labels.shape[1:])
-            shares = class_shares(labels, network.num_classes, (height, width)).double()
+            shares = class_shares(labels, k + 2, (height, width))[..., : k + 1].double()
             found = [list(class_sums(torch.cat(kept).double(), shares)) for kept in tap.features]
             features = added(features, found)
             if isinstance(network.head, PyramidHead):
                 levels = added(levels, level_sums(network, pyramid, task))
+    features = [[_one_background(part, layer[0]) for part in layer] for layer in features]
     return {"features": [_moments(*layer) for layer in features], "levels": [_moments(*level) for level in levels]}
+
+
+def _one_background(part: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Sums (K + 1, ...) of classes and of open background -> (K, ...); the latter counts where there is no other."""
+    background = part[:1] if weight[0] > 0 else part[-1:]
+    return torch.cat([background, part[1:-1]])
 
 
 def level_sums(network: SamSegmenter, pyramid: Pyramid, task: Task) -> Sums:

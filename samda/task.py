@@ -17,6 +17,7 @@ import yaml
 from samda.errors import UsageError, from_mapping, nearest, one_line, printable
 from samda.io import load_yaml
 
+MOST_CLASSES = 192  # higher values of label maps have other uses, see `samda.data.labels.PartialLabels`
 LARGEST_IMAGE = 4096  # pixels; limits the memory of a slice
 LATER = ("axes", "codes", "context", "keep_largest", "picture_size")  # keys that the first version did not have
 NAMED, LAST_NAMED = 1 << 16, 1 << 20  # ids that stand for names, see `name_id`
@@ -34,7 +35,8 @@ class Task:
 
     name: str = "segmentation"
     classes: tuple[str, ...] = ("background", "foreground")  # network channel k is classes[k]; background first
-    labels: Mapping[str, tuple[int, ...]] | None = None  # class -> ids (of DICOM: names); None: dataset.json's, else k
+    labels: Mapping[str, tuple[int, ...]] | None = None  # class -> ids (of DICOM: names); None: dataset.json's, else k;
+    # a class without ids is in no label, "ignore" are ids of voxels without a label
     modality: str = "CT"  # "CT" (window in HU), "MR" (percentiles) or "image" (2-D images, percentiles)
     window: tuple[float, float] = (-160.0, 240.0)  # HU, mapped to [0, 1]; CT only
     percentiles: tuple[float, float] = (1.0, 99.0)  # of the body (MR) or of all pixels (image), to [0, 1]
@@ -63,10 +65,11 @@ class Task:
             plain_text = isinstance(name, str) and printable(name) == name and not {"\n", "\t"} & {*name}
             yield plain_text, f"a name must be text in one line without control characters, got {name!r}"
         yield 1 < len(names) == len(set(names)), f"classes must be background and others, all different; got {names}"
+        yield len(names) <= MOST_CLASSES, f"at most {MOST_CLASSES} classes fit into a label map, got {len(names)}"
         yield names[0] == "background", f"the first class must be 'background', got {names[0]!r}; put it first"
         owners: dict[int, str] = {}
         for name, ids in (self.labels or {}).items():
-            yield name in names, f"labels names the unknown class {name!r}; {nearest(name, names)}"
+            yield name in (*names, "ignore"), f"labels names the unknown class {name!r}; {nearest(name, names)}"
             for i in ids:
                 yield i not in owners, f"labels gives id {i} to both {owners.get(i)!r} and {name!r}; give each its own"
                 owners[i] = name
@@ -125,16 +128,24 @@ class Task:
         return tuple(k for k, name in enumerate(self.classes) if name in self.keep_largest)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Task:
-        """Build a Task from JSON or YAML values; unknown keys and values of a wrong type raise UsageError."""
+    def from_dict(cls, values: Mapping[str, Any], like: Task | None = None) -> Task:
+        """Build a Task from JSON or YAML values; unknown keys and values of a wrong type raise UsageError.
+
+        What the values leave out is that of `like`; its label ids go with its classes.
+        """
+        if like is not None:
+            own = like.to_dict()
+            if "classes" in values:
+                del own["labels"]
+            values = own | dict(values)
         try:
             return from_mapping(cls, values, "task")
         except ValueError as error:  # a text instead of a number
             raise UsageError(f"task: {error}") from error
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Task:
-        """Read a Task from a YAML or JSON file: the mapping itself, or its entry `task`."""
+    def from_file(cls, path: str | Path, like: Task | None = None) -> Task:
+        """Read a Task from a YAML or JSON file: the mapping itself, or its entry `task`; see :meth:`from_dict`."""
         try:
             values = load_yaml(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -143,7 +154,7 @@ class Task:
             raise UsageError(f"{path} is not YAML or JSON ({one_line(error)}); repair it") from error
         if not isinstance(values, Mapping):
             raise UsageError(f"{path}: expected a mapping of task keys, got {type(values).__name__}")
-        return cls.from_dict(values.get("task", values))
+        return cls.from_dict(values.get("task", values), like)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

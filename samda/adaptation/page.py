@@ -17,7 +17,7 @@ from samda.adaptation.engine import Adaptation
 from samda.adaptation.folder import AdaptRun, details_folder
 from samda.adaptation.record import CURVES
 from samda.data.datalists import Case, find_pairs
-from samda.data.labels import MapLabelsd
+from samda.data.labels import MapLabelsd, partial_labels
 from samda.errors import SamdaError
 from samda.inference.evaluate import score_files
 from samda.inference.writer import label_path
@@ -50,7 +50,7 @@ CaseScores = dict[str, dict[str, tuple[float, float]]]  # case -> class -> Dice 
 def score_run(run: AdaptRun, labels: str | Path, task: Task) -> CaseScores:
     """Dice before and after of every case with a label, per foreground class; InputError where no case has one."""
     pairs, dataset_labels = find_pairs(run.output, labels)
-    mapping = MapLabelsd("label", task, dataset_labels)
+    mapping = MapLabelsd("label", task, dataset_labels, partial_labels([{}], task, dataset_labels))
     scores: CaseScores = {}
     for case, (final, label) in pairs.items():
         record = run.records.get(case)

@@ -8,6 +8,7 @@ without --task, its suggestion is used. Defaults are those of the bundle's train
   samda train -d Dataset001_Liver -o model --task liver.yaml
   samda train -d Dataset001_Liver -o model --task liver.yaml --adapter salt,dka,sam_da --backbone vit_b --epochs 40
   samda train -d Dataset001_Liver -o model --task liver.yaml --resume
+  samda train -d New -o new --from model                 goes on from a trained model
   torchrun --nproc_per_node=4 -m samda train -d Dataset001_Liver -o model --task liver.yaml     on four GPUs
 """
 
@@ -44,6 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", metavar="NAME", help="vit_t, vit_b, vit_l or vit_h; default vit_t")
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="base weights; default: published weights, downloaded once"
+    )
+    parser.add_argument(
+        "--from",
+        dest="parent",
+        type=Path,
+        metavar="MODEL",
+        help="trained model to start from; a task file may then hold changes only, for instance further classes",
+    )
+    parser.add_argument(
+        "--keep-classes",
+        choices=("exact",),
+        help="exact: freeze the model of --from, new classes get parameters of their own",
     )
     parser.add_argument("--head", choices=("pyramid", "sam"), help="class head; default pyramid")
     parser.add_argument("--minutes", type=float, metavar="N", help="wall time of the whole training; instead of steps")
@@ -116,6 +129,8 @@ def run(args: argparse.Namespace) -> None:
                 tracking=args.tracking,
                 begin=begin,
                 with_base=args.with_base,
+                parent=args.parent,
+                keep_classes=args.keep_classes,
                 **{key: overrides.pop(key) for key in ("head", "minutes", "steps") if key in overrides},
             )
         if rank != 0:  # the main process reports for all

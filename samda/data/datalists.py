@@ -81,7 +81,8 @@ def read_datalist(path: str | Path, report: Report = refuse, unlabeled: bool = F
 
     * a JSON file, or a folder with `dataset.json`, that lists cases under "training", "validation" or "test" (MONAI,
       MSD). Paths are relative to the JSON file; entries have "image" (a path, or a list of one path per channel),
-      "label" and optionally "fold", "id" and "patient"; a test entry may be a path;
+      "label" and optionally "fold", "id", "patient" and "unlabeled" (names of classes that its label lacks); a test
+      entry may be a path;
     * a folder whose `dataset.json` lists none: nnU-Net, `imagesTr/CASE_0000.nii.gz` (`_0001`, `_0002` for further
       channels) and `labelsTr/CASE.nii.gz`, or the training cases of its entry "dataset";
     * a CSV file, or a folder with one, with the columns image and label (optionally id, patient, fold, section);
@@ -179,7 +180,7 @@ def read_labels(labels: Any, where: str | Path) -> dict[str, tuple[int, ...]]:
     """The `labels` entry of a dataset.json as class name -> ids.
 
     nnU-Net v2 writes name -> id (or a list of ids), MSD and nnU-Net v1 write "id" -> name. nnU-Net's "ignore" is kept:
-    voxels with its id are refused, see :func:`samda.data.labels.label_map`.
+    voxels with its id are of no known class, see :class:`samda.data.labels.PartialLabels`.
     """
     expected = f'{where}: labels must be {{"name": id}} or {{"id": "name"}}, got'
     if not isinstance(labels, Mapping) or not labels:
@@ -235,6 +236,14 @@ def find_pairs(
     if unused:
         logger.warning("no label for %d predictions: %s", len(unused), ", ".join(unused))
     return dict(sorted(pairs.items())), dataset_labels
+
+
+def unlabeled_classes(labels: str | Path) -> dict[str, list[str]]:
+    """Case -> classes that its label lacks, of a data set whose list says so."""
+    if not is_labeled(labels):
+        return {}
+    cases = [case for section in read_datalist(labels).cases.values() for case in section]
+    return {case["id"]: case["unlabeled"] for case in cases if case.get("unlabeled")}
 
 
 def _prediction_of(label: str, found: Mapping[str, Path]) -> Path | None:

@@ -23,7 +23,7 @@ from samda.data.datalists import LARGEST_CHANNELS, LAYOUTS, DataList, read_datal
 from samda.data.dicom_files import dicom_modality, is_dicom, is_series
 from samda.data.folders import Case, Problem, Report
 from samda.data.formats import PICTURE_SUFFIXES
-from samda.data.labels import IGNORE, SCALES, LabelMap, id_range, label_map
+from samda.data.labels import IGNORE, IGNORED, SCALES, LabelMap, id_range, label_map
 from samda.data.readers import Scan, read_label, read_scan, refuse_other_grid, uncropped
 from samda.data.slices import refuse_other_scale, sides_mm
 from samda.data.splits import patient_of, split
@@ -352,7 +352,7 @@ def _known_ids(labels: Mapping[str, tuple[int, ...]] | None, task: Task | None) 
     if labels is None:
         return None
     known = {0: 0} | {i: int(name != "background") for name, ids in labels.items() if name != IGNORE for i in ids}
-    return LabelMap(known, None, "the data set", frozenset(labels.get(IGNORE, ())))
+    return LabelMap(known | dict.fromkeys(labels.get(IGNORE, ()), IGNORED), None, "the data set")
 
 
 def _channel_problems(facts: Sequence[CaseFacts], task: Task | None) -> Iterator[Problem]:
@@ -457,7 +457,8 @@ def _foreground_problems(report: DataReport, task: Task | None) -> Iterator[Prob
 def _has_foreground(case: CaseFacts, labels: Mapping[str, Iterable[int]] | None, task: Task | None) -> bool:
     named = (task.labels if task and task.labels else labels) or {}
     if named:
-        return any(i in case.label_ids for name, ids in named.items() if name != "background" for i in ids)
+        skip = ("background", IGNORE)
+        return any(i in case.label_ids for name, ids in named.items() if name not in skip for i in ids)
     return any(i != 0 for i in case.label_ids)
 
 

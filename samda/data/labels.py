@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from monai.transforms import MapTransform
 from samda.errors import InputError, UsageError, nearest
 from samda.task import NAMED, Task, name_id
 
+OPEN = 192  # values of label maps from here on are sets of classes, see :class:`PartialLabels`
+IGNORED = 254  # the set of all classes
 UNKNOWN = 255  # class index of an id without a name
 CHUNK = 1 << 22  # voxels mapped at once
 IGNORE = "ignore"  # nnU-Net's name of voxels without a label
@@ -29,10 +31,9 @@ LARGEST_RANGE = 1 << 20  # between the smallest and the largest id of a label fi
 class LabelMap:
     """Class index of each id in label files."""
 
-    ids: Mapping[int, int]  # id -> class index; 0 for named structures outside the task
+    ids: Mapping[int, int]  # id -> class index; 0 for named structures outside the task, IGNORED without a label
     rest: int | None  # class index of all other ids: 0 (background), or None: refused
     source: str  # source of the ids, for messages
-    ignored: frozenset[int] = frozenset()  # ids of unlabeled voxels: refused
 
     @property
     def wanted(self) -> set[int]:
@@ -41,23 +42,86 @@ class LabelMap:
 
     def refusal(self, found: Collection[int]) -> str:
         """Why a label with these ids cannot be used as it is, and the remedy; empty if it can."""
-        unlabeled = sorted(self.ignored & set(found))
-        if unlabeled:
-            return (
-                f"has voxels of id {unlabeled[0]}, the data set's {IGNORE!r}: they would become background; label "
-                "them, leave the case out, or list the id under a class of the task"
-            )
-        own = {i for i in self.wanted if i < NAMED}
+        own = {i for i in self.wanted if i < NAMED and self.ids[i] < OPEN}
         other = {i for i in found if i and i not in self.ids}
         if len(own) == 1 and own | other == SCALES:
             return f"is a mask of 0 and {min(other)}, {self.source} has id {min(own)}; save all masks with one id"
         return ""
 
 
-def label_map(task: Task, dataset_labels: Mapping[str, tuple[int, ...]] | None = None) -> LabelMap:
-    """Map the ids of label files to class indices.
+@dataclasses.dataclass(frozen=True)
+class PartialLabels:
+    """What voxels may be where a label does not say it: label maps hold class indices, and values for sets of classes.
 
-    Voxels with the id of nnU-Net's "ignore" are refused unless the task lists the id.
+    Voxels of the ids `ignore` may be of any class (:data:`IGNORED`). In a case whose label lacks classes, background
+    may also be one of these: value :data:`OPEN` + i for the classes `sets[i]`.
+
+    Args:
+        classes: of the task, background first.
+        everywhere: classes that no case labels.
+        sets: the different sets of class indices that labels of cases lack.
+    """
+
+    classes: tuple[str, ...]
+    everywhere: tuple[str, ...] = ()
+    sets: tuple[tuple[int, ...], ...] = ()
+
+    def lacking(self, case: Mapping[Hashable, Any]) -> tuple[int, ...]:
+        """Indices of the classes that the label of a case lacks: those of its entry "unlabeled", and of all cases."""
+        names = {*self.everywhere, *case.get("unlabeled", ())}
+        for name in names:
+            if name not in self.classes[1:]:
+                where = f"case {str(case.get('id', case.get('label')))!r}"
+                raise InputError(f"{where}: unlabeled names {name!r}; {nearest(name, self.classes[1:])}")
+        return tuple(k for k, name in enumerate(self.classes) if name in names)
+
+    def background(self, case: Mapping[Hashable, Any]) -> int:
+        """Value of the background of a case in label maps."""
+        lacking = self.lacking(case)
+        return OPEN + self.sets.index(lacking) if lacking else 0
+
+    def possible(self) -> torch.Tensor:
+        """(256, K) bool: the classes that each value of a label map leaves possible."""
+        table = torch.zeros(256, len(self.classes), dtype=torch.bool)
+        table[: len(self.classes)] = torch.eye(len(self.classes), dtype=torch.bool)
+        for place, lacking in enumerate(self.sets, start=OPEN):
+            table[place, [0, *lacking]] = True
+        table[IGNORED] = True
+        return table
+
+
+def partial_labels(
+    cases: Iterable[Mapping[Hashable, Any]],
+    task: Task,
+    dataset_labels: Mapping[str, tuple[int, ...]] | None = None,
+    known: Collection[str] = (),
+) -> PartialLabels | None:
+    """What the labels of some cases leave open; None if nothing.
+
+    No case labels a class for which `task.labels` lists no id, nor, without `task.labels`, a class in `known` (of the
+    model that a training starts from) that the data set does not name.
+    """
+    named, listed = task.labels, dataset_labels or {}
+    if named is not None:
+        everywhere = [name for name in task.classes[1:] if not named.get(name)]
+    else:
+        everywhere = [name for name in task.classes[1:] if listed and name in known and name not in listed]
+    gaps = PartialLabels(task.classes, tuple(everywhere))
+    sets = tuple(sorted({lacking for case in cases if (lacking := gaps.lacking(case))}))
+    if len(sets) > IGNORED - OPEN:
+        raise InputError(
+            f"cases lack {len(sets)} different sets of classes, at most {IGNORED - OPEN} can be told apart"
+        )
+    ignores = IGNORE not in task.classes and (IGNORE in listed or IGNORE in (named or {}))
+    return dataclasses.replace(gaps, sets=sets) if sets or ignores else None
+
+
+def label_map(
+    task: Task, dataset_labels: Mapping[str, tuple[int, ...]] | None = None, absent: Collection[str] = ()
+) -> LabelMap:
+    """Map the ids of label files to class indices; the ids of "ignore" (nnU-Net's name) to :data:`IGNORED`.
+
+    Classes in `absent` need no id.
 
     1. If `task.labels` is given, these ids are used and all other ids become background.
     2. Otherwise, the `labels` of the data set are matched with `task.classes` by name. Other named structures become
@@ -71,20 +135,24 @@ def label_map(task: Task, dataset_labels: Mapping[str, tuple[int, ...]] | None =
     if task.labels is not None:
         _refuse_disagreement(task, dataset_labels or {})
         given = _invert(task, task.labels)
-        ignored = frozenset((dataset_labels or {}).get(IGNORE, ())) - given.keys()
-        return LabelMap(named | given, 0, f"task {task.name!r}", ignored)
+        open_ids = {*(dataset_labels or {}).get(IGNORE, ()), *task.labels.get(IGNORE, ())}
+        return _ignoring(LabelMap(named | given, 0, f"task {task.name!r}"), open_ids - given.keys())
     if dataset_labels is None:
         numbered = {k: k for k in range(task.num_classes)}
         return LabelMap(numbered | named, None, f"task {task.name!r} (id k is class k)")
     ids = {i: 0 for name, values in dataset_labels.items() if name != IGNORE for i in values}
     for name in task.classes[1:]:
-        if name not in dataset_labels and name_id(name) not in ids:
+        if name not in dataset_labels and name_id(name) not in ids and name not in absent:
             raise InputError(
                 f"the data set has no class {name!r}; {nearest(name, dataset_labels)} or add `labels` to the task"
             )
     own = {name: dataset_labels[name] for name in task.classes if name in dataset_labels}
     known = {0: 0} | ids | named | _invert(task, own)
-    return LabelMap(known, None, "the data set's labels", frozenset(dataset_labels.get(IGNORE, ())) - known.keys())
+    return _ignoring(LabelMap(known, None, "the data set's labels"), set(dataset_labels.get(IGNORE, ())) - known.keys())
+
+
+def _ignoring(known: LabelMap, ids: Collection[int]) -> LabelMap:
+    return dataclasses.replace(known, ids={**known.ids, **dict.fromkeys(ids, IGNORED)})
 
 
 def _invert(task: Task, labels: Mapping[str, tuple[int, ...]]) -> dict[int, int]:
@@ -101,7 +169,7 @@ def _invert(task: Task, labels: Mapping[str, tuple[int, ...]]) -> dict[int, int]
 def _refuse_disagreement(task: Task, dataset_labels: Mapping[str, tuple[int, ...]]) -> None:
     for name, ids in (task.labels or {}).items():
         numbers = {i for i in dataset_labels.get(name, ()) if i < NAMED}
-        if numbers and numbers != set(ids):
+        if ids and numbers and numbers != set(ids):
             raise InputError(
                 f"class {name!r} has ids {list(ids)} in task {task.name!r} but {list(dataset_labels[name])} in the "
                 "data set; use the task file of this data set, or a task without `labels`"
@@ -143,24 +211,33 @@ def whole_ids(array: np.ndarray, name: str) -> np.ndarray:
 
 
 class MapLabelsd(MapTransform):
-    """Ids of label files (1, X, Y, Z) -> class indices, uint8; see :func:`label_map`."""
+    """Ids of label files (1, X, Y, Z) -> class indices and values of :class:`PartialLabels`, uint8; see
+    :func:`label_map`. The entry "unlabeled" of a case names classes that its label lacks.
+    """
 
     def __init__(
-        self, keys: KeysCollection, task: Task, dataset_labels: Mapping[str, tuple[int, ...]] | None = None
+        self,
+        keys: KeysCollection,
+        task: Task,
+        dataset_labels: Mapping[str, tuple[int, ...]] | None = None,
+        partial: PartialLabels | None = None,
     ) -> None:
         super().__init__(keys)
-        self.map = label_map(task, dataset_labels)
+        self.partial = partial
+        self.map = label_map(task, dataset_labels, partial.everywhere if partial else ())
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
             label = d[key]
             name = label.meta.get("filename_or_obj", "the label") if isinstance(label, MetaTensor) else "the label"
-            mapped = self._map(label, str(name))
+            if d.get("unlabeled") and self.partial is None:
+                raise InputError(f"{name}: its case lacks classes ('unlabeled'); build_preprocessing needs `partial`")
+            mapped = self._map(label, str(name), self.partial.background(d) if self.partial else 0)
             d[key] = MetaTensor(mapped, meta=label.meta, applied_operations=label.applied_operations)
         return d
 
-    def _map(self, label: MetaTensor, name: str) -> torch.Tensor:
+    def _map(self, label: MetaTensor, name: str, background: int) -> torch.Tensor:
         values = label.as_tensor() if isinstance(label, MetaTensor) else label
         values = torch.from_numpy(whole_ids(values.numpy(), name))
         first, last = id_range(values.numpy(), name)
@@ -170,7 +247,7 @@ class MapLabelsd(MapTransform):
         for i, index in self.map.ids.items():
             if 0 <= i - first < len(table):
                 table[i - first] = index
-        table = table.to(torch.uint8)
+        table = torch.where(table == 0, background, table).to(torch.uint8)
         flat = values.reshape(-1)
         mapped = torch.empty(flat.shape, dtype=torch.uint8)
         for start in range(0, len(flat), CHUNK):  # indices are int64, eight times the memory of a label

@@ -193,6 +193,9 @@ def _case(entry: Any, section: str, where: str, folder: Path) -> Case:
             raise InputError(f"{where}: {key} must be a text or a number, got {name!r}")
         if name is not None and name != "":
             case[key] = str(name)
+    lacking = case.get("unlabeled", [])
+    if not isinstance(lacking, list) or not all(isinstance(name, str) for name in lacking):
+        raise InputError(f"{where}: unlabeled must be a list of class names, got {lacking!r}")
     if "slices" in case:
         _check_ranges(case["slices"], where)
     return case

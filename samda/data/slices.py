@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from samda.data.body import body_box
+from samda.data.labels import OPEN
 from samda.errors import InputError
 from samda.task import AXES, Task
 
@@ -198,14 +199,16 @@ class SliceGrid:
     def extract_labels(self, label: torch.Tensor, index: int | slice | Iterable[int]) -> torch.Tensor:
         """Slices `index` of a label map (1, X, Y, Z) on the canvas: (n, rows, columns) uint8.
 
-        A pixel has the class with the largest interpolated share; pixels outside the volume are background.
+        A pixel has the class, or the value of :class:`samda.data.labels.PartialLabels`, with the largest interpolated
+        share; pixels outside the volume are background.
         """
         if len(chosen := self._chosen(index)) > MOST:
             return torch.cat([self.extract_labels(label, chosen[i : i + MOST]) for i in range(0, len(chosen), MOST)])
         planes = self._planes(label, index)[:, 0]
         best = torch.zeros((len(planes), *self.canvas), dtype=torch.uint8, device=planes.device)
         share = _resample((planes == 0).float(), self._rows.forward, self._columns.forward)
-        for k in range(1, self.task.num_classes):
+        gaps = planes[planes >= OPEN].unique().tolist()
+        for k in (*gaps, *range(1, self.task.num_classes)):
             mask = planes == k
             if not mask.any():
                 continue

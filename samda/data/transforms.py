@@ -34,7 +34,7 @@ from monai.transforms import (
 from scipy import ndimage
 
 from samda.data.body import body_mask, body_threshold, coarse
-from samda.data.labels import MapLabelsd
+from samda.data.labels import OPEN, MapLabelsd, PartialLabels
 from samda.data.readers import Scan, read_label, read_scan, refuse_other_grid, uncropped
 from samda.errors import InputError, UsageError, cause_of, nearest
 from samda.io import files_of
@@ -80,7 +80,7 @@ class RandTissueContrastd(RandomizableTransform):
         tissue = np.clip(image / AIR, 0, 1)
         changed = tissue * np.interp(image, identity, curve) + (1 - tissue) * image
         offsets = np.zeros(label.shape)
-        for k in np.unique(label[label > 0]):
+        for k in np.unique(label[(label > 0) & (label < OPEN)]):
             offsets[label == k] = self.R.uniform(-self.offset, self.offset)
         changed = changed + ndimage.gaussian_filter(offsets, (0, EDGE, EDGE))
         d[self.image_key] = torch.from_numpy(np.clip(changed, 0, 1).astype(np.float32))
@@ -240,18 +240,21 @@ class CheckSameGridd(MapTransform):
 
 
 def build_preprocessing(
-    task: Task, labels: bool, dataset_labels: Mapping[str, tuple[int, ...]] | None = None
+    task: Task,
+    labels: bool,
+    dataset_labels: Mapping[str, tuple[int, ...]] | None = None,
+    partial: PartialLabels | None = None,
 ) -> Preprocessing:
     """Read and preprocess the volume of a case.
 
     {"image": path, "label": path} -> {"image": (C, X, Y, Z) float32 in [0, 1], "label": (1, X, Y, Z) uint8 class
     indices}, both MetaTensors in RAS order on the grid of the scan. "label" is read only with `labels`; other keys are
-    passed through. For `dataset_labels`, see :func:`samda.data.labels.label_map`.
+    passed through. For `dataset_labels` and `partial`, see :class:`samda.data.labels.MapLabelsd`.
     """
     keys = ["image", "label"] if labels else ["image"]
     steps: list[Any] = [LoadScand("image", channels=task.in_channels)]
     if labels:
-        mapping = MapLabelsd("label", task, dataset_labels)
+        mapping = MapLabelsd("label", task, dataset_labels, partial)
         steps.append(LoadScand("label", labels=True, wanted=mapping.map.wanted))
     steps.append(EnsureChannelFirstd(keys))
     steps.append(Orientationd(keys, axcodes="RAS", labels=RAS_LABELS))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from samda.data.datalists import find_pairs
+from samda.data.datalists import find_pairs, unlabeled_classes
 from samda.data.dicom_labels import is_dicom_label
 from samda.data.formats import PICTURE_SUFFIXES
-from samda.data.labels import MapLabelsd
+from samda.data.labels import MapLabelsd, partial_labels
 from samda.data.readers import Scan, read_label, refuse_other_grid, uncropped
 from samda.errors import InputError, SamdaError, UsageError, is_disk_full, log_failed, reason_of
 from samda.inference.predict import CaseEvaluator
@@ -165,7 +165,9 @@ def _score_pairs(
     on_case: Callable[[str, str], None] | None,
 ) -> Evaluation:
     pairs, dataset_labels = find_pairs(predictions, labels, section)
-    mapping = MapLabelsd("label", task, dataset_labels)
+    lacking = {case: {"id": case, "unlabeled": names} for case, names in unlabeled_classes(labels).items()}
+    gaps = partial_labels([lacking.get(case, {}) for case in pairs], task, dataset_labels)
+    mapping = MapLabelsd("label", task, dataset_labels, gaps)
     result = Evaluation(task.classes[1:], {}, {}, tolerance)
     progress = bar("scoring", len(pairs), "case")
     for case, (prediction, label) in pairs.items():
@@ -173,7 +175,7 @@ def _score_pairs(
         try:
             if prediction is None:
                 raise InputError(f"missing prediction for label {label}; predict this case")
-            result.cases[case] = score_files(prediction, label, task, tolerance, mapping)
+            result.cases[case] = score_files(prediction, label, task, tolerance, mapping, lacking.get(case))
         except Exception as error:  # any failure of a pair must not stop the others
             result.failed[case] = outcome = log_failed(case, error)
         if on_case:
@@ -189,14 +191,16 @@ def score_files(
     task: Task,
     nsd_tolerance_mm: float,
     mapping: MapLabelsd | None = None,
+    case: Mapping[str, Any] | None = None,
 ) -> list[ClassScores]:
     """Evaluate a label map of class indices, or a DICOM SEG or RTSTRUCT, against a label file; see
     :func:`samda.metrics.score_case`.
 
-    `mapping` maps ids of the label file to class indices; None takes that of the task.
+    `mapping` maps ids of the label file to class indices; None takes that of the task. The entry "unlabeled" of `case`
+    names classes that the label lacks.
     """
     own = MapLabelsd("label", task)
-    mapping = mapping or own
+    mapping = mapping or MapLabelsd("label", task, None, partial_labels([case or {}], task))
     true = read_label(label, wanted=mapping.map.wanted)
     predicted = read_label(prediction, (true.array.shape, true.affine), own.map.wanted)
     if is_dicom_label(Path(prediction)):  # its segments have names
@@ -206,15 +210,18 @@ def score_files(
     affine = true.affine if pictures else predicted.affine  # 2-D images have no position
     true = uncropped(true, (predicted.array.shape, affine), label)
     refuse_other_grid(predicted.array.shape, affine, (true.array.shape, true.affine), (prediction, label))
-    classes = _classes(true, label, mapping)
+    classes = _classes(true, label, mapping, case)
+    unlabeled = mapping.partial.lacking(case or {}) if mapping.partial else ()
     spacing_mm = np.linalg.norm(true.affine[:3, :3], axis=0)
-    return score_case(predicted.array, classes, spacing_mm, task.num_classes, nsd_tolerance_mm)
+    return score_case(predicted.array, classes, spacing_mm, task.num_classes, nsd_tolerance_mm, unlabeled)
 
 
-def _classes(scan: Scan, path: str | Path, mapping: MapLabelsd) -> np.ndarray:
+def _classes(
+    scan: Scan, path: str | Path, mapping: MapLabelsd, case: Mapping[str, Any] | None = None
+) -> np.ndarray:
     """The class indices of ids."""
     ids = MetaTensor(torch.from_numpy(np.ascontiguousarray(scan.array)), meta={"filename_or_obj": str(path)})
-    return mapping({"label": ids})["label"].as_tensor().numpy()
+    return mapping({**(case or {}), "label": ids})["label"].as_tensor().numpy()
 
 
 def _turned(scan: Scan, like: Scan) -> Scan:

@@ -131,7 +131,7 @@ def load_model(
     try:
         _check_task(file.network["num_classes"], file.network["in_channels"], task, str(folder))  # before it is built
         _check_sizes(file)
-        network = SamSegmenter(**file.network, weights=_base_weights(file, folder, weights))
+        network = SamSegmenter(**file.network, weights=base_weights(file, folder, weights))
         check_fingerprint(network, file.base["fingerprint"])
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # odd values
         reason = (str(error).splitlines() or [type(error).__name__])[0]  # PyTorch adds its own traceback
@@ -145,7 +145,9 @@ def load_model(
 
 def _check_sizes(file: AdapterFile) -> None:
     """Refuse settings that ask for other tensors than the file holds, before the network takes memory for them."""
-    classes = file.network["num_classes"]
+    classes, head = file.network["num_classes"], file.network["head"]
+    if isinstance(classes, int) and isinstance(head, dict) and isinstance(head.get("added"), list):
+        classes -= sum(n for n in head["added"] if isinstance(n, int))  # which are heads of their own
     sizes = {size for tensor in file.tensors.values() for size in tensor.shape}
     if isinstance(classes, int) and classes not in sizes:  # already the empty modules of many classes take long
         raise InputError(f"{file.source}: no tensor is of {classes!r} classes; copy the model folder again")
@@ -165,7 +167,8 @@ def own_base(folder: Path) -> Path | None:
         raise WeightsError(f"{folder / BASE} is not read ({error.strerror}); copy the file itself") from error
 
 
-def _base_weights(file: AdapterFile, folder: Path, given: str | Path | None) -> str | Path:
+def base_weights(file: AdapterFile, folder: Path, given: str | Path | None) -> str | Path:
+    """Where the base weights of a model folder are: `given`, or see :func:`load_model`."""
     if given is not None:
         return given
     base = own_base(folder)

@@ -67,11 +67,13 @@ class ClassHead(nn.Module):
         feature_stride: of the features by which adaptation aligns scans (:meth:`feature_modules`).
         gradient_cost: memory of a slice in a pass with gradients, relative to the `sam` head.
         has_closed_form: can it start without gradient steps (:meth:`closed_form`)?
+        kept: so many of the first classes have trained parameters, of the model that a training starts from.
     """
 
     name: ClassVar[str]
     gradient_cost: ClassVar[int] = 1
     has_closed_form: ClassVar[bool] = False
+    kept: int = 0
     reads: tuple[str, ...]
     stride: int
     feature_stride: int
@@ -81,11 +83,12 @@ class ClassHead(nn.Module):
     def trained(self) -> bool:
         """Has the head left its initial state? An untrained one predicts nothing useful."""
 
-    def closed_form(self, class_counts: torch.Tensor) -> Any:
+    def closed_form(self, class_counts: torch.Tensor, possible: torch.Tensor | None = None) -> Any:
         """Collector of the statistics for a start without gradient steps: `add(pyramid, labels)`, then `finish()`.
 
         Args:
             class_counts: (K,) pixels of each class in the training labels.
+            possible: of partial labels, see :class:`samda.networks.closed_form.RidgeStatistics`.
 
         Raises:
             UsageError: this head has no such start.

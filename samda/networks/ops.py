@@ -129,7 +129,9 @@ def upsample(maps: torch.Tensor, factor: int) -> torch.Tensor:
         with torch.autocast("cpu", enabled=False):
             rows, columns = (_matrix(side, factor).to(maps.dtype) for side in (height, width))
             return rows @ maps @ columns.T
-    return F.interpolate(maps, (factor * height, factor * width), mode="bilinear", align_corners=False)
+    planes = maps.reshape(-1, 1, height, width)  # PyTorch's kernel, and so its rounding, depends on their number
+    planes = F.interpolate(planes, (factor * height, factor * width), mode="bilinear", align_corners=False)
+    return planes.view(*maps.shape[:2], *planes.shape[2:])
 
 
 @functools.lru_cache(maxsize=8)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from samda.training.average import BackToTraining, ParameterAverage
-from samda.training.cases import build_task, dataset_labels, labeled_cases, training_cases
+from samda.training.cases import build_task, dataset_labels, label_gaps, labeled_cases, training_cases
 from samda.training.checkpoint import Checkpoint, Resume, SaveCheckpoint
 from samda.training.config_check import check_config, check_overrides
 from samda.training.datasets import RenewViews, SliceDataset, build_dataset, prepare_batch
@@ -20,6 +20,7 @@ from samda.training.optim import (
     parameter_groups,
 )
 from samda.training.pace import Attach, Ended, Pace
+from samda.training.parent import SoftTargets, read_parent, start_from
 from samda.training.run import train
 from samda.training.sampler import JoinValidation, SliceSampler, Validate
 from samda.training.tracking import MLflow, TensorBoard
@@ -46,6 +47,7 @@ __all__ = [
     "SaveCheckpoint",
     "SliceDataset",
     "SliceSampler",
+    "SoftTargets",
     "TensorBoard",
     "TrainingRecord",
     "Validate",
@@ -60,10 +62,13 @@ __all__ = [
     "check_overrides",
     "dataset_labels",
     "distribute",
+    "label_gaps",
     "labeled_cases",
     "parameter_groups",
     "prepare_batch",
+    "read_parent",
     "save_training",
+    "start_from",
     "train",
     "training_cases",
 ]

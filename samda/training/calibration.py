@@ -17,6 +17,7 @@ import torch
 from monai.networks.utils import eval_mode
 
 from samda.adapters.attach import scope_parameters
+from samda.data.labels import OPEN
 from samda.data.splits import Split, patient_of
 from samda.errors import AdapterError
 from samda.metrics import confusion_matrix
@@ -121,17 +122,18 @@ def _rows(
     images = images.to(network.pixel_mean)
     labels = torch.cat([item["label"] for item in items]).numpy().astype(np.int64)
     pyramid = cat_levels(network.encode(part) for part in images.split(batch_size))
-    counts, rows = _counts(meter, images, pyramid, labels, batch_size), []
+    possible = None if slices.partial is None else slices.partial.possible().numpy()
+    counts, rows = _counts(meter, images, pyramid, labels, batch_size, possible), []
     variants = [(meter.features(), counts)]
     parameters = _alignable(network)
-    shown = labels.reshape(len(labels), -1).any(1)
+    shown = ((labels > 0) & (labels < OPEN)).reshape(len(labels), -1).any(1)
     if parameters and meter.statistics.get("levels"):
         found = level_sums(network, map_levels(lambda level: level[torch.from_numpy(shown)], pyramid), task)
         before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         try:
             for name, tensor in align_levels(network, parameters, meter.statistics["levels"], found, 1.0).items():
                 parameters[name].copy_(tensor)
-            counts = _counts(meter, images, pyramid, labels, batch_size)
+            counts = _counts(meter, images, pyramid, labels, batch_size, possible)
             variants.append((meter.features(), counts))
         finally:
             for name, tensor in before.items():
@@ -146,13 +148,25 @@ def _rows(
 
 
 def _counts(
-    meter: QualityMeter, images: torch.Tensor, pyramid: Pyramid, labels: np.ndarray, batch_size: int
+    meter: QualityMeter,
+    images: torch.Tensor,
+    pyramid: Pyramid,
+    labels: np.ndarray,
+    batch_size: int,
+    possible: np.ndarray | None,
 ) -> np.ndarray:
-    """Predict a scan, which the meter sees; pixels by class of the label and of the prediction, (K, K)."""
+    """Predict a scan, which the meter sees; pixels by class of the label and of the prediction, (K, K).
+
+    What partial labels leave `possible` (256, K) counts as background of both.
+    """
     meter.clear()
     parts = zip(images.split(batch_size), split_levels(pyramid, batch_size), strict=True)
     predicted = torch.cat([meter(part, levels).argmax(1).cpu() for part, levels in parts])
-    return confusion_matrix(predicted.numpy(), labels, meter.task.num_classes)
+    found = predicted.numpy()
+    if possible is not None:
+        found = np.where((labels >= OPEN) & possible[labels, found], 0, found)
+        labels = np.where(labels < OPEN, labels, 0)
+    return confusion_matrix(found, labels, meter.task.num_classes)
 
 
 def _alignable(network: SamSegmenter) -> dict[str, torch.nn.Parameter]:

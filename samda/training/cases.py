@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from samda.data.datalists import Case, DataList, read_datalist
-from samda.data.labels import IGNORE
+from samda.data.labels import IGNORE, PartialLabels, partial_labels
 from samda.data.splits import Split, split
 from samda.data.suggest import check_and_suggest
 from samda.errors import InputError, UsageError, nearest
 from samda.io import shipped_tasks
 from samda.task import Task
+from samda.training.parent import Parent
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ def build_task(
     image_size: int | None = None,
     spacing: float | None = None,
     dataset: str | Path | None = None,
+    parent: Parent | None = None,
 ) -> Task:
     """The task of a training; `image_size` (pixels) and `spacing` (mm per pixel) replace those of the task.
 
@@ -34,18 +36,26 @@ def build_task(
             :func:`samda.data.suggest.suggest_task` suggests for the scans of `dataset`.
         labels: class name -> ids as the data set states them, or a function that reads them; used where there is
             neither a task nor a `dataset`.
+        parent: the model that a training starts from: its task is the default, and that of keys which `task` lacks.
     """
+    like = None if parent is None else parent.task
     if task is None:
-        task = _task_of(labels() if callable(labels) else labels) if dataset is None else _task_for(dataset)
+        task = (
+            like
+            if like is not None
+            else _task_of(labels() if callable(labels) else labels)
+            if dataset is None
+            else _task_for(dataset)
+        )
     elif isinstance(task, str | Path):
         ours = shipped_tasks()
         path = ours.get(str(task), Path(task))
         if not path.is_file():
             remedy = "give a YAML or JSON file with the classes" if path.suffix else nearest(str(task), ours)
             raise UsageError(f"there is no task file {str(task)!r}; {remedy}")
-        task = Task.from_file(path)
+        task = Task.from_file(path, like)
     elif not isinstance(task, Task):
-        task = Task.from_dict(task)
+        task = Task.from_dict(task, like)
     changes: dict[str, Any] = {"image_size": image_size, "spacing": spacing}
     return dataclasses.replace(task, **{key: value for key, value in changes.items() if value is not None})
 
@@ -105,6 +115,15 @@ def training_cases(
     if not result.apart:
         logger.info("the patient trains and validates: no parameters are chosen by that, the last average is kept")
     return result
+
+
+def label_gaps(datalist: DataList, task: Task, parent: Parent | None = None) -> PartialLabels | None:
+    """What the labels of the data set leave open, None if nothing; see :func:`samda.data.labels.partial_labels`."""
+    labeled = [case for cases in datalist.cases.values() for case in cases if "label" in case]
+    gaps = partial_labels(labeled, task, datalist.labels, parent.task.classes if parent else ())
+    if gaps is not None and gaps.everywhere:
+        logger.info("no case labels %s: unknown there, not background", ", ".join(gaps.everywhere))
+    return gaps
 
 
 def labeled_cases(datalist: DataList, section: str) -> list[Case]:

@@ -47,6 +47,8 @@ UNSET = {
     "epochs": 1,
     "val_interval": 1,
     "head_learning_rate": 0.01,
+    "parent": "model",
+    "keep_classes": "exact",
 }  # keys that are null by default; other values are of this type
 TYPES = {
     bool: "true or false",

@@ -18,6 +18,7 @@ from monai.networks.utils import eval_mode
 from monai.transforms import Compose
 from torch.utils.data import Dataset
 
+from samda.data.labels import IGNORED, OPEN, PartialLabels
 from samda.data.slices import SliceGrid, axis_tasks, center_channels, with_neighbors
 from samda.embeddings import EmbeddingDataset, allocate, draw, labeled_batches, split_key
 from samda.errors import InputError, UsageError, nearest
@@ -89,6 +90,7 @@ def build_dataset(
     closed_form: bool = False,
     pace: Pace | None = None,
     late: Sequence[Mapping[str, Any]] = (),
+    partial: PartialLabels | None = None,
 ) -> SliceDataset | EmbeddingDataset:
     """The data set of one part of a training.
 
@@ -108,9 +110,12 @@ def build_dataset(
         crop: see :class:`EmbeddingDataset`; without effect on images, and for heads that read SAM's decoder.
         pace: the length of the training, which bounds the time for encoding.
         late: further cases, which train later on, see :class:`JoinValidation`; the closed-form start does not see them.
+        partial: what the labels leave open.
     """
-    slices = SliceDataset([*data, *late], transform, task, augmentation, seed, memory_mb, part, len(late))
-    start = network.head.closed_form(slices.counts) if closed_form and network.head.has_closed_form else None
+    slices = SliceDataset([*data, *late], transform, task, augmentation, seed, memory_mb, part, len(late), partial)
+    start = None
+    if closed_form and network.head.has_closed_form:
+        start = network.head.closed_form(slices.counts, None if partial is None else partial.possible())
     if not embeddings or network.encoder_adapted:
         if start is not None:
             _start_from_images(network, slices, start, device)
@@ -225,11 +230,12 @@ class SliceDataset(Dataset):
         memory_mb: memory for the slices (MB); what exceeds it lies on disk.
         part: "training" or "validation", for messages.
         late: so many of the last cases train later on.
+        partial: what the labels leave open.
 
     Attributes:
         foreground: (N,) bool, does the item hold foreground?
         late: (N,) bool, is it of these cases?
-        counts: (K,) pixels of each class.
+        counts: (K,) pixels of each class; background that is open counts as background.
         present: (K,) bool, does the class occur at all?
         statistics: of the training slices as they are, for the record of the model; empty for another part.
     """
@@ -244,6 +250,7 @@ class SliceDataset(Dataset):
         memory_mb: float = 2048,
         part: str = "training",
         late: int = 0,
+        partial: PartialLabels | None = None,
     ) -> None:
         self.task, self.augmentation, self.seed, self.part = task, augmentation, seed, part
         self.images: list[torch.Tensor] = []  # per case (n, C, H, W)
@@ -253,7 +260,7 @@ class SliceDataset(Dataset):
         if not data:
             raise InputError(f"the data set has no {part} case; add labeled scans")
         self.names = [_name(case) for case in data]
-        self.statistics = SliceStatistics(task)
+        self.statistics, self.partial = SliceStatistics(task, partial), partial
         left, checksum = memory_mb, 0
         progress = bar(f"reading {part} cases", len(data), "case")
         for number, case in enumerate(data):
@@ -266,10 +273,13 @@ class SliceDataset(Dataset):
             progress.update()
         progress.close()
         self._checksum = checksum
-        self.foreground = torch.cat([(label > 0).flatten(1).any(1) for label in self.labels])
+        self.foreground = torch.cat([((label > 0) & (label < OPEN)).flatten(1).any(1) for label in self.labels])
         self.late = torch.tensor([case >= len(data) - late for case, _ in self.items])
-        counts = sum(torch.bincount(label.flatten().long(), minlength=task.num_classes) for label in self.labels)
-        self.counts = torch.as_tensor(counts)
+        counts = torch.as_tensor(sum(torch.bincount(label.flatten().long(), minlength=256) for label in self.labels))
+        self.counts = counts[: task.num_classes]
+        self.counts[0] += counts[OPEN:IGNORED].sum()
+        if partial is None and counts[OPEN:].any():
+            raise InputError(f"{part} labels have voxels without a label; build_dataset and the loss need `partial`")
         self.present = self.counts > 0
         self._check_foreground()
 

@@ -24,6 +24,7 @@ from samda.training.calibration import calibrate
 from samda.training.datasets import SliceDataset
 from samda.training.handlers import TrainingRecord
 from samda.training.literals import literal
+from samda.training.parent import Parent
 from samda.version import __version__
 
 PACKAGES = ("torch", "monai", "segment-anything", "numpy", "nibabel", "SimpleITK")
@@ -40,6 +41,7 @@ def save_training(
     dataset: SliceDataset | EmbeddingDataset,
     with_base: bool = False,
     validation: SliceDataset | EmbeddingDataset | None = None,
+    parent: Parent | None = None,
 ) -> dict[str, Any]:
     """Restore the best parameters and write the model folder with a bundle around it.
 
@@ -51,6 +53,7 @@ def save_training(
         dataset: the training data, for its statistics and the cost of its embeddings.
         with_base: copy the base weights into the folder.
         validation: the validation data, for the calibration of predicted Dice; None leaves it out.
+        parent: the model that the training started from: its line of descent, and statistics of classes without labels.
 
     Returns:
         {"model", "epochs", "best_epoch", "mean_dice", "dice", "seconds", "parameters", "split", "embeddings"}; Dice on
@@ -78,6 +81,9 @@ def save_training(
     training |= {"settings": {key: value for key, value in settings.items() if key != "task"}}
     shown = dataset.foreground.nonzero().flatten().tolist()
     statistics = slices.statistics.to_dict() | feature_statistics(network, task, dataset, shown)
+    if parent is not None:
+        training["parent"] = parent.descent()
+        statistics = _with_old(statistics, parent.file.record.get("statistics", {}))
     calibration = None
     if validation is not None:
         held_out: Any = getattr(validation, "slices", validation)
@@ -102,6 +108,19 @@ def save_training(
         copy_bundle(bundle_root, folder, task, network, settings)
     release_output(folder)
     return summary
+
+
+def _with_old(statistics: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """Source statistics in which classes without labels have the values that they have in `old`."""
+    classes = {
+        name: old.get("classes", {}).get(name, entry) if not entry["slices"] else entry
+        for name, entry in statistics["classes"].items()
+    }
+    features = []
+    for layer, before in zip(statistics["features"], old.get("features") or statistics["features"], strict=True):
+        rows = {key: [*before[key], *[None] * (len(layer[key]) - len(before[key]))] for key in layer}
+        features.append({key: [a or b for a, b in zip(layer[key], rows[key], strict=True)] for key in layer})
+    return {**statistics, "classes": classes, "features": features}
 
 
 def package_versions() -> dict[str, str]:

@@ -21,6 +21,7 @@ import torch.nn as nn
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 
+from samda.data.labels import IGNORED, OPEN, PartialLabels
 from samda.errors import InputError
 from samda.io import write_json
 from samda.processes import exchange, is_main
@@ -38,24 +39,31 @@ class CaseDice:
 
     It attaches like an ignite metric: `engine.state.metrics[name]` is the mean, `engine.state.metric_details[name]` the
     mean per class (None where the class never occurred). The number of the case is `batch["case"]`. Connected processes
-    add up their counts, so the slices of a case may be spread over them. `classes` are names, background first.
+    add up their counts, so the slices of a case may be spread over them. `classes` are names, background first. Pixels
+    that `partial` labels leave open for a class do not count for it, nor does a case whose label lacks the class.
     """
 
-    def __init__(self, classes: Sequence[str]) -> None:
+    def __init__(self, classes: Sequence[str], partial: PartialLabels | None = None) -> None:
         self.classes = tuple(classes)
+        self.possible = None if partial is None else partial.possible()
         self.reset()
 
     def reset(self, engine: Engine | None = None) -> None:
         """Forget everything."""
-        self.counts: dict[int, torch.Tensor] = {}  # case -> (3, K): overlap, predicted, true voxels
+        self.counts: dict[int, torch.Tensor] = {}  # case -> (4, K): overlap, predicted, true, voxels of lacking labels
 
     def update(self, logits: torch.Tensor, label: torch.Tensor, cases: Sequence[int]) -> None:
         """Add a batch: (B, K, H, W) logits, (B, 1, H, W) class indices, and the number of the case of each item."""
         k = len(self.classes)
         predicted, true = logits.argmax(1).flatten(1), label[:, 0].long().flatten(1)
         for p, t, case in zip(predicted, true, cases, strict=True):
-            overlap = torch.bincount(t[p == t], minlength=k)
-            counts = torch.stack([overlap, torch.bincount(p, minlength=k), torch.bincount(t, minlength=k)]).cpu()
+            joint = torch.bincount(t * k + p, minlength=256 * k)[: 256 * k].view(256, k).cpu()
+            inside = joint[:k]
+            counts = torch.stack([inside.diagonal(), inside.sum(0), inside.sum(1), torch.zeros(k, dtype=torch.long)])
+            if self.possible is not None:
+                gaps = joint[OPEN:] * ~self.possible[OPEN:]
+                counts[1] += gaps.sum(0)
+                counts[3] += (joint[OPEN:IGNORED].sum(1, keepdim=True) * self.possible[OPEN:IGNORED]).sum(0)
             self.counts[int(case)] = self.counts.get(int(case), 0) + counts
 
     def merge(self, counts: Sequence[dict[int, torch.Tensor]]) -> None:
@@ -70,7 +78,9 @@ class CaseDice:
         values: dict[str, float | None] = {}
         for k, name in enumerate(self.classes[1:], start=1):
             sums = [counts[:, k].tolist() for counts in self.counts.values()]
-            dice = [2 * overlap / (predicted + true) for overlap, predicted, true in sums if predicted + true]
+            dice = [
+                2 * overlap / (found + true) for overlap, found, true, lacking in sums if found + true and not lacking
+            ]
             values[name] = sum(dice) / len(dice) if dice else None
         return values
 

@@ -8,6 +8,11 @@ from typing import Any
 import torch
 from monai.losses import DiceCELoss as MonaiDiceCELoss
 
+from samda.data.labels import PartialLabels
+from samda.errors import UsageError
+
+OPEN_TARGET = -0.5  # in place of a probability: the class is possible
+
 
 class DiceCELoss(MonaiDiceCELoss):
     """`monai.losses.DiceCELoss`; with class indices, softmax and sums over the batch it takes a shorter way.
@@ -23,17 +28,60 @@ class DiceCELoss(MonaiDiceCELoss):
 
         dL / dx_k = p_k (d_k - sum_j p_j d_j - c_y p_y + e) + [y = k] (c_y p_y - e)
 
-    Everything else (other reductions, class weights, squared predictions, Jaccard, label maps with K channels, sums for
-    each image) is left to MONAI. Arguments, shapes and errors are MONAI's.
+    Everything else (other reductions, class weights, squared predictions, Jaccard, sums for each image) is left to
+    MONAI. Arguments, shapes and errors are MONAI's.
+
+    With `partial` labels the class of a pixel may be known to be one of S only (marginal loss, Shi et al. 2021, for all
+    sets of classes): the cross-entropy is -log sum_{k in S} p_k, over the pixels that are known to be not of any class,
+    and the sums of class k in the Dice leave out pixels of which it is not known whether they are of it. Soft targets
+    (B, K, ...) take part as they are, -sum_k t_k log p_k, with I_k = sum t_k p_k.
+
+    Args:
+        partial: what the labels leave open.
     """
 
+    def __init__(self, *args: Any, partial: PartialLabels | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.possible = None if partial is None else partial.possible()
+
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """(B, K, ...) logits and (B, 1, ...) class indices -> the loss."""
+        """(B, K, ...) logits and (B, 1, ...) class indices or (B, K, ...) soft targets -> the loss."""
+        soft = target.shape == input.shape
         if not self._shared(input, target):
+            if self.possible is not None or soft:
+                raise UsageError("partial labels need the loss with softmax, batch=true and sums over the whole batch")
             return super().forward(input, target)
         dice = self.dice
         settings = (dice.include_background, dice.smooth_nr, dice.smooth_dr, self.lambda_dice, self.lambda_ce)
+        if soft or self.possible is not None:
+            return self._partial(input.flatten(2), target.flatten(2), *settings)
         return _DiceCE.apply(input, target, settings)
+
+    def _partial(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        include_background: bool,
+        smooth_nr: float,
+        smooth_dr: float,
+        lambda_dice: float,
+        lambda_ce: float,
+    ) -> torch.Tensor:
+        """(B, K, n) logits, (B, 1, n) values of a label map or (B, K, n) of :func:`open_targets`."""
+        log_p = torch.log_softmax(x, 1)
+        if y.shape != x.shape:
+            assert self.possible is not None
+            y = open_targets(self.possible.to(x.device)[y[:, 0].long()].movedim(-1, 1), x.dtype)
+        possible = y < 0
+        some, told = possible.any(1), ~possible.all(1)
+        log_q = log_p.masked_fill(~possible & some[:, None], -torch.inf).logsumexp(1)
+        target, known = y.clamp_min(0).to(x), (~possible).to(x)
+        likelihood = torch.where(some, log_q, (target * log_p).sum(1))
+        cross_entropy = -(likelihood * told).sum() / told.sum().clamp_min(1)
+        p = log_p.exp() * known
+        overlap, count, predicted = ((target * p).sum((0, 2)), target.sum((0, 2)), p.sum((0, 2)))
+        value = 1 - (2 * overlap + smooth_nr) / (count + predicted + smooth_dr)
+        return lambda_dice * value[0 if include_background else 1 :].mean() + lambda_ce * cross_entropy
 
     def _shared(self, x: torch.Tensor, y: torch.Tensor) -> bool:
         dice, ce = self.dice, self.cross_entropy
@@ -41,7 +89,7 @@ class DiceCELoss(MonaiDiceCELoss):
             x.dtype in (torch.float32, torch.float64)
             and x.ndim == y.ndim
             and x.shape[1] > 1
-            and y.shape == (x.shape[0], 1, *x.shape[2:])
+            and (y.shape == (x.shape[0], 1, *x.shape[2:]) or (y.shape == x.shape and y.is_floating_point()))
             and dice.softmax
             and dice.to_onehot_y
             and dice.batch
@@ -51,6 +99,12 @@ class DiceCELoss(MonaiDiceCELoss):
             and ce.label_smoothing == 0
             and not (dice.squared_pred or dice.jaccard or dice.sigmoid or dice.other_act or dice.soft_label)
         )
+
+
+def open_targets(possible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, K, ...) bool of the classes that a pixel may be -> targets: 1 for the only one, else OPEN_TARGET for each."""
+    alone = possible.sum(1, keepdim=True) == 1
+    return torch.where(alone, 1.0, OPEN_TARGET).to(dtype) * possible
 
 
 class _DiceCE(torch.autograd.Function):

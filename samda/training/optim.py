@@ -18,10 +18,10 @@ from samda.training.pace import Pace
 
 
 def parameter_groups(network: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """The trainable parameters by full name, each in exactly one group: "adapters", "head" and "base" (what a baseline
-    trains). Empty groups are omitted.
+    """The trainable parameters that are not frozen by full name, each in exactly one group: "adapters", "head" and
+    "base" (what a baseline trains). Empty groups are omitted.
     """
-    trainable = trainable_parameters(network)
+    trainable = {name: p for name, p in trainable_parameters(network).items() if p.requires_grad}
     adapters = set(adapter_parameters(network))
     head = set(network.head_params())  # type: ignore[operator]
     groups: dict[str, dict[str, nn.Parameter]] = {"adapters": {}, "head": {}, "base": {}}

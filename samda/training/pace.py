@@ -145,12 +145,25 @@ class Pace:
     def state_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
         state = {"seconds": self.seconds, "share": self._share, "validated": self._validated}
-        return state | {"joined": self.joined}
+        return state | {"joined": self.joined, "length": self._length()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
+        """Go on where :meth:`state_dict` was taken, perhaps in a longer training: what was done is a smaller share."""
+        unit, length = self._length()
+        stretched = 1.0
+        if "length" in state:  # an older samda did not store it
+            then, before = state["length"]
+            if then != unit:
+                raise UsageError(f"resume: the length was given in {then} ({before:g}), now it is in {unit}; give {then}")
+            stretched = min(1.0, before / length)
         self._before, self._share, self._validated = state["seconds"], state["share"], state["validated"]
+        self._share, self._validated = self._share * stretched, self._validated * stretched
         self.joined = state.get("joined", False)  # an older samda never did
+
+    def _length(self) -> tuple[str, float]:
+        """Unit and number."""
+        lengths = {"steps": self.steps, "minutes": self.minutes, "epochs": self.epochs}
+        return next((unit, number) for unit, number in lengths.items() if number is not None)
 
     def _place_sampler(self, engine: Engine) -> None:
         loader: Any = engine.state.dataloader

@@ -22,9 +22,11 @@ from samda.output import open_output
 from samda.processes import launched
 from samda.progress import phase
 from samda.task import Task
+from samda.training.cases import build_task
 from samda.training.checkpoint import check_model_folder, check_resume
 from samda.training.config_check import check_config
-from samda.training.literals import literal, refuse_syntax
+from samda.training.literals import decoded, literal, refuse_syntax
+from samda.training.parent import read_parent
 from samda.training.tracking import mlflow_settings, trackers
 
 OWN = {  # keys that follow from an argument of another name -> remedy
@@ -56,6 +58,8 @@ def train(
     head: str | Mapping[str, Any] | None = None,
     minutes: float | None = None,
     steps: int | None = None,
+    parent: str | Path | None = None,
+    keep_classes: str | None = None,
 ) -> dict[str, Any]:
     """Train on a data set and write a model folder.
 
@@ -81,6 +85,9 @@ def train(
             a mapping {"type": name, settings}.
         minutes: wall time of the whole training; excludes `steps` and the key `epochs`.
         steps: gradient steps.
+        parent: model folder that the training starts from, see :mod:`samda.training.parent`. Its backbone, base
+            weights, adapters and head are taken, and its task, of which `task` may change keys and add classes.
+        keep_classes: "exact" freezes the parent, so that its classes keep their logits bit for bit.
 
     Returns:
         What was trained and reached, see :func:`samda.training.finish.save_training`; the same on every process.
@@ -98,6 +105,8 @@ def train(
     check_model_folder(output, resume, overwrite)
     if Path(output).resolve() == Path(dataset).expanduser().resolve():
         raise UsageError(f"output {output} is the data set; choose another folder for the model")
+    if parent is not None and Path(output).resolve() == Path(parent).expanduser().resolve():
+        raise UsageError(f"output {output} is the model that the training starts from; choose another folder")
     arguments = {
         "dataset_dir": str(dataset),
         "output_dir": str(output),
@@ -110,6 +119,8 @@ def train(
         "head": head,
         "minutes": minutes,
         "steps": steps,
+        "parent": None if parent is None else str(parent),
+        "keep_classes": keep_classes,
         "device": None if device is None else str(device),
     }
     given = {key: literal(value) for key, value in arguments.items() if value is not None}
@@ -145,10 +156,20 @@ def _read_settings(given: dict[str, Any], adapters: Adapters | None, overrides: 
             raise UsageError(f"adapters must be names, files or a mapping of name to settings, got {adapters!r}")
         given |= _merged([find_overlay(name) for name in names], overrides)
     settings = given | overrides
+    if settings.get("parent") is not None:
+        settings = _inherited(settings) | {key: value for key, value in settings.items() if key != "task"}
     kind = settings.get("head")
     if (kind.get("type") if isinstance(kind, Mapping) else kind) == "sam":
         settings = SAM_HEAD | settings
     return settings
+
+
+def _inherited(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys that a training shares with the model that it starts from."""
+    parent = read_parent(decoded(settings["parent"]))
+    assert parent is not None
+    task = build_task(decoded(settings.get("task")), parent=parent)
+    return {key: literal(value) for key, value in parent.settings(task, settings.get("keep_classes")).items()}
 
 
 def _checked_workflow(settings: Mapping[str, Any]) -> ConfigWorkflow:

@@ -19,6 +19,7 @@ from monai.handlers import MLFlowHandler, TensorBoardHandler
 from monai.networks.utils import eval_mode
 from monai.utils import version_geq
 
+from samda.data.labels import OPEN
 from samda.errors import UsageError, nearest
 from samda.networks.head import map_levels
 from samda.output import output_of
@@ -131,6 +132,7 @@ class TensorBoard(TensorBoardHandler):
                 # the slice without its neighbors; two channels make no color
                 image = item["image"].numpy()[task.context :][: 3 if task.in_channels == 3 else 1]
                 label, predicted = item["label"][0].numpy(), logits[0].argmax(0).cpu().numpy()
+                label = np.where(label < OPEN, label, 0)
                 pictures.append(np.concatenate([paint(image), paint(image, label), paint(image, predicted)], axis=1))
         return pictures
 

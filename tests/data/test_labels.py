@@ -6,7 +6,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from samda.data.labels import MapLabelsd, label_map
+from samda.data.labels import IGNORED, OPEN, MapLabelsd, label_map, partial_labels
 from samda.errors import InputError, UsageError
 from samda.task import Task
 
@@ -92,11 +92,11 @@ def test_long_labels_are_mapped_in_parts(monkeypatch):
 
 
 @pytest.mark.parametrize("task", [PLAIN, LISTED])
-def test_voxels_that_a_data_set_leaves_unlabeled_are_refused(task):
+def test_voxels_that_a_data_set_leaves_unlabeled_are_ignored(task):
     names = {"background": (0,), "liver": (5,), "kidney": (2, 3), "ignore": (7,)}
-    assert mapped([0, 5, 2], task, names) == [0, 1, 2]
-    with pytest.raises(InputError, match=r"labels\.nii\.gz has voxels of id 7, the data set's 'ignore'"):
-        mapped([0, 5, 7], task, names)
+    assert mapped([0, 5, 2, 7], task, names) == [0, 1, 2, IGNORED]
+    listed = Task(classes=CLASSES, labels={"liver": 5, "kidney": [2, 3], "ignore": 9})
+    assert mapped([0, 9, 7], listed) == [0, IGNORED, 0]
     own = Task(classes=CLASSES, labels={"liver": 5, "kidney": [2, 3, 7]})  # the user decides what they are
     assert mapped([0, 5, 7], own, {"ignore": (7,)}) == [0, 1, 2]
 
@@ -114,3 +114,39 @@ def test_masks_of_another_scale_are_refused(own, other):
 def test_labels_that_become_background_as_a_whole_warn():
     with pytest.warns(UserWarning, match=r"labels.nii.gz: all of it is background.*: 9, 117"):
         assert mapped([0, 9, 117], LISTED) == [0, 0, 0]
+
+
+def test_background_of_a_label_that_lacks_classes_may_be_these() -> None:
+    cases = [{"id": "a"}, {"id": "b", "unlabeled": ["kidney"]}, {"id": "c", "unlabeled": ["kidney", "liver"]}]
+    gaps = partial_labels(cases, PLAIN)
+    assert gaps is not None
+    assert gaps.sets == ((1, 2), (2,))
+    table = gaps.possible()
+    assert table[:3].equal(torch.eye(3, dtype=torch.bool))
+    assert table[OPEN : OPEN + 2].tolist() == [[True, True, True], [True, False, True]]
+    assert table[IGNORED].all() and not table[3:OPEN].any()
+    transform = MapLabelsd("label", PLAIN, None, gaps)
+    found = [
+        transform(case | {"label": MetaTensor(torch.tensor([[[[0, 1, 2]]]]))})["label"].flatten().tolist()
+        for case in cases
+    ]
+    assert found == [[0, 1, 2], [OPEN + 1, 1, 2], [OPEN, 1, 2]]
+    assert partial_labels([{"id": "a"}], PLAIN, DATASET) is None
+
+
+def test_classes_that_no_case_labels() -> None:
+    task = Task(classes=CLASSES, labels={"liver": [], "kidney": 2})
+    gaps = partial_labels([{}], task)
+    assert gaps is not None and gaps.everywhere == ("liver",) and gaps.sets == ((1,),)
+    del (names := dict(DATASET))["liver"]
+    gaps = partial_labels([{}], PLAIN, names, known=("background", "liver"))
+    assert gaps is not None and gaps.everywhere == ("liver",)
+    assert MapLabelsd("label", PLAIN, names, gaps).map.ids[2] == 2
+    assert partial_labels([{}], PLAIN, names) is None  # such a data set is refused where no model knows the class
+
+
+def test_an_unknown_unlabeled_class_is_refused() -> None:
+    with pytest.raises(InputError, match="case 'a': unlabeled names 'kidneys'; did you mean 'kidney'"):
+        partial_labels([{"id": "a", "unlabeled": ["kidneys"]}], PLAIN)
+    with pytest.raises(InputError, match="its case lacks classes"):
+        MapLabelsd("label", PLAIN)({"label": MetaTensor(torch.zeros(1, 1, 1, 1)), "unlabeled": ["kidney"]})

@@ -251,3 +251,17 @@ def test_refuses(tmp_path: Path, task: Task) -> None:
     ):
         with pytest.raises(kind, match=message):
             evaluate(*arguments)
+
+
+def test_partial_labels_do_not_count(tmp_path: Path, task: Task) -> None:
+    prediction, label = boxes(1, 2, shift=1), boxes(5, 0)
+    label[6, 2:6, 2:6] = 9  # what the prediction has beyond the label is left open
+    save(tmp_path / "out" / "a.nii.gz", prediction)
+    save(tmp_path / "a_label.nii.gz", label)
+    case = {"id": "a", "image": "a.nii.gz", "label": "a_label.nii.gz", "unlabeled": ["aorta"]}
+    save(tmp_path / "a.nii.gz", prediction)
+    content = {"labels": {"background": 0, "liver": 5, "aorta": [52, 53], "ignore": 9}, "training": [case]}
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    liver, aorta = evaluate(tmp_path / "out", tmp_path / "data.json", task).cases["a"]
+    assert liver.dice == pytest.approx(2 * 48 / (48 + 64))  # of the cube that is 16 voxels ahead, 48 count
+    assert aorta.status == "unlabeled" and math.isnan(aorta.dice)

@@ -15,6 +15,7 @@ import torch.nn as nn
 from timm.models.tiny_vit import TinyVit
 
 from samda.adapters import attach, count_parameters, trainable_parameters
+from samda.data.labels import IGNORED, OPEN, PartialLabels
 from samda.embeddings import EmbeddingDataset, labeled_batches
 from samda.errors import AdapterError, InputError, UsageError
 from samda.models import load_model, save_model
@@ -363,3 +364,25 @@ def test_a_folder_may_bring_the_base_of_a_network_without_decoder(make_segmenter
     with torch.no_grad():
         for folder, expected in (("with_base", network), ("own_base", fresh)):
             assert torch.equal(load_model(tmp_path / folder)[0](image), expected(image))
+
+
+def test_partial_labels_give_each_class_the_pixels_that_tell() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(2, 4, 8, 8, generator=generator) for _ in range(3)]
+    maps = [labels(2, 64)[:, 0, ::4, ::4] for _ in features]
+    table = PartialLabels(("background", "a", "b"), sets=((2,),)).possible()
+    lacking = torch.where(maps[1] == 2, 0, maps[1])  # its background may be b
+    given = [maps[0], torch.where(lacking == 0, OPEN, lacking), torch.full_like(maps[2], IGNORED)]
+    class_counts = counts(torch.cat([maps[0], lacking]))
+    solutions = []
+    for own, possible in (([maps[0], lacking], None), ([maps[0]], None), (given, table)):
+        statistics = RidgeStatistics(class_counts, background_share=1.0, possible=possible)
+        for values, one in zip(features, own, strict=False):
+            statistics.add(values, one)
+        statistics.total, statistics.square, statistics.pixels = torch.zeros(4), torch.ones(4), 1  # of one frame
+        solutions.append(statistics.solve())
+    both, first, partial = solutions
+    torch.testing.assert_close(partial.weight[:, 1], both.weight[:, 1])  # a is known in both
+    torch.testing.assert_close(partial.weight[:, 2], first.weight[:, 2])  # b in the first only
+    torch.testing.assert_close(partial.weight.sum(1), torch.zeros(4), rtol=0, atol=1e-5)
+    assert float(partial.bias.sum()) == pytest.approx(1)

@@ -7,6 +7,7 @@ import monai.losses
 import pytest
 import torch
 
+from samda.data.labels import IGNORED, OPEN, PartialLabels
 from samda.training.loss import DiceCELoss
 
 SHORT = {"to_onehot_y": True, "softmax": True, "batch": True}
@@ -101,3 +102,47 @@ def test_labels_of_another_shape_are_refused_as_monai_does():
     logits, label = inputs()
     with pytest.raises(ValueError, match="number of dimensions"):
         DiceCELoss(**SHORT)(logits, label[:, 0])
+
+
+GAPS = PartialLabels(("background", "a", "b", "c"), sets=((2,), (2, 3)))
+
+
+def test_partial_labels_merge_background_with_what_is_lacking() -> None:
+    logits, label = inputs()
+    label[0][label[0] == 0] = OPEN  # background or b
+    label[1][label[1] == 0] = OPEN + 1  # background, b or c
+    label[2, :, :5] = IGNORED
+    value = DiceCELoss(**SHORT, include_background=False, partial=GAPS)(logits, label)
+    p = logits.detach().softmax(1)
+    may = {0: [0], 1: [1], 2: [2], 3: [3], OPEN: [0, 2], OPEN + 1: [0, 2, 3], IGNORED: [0, 1, 2, 3]}
+    terms, sums = [], torch.zeros(4, 3, dtype=torch.float64)
+    for b, i, j in torch.cartesian_prod(torch.arange(3), torch.arange(10), torch.arange(14)).tolist():
+        possible = may[int(label[b, 0, i, j])]
+        if len(possible) < 4:
+            terms.append(-sum(p[b, k, i, j] for k in possible).log())
+        for k in range(4):
+            if k not in possible or len(possible) == 1:
+                hit = float(possible == [k])
+                sums[k] += torch.tensor([hit * p[b, k, i, j], hit, p[b, k, i, j]])
+    overlap, count, predicted = sums[1:].T
+    expected = torch.stack(terms).mean() + (1 - (2 * overlap + 1e-5) / (count + predicted + 1e-5)).mean()
+    torch.testing.assert_close(value.detach(), expected, rtol=1e-10, atol=0)
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert not gradient[2, :, :5].any()  # ignored pixels move nothing
+    assert gradient[2, :, 5:].any()
+
+
+def test_labels_that_leave_nothing_open_give_the_plain_loss() -> None:
+    logits, label = inputs()
+    values = [DiceCELoss(**SHORT, partial=gaps)(logits, label) for gaps in (None, GAPS)]
+    torch.testing.assert_close(*values, rtol=1e-12, atol=0)
+    one_hot = torch.nn.functional.one_hot(label[:, 0].long(), 4).movedim(-1, 1).double()
+    torch.testing.assert_close(DiceCELoss(**SHORT)(logits, one_hot), values[0], rtol=1e-12, atol=0)
+
+
+def test_soft_targets_are_monais_probabilities() -> None:
+    logits, _ = inputs()
+    target = inputs()[0].detach().roll(1, 2).softmax(1)
+    ours = DiceCELoss(**SHORT)(logits, target)
+    theirs = monai.losses.DiceCELoss(softmax=True, batch=True)(logits, target)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from ignite.engine import Engine
 
+from samda.data.labels import IGNORED, OPEN, PartialLabels
 from samda.training import CaseDice
 
 
@@ -53,3 +54,12 @@ def test_it_attaches_to_an_engine_and_starts_anew_each_run() -> None:
         engine.run([{"label": other, "case": torch.tensor([3])}])
     assert engine.state.metrics["dice"] == 0.0
     assert engine.state.metric_details["dice"] == {"organ": 0.0}
+
+
+def test_what_partial_labels_leave_open_does_not_count() -> None:
+    metric = CaseDice(["background", "a", "b"], PartialLabels(("background", "a", "b"), sets=((2,),)))
+    true = torch.tensor([[[1, 1, OPEN, OPEN, IGNORED, IGNORED]], [[1, 2, 2, 0, IGNORED, IGNORED]]])
+    predicted = torch.tensor([[[1, 2, 1, 2, 1, 2]], [[1, 2, 0, 0, 2, 1]]])
+    metric.update(logits_of(predicted, 3), true[:, None], [0, 1])
+    # a of case 0: one of two found, one false; b is not labeled in case 0, in case 1 one of two is found
+    assert metric.per_class() == {"a": pytest.approx((2 / (2 + 2) + 1) / 2), "b": pytest.approx(2 / 3)}

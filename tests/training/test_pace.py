@@ -128,6 +128,31 @@ def test_a_training_by_time_ends_in_time(datalist: Path, tmp_path: Path, by_step
     load_model(tmp_path / "model", weights=by_steps["weights"])
 
 
+def test_more_steps_stretch_the_schedule(datalist: Path, tmp_path: Path, by_steps: Keys) -> None:
+    """Four steps, then eight more: the rates of the further rounds are those of a training of twelve."""
+    keys = by_steps | {"val_interval": 2, "warmup": 0.0, "learning_rate": 0.01}
+    train(datalist, tmp_path / "m", TASK, overrides=keys, steps=4, tracking="none")
+    train(datalist, tmp_path / "m", TASK, overrides=keys, steps=12, tracking="none", resume=True)
+    rows = curve(tmp_path / "m")
+    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
+    totals = [4, 4, 12, 12, 12, 12]
+    for row, begin, total in zip(rows[1:], [2, 4, 6, 8, 10], totals[1:], strict=True):
+        expected = 0.01 * 0.5 * (1 + math.cos(math.pi * begin / total))
+        if begin != 4:  # that round begins with the rate that the finished training left
+            assert row["learning_rate"]["adapters/vectors"] == pytest.approx(expected)
+    with pytest.raises(UsageError, match=r"the length was given in steps \(12\), now it is in minutes; give steps"):
+        train(datalist, tmp_path / "m", TASK, overrides=keys, minutes=3, tracking="none", resume=True)
+
+
+def test_more_minutes_leave_a_smaller_share_used() -> None:
+    first = Pace(minutes=2)
+    first._share = first._validated = 1.0
+    longer, again = Pace(minutes=8), Pace(minutes=2)
+    longer.load_state_dict(first.state_dict())
+    again.load_state_dict(first.state_dict())
+    assert (longer.share, again.share) == (0.25, 1.0)
+
+
 def test_a_training_by_steps_resumes_bit_for_bit(
     datalist: Path, tmp_path: Path, by_steps: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
