@@ -76,9 +76,9 @@ class SliceStatistics:
         """Add neighboring slices (n, C, H, W) in [0, 1] of one case, in their order, with labels (n, H, W)."""
         images, labels = np.asarray(images), np.asarray(labels)
         if self.possible is not None:
-            values = [np.unique(label) for label in labels]
-            self.known += sum(~self.possible[v[v >= OPEN]].any(0) for v in values)
-            whole = np.array([IGNORED not in v for v in values])
+            held = [np.unique(label) for label in labels]
+            self.known += sum(~self.possible[v[v >= OPEN]].any(0) for v in held)
+            whole = np.array([IGNORED not in v for v in held])
             labels = np.where(labels < OPEN, labels, 0)
         else:
             self.known += len(labels)

@@ -36,6 +36,8 @@ COMMANDS = {  # name -> module, in the order of the help
         "erf",
         "site",
         "export",
+        "pack",
+        "unpack",
         "info",
         "weights",
         "bundle",

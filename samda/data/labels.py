@@ -66,7 +66,7 @@ class PartialLabels:
     everywhere: tuple[str, ...] = ()
     sets: tuple[tuple[int, ...], ...] = ()
 
-    def lacking(self, case: Mapping[Hashable, Any]) -> tuple[int, ...]:
+    def lacking(self, case: Mapping[Any, Any]) -> tuple[int, ...]:
         """Indices of the classes that the label of a case lacks: those of its entry "unlabeled", and of all cases."""
         names = {*self.everywhere, *case.get("unlabeled", ())}
         for name in names:
@@ -75,7 +75,7 @@ class PartialLabels:
                 raise InputError(f"{where}: unlabeled names {name!r}; {nearest(name, self.classes[1:])}")
         return tuple(k for k, name in enumerate(self.classes) if name in names)
 
-    def background(self, case: Mapping[Hashable, Any]) -> int:
+    def background(self, case: Mapping[Any, Any]) -> int:
         """Value of the background of a case in label maps."""
         lacking = self.lacking(case)
         return OPEN + self.sets.index(lacking) if lacking else 0
@@ -91,7 +91,7 @@ class PartialLabels:
 
 
 def partial_labels(
-    cases: Iterable[Mapping[Hashable, Any]],
+    cases: Iterable[Mapping[Any, Any]],
     task: Task,
     dataset_labels: Mapping[str, tuple[int, ...]] | None = None,
     known: Collection[str] = (),
@@ -226,7 +226,7 @@ class MapLabelsd(MapTransform):
         self.partial = partial
         self.map = label_map(task, dataset_labels, partial.everywhere if partial else ())
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: Mapping[Any, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
             label = d[key]

@@ -154,7 +154,9 @@ class Pace:
         if "length" in state:  # an older samda did not store it
             then, before = state["length"]
             if then != unit:
-                raise UsageError(f"resume: the length was given in {then} ({before:g}), now it is in {unit}; give {then}")
+                raise UsageError(
+                    f"resume: the length was given in {then} ({before:g}), now it is in {unit}; give {then}"
+                )
             stretched = min(1.0, before / length)
         self._before, self._share, self._validated = state["seconds"], state["share"], state["validated"]
         self._share, self._validated = self._share * stretched, self._validated * stretched
