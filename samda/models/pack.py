@@ -191,9 +191,9 @@ def model_card(header: Mapping[str, Any], license: str | None = None) -> str:
         "",
         "## Intended use and limits",
         "",
-        "Research use only, not for clinical decisions. It was trained on the data below; on other scanners, protocols, "
-        "patients or diseases it may fail without a warning; `samda adapt` helps with some of that. Check it on labeled "
-        "cases of your own (`samda evaluate`) before you rely on it.",
+        "Research use only, not for clinical decisions. It was trained on the data below; on other scanners, "
+        "protocols, patients or diseases it may fail without a warning; `samda adapt` helps with some. Check it on "
+        "labeled cases of your own (`samda evaluate`) before you rely on it.",
         "",
         "## Data",
         "",
