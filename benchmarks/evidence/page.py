@@ -18,7 +18,7 @@ from typing import Any
 from samda.io import replacing, write_text
 
 from ..timing import fill, markdown
-from . import tables
+from . import growth, tables
 from .datasets import ALL, DATASETS, SPLITS
 from .methods import METHODS
 from .results import missing, read
@@ -71,6 +71,7 @@ def blocks(name: str) -> dict[str, str]:
         found[f"{data}_paired"] = tables.compared(rows[data], data)
     found["adaptation"], found["shifts"] = tables.adaptation(read("adaptation")), tables.shifted(read("shifts"))
     found["trusted"] = tables.trusted(read("shifts"))
+    found["growth"] = growth.table(read("growth"))
     found["elsewhere"] = tables.elsewhere(rows["vessels_chase"], "vessels_chase")
     ablations = read("ablations") + tables.pick(rows["hippocampus"], patients=10, budget=SHORT, method="pyramid + SALT")
     found["ablations"] = tables.compared(ablations, "hippocampus", base="pyramid + SALT")

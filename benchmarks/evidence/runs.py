@@ -20,6 +20,7 @@ from .adaptation import real_targets, site_targets
 from .apart import run_there
 from .datasets import ALL, DATASETS, SPLITS, split, write_list
 from .fields import NETWORKS
+from .growth import grow, growths
 from .methods import ABLATIONS, ENCODER, METHODS, rivals_of, train_and_predict
 
 SHORT, LONG = 300, 1800  # CPU seconds
@@ -92,6 +93,7 @@ PARTS: dict[str, Callable[[], list[Run]]] = {
     "adaptation": real_targets,
     "shifts": site_targets,
     "fields": lambda: [{"network": name} for name in NETWORKS],
+    "growth": growths,
     "peft": lambda: [{"compared": "LoRA of peft and of samda"}],
 }
 
@@ -118,6 +120,8 @@ def measure(run: Run, root: Path | None) -> Run:
             return run | row | {"processor": torch.backends.cpu.get_cpu_capability()}
         if "demo" in run:
             return run | _measure_demo(run["seed"], Path(folder) / "demo")
+        if "growth" in run:
+            return run | grow(run, root, Path(folder))
     if "target" in run:
         from .adaptation import measure_site
 
