@@ -20,10 +20,10 @@ from .apart import run_there
 from .datasets import ALL, DATASETS, split, write_list
 from .methods import CPU_CLOCK
 
-BUDGET = 60  # CPU seconds of a training
-STEPS = 300  # of the trainings that are counted in steps
-HELD_OUT = 20  # volumes, of the test patients in their order
-PICTURES = 6
+BUDGET = 30  # CPU seconds of a training
+STEPS = 150  # of the trainings that are counted in steps
+HELD_OUT = 10  # volumes, of the test patients in their order
+PICTURES = 2
 PATIENTS = 40
 FEW = 3  # labeled pictures of the new site
 LEARNED = "aorta"
