@@ -216,9 +216,7 @@ def score_files(
     return score_case(predicted.array, classes, spacing_mm, task.num_classes, nsd_tolerance_mm, unlabeled)
 
 
-def _classes(
-    scan: Scan, path: str | Path, mapping: MapLabelsd, case: Mapping[str, Any] | None = None
-) -> np.ndarray:
+def _classes(scan: Scan, path: str | Path, mapping: MapLabelsd, case: Mapping[str, Any] | None = None) -> np.ndarray:
     """The class indices of ids."""
     ids = MetaTensor(torch.from_numpy(np.ascontiguousarray(scan.array)), meta={"filename_or_obj": str(path)})
     return mapping({**(case or {}), "label": ids})["label"].as_tensor().numpy()

@@ -43,6 +43,7 @@ RECORD: dict[str, Any] = {
     "training": ("epochs", "best_epoch", "seconds", "parameters", "split", "cases", "settings", "parent"),
     "metrics": None,
     "statistics": None,
+    "calibration": None,
 }
 
 
