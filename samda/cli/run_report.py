@@ -53,9 +53,11 @@ class RunReport:
         self.inputs: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> RunReport:
-        from samda.provenance import now
+        from samda.progress import phase
 
         self._begin = time.perf_counter()
+        with phase("imports"):  # PyTorch and MONAI come with it
+            from samda.provenance import now
         self.content["time_start"] = now() if self.wanted else None
         return self
 

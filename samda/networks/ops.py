@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -34,7 +35,9 @@ def computes_bf16(device: torch.device | str) -> bool:
 
     On a Xeon with AMX, predicting took .62 and the encoder of vit_b .43 of the time in float32, docs/performance.md.
     """
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # since PyTorch 2.11; without it, float32
+    capabilities: dict[str, Any] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # missing: float32
     return torch.device(device).type == "cpu" and any(capabilities.get(key) for key in ("amx_bf16", "avx512_bf16"))
 
 
