@@ -35,9 +35,7 @@ def computes_bf16(device: torch.device | str) -> bool:
 
     On a Xeon with AMX, predicting took .62 and the encoder of vit_b .43 of the time in float32, docs/performance.md.
     """
-    capabilities: dict[str, Any] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # missing: float32
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # missing: float32
     return torch.device(device).type == "cpu" and any(capabilities.get(key) for key in ("amx_bf16", "avx512_bf16"))
 
 
