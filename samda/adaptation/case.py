@@ -70,7 +70,7 @@ class AdaptedCase(DicomOutput):
         case: name of the case.
         labels: (X, Y, Z) the map to use: the adapted one if accepted, else the source's byte for byte.
         source: (X, Y, Z) the plain prediction.
-        uncertainty: (X, Y, Z) float32 in [0, 1], normalized entropy of the prediction in `labels`.
+        uncertainty: (X, Y, Z) float32 in [0, 1], normalized entropy of the prediction in `labels`, to 2^-12.
         affine: (4, 4) voxel index to RAS mm.
         record: the audit record.
         scan: the scan's file or DICOM folder, or the nibabel image that it came as.
