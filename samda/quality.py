@@ -175,10 +175,14 @@ class QualityMeter:
     Args:
         network: the segmenter; merged adapters are fine.
         task: what it segments.
-        statistics: the source statistics of the model's record.
+        statistics: the source statistics of the model's record; InputError where they lack a class of the task.
     """
 
     def __init__(self, network: SamSegmenter, task: Task, statistics: Mapping[str, Any]) -> None:
+        classes = statistics.get("classes") or {}
+        missing = [name for name in task.classes[1:] if name not in classes]
+        if missing or "quantiles" not in statistics:
+            raise InputError(f"the model's source statistics lack {[*missing, 'quantiles'][0]!r}; train it again")
         self.network, self.task, self.statistics = network, task, statistics
         self.pyramid_head = network.head if isinstance(network.head, PyramidHead) else None
         self._noise: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
@@ -249,7 +253,7 @@ class QualityMeter:
         result: dict[str, list[float] | None] = {}
         for k, name in enumerate(self.task.classes[1:], start=1):
             plausible = class_plausibility(
-                self.shapes[k], self.statistics["classes"].get(name, {}), self.statistics["quantiles"]
+                self.shapes[k], self.statistics["classes"][name], self.statistics["quantiles"]
             )
             if plausible is None:
                 result[name] = None

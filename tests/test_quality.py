@@ -79,6 +79,12 @@ def test_logits_are_those_of_the_network_and_features_follow_their_formulas(mete
     assert all(math.isfinite(value) for value in found)
 
 
+def test_statistics_without_a_class_are_refused(meter: QualityMeter) -> None:
+    for statistics in ({}, {"quantiles": [0.5], "classes": {"a": {}}}):
+        with pytest.raises(InputError, match="statistics lack"):
+            QualityMeter(meter.network, TASK, statistics)
+
+
 def test_worse_pictures_have_lower_features(meter: QualityMeter) -> None:
     images, _ = pictures(6)
     meter(images)

@@ -154,7 +154,7 @@ class Predictor:
         self.calibration = None if record is None else Calibration.from_record(record)
         self.meter: QualityMeter | None = None
         if record is not None and self.calibration is not None and isinstance(network, SamSegmenter):
-            self.meter = QualityMeter(network, self.task, record["statistics"])
+            self.meter = QualityMeter(network, self.task, record.get("statistics") or {})
 
     def predict(self, image: str | Path | SpatialImage | Mapping[str, Any], probabilities: bool = False) -> Prediction:
         """Segment one scan; with `probabilities`, also return the class probabilities (4 K bytes per voxel).
