@@ -138,6 +138,11 @@ class Adaptation:
         margin = None if self.calibration is None else self.calibration.margin
         return math.nan if margin is None else margin
 
+    @property
+    def least(self) -> float:
+        """Predicted Dice from which no gain is to be expected: the margin below that of good predictions."""
+        return math.nan if self.calibration is None else self.calibration.heights[-1] - self.margin
+
     def describe(self) -> dict[str, Any]:
         """Model and settings as a record has them."""
         config = self.config
@@ -275,7 +280,7 @@ class Adaptation:
             logits = self.logits(case).float()
         shown = class_agreement(logits)
         source = self.judge.evidence(case, case.source, mean_agreement(shown), foreground_entropy(logits))
-        return Outcome(source, before(source, bool(shown), self.guard, self.margin))
+        return Outcome(source, before(source, bool(shown), self.guard, self.least))
 
     @phase("gradient steps")
     def optimize(self, case: PreparedCase) -> Trajectory:

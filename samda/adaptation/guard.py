@@ -117,18 +117,19 @@ class Decision:
         return cls(reason.partition("_")[0], reason, explanation)
 
 
-def before(source: Evidence, shown: bool, settings: GuardSettings, margin: float = math.nan) -> Decision | None:
+def before(source: Evidence, shown: bool, settings: GuardSettings, least: float = math.nan) -> Decision | None:
     """A reason not to adapt at all.
 
-    `shown`: does any view show foreground on any slice that would be adapted on? `margin` is that of the calibration.
+    `shown`: does any view show foreground on any slice that would be adapted on? `least` is the predicted Dice from
+    which no gain is to be expected, NaN without a calibration.
     """
     if not shown and not any(source.volumes_ml.values()):
         return Decision.of("skipped_empty", "neither the scan nor its views have any foreground; check the scan")
     score = source.score(settings.absent)
-    expected = 0.0 if source.expected is None else source.expected.mean
-    if expected + margin >= 1 > settings.skip_agreement and expected > 0:  # false without a margin (NaN)
-        text = f"predicted Dice {expected:.3f}: no gain can exceed the margin {margin:.3f}"
-        return Decision.of("skipped_quality", text)
+    if source.expected is not None and not math.isnan(least):
+        if settings.skip_agreement > 1 or source.expected.mean < least:
+            return None
+        return Decision.of("skipped_quality", f"predicted Dice {source.expected.mean:.3f}, which no gain would raise")
     if source.agreement >= settings.skip_agreement and score >= settings.skip_plausibility:
         numbers = f"views agree to {source.agreement:.3f}, plausibility {score:.2f}"
         return Decision.of("skipped_quality", f"the source prediction is good: {numbers}")

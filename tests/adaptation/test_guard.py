@@ -145,9 +145,10 @@ def test_with_a_calibration_the_predicted_dice_decides() -> None:
         adapted = dataclasses.replace(evidence(), expected=expected(liver, spleen))
         assert after(source, adapted, SETTINGS, margin=margin).reason == wanted
     good = dataclasses.replace(evidence(), expected=expected(0.97, 0.96))
-    decision = before(good, True, SETTINGS, 0.05)
+    decision = before(good, True, SETTINGS, 0.95)
     assert decision is not None and decision.reason == "skipped_quality"
-    assert before(good, True, SETTINGS, 0.01) is None
+    assert before(good, True, SETTINGS, 0.97) is None
+    assert before(good, True, GuardSettings(skip_agreement=2.0), 0.95) is None  # never skips
 
 
 def test_good_predictions_are_left_alone() -> None:
