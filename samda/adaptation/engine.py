@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.data import MetaTensor
+from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from nibabel.spatialimages import SpatialImage
 from torch.utils.checkpoint import checkpoint
 
@@ -49,7 +49,7 @@ from samda.data.formats import name_of, scan_path
 from samda.data.slices import SliceGrid, center_channels
 from samda.data.transforms import build_preprocessing
 from samda.errors import AdapterError
-from samda.inference.postprocessing import override, own_grid
+from samda.inference.postprocessing import override
 from samda.inference.volume import VolumeInferer
 from samda.networks.head import IMAGE, Pyramid, map_levels, split_levels
 from samda.networks.segmenter import SamSegmenter
@@ -359,7 +359,7 @@ class Adaptation:
         final = outcome.adapted if outcome.accepted and outcome.adapted is not None else case.source
         source, affine = self._own_grid(case, case.source.labels)
         labels = source.copy() if final is case.source else self._own_grid(case, final.labels)[0]
-        uncertainty = self._own_grid(case, final.uncertainty)[0].astype(np.float32)
+        uncertainty = self._own_grid(case, final.uncertainty, np.float32)[0]
         case.seconds["restore"] = time.perf_counter() - begin
         record = case_record(self.describe(), case, outcome, self.guard.absent, self.task.classes)
         record["labels_sha256"] = {"source": sha256_of(source), "final": sha256_of(labels)}
@@ -368,11 +368,12 @@ class Adaptation:
             case.name, labels, source, uncertainty, affine, record, case.scan, tensors, self.task, final.expected
         )
 
-    def _own_grid(self, case: PreparedCase, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A map in RAS order in the axis order of the scan's file, and its affine."""
-        data: dict[Any, Any] = {"image": case.data["image"], "pred": MetaTensor(torch.from_numpy(values)[None])}
-        restored = own_grid(self.preprocessing)(data)["pred"]
-        return restored.as_tensor()[0].numpy().astype(values.dtype, copy=False), np.asarray(restored.affine, float)
+    def _own_grid(self, case: PreparedCase, values: np.ndarray, dtype: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """A map in RAS order in the axis order of the scan's file, and its affine; MONAI's Invertd makes two copies."""
+        image = case.data["image"]
+        affine = np.asarray(image.meta["original_affine"], float)
+        turn = ornt_transform(io_orientation(np.asarray(image.affine, float)), io_orientation(affine))
+        return np.array(apply_orientation(values, turn), dtype, order="C"), affine
 
     def logits(self, case: PreparedCase) -> torch.Tensor:
         """Logits (V, m, K, h, w) of all views of the chosen slices at the present parameters, views mapped back."""
