@@ -39,7 +39,7 @@ from samda.adaptation.case import (
     slice_areas,
 )
 from samda.adaptation.guard import Decision, after, before, mean_plausibility
-from samda.adaptation.loop import Trajectory, decision_of, keep_last, load, optimize, restoring
+from samda.adaptation.loop import Merit, Trajectory, decision_of, keep_last, load, optimize, restoring
 from samda.adaptation.objectives import check_settings, log_probabilities, most_likely
 from samda.adaptation.record import Outcome, case_record
 from samda.adapters.adapter_file import state_tensors
@@ -55,7 +55,7 @@ from samda.networks.head import IMAGE, Pyramid, map_levels, split_levels
 from samda.networks.segmenter import SamSegmenter
 from samda.progress import phase, share
 from samda.provenance import now, path_sha256, sha256_of, tensors_sha256
-from samda.quality import Calibration, QualityMeter
+from samda.quality import Calibration, CaseQuality, QualityMeter
 from samda.source_statistics import FeatureTap, align_levels, body_boxes, level_sums
 from samda.task import Task
 from samda.views import make_views, mirrored_classes, restore_view, seed_of
@@ -304,13 +304,28 @@ class Adaptation:
                 self.objective,
                 self.settings.steps or 0,
                 self.rates,
-                merit=keep_last if self.settings.keep == "last" else functools.partial(self.merit, case),
+                merit=self._merit(case),
                 deadline=None if limit is None else time.monotonic() + limit,
                 alignment=lambda: align(seen[0]),
                 starts=self.aligned_levels(case),
             )
         case.seconds["adapt"] = time.perf_counter() - begin
         return run
+
+    def _merit(self, case: PreparedCase) -> Merit:
+        """What decides which iterates may be kept: with a calibration, the rise of the predicted Dice."""
+        if self.settings.keep == "last":
+            return keep_last
+        if self.meter is None:
+            return functools.partial(self.merit, case)
+        first: list[CaseQuality] = []
+
+        def gain(logits: torch.Tensor, by_class: Mapping[int, float]) -> float:
+            now_ = self._expected(case)
+            first.append(now_) if not first else None
+            return now_.gain_over(first[0])
+
+        return gain
 
     @torch.no_grad()
     def aligned_levels(self, case: PreparedCase) -> list[dict[str, torch.Tensor]]:
@@ -407,6 +422,16 @@ class Adaptation:
         areas = slice_areas(case.source.labels, self.task.num_classes, case.grid.axes[0]).sum(0)
         shown = [place for place, index in enumerate(case.slices) if areas[index]]
         return shown if 2 * len(shown) >= len(case.slices) else list(range(len(case.slices)))
+
+    @torch.no_grad()
+    def _expected(self, case: PreparedCase) -> CaseQuality:
+        """Predicted Dice in the chosen slices at the present parameters."""
+        assert self.meter is not None and self.calibration is not None
+        self.meter.clear()
+        plain = split_levels(map_levels(lambda level: level[0], case.inputs), self.settings.batch_size)
+        for images, levels in zip(case.images.split(self.settings.batch_size), plain, strict=True):
+            self.meter(images.to(self.device), levels if self.embedded else None)
+        return self.calibration.expected(self.meter.features())
 
     def merit(self, case: PreparedCase, logits: torch.Tensor, by_class: Mapping[int, float]) -> float:
         """Plausibility^2 x agreement of the chosen slices, in [0, 1]; it decides which iterates may be kept.

@@ -175,11 +175,9 @@ def after(
 
 
 def _by_expected_dice(source: CaseQuality, adapted: CaseQuality, margin: float) -> Decision:
-    """Over the classes of either prediction; a class that one of them lacks counts 0 there."""
-    classes = [name for name, one in source.dice.items() if one.predicted or adapted.dice[name].predicted]
-    before, after = source.mean_over(classes), adapted.mean_over(classes)
-    text = f"predicted Dice {before:.3f} -> {after:.3f}, margin {margin:.3f}"
-    return Decision.of("accepted" if after - before > margin else "fallback_expected", text)
+    gain = adapted.gain_over(source)
+    text = f"predicted Dice {gain:+.3f} from {source.mean:.3f}, margin {margin:.3f}"
+    return Decision.of("accepted" if gain > margin else "fallback_expected", text)
 
 
 def _class_reason(

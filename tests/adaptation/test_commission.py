@@ -10,17 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.special import expit, logit
 
 from samda.adaptation.commission import bootstrap, recalibration
+from samda.adaptation.engine import Adaptation
+from samda.adaptation.loop import load as load_parameters
+from samda.adaptation.loop import restoring
 from samda.cli.main import main
 from samda.errors import InputError
 from samda.inference.evaluate import evaluate
 from samda.inference.expected import read_site_report
 from samda.model import load
 from samda.models.versions import COMMISSION
-from samda.quality import FEATURES, Calibration
-from tests.adaptation.conftest import save, scan
+from samda.quality import FEATURES, Calibration, QualityMeter
+from tests.adaptation.conftest import ALWAYS, save, scan
 
 CALIBRATION = Calibration(
     mean=[2.0] * len(FEATURES),
@@ -107,6 +111,25 @@ def test_report_and_flags(calibrated: Path, local: Path, tmp_path: Path, capsys:
     site.write_text("{}")
     assert main([*again, "--site-report", str(site)]) == 1
     assert "site.json is no report of samda commission" in capsys.readouterr().err
+
+
+def test_the_rise_of_the_predicted_dice_chooses_the_iterate(calibrated: Path, local: Path) -> None:
+    model = load(calibrated)
+    engine = Adaptation(model.network, model.task, model.record, steps=2, lr=0.02, guard=ALWAYS)
+    case = engine.prepare(local / "images" / "case0.nii.gz")
+    run = engine.optimize(case)
+    values = []
+    for tensors in ({}, run.last):
+        with restoring(engine.network, engine.parameters), torch.no_grad():
+            load_parameters(engine.parameters, tensors)
+            meter = QualityMeter(engine.network, engine.task, model.record["statistics"])
+            for image in case.images:  # encoded anew, one by one
+                meter(image[None])
+            values.append(CALIBRATION.expected(meter.features()).dice)
+    shown = [name for name in values[0] if values[0][name].predicted or values[1][name].predicted]
+    gain = np.mean([values[1][name].dice - values[0][name].dice for name in shown])
+    assert run.merit[0] == 0 and run.merit[-1] == pytest.approx(gain, abs=1e-4)
+    assert run.merit[-1] != 0
 
 
 def test_without_a_calibration_no_dice_is_predicted(model: Path, local: Path, tmp_path: Path, capsys: Any) -> None:
