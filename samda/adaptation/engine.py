@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from monai.data import MetaTensor
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from nibabel.spatialimages import SpatialImage
 from torch.utils.checkpoint import checkpoint
@@ -189,6 +190,7 @@ class Adaptation:
         """
         case = self.prepare(image)
         outcome = self.decide(case)
+        case.data["image"] = MetaTensor(torch.empty(0), meta=case.data["image"].meta)  # its voxels have served
         return self.restore(case, outcome)
 
     def decide(self, case: PreparedCase) -> Outcome:

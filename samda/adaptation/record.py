@@ -132,13 +132,14 @@ def _plain(values: Sequence[float]) -> list[float | None]:
 
 def _dice(source: Segmentation, adapted: Segmentation | None, classes: Sequence[str]) -> dict[str, float | None]:
     """Dice of source and adapted prediction per class; None if neither has it, {} without adapted prediction."""
-    result: dict[str, float | None] = {}
-    for k, name in enumerate(classes):
-        if k and adapted is not None:
-            a, b = source.labels == k, adapted.labels == k
-            total = int(np.sum(a)) + int(np.sum(b))
-            result[name] = round(2 * int(np.sum(a & b)) / total, 6) if total else None
-    return result
+    if adapted is None:
+        return {}
+    n, joint = len(classes), np.zeros((len(classes),) * 2, int)
+    for a, b in zip(source.labels, adapted.labels, strict=True):  # by plane: scans are large
+        joint += np.bincount(a.ravel() * np.int64(n) + b.ravel(), minlength=n * n).reshape(n, n)
+    totals = joint.sum(0) + joint.sum(1)
+    same = zip(classes[1:], 2 * joint.diagonal()[1:], totals[1:], strict=True)
+    return {name: round(float(both / total), 6) if total else None for name, both, total in same}
 
 
 def schema() -> dict[str, Any]:
