@@ -92,7 +92,7 @@ class AdaptationSettings:
     keep: str = "best"
     time_limit_s: float | None = _number(None)
     batch_size: int = _whole(8, 1)
-    memory_mb: float = _number(512.0, most=math.inf)
+    memory_mb: float = _number(64.0, most=math.inf)
     modality: str | None = None
     keep_largest: bool | str | Sequence[str] | None = None
 

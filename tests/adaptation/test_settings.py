@@ -38,7 +38,7 @@ def test_an_adaptation_resolves_what_it_is_given(make_adaptation: Callable[..., 
         plain.config
     )
     other = make_adaptation(families="gamma", memory_mb=None, views=None, batch_size=None, scope="decoder+gate")
-    assert (other.settings.memory_mb, other.settings.batch_size, other.inferer.batch_size) == (512.0, 8, 8)
+    assert (other.settings.memory_mb, other.settings.batch_size, other.inferer.batch_size) == (64.0, 8, 8)
     assert other.config == plain.config | {"families": ["gamma"], "views": 6, "scope": "gate+decoder"}
 
 
