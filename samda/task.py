@@ -17,7 +17,6 @@ import yaml
 from samda.errors import UsageError, from_mapping, nearest, one_line, printable
 from samda.io import load_yaml
 
-MOST_CLASSES = 192  # higher values of label maps have other uses, see `samda.data.labels.PartialLabels`
 LARGEST_IMAGE = 4096  # pixels; limits the memory of a slice
 LATER = ("axes", "codes", "context", "keep_largest", "picture_size")  # keys that the first version did not have
 NAMED, LAST_NAMED = 1 << 16, 1 << 20  # ids that stand for names, see `name_id`
@@ -65,7 +64,6 @@ class Task:
             plain_text = isinstance(name, str) and printable(name) == name and not {"\n", "\t"} & {*name}
             yield plain_text, f"a name must be text in one line without control characters, got {name!r}"
         yield 1 < len(names) == len(set(names)), f"classes must be background and others, all different; got {names}"
-        yield len(names) <= MOST_CLASSES, f"at most {MOST_CLASSES} classes fit into a label map, got {len(names)}"
         yield names[0] == "background", f"the first class must be 'background', got {names[0]!r}; put it first"
         owners: dict[int, str] = {}
         for name, ids in (self.labels or {}).items():

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from samda.errors import InputError
-from samda.quality import FEATURES, Calibration, QualityMeter, Row, fit_calibration
+from samda.expected_dice import Calibration, Row, fit_calibration
+from samda.quality import FEATURES, QualityMeter
 from samda.source_statistics import SliceStatistics, feature_statistics
 from samda.task import Task
 

@@ -16,12 +16,13 @@ import torch.nn as nn
 from nibabel.spatialimages import SpatialImage
 
 from samda.data.slices import SliceGrid
+from samda.expected_dice import Calibration, CaseQuality
 from samda.inference.dicom_out import DicomOutput
 from samda.inference.postprocessing import keep_largest
 from samda.inference.volume import VolumeInferer, largest
 from samda.inference.writer import label_image
 from samda.networks.head import IMAGE, Pyramid, cat_levels, map_levels
-from samda.quality import Calibration, CaseQuality, QualityMeter
+from samda.quality import QualityMeter
 from samda.source_statistics import Box
 from samda.task import Task
 from samda.views import View, apply_view

@@ -26,6 +26,7 @@ from samda.data.datalists import Case, read_datalist
 from samda.data.folders import join_channels
 from samda.data.labels import MapLabelsd
 from samda.errors import InputError, SamdaError, log_failed
+from samda.expected_dice import CaseQuality
 from samda.inference.evaluate import score_files
 from samda.inference.writer import label_path
 from samda.io import copy_file, plain, write_json
@@ -33,7 +34,7 @@ from samda.metrics import DEFINITIONS, ClassScores
 from samda.models.versions import COMMISSION, SOURCE, load_version, version_folder
 from samda.output import open_output
 from samda.provenance import now, path_sha256, versions
-from samda.quality import EDGE, CaseQuality
+from samda.quality import EDGE
 from samda.report import legend, page, paint, paragraph, pick_slices, pictures, scan_slices, section, table, write_page
 from samda.task import Task
 

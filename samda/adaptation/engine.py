@@ -50,13 +50,14 @@ from samda.data.formats import name_of, scan_path
 from samda.data.slices import SliceGrid, center_channels
 from samda.data.transforms import build_preprocessing
 from samda.errors import AdapterError
+from samda.expected_dice import Calibration, CaseQuality
 from samda.inference.postprocessing import override
 from samda.inference.volume import VolumeInferer
 from samda.networks.head import IMAGE, Pyramid, map_levels, split_levels
 from samda.networks.segmenter import SamSegmenter
 from samda.progress import phase, share
 from samda.provenance import now, path_sha256, sha256_of, tensors_sha256
-from samda.quality import Calibration, CaseQuality, QualityMeter
+from samda.quality import QualityMeter
 from samda.source_statistics import FeatureTap, align_levels, body_boxes, level_sums
 from samda.task import Task
 from samda.views import make_views, mirrored_classes, restore_view, seed_of

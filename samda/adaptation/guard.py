@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guard: may the adapted prediction replace the plain one? A pure function of a few numbers, no images, no labels.
 
-Where the model has a calibration (:mod:`samda.quality`), the adapted prediction replaces the plain one if its predicted
-Dice is higher by the calibrated margin.
+Where the model has a calibration (:mod:`samda.expected_dice`), the adapted prediction replaces the plain one if its
+predicted Dice is higher by the calibrated margin.
 
 Without one, both predictions are judged alike: by their plausibility, that is the agreement of their shapes with the
 training slices, and by the agreement of the views of a slice. So an organ may grow fifty-fold where the result has the
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from samda.errors import UsageError, check_numbers
 
 if TYPE_CHECKING:  # it imports PyTorch, which `samda adapt --help` must not
-    from samda.quality import CaseQuality
+    from samda.expected_dice import CaseQuality
 
 REASONS = {
     "accepted": "the adapted prediction is more plausible or its views agree better, and they do not agree less",

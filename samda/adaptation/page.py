@@ -19,10 +19,10 @@ from samda.adaptation.record import CURVES
 from samda.data.datalists import Case, find_pairs
 from samda.data.labels import MapLabelsd, partial_labels
 from samda.errors import SamdaError
+from samda.expected_dice import TRUSTED, CaseQuality
 from samda.inference.evaluate import score_files
 from samda.inference.writer import label_path
 from samda.io import Image
-from samda.quality import TRUSTED, CaseQuality
 from samda.report import (
     changed,
     changed_legend,

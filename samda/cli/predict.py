@@ -83,12 +83,12 @@ def run(args: argparse.Namespace) -> None:
             from samda.adapters.base import merge
             from samda.data.datalists import find_cases
             from samda.data.folders import join_channels
+            from samda.expected_dice import TRUSTED
             from samda.inference.dicom_out import check_cases, parse_formats
             from samda.inference.expected import look_first, read_site_report, write_table
             from samda.inference.postprocessing import override
             from samda.inference.predict import Predictor, predict_folder
             from samda.models.versions import load_version
-            from samda.quality import TRUSTED
         report.add(device=device)
         formats = parse_formats(args.output_format)
         site = None if args.site_report is None else read_site_report(args.site_report)

@@ -131,6 +131,8 @@ def label_map(
     Segments of DICOM labels have names, see :func:`samda.task.name_id`: those of the task's classes are these classes,
     in addition to the rules above, and all others become background.
     """
+    if task.num_classes > OPEN:
+        raise UsageError(f"labels of at most {OPEN} classes can be read, task {task.name!r} has {task.num_classes}")
     named = {name_id(name): k for k, name in enumerate(task.classes)}
     if task.labels is not None:
         _refuse_disagreement(task, dataset_labels or {})

@@ -10,9 +10,9 @@ from typing import Any
 
 from samda.data.datalists import Case
 from samda.errors import InputError, UsageError
+from samda.expected_dice import TRUSTED, CaseQuality
 from samda.inference.writer import label_path
 from samda.io import csv_text, parse_json, regular_file, write_text
-from samda.quality import TRUSTED, CaseQuality
 
 TABLE = "predictions.csv"
 QUALITY = "quality"  # key of `<case>.json`

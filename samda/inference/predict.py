@@ -22,6 +22,7 @@ from samda.data.folders import join_channels
 from samda.data.formats import name_of, scan_path, source_of
 from samda.data.transforms import build_preprocessing
 from samda.errors import InputError, SamdaError, UsageError, is_disk_full, log_failed
+from samda.expected_dice import Calibration, CaseQuality, ExpectedDice
 from samda.inference.dicom_out import NIFTI, DicomOutput, check_cases, dicom_path, parse_formats, write_formats
 from samda.inference.expected import QUALITY, TABLE, write_table
 from samda.inference.postprocessing import keep_largest, override, own_grid, warn_empty
@@ -38,7 +39,7 @@ from samda.networks.segmenter import SamSegmenter
 from samda.output import open_output
 from samda.processes import Shard, exchange, is_main, read_part
 from samda.progress import Cases, phase
-from samda.quality import Calibration, CaseQuality, ExpectedDice, QualityMeter
+from samda.quality import QualityMeter
 from samda.task import Task
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class Prediction(DicomOutput):
 
     @property
     def expected_dice(self) -> dict[str, ExpectedDice]:
-        """Class -> predicted Dice with its 90 % interval, see :mod:`samda.quality`; empty without a calibration."""
+        """Class -> predicted Dice with its 90 % interval (:mod:`samda.expected_dice`); empty without a calibration."""
         return {} if self.quality is None else self.quality.dice
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calibration of predicted Dice (:mod:`samda.quality`), at the end of a training.
+"""The calibration of predicted Dice (:mod:`samda.expected_dice`), at the end of a training.
 
 Validation patients are predicted by parameters that had not seen them, as they are and under intensity changes of
 several strengths (:mod:`samda.views`); also after the alignment of levels, the first step of an adaptation, which shows
@@ -20,11 +20,12 @@ from samda.adapters.attach import scope_parameters
 from samda.data.labels import OPEN
 from samda.data.splits import Split, patient_of
 from samda.errors import AdapterError
+from samda.expected_dice import Row, fit_calibration
 from samda.metrics import confusion_matrix
 from samda.networks.head import Pyramid, cat_levels, map_levels, split_levels
 from samda.networks.segmenter import SamSegmenter
 from samda.progress import bar
-from samda.quality import QualityMeter, Row, fit_calibration
+from samda.quality import QualityMeter
 from samda.source_statistics import align_levels, level_sums
 from samda.training import pace
 from samda.training.datasets import SliceDataset

@@ -19,11 +19,12 @@ from samda.adaptation.loop import load as load_parameters
 from samda.adaptation.loop import restoring
 from samda.cli.main import main
 from samda.errors import InputError
+from samda.expected_dice import Calibration
 from samda.inference.evaluate import evaluate
 from samda.inference.expected import read_site_report
 from samda.model import load
 from samda.models.versions import COMMISSION
-from samda.quality import FEATURES, Calibration, QualityMeter
+from samda.quality import FEATURES, QualityMeter
 from tests.adaptation.conftest import ALWAYS, save, scan
 
 CALIBRATION = Calibration(

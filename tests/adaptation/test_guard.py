@@ -11,7 +11,7 @@ import pytest
 from samda.adaptation.guard import REASONS, Decision, Evidence, GuardSettings, after, before
 from samda.adaptation.record import schema
 from samda.errors import UsageError
-from samda.quality import CaseQuality, ExpectedDice
+from samda.expected_dice import CaseQuality, ExpectedDice
 
 SETTINGS = GuardSettings(improvement=0.0)
 

@@ -12,8 +12,9 @@ import torch
 
 from samda.data.splits import Split
 from samda.data.transforms import build_preprocessing
+from samda.expected_dice import Calibration
 from samda.networks.segmenter import SamSegmenter
-from samda.quality import FEATURES, Calibration
+from samda.quality import FEATURES
 from samda.source_statistics import feature_statistics
 from samda.task import Task
 from samda.training import pace
