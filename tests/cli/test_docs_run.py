@@ -132,6 +132,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_series(place / "series", np.asarray(nib.load(place / "scans" / "new.nii.gz").dataobj))
     shutil.copy(place / "scans" / "new.nii.gz", place / "scan.nii.gz")
     shutil.copytree(place / "true_labels", place / "labels_of_another_tool")
+    local = place / "local_cases"
+    for seed in range(5):
+        write_scan(local / "images" / f"case{seed}.nii.gz", local / "labels" / f"case{seed}.nii.gz", 4 + seed)
     train = ["train", "-d", data, "-o", place / "model", "--task", place / "liver.yaml", "--epochs", 1]
     train += ["--adapter", "sam_da"]  # samda adapt needs one
     predict = ["predict", "-m", place / "model", "-i", data, "-o", place / "labels", "--section", "training"]

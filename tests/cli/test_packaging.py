@@ -75,7 +75,8 @@ def test_what_the_environments_of_integration_add_is_pinned_once_and_agrees() ->
         pins = [line for line in lines if line and line[0] != "#"]
         assert program in pins and all(re.fullmatch(r"[a-z0-9-]+==[0-9a-z.]+", pin) for pin in pins)
         assert len({pin.split("==")[0] for pin in pins}) == len(pins)
-        assert not own & {pin.split("==")[0] for pin in pins}
+        replaced = {"pydicom"} if name == "monailabel" else set()  # the head of its file says why
+        assert own & {pin.split("==")[0] for pin in pins} == replaced
     extra = PROJECT["project"]["optional-dependencies"]["mlflow"]
     assert extra == [f"mlflow>={OLDEST_MLFLOW}"]
 
