@@ -140,7 +140,8 @@ def test_uncertainty_is_the_normalized_entropy(make_adaptation: Callable, networ
     expected = -(p * np.log(np.maximum(p, 1e-12))).sum(0) / np.log(3)
     result = make_adaptation(steps=0, guard=NEVER_SKIP).adapt(case)
     assert result.uncertainty.dtype == np.float32
-    assert np.allclose(result.uncertainty, expected, rtol=0, atol=2**-12)  # kept in half precision
+    # kept in half precision: half a unit in the last place below 1, and what rounding before that adds
+    assert np.allclose(result.uncertainty, expected, rtol=0, atol=2**-12 + 1e-5)
     assert result.uncertainty.min() >= 0 and result.uncertainty.max() <= 1
 
 
