@@ -37,7 +37,7 @@ demo: $(stamp)
 	$(python) -m samda demo --output $(DEMO)
 
 test: $(stamp)
-	$(python) -m pytest $(TESTS)
+	PYTHONWARNDEFAULTENCODING=1 $(python) -m pytest $(TESTS)
 
 # not part of `make test`: it installs other projects' programs into the cache folder, and trains for some minutes
 integration: $(stamp)

@@ -28,7 +28,7 @@ def main() -> int:
     root = Path(__file__).resolve().parents[1]
     lines = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in (root / "samda").rglob("*.py")}
     modules = {".".join(p.relative_to(root).with_suffix("").parts): p for p in lines if p.name != "__init__.py"}
-    edges = {name: modules.keys() & set(imported(ast.parse(path.read_text()))) for name, path in modules.items()}
+    edges = {name: modules.keys() & set(imported(ast.parse(path.read_text("utf-8")))) for name, path in modules.items()}
     print(f"samda: {len(modules)} modules, {sum(lines.values())} lines")
     try:
         graphlib.TopologicalSorter({name: below - {name} for name, below in edges.items()}).prepare()

@@ -169,7 +169,7 @@ def command(kind: str, name: str, place: Path, base: Path, change: Callable[[byt
 def run(argv: list[str], result: Path) -> tuple[str, str]:
     """Outcome and output of a command in a forked process."""
     reading, writing = os.pipe()
-    pages = Path("/proc/self/statm").read_text().split()
+    pages = Path("/proc/self/statm").read_text("utf-8").split()
     virtual, resident = (int(n) * os.sysconf("SC_PAGE_SIZE") for n in pages[:2])
     child = os.fork()
     if not child:

@@ -32,7 +32,7 @@ def peak_gb() -> float:
     """Largest resident memory of this process so far (10^9 bytes)."""
     status = Path("/proc/self/status")
     if status.exists():  # rusage would also count the process that started this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        line = next(line for line in status.read_text("utf-8").splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
@@ -130,7 +130,7 @@ def main() -> int:
             write_model(Path(folder), args.network, args.classes)
         command = [sys.executable, __file__, *sys.argv[1:], "--scan", str(scan)]
         result = json.loads(
-            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout.splitlines()[-1]
         )
         saved = nib.load(Path(folder) / "labels" / "ct.nii.gz")
         if saved.shape != tuple(args.shape):

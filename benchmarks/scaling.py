@@ -247,7 +247,7 @@ def main() -> None:
     if unknown := [name for name in names if name not in PARTS]:
         parser.error(f"no part {unknown[0]!r}; choose from {', '.join(PARTS)}")
     path = arguments.results / f"scaling_{arguments.device}.json"
-    content = json.loads(path.read_text()) if path.exists() else {}
+    content = json.loads(path.read_text("utf-8")) if path.exists() else {}
     for name in names:
         content[name] = PARTS[name](arguments.device, arguments.repeats)
         write_json(path, content | {"machine": machine(arguments.device), "repeats": arguments.repeats})

@@ -103,7 +103,7 @@ def training_memory(options: Options) -> Iterator[Row]:
     peaks = {}
     for name in ("segment_anything", "samda", "samda, checkpointing"):
         command = [sys.executable, "-m", "benchmarks.speed", "--step", name, "--memory-size", str(size)]
-        run = subprocess.run([*command, "--device", device], stdout=subprocess.PIPE, text=True, check=False)
+        run = subprocess.run([*command, "--device", device], stdout=subprocess.PIPE, encoding="utf-8", check=False)
         if run.returncode:
             yield Row(what, rival, goal, notes=f"{name}: the process ended with {run.returncode}; is there the memory?")
             return
@@ -411,7 +411,7 @@ def main() -> None:
         parser.error(f"no row {unknown[0]!r}; choose from {', '.join(ROWS)}")
     options = Options(arguments.device, arguments.repeats, arguments.model, arguments.memory_size)
     path = arguments.results / f"speed_{options.device}.json"
-    measured = json.loads(path.read_text())["rows"] if path.exists() else {}
+    measured = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else {}
     for name in names:
         rows = []
         for row in ROWS[name](options):

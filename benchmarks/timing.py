@@ -82,7 +82,7 @@ def in_training(network: torch.nn.Module, scale: float = 1e-3) -> torch.nn.Modul
 def machine(device: str) -> dict[str, Any]:
     """What the figures were measured on."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     facts = {
         "processor": names[0] if names else platform.processor() or "unknown",

@@ -35,7 +35,7 @@ def environment(name: str, lists: Path = HERE) -> Path:
     """
     wanted = lists / f"{name}.txt"
     below = sysconfig.get_path("purelib")
-    key = hashlib.sha256("\n".join([wanted.read_text(), sys.version, below]).encode()).hexdigest()[:12]
+    key = hashlib.sha256("\n".join([wanted.read_text("utf-8"), sys.version, below]).encode()).hexdigest()[:12]
     folder = cache_dir() / "integration" / f"{name}-{key}"
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -51,11 +51,11 @@ def _make(name: str, folder: Path, python: Path, wanted: Path, below: str) -> No
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, timeout=60 * MINUTES)
     own = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        capture_output=True, text=True, check=True,
+        capture_output=True, encoding="utf-8", check=True,
     ).stdout.strip()  # fmt: skip
     (Path(own) / "samda_below.pth").write_text(f"import site; site.addsitedir({below!r})\n")
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "-r", wanted]
-    done = subprocess.run([*map(str, pip)], stderr=subprocess.PIPE, text=True, timeout=60 * MINUTES)
+    done = subprocess.run([*map(str, pip)], stderr=subprocess.PIPE, encoding="utf-8", timeout=60 * MINUTES)
     sys.stderr.write(done.stderr)
     done.check_returncode()
     (folder / "complete").touch()

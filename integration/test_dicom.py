@@ -70,7 +70,7 @@ def test_a_real_series_comes_back(
 @pytest.mark.parametrize("kind", ["dicom-seg", "rtstruct"])
 def test_dciodvfy_finds_no_error(files: dict[str, Path], kind: str) -> None:
     assert shutil.which("dciodvfy"), "dciodvfy is missing: apt-get install dicom3tools"
-    done = subprocess.run(["dciodvfy", str(files[kind])], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(["dciodvfy", str(files[kind])], capture_output=True, encoding="utf-8", timeout=300)
     lines = (done.stdout + done.stderr).splitlines()
     assert any(line in ("Segmentation", "RTStructureSet") for line in lines)  # it knows what it looks at
     assert not [line for line in lines if line.startswith(("Error", "Abort"))]

@@ -37,7 +37,7 @@ def python() -> Path:
 
 def call(python: Path, *args: str | Path, cwd: Path | None = None) -> str:
     done = subprocess.run(
-        [*map(str, (python, *args))], env=surroundings(), cwd=cwd, capture_output=True, text=True, timeout=1800
+        [*map(str, (python, *args))], env=surroundings(), cwd=cwd, capture_output=True, encoding="utf-8", timeout=1800
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -56,7 +56,7 @@ def test_the_run_holds_the_curve_and_the_settings(python: Path, dataset: Path, t
     (run,) = read(python, model / "mlruns.db")
     assert (run["experiment"], run["run"], run["status"]) == ("samda", str(model.resolve()), "FINISHED")
     assert run["params"]["seed"] == "3" and "liver" in run["params"]["task"]
-    rows = json.loads((model / "history.json").read_text())["epochs"]
+    rows = json.loads((model / "history.json").read_text("utf-8"))["epochs"]
     assert {name: dict(steps) for name, steps in run["metrics"].items()} == {
         name: {row["epoch"]: pytest.approx(scalars(row)[name]) for row in rows if name in scalars(row)}
         for name in scalars(rows[-1])
@@ -75,6 +75,6 @@ def test_monais_own_tracking_works_too(python: Path, dataset: Path, tmp_path: Pa
     call(python, "-m", "monai.bundle", "run", "--config_file", config, *keys, "--tracking", "mlflow", cwd=tmp_path)
     runs = read(python, tmp_path / "model" / "mlruns.db")
     metrics = {name: steps for run in runs for name, steps in run["metrics"].items()}
-    row = json.loads((tmp_path / "model" / "history.json").read_text())["epochs"][0]
+    row = json.loads((tmp_path / "model" / "history.json").read_text("utf-8"))["epochs"][0]
     assert metrics["val_mean_dice"] == [[1, pytest.approx(row["mean_dice"])]]
     assert "train_loss" in metrics

@@ -52,7 +52,9 @@ def server(model: Path, scan: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """Address of MONAI Label's server with the bundle and the scan; it listens on loopback only."""
     python = environment("monailabel")
     place = tmp_path_factory.mktemp("label")
-    prefix = subprocess.run([python, "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True, check=True)
+    prefix = subprocess.run(
+        [python, "-c", "import sys; print(sys.prefix)"], capture_output=True, encoding="utf-8", check=True
+    )
     app = place / "monaibundle"
     shutil.copytree(Path(prefix.stdout.strip()) / "monailabel" / "sample-apps" / "monaibundle", app)
     shutil.copytree(model, app / "model" / NAME)
@@ -77,7 +79,7 @@ def server(model: Path, scan: Path, tmp_path_factory: pytest.TempPathFactory) ->
                 break
             except (urllib.error.URLError, OSError):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    pytest.fail(f"no server:\n{(place / 'server.log').read_text()[-4000:]}")
+                    pytest.fail(f"no server:\n{(place / 'server.log').read_text('utf-8')[-4000:]}")
                 time.sleep(1)
         yield address
     finally:

@@ -140,15 +140,15 @@ def free_memory() -> float:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free.append(next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024)
     with contextlib.suppress(OSError, ValueError):
-        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        cache = (CGROUP / "memory.stat").read_text().split()  # counts as used, but makes room
+        limit, used = (int((CGROUP / name).read_text("utf-8")) for name in ("memory.max", "memory.current"))
+        cache = (CGROUP / "memory.stat").read_text("utf-8").split()  # counts as used, but makes room
         free.append(limit - used + int(cache[cache.index("file") + 1]))
     with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows
         import resource
 
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         if limit != resource.RLIM_INFINITY:
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            pages = int(Path("/proc/self/statm").read_text("utf-8").split()[0])
             free.append(limit - pages * os.sysconf("SC_PAGE_SIZE"))
     return max(0, min(free))
 

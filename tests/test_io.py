@@ -24,7 +24,7 @@ def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
         temporary.write_text("half")
         assert temporary.name.endswith(".nii.gz"), "writers choose a format by the suffix"
         raise KeyboardInterrupt
-    assert path.read_text() == "old"
+    assert path.read_text("utf-8") == "old"
     assert [file.name for file in path.parent.iterdir()] == ["scan.nii.gz"]
 
 
@@ -45,7 +45,7 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
 
 def test_json_holds_plain_values_only(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {1: (np.float32(0.5), np.nan, Path("x")), "b": np.arange(2)})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"1": [0.5, None, "x"], "b": [0, 1]}
+    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"1": [0.5, None, "x"], "b": [0, 1]}
     assert plain(float("inf")) is None
 
 
@@ -55,7 +55,7 @@ def test_an_error_of_the_disk_names_the_file_that_was_wanted(tmp_path: Path) -> 
             raise OSError(errno.ENOSPC, "No space left on device", *[str(temporary) for _ in told])
         assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "a.json"))
     with pytest.raises(FileNotFoundError, match="other"), replacing(tmp_path / "a.json"):
-        (tmp_path / "other").read_text()
+        (tmp_path / "other").read_text("utf-8")
     with pytest.raises(ValueError, match="no disk"), replacing(tmp_path / "a.json"):
         raise ValueError("no disk")
 

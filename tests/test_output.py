@@ -28,7 +28,10 @@ with open_output(sys.argv[1], part=part):
 def other(folder: Path, *part: str) -> subprocess.Popen:
     """Another process that holds the folder until its input ends."""
     process = subprocess.Popen(
-        [sys.executable, "-c", OTHER, str(folder), *part], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", OTHER, str(folder), *part],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
     )
     assert process.stdout is not None and process.stdout.readline() == "open\n"
     return process
@@ -46,7 +49,7 @@ def test_own_files_are_replaced_and_foreign_ones_are_not(tmp_path: Path) -> None
     (tmp_path / "a.txt").write_text("edited by hand")
     with pytest.raises(UsageError, match=r"did not write.*: a\.txt, b\.txt; choose another"):
         open_output(tmp_path, ["a.txt", "b.txt", "c.txt"])
-    assert [(tmp_path / name).read_text() for name in ("a.txt", "b.txt")] == ["edited by hand", "theirs"]
+    assert [(tmp_path / name).read_text("utf-8") for name in ("a.txt", "b.txt")] == ["edited by hand", "theirs"]
 
 
 def test_a_refused_folder_is_left_as_it_was(tmp_path: Path) -> None:
@@ -84,7 +87,7 @@ def test_nothing_is_written_through_what_lies_in_the_hidden_folder(tmp_path: Pat
         path.symlink_to(theirs if kind == "link" else tmp_path / "gone")
     with pytest.raises(UsageError, match=r"\.samda.* was not made by samda"):
         open_output(tmp_path / "out")
-    assert theirs.read_text() == "theirs" and not (tmp_path / "gone").exists()
+    assert theirs.read_text("utf-8") == "theirs" and not (tmp_path / "gone").exists()
 
 
 def test_files_behind_a_linked_folder_are_foreign(tmp_path: Path) -> None:
@@ -104,7 +107,7 @@ def test_damaged_lines_of_the_manifest_are_passed_over(tmp_path: Path, line: str
         file.write(f"\n{line}")
     with open_output(tmp_path):
         write_text(tmp_path / "a.txt", "2")
-    assert (tmp_path / "a.txt").read_text() == "2"
+    assert (tmp_path / "a.txt").read_text("utf-8") == "2"
 
 
 def test_a_folder_with_a_foreign_file_is_not_replaced(tmp_path: Path) -> None:
@@ -112,11 +115,11 @@ def test_a_folder_with_a_foreign_file_is_not_replaced(tmp_path: Path) -> None:
         for text in ("1", "2"):
             with new_folder(tmp_path / "case", overwrite=True) as place:
                 (place / "x").write_text(text)
-        assert (tmp_path / "case" / "x").read_text() == "2"
+        assert (tmp_path / "case" / "x").read_text("utf-8") == "2"
         (tmp_path / "case" / "notes").write_text("theirs")
         with pytest.raises(UsageError, match="case"), new_folder(tmp_path / "case", overwrite=True):
             pass
-    assert (tmp_path / "case" / "notes").read_text() == "theirs"
+    assert (tmp_path / "case" / "notes").read_text("utf-8") == "theirs"
 
 
 def test_a_kill_before_the_renaming_leaves_the_old_file_own(tmp_path: Path) -> None:
@@ -128,16 +131,16 @@ def test_a_kill_before_the_renaming_leaves_the_old_file_own(tmp_path: Path) -> N
             file.write('\n{"file": "a.t')  # cut short
     with open_output(tmp_path, ["a.txt"]):
         write_text(tmp_path / "a.txt", "newest")
-    lines = (tmp_path / ".samda" / "manifest.jsonl").read_text().splitlines()
+    lines = (tmp_path / ".samda" / "manifest.jsonl").read_text("utf-8").splitlines()
     assert sum("a.txt" in line for line in lines) >= 1
-    assert (tmp_path / "a.txt").read_text() == "newest"
+    assert (tmp_path / "a.txt").read_text("utf-8") == "newest"
 
 
 def test_the_manifest_keeps_one_line_per_file(tmp_path: Path) -> None:
     with open_output(tmp_path):
         for number in range(5):
             write_text(tmp_path / "curve.json", str(number))
-    (line,) = (tmp_path / ".samda" / "manifest.jsonl").read_text().splitlines()
+    (line,) = (tmp_path / ".samda" / "manifest.jsonl").read_text("utf-8").splitlines()
     assert json.loads(line)["file"] == "curve.json"
 
 

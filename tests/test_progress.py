@@ -63,7 +63,7 @@ def test_a_terminal_shows_one_bar_that_moves_within_a_case() -> None:
 
 
 def test_a_pipe_and_quiet_show_nothing_but_lines() -> None:
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, encoding="utf-8", check=True)
     assert done.stderr == "case done\ncase done\n"
     assert on_terminal("quiet") == "case done\r\ncase done\r\n"
 

@@ -116,8 +116,8 @@ def test_shipped_tasks():
     assert [file.stem for file in files] == ["abdomen_ct", "abdomen_mr", "chest_ct", "pictures"]
     for file in files:
         assert Task.from_file(file).name == file.stem
-        assert f"samda train -d DATASET -o MODEL --task configs/tasks/{file.name}" in file.read_text()
-        assert file.read_text().startswith("#")
+        assert f"samda train -d DATASET -o MODEL --task configs/tasks/{file.name}" in file.read_text("utf-8")
+        assert file.read_text("utf-8").startswith("#")
     ct, mr = (Task.from_file(packaged("configs", "tasks", f"abdomen_{m}.yaml")) for m in ("ct", "mr"))
     assert ct.classes == mr.classes
     assert ct.labels["aorta"] == (52,)

@@ -46,7 +46,7 @@ def run_there(command: Sequence[Any], timeout: float | None, **variables: str) -
     name = f"samda {words[3]}" if words[1:2] in (["-m"], ["-c"]) and len(words) > 3 else Path(words[0]).name
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=timeout, env=surroundings(**variables), check=False
+            words, capture_output=True, encoding="utf-8", timeout=timeout, env=surroundings(**variables), check=False
         )
     except subprocess.TimeoutExpired as error:
         raise NotRun(f"{name} took longer than {timeout:.0f} s") from error

@@ -77,7 +77,7 @@ def blocks(name: str) -> dict[str, str]:
     found["ablations"] = tables.compared(ablations, "hippocampus", base="pyramid + SALT")
     found["peft"], found["one_patient"] = (
         tables.peft(read("peft")),
-        tables.one_patient(json.loads(ONE_PATIENT.read_text())),
+        tables.one_patient(json.loads(ONE_PATIENT.read_text("utf-8"))),
     )
     return found | {f"fields_{tap}": tables.fields(fields(), tap) for tap in TAPS}
 

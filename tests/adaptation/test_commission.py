@@ -45,7 +45,7 @@ CALIBRATION = Calibration(
 def calibrated(model: Path) -> Path:
     """The model folder with a calibration."""
     path = model / "adapter.json"
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text("utf-8"))
     values["record"]["calibration"] = CALIBRATION.to_dict()
     path.write_text(json.dumps(values))
     return model
@@ -73,7 +73,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def test_report_and_flags(calibrated: Path, local: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     report, out = tmp_path / "report", tmp_path / "out"
     assert main(["commission", "-m", str(calibrated), "-d", str(local), "-o", str(report), "--keep-names"]) == 0
-    content: dict[str, Any] = json.loads((report / "commission.json").read_text())
+    content: dict[str, Any] = json.loads((report / "commission.json").read_text("utf-8"))
     assert main(["predict", "-m", str(calibrated), "-i", str(local / "images"), "-o", str(out)]) == 0
     plain = evaluate(out, local / "labels", load(calibrated).task)
     for k, name in enumerate(plain.classes):
@@ -81,14 +81,14 @@ def test_report_and_flags(calibrated: Path, local: Path, tmp_path: Path, capsys:
         assert content["scores"]["plain"][name]["dice"]["mean"] == pytest.approx(np.nanmean(dice))
         for case, scores in plain.cases.items():
             assert content["cases"][case]["plain"][name]["dice"] == pytest.approx(scores[k].dice)
-    page = (report / "commission.html").read_text()
+    page = (report / "commission.html").read_text("utf-8")
     assert "Predicted Dice" in page and "Outlier" in page and "case4" in page
 
     # the table: the lowest first; its numbers are those of the case's own file
     rows = rows_of(out / "predictions.csv")
     first = rows[0]["case"]  # which one it is may hang on rounding
     assert len(rows) == 10
-    stored = json.loads((out / f"{first}.json").read_text())["quality"]["dice"]
+    stored = json.loads((out / f"{first}.json").read_text("utf-8"))["quality"]["dice"]
     assert {row["class"]: float(row["dice"]) for row in rows[:2]} == pytest.approx(
         {name: one["dice"] for name, one in stored.items()}, abs=1e-3
     )

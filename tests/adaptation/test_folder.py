@@ -42,7 +42,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def test_dicom_of_a_series(make_adaptation: Callable, tmp_path: Path) -> None:
@@ -111,11 +111,11 @@ def test_records_are_valid_and_without_names(make_adaptation: Callable, inputs: 
     for record in records:
         validate_record(record)
         assert record["case_id"] == f"case-{record['input_sha256'][:12]}"
-    text = (tmp_path / "audit" / "run.jsonl").read_text()
+    text = (tmp_path / "audit" / "run.jsonl").read_text("utf-8")
     assert not any(name in text for name in ("anna", "bert", "carl", str(tmp_path)))
     bad = next(r for r in records if r["decision"] == "failed")
     assert bad["reason"] == "failed_input" and "NaN" in bad["error"]
-    key = (out / "cases.csv").read_text().splitlines()
+    key = (out / "cases.csv").read_text("utf-8").splitlines()
     assert key[0] == "case_id,case,decision,reason" and key[1].split(",")[1] == "anna"
 
 
@@ -124,7 +124,7 @@ def test_a_file_of_others_is_not_replaced_by_records(make_adaptation: Callable, 
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match=r"notes\.txt exists and holds no records"):
         adapt_folder(adaptation, cases, out, report=tmp_path / "notes.txt")
-    assert (tmp_path / "notes.txt").read_text() == "mine" and not out.exists()
+    assert (tmp_path / "notes.txt").read_text("utf-8") == "mine" and not out.exists()
     for _ in range(2):  # its own are
         adapt_folder(adaptation, cases, out, report=tmp_path / "run.jsonl")
     assert len(lines(tmp_path / "run.jsonl")) == 1
@@ -140,7 +140,7 @@ def test_a_fallback_is_the_source_file_byte_for_byte(make_adaptation: Callable, 
     run = adapt_folder(make_adaptation(guard={"skip_agreement": 2.0}, lr=1e30, steps=4), find_cases(inputs), out)
     assert run.records["anna"]["reason"] == "fallback_nonfinite"
     assert (out / "anna.nii.gz").read_bytes() == (details_folder(out, "anna") / "source.nii.gz").read_bytes()
-    assert json.loads((out / "anna.json").read_text())["labels"] == {"background": 0, "liver": 1, "spleen": 2}
+    assert json.loads((out / "anna.json").read_text("utf-8"))["labels"] == {"background": 0, "liver": 1, "spleen": 2}
 
 
 def test_a_rerun_does_only_what_is_missing(make_adaptation: Callable, inputs: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_page_and_scores(job: Callable, scans: Path, tmp_path: Path) -> None:
             [2 * ((a == k) & (truth == k)).sum() / ((a == k).sum() + (truth == k).sum()) for k in (1, 2)]
         )
         assert found == pytest.approx(expected)
-    page = Path(result["page"]).read_text()
+    page = Path(result["page"]).read_text("utf-8")
     assert "case0" not in page and "Dice with the given labels" in page and "Research use only" in page
     means = [np.mean([d[i] for d in result["dice"].values()]) for i in (0, 1)]
     (found,) = re.findall("<td>mean</td><td>(.*?)</td><td>(.*?)</td>", page)
@@ -87,7 +87,7 @@ def test_a_label_that_does_not_fit_costs_only_its_score(job: Callable, scans: Pa
 
 def test_page_without_labels_and_with_names(job: Callable) -> None:
     result = job(keep_names=True, dry_run=True)
-    page = Path(result["page"]).read_text()
+    page = Path(result["page"]).read_text("utf-8")
     assert "case0" in page and "given labels" not in page and result["dice"] is None
 
 
@@ -171,7 +171,7 @@ def test_command_line(model: Path, scans: Path, tmp_path: Path, capsys: pytest.C
     args = ["adapt", "-m", str(model), "-i", str(scans / "images"), "-o", str(tmp_path / "out"), *QUICK]
     assert main([*args, "--records", str(tmp_path / "run.jsonl"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert sum(result["counts"].values()) == 4 and len((tmp_path / "run.jsonl").read_text().splitlines()) == 4
+    assert sum(result["counts"].values()) == 4 and len((tmp_path / "run.jsonl").read_text("utf-8").splitlines()) == 4
     assert main(args) == 0
     assert "report in" in capsys.readouterr().out
 
@@ -215,7 +215,7 @@ def test_bundle_config(model: Path, scans: Path, tmp_path: Path) -> None:
     )
     workflow.initialize()
     workflow.run()
-    assert len((tmp_path / "out" / "run.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "out" / "run.jsonl").read_text("utf-8").splitlines()) == 4
 
 
 def test_bundle_config_refuses_unknown_keys(model: Path) -> None:

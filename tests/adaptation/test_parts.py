@@ -39,11 +39,11 @@ def adapt(model: Path, scans: Path, tmp_path: Path) -> Callable[..., dict[str, A
 def start(*command: object) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", *map(str, command)]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", env=environment)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def decided(path: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ def test_the_published_schema_is_a_schema() -> None:
 
 def test_json_has_no_nan(tmp_path: Path) -> None:
     records.write_lines(tmp_path / "x.jsonl", [{"a": float("nan"), "b": np.float32(0.5), "c": (1, float("inf"))}])
-    assert (tmp_path / "x.jsonl").read_text() == '{"a":null,"b":0.5,"c":[1,null]}\n'
+    assert (tmp_path / "x.jsonl").read_text("utf-8") == '{"a":null,"b":0.5,"c":[1,null]}\n'
     assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
 
 

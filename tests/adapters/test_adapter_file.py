@@ -59,7 +59,7 @@ def refused(network: OneLayer, source: Any) -> str:
 
 def edit(folder: Path, **changes: Any) -> None:
     """Change keys of adapter.json; a value of ... deletes the key."""
-    header = json.loads((folder / "adapter.json").read_text()) | changes
+    header = json.loads((folder / "adapter.json").read_text("utf-8")) | changes
     (folder / "adapter.json").write_text(json.dumps({k: v for k, v in header.items() if v is not ...}))
 
 
@@ -73,7 +73,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
 
 def test_content(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["adapter.json", "adapter.safetensors"]
-    header = json.loads((folder / "adapter.json").read_text())
+    header = json.loads((folder / "adapter.json").read_text("utf-8"))
     assert list(header) == ["format_version", "sha256", "adapters", "network", "base", "task", "record"]
     assert header["format_version"] == 1
     assert header["sha256"] == hashlib.sha256((folder / "adapter.safetensors").read_bytes()).hexdigest()

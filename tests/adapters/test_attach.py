@@ -62,7 +62,7 @@ def test_names_alone_take_the_defaults() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_shipped_overlay_of_that_name_has_the_same_settings(name: str) -> None:
-    overlay = yaml.safe_load(packaged("configs", "adapters", f"{name}.yaml").read_text())
+    overlay = yaml.safe_load(packaged("configs", "adapters", f"{name}.yaml").read_text("utf-8"))
     assert build_configs(overlay["adapters"]) == build_configs(name)
 
 

@@ -108,7 +108,7 @@ def test_a_run_from_files_to_a_row(nuclei: Path, tmp_path: Path, monkeypatch: py
     def copy_labels(name, lists, folder, budget, seed, classes):
         output = folder / "predictions" / lists[0].stem
         output.mkdir(parents=True)
-        for case in json.loads(lists[0].read_text())["test"]:
+        for case in json.loads(lists[0].read_text("utf-8"))["test"]:
             label = Path(case["label"]) if case["id"] == "stain_c" else nuclei / "nuclei_stain" / "masks" / "empty.png"
             shutil.copy(label, output / f"{case['id']}.png")
         return {"cpu_seconds": 1.0, "parameters": 2}

@@ -24,7 +24,7 @@ class Rows:
         self.peft = next(iter(read("peft")), None)
         self.areas = {row["network"]: row["block"]["areas"]["mass"]["0.5"] for row in read("fields")}
         self.trained = [row for data in ("hippocampus", "vessels_chase") for row in read(data)]
-        self.old: dict[str, Any] = json.loads(page.ONE_PATIENT.read_text())["abdomen"]
+        self.old: dict[str, Any] = json.loads(page.ONE_PATIENT.read_text("utf-8"))["abdomen"]
 
     def dice(self, data: str, method: str, patients: int, test: str | None = None) -> list[float]:
         """Of the patients of a test set, seeds of 300 s one after the other."""

@@ -85,8 +85,8 @@ def test_nnunet_gets_exactly_the_training_cases(pictures: Path, volumes: Path, t
 
     for data, names in ((pictures, {"stain_a", "stain_b"}), (volumes, {"a"})):
         folder = tmp_path / data.stem
-        write_dataset(folder, json.loads(data.read_text())["training"], ("background", "x"))
-        content = json.loads((folder / "dataset.json").read_text())
+        write_dataset(folder, json.loads(data.read_text("utf-8"))["training"], ("background", "x"))
+        content = json.loads((folder / "dataset.json").read_text("utf-8"))
         channels = len(content["channel_names"])
         assert channels == (3 if data == pictures else 1) and content["labels"] == {"background": 0, "x": 1}
         assert content["numTraining"] == len(names) and content["file_ending"] == ".nii.gz"

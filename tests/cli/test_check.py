@@ -56,9 +56,9 @@ def test_a_sound_data_set(place: Path, tmp_path: Path, capsys: pytest.CaptureFix
         f"suggested task, written to {task}",
     ):
         assert line in out.splitlines(), line
-    assert task.read_text() in out
+    assert task.read_text("utf-8") in out
     assert Task.from_file(task).labels == {"foreground": (4,)}
-    assert f"#   samda train -d '{place}' -o MODEL --task {task} --backbone vit_b" in task.read_text()
+    assert f"#   samda train -d '{place}' -o MODEL --task {task} --backbone vit_b" in task.read_text("utf-8")
     code, out, _ = samda(capsys, "check", place, "--task", task)
     assert code == 0 and "suggested task" not in out
 
@@ -113,7 +113,7 @@ def test_refusals(
     assert err.startswith("samda check: ") and len(err.splitlines()) == 1
     for word in words:
         assert word in err
-    assert own.read_text() == "clases: [background, liver]\n"
+    assert own.read_text("utf-8") == "clases: [background, liver]\n"
 
 
 def test_train_refuses_a_wrong_key_before_it_begins(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

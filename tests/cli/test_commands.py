@@ -75,7 +75,7 @@ def test_train_says_what_it_did(place: Path, tmp_path: Path, capsys: pytest.Capt
     result = json.loads(out)
     assert (code, result["epochs"], result["parameters"]["sam_da"]) == (0, 2, 395_522)
     assert result["parameters"]["head"] == 2 * 140_064
-    settings = json.loads((tmp_path / "m" / "adapter.json").read_text())["record"]["training"]["settings"]
+    settings = json.loads((tmp_path / "m" / "adapter.json").read_text("utf-8"))["record"]["training"]["settings"]
     assert (settings["batch_size"], settings["seed"]) == (3, 5)
 
 
@@ -85,9 +85,9 @@ def test_train_by_time_with_the_default_head(place: Path, tmp_path: Path, capsys
     assert code == 0 and json.loads(out)["parameters"]["ssf"] == 896
     adapt = ["adapt", "-m", tmp_path / "m", "-i", place / "scans", "-o", tmp_path / "out", "--json"]
     code, _, _ = samda(capsys, *adapt, "--views", "2", "--slices", "2", "--steps", "1", "--quiet")
-    (line,) = (tmp_path / "out" / "run.jsonl").read_text().splitlines()
+    (line,) = (tmp_path / "out" / "run.jsonl").read_text("utf-8").splitlines()
     assert code == 0 and json.loads(line)["scope"] == "ssf" and json.loads(line)["error"] is None
-    record = json.loads((tmp_path / "m" / "adapter.json").read_text())["record"]
+    record = json.loads((tmp_path / "m" / "adapter.json").read_text("utf-8"))["record"]
     assert record["training"]["settings"]["head"] == "pyramid"
     code, _, err = samda(capsys, *train, "--minutes", "1", "--steps", "5", "--overwrite")
     assert code == 2 and "steps=5, minutes=1.0" in err
@@ -169,7 +169,7 @@ def test_a_process_that_predicts_imports_less_and_finds_the_same(
     """
     predict = ["predict", "-m", place / "model", "-i", place / "scans"]
     command = [sys.executable, "-c", code, *map(str, predict), "-o", str(tmp_path / "process")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.splitlines()[1:] == ["0 []", "build_sam_vit_b"]
     assert samda(capsys, *predict, "-o", tmp_path / "here")[0] == 0
     maps = [nib.load(tmp_path / name / "c.nii.gz").get_fdata() for name in ("process", "here")]
@@ -200,7 +200,7 @@ def test_evaluate(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) ->
         scores = json.loads(out)["cases"]["c"]["ball"]
         assert scores["dice"] == pytest.approx(dice)
         assert scores["hd95_mm"] == pytest.approx(4.0)  # two voxels of 2 mm
-    assert json.loads((tmp_path / "scores" / "metrics.json").read_text())["cases"]["c"]["ball"] == scores
+    assert json.loads((tmp_path / "scores" / "metrics.json").read_text("utf-8"))["cases"]["c"]["ball"] == scores
     with (tmp_path / "scores" / "metrics.csv").open() as file:
         assert float(next(csv.DictReader(file))["dice"]) == pytest.approx(dice)
     _, out, _ = samda(capsys, *evaluate, "--task", place / "balls.yaml")
@@ -227,7 +227,7 @@ def test_erf(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     found = json.loads(out)
     assert code == 0
     assert (found["images"], found["image_size"], found["spacing_mm"]) == (2, [64, 64], 2.0)
-    assert json.loads((tmp_path / "fields" / "erf.json").read_text()) == found
+    assert json.loads((tmp_path / "fields" / "erf.json").read_text("utf-8")) == found
     assert sorted(path.name for path in (tmp_path / "fields").iterdir()) == ["erf.json", "erf.png"]
     assert (tmp_path / "fields" / "erf.png").read_bytes().startswith(b"\x89PNG")
     model, base = found["models"]
@@ -391,7 +391,7 @@ def test_a_model_folder_from_a_stranger_runs_no_code(
     assert samda(capsys, *predict)[0] == 0
     assert samda(capsys, "info", "-m", model)[0] == 0
     assert not mark.exists()
-    header = json.loads((model / "adapter.json").read_text())
+    header = json.loads((model / "adapter.json").read_text("utf-8"))
     for key, value in [
         ("network", {**header["network"], "backbone": evil}),
         ("network", {**header["network"], "backbone": f"$open({str(mark)!r}, 'w')"}),

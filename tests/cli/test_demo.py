@@ -31,7 +31,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
 
 def test_no_slice_is_used_twice(tmp_path: Path) -> None:
     scan = fetch_examples()["A"]
-    cases = json.loads(hold_out(scan, tmp_path).read_text())
+    cases = json.loads(hold_out(scan, tmp_path).read_text("utf-8"))
     volume = np.asarray(nib.load(scan.image).dataobj)
     label = np.asarray(nib.load(scan.label).dataobj)
     used = [
@@ -57,15 +57,15 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     printed = capsys.readouterr().out
     assert str(output / "report.html") in printed
     assert re.search(r"total time \d+ s", printed)
-    metrics = json.loads((output / "metrics.json").read_text())
+    metrics = json.loads((output / "metrics.json").read_text("utf-8"))
     held, other, mr = metrics["scores"].values()
-    blocks = [case["id"] for case in json.loads((output / "data" / "dataset.json").read_text())["test"]]
+    blocks = [case["id"] for case in json.loads((output / "data" / "dataset.json").read_text("utf-8"))["test"]]
     assert list(held["cases"]) == blocks
     assert list(other["cases"]) == ["B"]
     assert held["failed"] == other["failed"] == mr["failed"] == {}
     assert [list(score["cases"]) for score in metrics["adapted"].values()] == [["B"], ["M"]]
     for name, score in zip("BM", metrics["adapted"].values(), strict=True):
-        decided = json.loads((output / "adapted" / name / "run.jsonl").read_text())
+        decided = json.loads((output / "adapted" / name / "run.jsonl").read_text("utf-8"))
         assert decided["reason"] == score["reason"]
     for block in blocks:
         found = nib.load(output / "predictions" / f"{block}.nii.gz")

@@ -19,14 +19,14 @@ from samda.version import __version__
 
 def samda(*args: str, **settings) -> subprocess.CompletedProcess:
     """Run the command line in a process of its own."""
-    return subprocess.run([sys.executable, "-m", "samda", *args], capture_output=True, text=True, **settings)
+    return subprocess.run([sys.executable, "-m", "samda", *args], capture_output=True, encoding="utf-8", **settings)
 
 
 def test_help_names_every_command_and_needs_no_torch() -> None:
     code = (
         "import sys, samda.cli.main as cli; cli.main(['--help']); print({'torch', 'monai', 'numpy'} & {*sys.modules})"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.splitlines()[-1] == "set()"
     for name in cli.COMMANDS:
         assert any(f"\n    {name}{end}" in done.stdout for end in " \n")
@@ -221,7 +221,7 @@ def start_extra(folder: Path, body: str) -> subprocess.Popen:
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 

@@ -51,7 +51,7 @@ def test_packaged_files_are_found() -> None:
 
 
 def test_constraints_pin_every_requirement_once() -> None:
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    lines = [line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if line and line[0] != "#"]
     pins = dict(line.split("==") for line in lines)
     assert len(pins) == len(lines)
     groups = [
@@ -69,9 +69,9 @@ def test_constraints_pin_every_requirement_once() -> None:
 
 def test_what_the_environments_of_integration_add_is_pinned_once_and_agrees() -> None:
     """They come on top of samda's environment, so they must not repeat its packages."""
-    own = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    own = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if "==" in line}
     for name, program in (("monailabel", "monailabel==0.8.5"), ("mlflow", "mlflow==3.17.2")):
-        lines = (ROOT / "integration" / f"{name}.txt").read_text().splitlines()
+        lines = (ROOT / "integration" / f"{name}.txt").read_text("utf-8").splitlines()
         pins = [line for line in lines if line and line[0] != "#"]
         assert program in pins and all(re.fullmatch(r"[a-z0-9-]+==[0-9a-z.]+", pin) for pin in pins)
         assert len({pin.split("==")[0] for pin in pins}) == len(pins)
@@ -83,7 +83,7 @@ def test_what_the_environments_of_integration_add_is_pinned_once_and_agrees() ->
 
 def test_public_names_exist_and_import_lazily() -> None:
     code = "import sys, samda; print('torch' in sys.modules, samda.Task.__module__, 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True, cwd=ROOT)
     assert done.stdout == "False samda.task False\n"
     for name in samda.__all__:
         assert getattr(samda, name) is not None

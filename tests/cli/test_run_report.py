@@ -86,12 +86,14 @@ def shares(found: dict[str, Any], shown: str) -> set[str]:
 
 
 def test_profiles_tell_where_the_time_went(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    trained = set(json.loads((place / "train.json").read_text())["profile"])
+    trained = set(json.loads((place / "train.json").read_text("utf-8"))["profile"])
     common = {"imports", "reading", "preprocessing", "encoding", "head", "writing"}
     assert trained == common | {"gradient steps"}
     job = ["-m", place / "model", "-i", place / "jane_doe_image.nii.gz", "-o", tmp_path / "out", "--profile"]
     assert cli.main([*map(str, ["predict", *job, "--report", tmp_path / "run.json"])]) == 0
-    assert shares(json.loads((tmp_path / "run.json").read_text()), capsys.readouterr().err) == common | {"loading"}
+    assert shares(json.loads((tmp_path / "run.json").read_text("utf-8")), capsys.readouterr().err) == common | {
+        "loading"
+    }
     assert cli.main(["predict", *map(str, job[:-1])]) == 0 and " %" not in capsys.readouterr().err
     assert cli.main(["adapt", *map(str, job), "--overwrite"]) == 0
     assert common <= set(re.findall(r"^([a-z ]+?) +\d", capsys.readouterr().err, re.MULTILINE))
@@ -108,7 +110,7 @@ def test_predict_names_model_and_inputs_as_adapt_does(place: Path, tmp_path: Pat
     hashes = Adaptation(network, task, record).hashes
     assert {key: found[key] for key in hashes} == hashes
     assert found["task"] == task.to_dict() and found["model_version"] == "source"
-    assert json.loads((place / "train.json").read_text())["adapter_sha256"] == hashes["adapter_sha256"]
+    assert json.loads((place / "train.json").read_text("utf-8"))["adapter_sha256"] == hashes["adapter_sha256"]
 
 
 def test_a_case_that_fails_is_in_the_report(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -80,7 +80,7 @@ def test_datalists_name_the_scans(examples):
 
 @pytest.mark.parametrize("name", DATALISTS)
 def test_datalists_of_the_checkout_are_those_of_the_code(name):
-    assert (ROOT / "data" / f"{name}.json").read_text() == datalist_text(name)
+    assert (ROOT / "data" / f"{name}.json").read_text("utf-8") == datalist_text(name)
 
 
 def test_a_damaged_file_is_fetched_again(examples, tmp_path, monkeypatch):

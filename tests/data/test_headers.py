@@ -129,7 +129,7 @@ def test_the_memory_of_a_process_is_what_its_limit_leaves() -> None:
     from samda.io import free_memory
 
     before = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    used = int(Path("/proc/self/statm").read_text("utf-8").split()[0]) * os.sysconf("SC_PAGE_SIZE")
     try:
         resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000, before[1]))
         assert 200e6 < free_memory() <= 300e6

@@ -188,7 +188,7 @@ def test_pixels_of_another_unit(place: Path, spacing: float) -> None:
 
 
 def test_classes_that_nothing_shows(place: Path) -> None:
-    content = json.loads((place / "dataset.json").read_text())
+    content = json.loads((place / "dataset.json").read_text("utf-8"))
     content["labels"] |= {"tumor": 3, "both": [1, 2]}
     (place / "dataset.json").write_text(json.dumps(content))
     found = problems(place)

@@ -22,7 +22,7 @@ grid.extract(volume, slice(0, 8))
 assert grid.num_slices == 600, grid.num_slices
 status = pathlib.Path("/proc/self/status")
 if status.exists():  # Linux counts what the parent held at the fork into ru_maxrss, but not here
-    print(int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024)
+    print(int(status.read_text("utf-8").split("VmHWM:")[1].split()[0]) / 1024)
 else:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
@@ -40,7 +40,7 @@ def test_a_large_ct_stays_below_2500_megabytes(tmp_path):
         file.write(header.binaryblock + b"\0\0\0\0")
         for _ in range(600):
             file.write(plane.tobytes("F"))
-    done = subprocess.run([sys.executable, "-c", MEASURE, path], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", MEASURE, path], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 2500
     path.unlink()

@@ -68,7 +68,7 @@ def test_the_file_is_a_task_with_its_reasons(tmp_path: Path) -> None:
     suggestion = suggest_task(report(case(), labels=odd))
     (tmp_path / "task.yaml").write_text(suggestion.to_yaml(["first", "", "third"]), encoding="utf-8")
     assert Task.from_file(tmp_path / "task.yaml") == suggestion.task
-    lines = (tmp_path / "task.yaml").read_text().splitlines()
+    lines = (tmp_path / "task.yaml").read_text("utf-8").splitlines()
     assert lines[:4] == ["# first", "#", "# third", "name: segmentation"]
     assert "spacing: 2.95 # mm per pixel of a slice; the scans have 0.8, no: liver is 60 wide" in "\n".join(lines)
     assert yaml.safe_load("\n".join(lines))["labels"] == {"no: liver": 1, "1": [2, 4]}

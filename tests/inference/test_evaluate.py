@@ -101,7 +101,7 @@ def test_one_grid_stored_in_another_order(tmp_path: Path, task: Task, turn: list
 def test_files_of_scores(tmp_path: Path, task: Task) -> None:
     evaluate(*folders(tmp_path), task, output=tmp_path / "scores", nsd_tolerance_mm=1.0)
     assert sorted(p.name for p in (tmp_path / "scores").iterdir()) == [".samda", "metrics.csv", "metrics.json"]
-    values = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    values = json.loads((tmp_path / "scores" / "metrics.json").read_text("utf-8"))
     assert values["nsd_tolerance_mm"] == 1.0
     assert values["cases"]["a"]["liver"]["dice"] == 0.75
     assert values["cases"]["c"]["aorta"] == {

@@ -23,7 +23,7 @@ def test_memory_does_not_grow_with_classes_times_voxels(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--scan", str(scan), "--network", "cheap"]
     command += ["--classes", str(CLASSES), "--budget", "32"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    run = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", env=environment)
     result = json.loads(run.stdout.splitlines()[-1])
     maps_gb = 4 * CLASSES * np.prod(SHAPE) / 1e9  # all probabilities at once: 0.52 GB
     assert result["peak_gb"] - result["before_gb"] < 0.7 * maps_gb

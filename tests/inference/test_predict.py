@@ -175,7 +175,7 @@ def test_names_lie_beside_the_label_map(tmp_path: Path, phantom: SimpleNamespace
     scan = phantom.write(tmp_path / "a.b.nii.gz", phantom.truth((40, 32, 4)), np.diag([1.0, 1.0, 4.0, 1.0]))
     predictor.predict(scan).save(tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".samda", "a.b.json", "a.b.nii.gz"]
-    about = json.loads((tmp_path / "out" / "a.b.json").read_text())
+    about = json.loads((tmp_path / "out" / "a.b.json").read_text("utf-8"))
     assert about["labels"] == {"background": 0, "bright": 1, "dark": 2}
     assert "research use only" in about["note"]
 

@@ -90,7 +90,7 @@ def test_graphs_give_our_numbers(
     assert about["preprocessing"][0] == "clip to -100 .. 200 HU and map linearly to [0, 1]"
     assert (about["classes"], about["model"]["version"]) == (["background", "a", "b"], "clinic-a")
     assert list(about["model"]["adapters"]) == list(adapters)
-    assert json.loads((tmp_path / "out" / "export.json").read_text()) == about
+    assert json.loads((tmp_path / "out" / "export.json").read_text("utf-8")) == about
 
     after = network.state_dict()  # the network is untouched, and still of any size
     assert before.keys() == after.keys() and all(torch.equal(after[key], before[key]) for key in before)

@@ -87,7 +87,7 @@ def test_a_base_of_no_file_travels_along(make_segmenter: Make, tmp_path: Path, k
 def test_the_published_base_is_found_by_itself(vit_t_weights: Path, tmp_path: Path) -> None:
     network = trained(SamSegmenter("vit_t", num_classes=3, weights=vit_t_weights, adapters={"sam_da": {}}))
     save_model(network, tmp_path, TASK, RECORD)
-    stored = json.loads((tmp_path / "adapter.json").read_text())
+    stored = json.loads((tmp_path / "adapter.json").read_text("utf-8"))
     assert stored["network"] == {"backbone": "vit_t", "num_classes": 3, "in_channels": 1}
     assert stored["base"]["file"] == vit_t_weights.name
     assert torch.equal(answer(load_model(tmp_path)[0]), answer(network))
@@ -154,7 +154,7 @@ def test_changed_files_are_refused(
 ) -> None:
     save_model(make_segmenter(adapters={"lora": {}}), tmp_path, TASK, RECORD)
     path = tmp_path / "adapter.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {section: values}))
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {section: values}))
     with pytest.raises(error, match=message):
         load_model(tmp_path, tiny_weights)
 
@@ -182,7 +182,7 @@ def test_settings_that_ask_for_more_than_the_file_holds_take_no_memory(
 ) -> None:
     save_model(make_segmenter(adapters={"sam_da": {}}), tmp_path, TASK, RECORD)
     path = tmp_path / "adapter.json"
-    header = json.loads(path.read_text())
+    header = json.loads(path.read_text("utf-8"))
     place = header["adapters"]["sam_da"] if section == "adapters" else header["network"]
     place |= values
     if "num_classes" in values:
@@ -257,7 +257,7 @@ def test_impossible_sizes_are_refused_before_anything_is_built(
     make_segmenter: Make, tiny_weights: Path, tmp_path: Path, section: str, key: str, value: float, message: str
 ) -> None:
     save_model(make_segmenter(), tmp_path, TASK, RECORD)
-    header = json.loads((tmp_path / "adapter.json").read_text())
+    header = json.loads((tmp_path / "adapter.json").read_text("utf-8"))
     header[section][key] = value
     (tmp_path / "adapter.json").write_text(json.dumps(header))
     with pytest.raises(InputError, match=message):

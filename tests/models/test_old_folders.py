@@ -199,7 +199,7 @@ def names_in(expression: str) -> Iterator[str]:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: "-".join(path.relative_to(HERE).with_suffix("").parts[::2]))
 def test_every_name_in_a_config_is_found(path: Path) -> None:
     found = 0
-    for part in parts(json.loads(path.read_text())):
+    for part in parts(json.loads(path.read_text("utf-8"))):
         if isinstance(part, dict) and "_target_" in part:
             found += 1
             target = part["_target_"]
@@ -237,13 +237,15 @@ def test_training_evaluation_and_adaptation_by_monai(bases: dict[str, Path], sca
     """Each job runs, so what the configs ask of the objects they build is there, too."""
     keys = {"dataset_dir": str(scans / "datalist.json"), "weights": str(bases["plain"])}
     run_bundle("plain", "evaluate", output_dir=str(tmp_path / "scores"), **keys)
-    assert list(json.loads((tmp_path / "scores" / "metrics.json").read_text())["cases"]) == ["b"]
+    assert list(json.loads((tmp_path / "scores" / "metrics.json").read_text("utf-8"))["cases"]) == ["b"]
     check_labels(tmp_path / "scores" / "b.nii.gz", "plain", "source")
     small = {"views": 2, "slices": 2, "steps": 1}
     run_bundle("plain", "adapt", output_dir=str(tmp_path / "adapted"), **keys, **small)
     assert nib.load(tmp_path / "adapted" / "b.nii.gz").shape == SHAPE
     run_bundle("plain", "train", output_dir=str(tmp_path / "again"), epochs=1, views=1, tensorboard=False, **keys)
-    old, new = (json.loads((folder / "adapter.json").read_text()) for folder in (HERE / "plain", tmp_path / "again"))
+    old, new = (
+        json.loads((folder / "adapter.json").read_text("utf-8")) for folder in (HERE / "plain", tmp_path / "again")
+    )
     for key in ("adapters", "network", "task"):
         assert new[key] == old[key]
 

@@ -53,7 +53,7 @@ def test_a_stranger_gets_the_same_model_and_nothing_of_patients(model: Path, pac
     with torch.no_grad():
         answers = [load_model(folder)[0](images) for folder in (model, tmp_path / "got")]
     assert torch.equal(*answers)
-    card = (tmp_path / "got" / "README.md").read_text()
+    card = (tmp_path / "got" / "README.md").read_text("utf-8")
     assert "# liver \\| \\<b\\>\n" in card
     assert "| liver | 0.912 |" in card
     assert 'license: "CC-BY-4.0"' in card

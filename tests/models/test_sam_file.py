@@ -96,7 +96,7 @@ def test_segment_anything_loads_it_strictly_and_gives_our_numbers(
         for a, b in zip(*(getattr(s.mask_decoder, part).parameters() for s in (sam, base)), strict=True):
             assert torch.equal(a, b)
     assert about["files"]["sam.pth"]["difference"] < 1e-4 * about["files"]["sam.pth"]["largest"]
-    assert json.loads((tmp_path / "out" / "export.json").read_text()) == about
+    assert json.loads((tmp_path / "out" / "export.json").read_text("utf-8")) == about
     after = network.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(after[key], before[key]) for key in before)
 

@@ -34,7 +34,7 @@ def test_activate_and_roll_back_step_by_step(model: Path) -> None:
     assert versions.rollback(model) == ("a", "source")
     with pytest.raises(UsageError, match="there is none before it"):
         versions.rollback(model)
-    log = json.loads((model / "versions" / "active.json").read_text())["history"]
+    log = json.loads((model / "versions" / "active.json").read_text("utf-8"))["history"]
     assert [(s["from"], s["to"]) for s in log] == [
         ("source", "a"),
         ("a", "b"),

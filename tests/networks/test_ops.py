@@ -15,7 +15,7 @@ from samda.networks.ops import LARGEST_PRODUCT, computes_bf16, upsample
 def test_bfloat16_is_used_where_the_processor_has_instructions_for_it(device: str) -> None:
     flags: list[str] = []
     if sys.platform == "linux":  # elsewhere float32 is kept
-        flags = Path("/proc/cpuinfo").read_text().split()
+        flags = Path("/proc/cpuinfo").read_text("utf-8").split()
     has = "avx512_bf16" in flags or "amx_bf16" in flags
     assert computes_bf16(device) == (has and device == "cpu")
 

@@ -63,7 +63,7 @@ def model(
         command += [f"--{key}", str(value)]
     root = str(Path(__file__).parents[2])  # for a checkout that is not installed
     environment = os.environ | {"PYTHONPATH": root}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", env=environment)
     assert done.returncode == 0, done.stderr
     assert "samda.training.handlers - INFO - epoch 12/12: loss" in done.stderr
     return folder / "model"

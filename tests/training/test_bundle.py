@@ -48,7 +48,7 @@ def test_the_model_folder_is_a_bundle(model: Path) -> None:
     assert sorted(path.name for path in (model / "configs").iterdir()) == sorted(
         path.name for path in (BUNDLE / "configs").iterdir()
     )
-    metadata = json.loads((model / "configs" / "metadata.json").read_text())
+    metadata = json.loads((model / "configs" / "metadata.json").read_text("utf-8"))
     pred = metadata["network_data_format"]["outputs"]["pred"]
     assert (pred["num_channels"], pred["channel_def"]["2"]) == (3, "spleen")
 
@@ -93,7 +93,7 @@ def test_evaluation_from_elsewhere_scores_the_section(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     job = run("evaluate", model, dataset_dir=str(datalist), output_dir="scores", weights=keys["weights"])
-    metrics = json.loads(Path("scores/metrics.json").read_text())
+    metrics = json.loads(Path("scores/metrics.json").read_text("utf-8"))
     assert list(metrics["cases"]) == ["d"] and metrics["failed"] == {}
     predicted = nib.load("scores/d.nii.gz").get_fdata()
     true = nib.load(datalist.parent / "d_label.nii.gz").get_fdata()
@@ -108,7 +108,7 @@ def test_evaluation_from_elsewhere_scores_the_section(
 def test_a_bad_case_does_not_stop_the_good_ones(
     job: str, model: Path, datalist: Path, tmp_path: Path, keys: dict[str, Any], capsys: pytest.CaptureFixture
 ) -> None:
-    cases = json.loads(datalist.read_text())["test"]
+    cases = json.loads(datalist.read_text("utf-8"))["test"]
     cases = [{key: str(datalist.parent / value) for key, value in case.items() if key != "id"} for case in cases]
     (tmp_path / "bad.nii.gz").write_bytes(b"no scan")
     bad = cases[0] | {"id": "bad", "image": str(tmp_path / "bad.nii.gz")}
@@ -127,7 +127,7 @@ def test_a_bad_case_does_not_stop_the_good_ones(
     assert str(cause_of(error.value)) == "1 of 2 cases failed: bad"
     assert nib.load(tmp_path / "out" / "good_0000.nii.gz").shape == nib.load(cases[0]["image"]).shape
     if job == "evaluate":
-        assert list(json.loads((tmp_path / "out" / "metrics.json").read_text())["cases"]) == ["good_0000"]
+        assert list(json.loads((tmp_path / "out" / "metrics.json").read_text("utf-8"))["cases"]) == ["good_0000"]
         assert "not scored: bad: " in capsys.readouterr().out
 
 
@@ -167,7 +167,7 @@ def test_wrong_settings_are_refused_at_the_start(setting: dict[str, Any], words:
 
 
 def test_a_key_that_a_user_adds_to_an_own_copy_is_known(model: Path, tmp_path: Path) -> None:
-    config = json.loads((model / "configs" / "train.json").read_text())
+    config = json.loads((model / "configs" / "train.json").read_text("utf-8"))
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "train.json").write_text(json.dumps(config | {"mine": 3}))
     files = str(tmp_path / "configs" / "train.json"), str(BUNDLE / "configs" / "metadata.json")
@@ -196,7 +196,7 @@ def _targets(value: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_component_exists_under_its_full_path(path: Path) -> None:
-    for target in _targets(json.loads(path.read_text())):
+    for target in _targets(json.loads(path.read_text("utf-8"))):
         if "." in target:
             assert target.startswith(("samda.", "monai.")) and pydoc.locate(target) is not None, target
         else:  # MONAI finds its own components by their bare names, and looks for one of these handlers by it
@@ -209,7 +209,7 @@ def test_there_are_six_json_files() -> None:
 
 
 def test_the_metadata_has_what_monai_asks_for() -> None:
-    metadata = json.loads((BUNDLE / "configs" / "metadata.json").read_text())
+    metadata = json.loads((BUNDLE / "configs" / "metadata.json").read_text("utf-8"))
     mandatory = "version monai_version pytorch_version numpy_version required_packages_version task description authors"
     for key in (*mandatory.split(), "copyright", "network_data_format", "schema", "changelog", "name"):
         assert metadata[key], key
@@ -234,5 +234,5 @@ def test_training_from_a_model_folder_works(model: Path, datalist: Path, tmp_pat
     a = run("train", model, dataset_dir=str(datalist), output_dir=str(tmp_path / "a"), task=task, **keys)
     result = train(datalist, tmp_path / "b", task, "sam_da", overrides=keys)
     assert a.parser.get_parsed_content("record").best_score == result["mean_dice"]
-    metadata = json.loads((tmp_path / "a" / "configs" / "metadata.json").read_text())
+    metadata = json.loads((tmp_path / "a" / "configs" / "metadata.json").read_text("utf-8"))
     assert metadata["name"].startswith("again")

@@ -36,7 +36,11 @@ CHANGES = {"adapters": {}, "epochs": 3, "batch_size": 4, "empty_share": 0.1}
 def torchrun(*command: str, folder: Path) -> subprocess.CompletedProcess:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command]
     return subprocess.run(
-        start, cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
+        start,
+        cwd=folder,
+        capture_output=True,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -47,7 +51,7 @@ def bundle_run(folder: Path, keys: dict[str, Any]) -> subprocess.CompletedProces
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
-    return json.loads((folder / "history.json").read_text())["epochs"]
+    return json.loads((folder / "history.json").read_text("utf-8"))["epochs"]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +116,7 @@ def test_one_process_writes_and_reports(place: Path, together: subprocess.Comple
         ".samda", "LICENSE", "adapter.json", "adapter.safetensors", "configs", "docs", "history.json", "last.pt",
         "models", "tensorboard",
     }  # fmt: skip
-    record = json.loads((model / "adapter.json").read_text())["record"]
+    record = json.loads((model / "adapter.json").read_text("utf-8"))["record"]
     assert (record["training"]["epochs"], record["training"]["settings"]["batch_size"]) == (3, 4)
     assert record["training"]["embeddings"]["slices"] == 16
 

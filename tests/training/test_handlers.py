@@ -73,7 +73,7 @@ def test_it_stops_after_so_many_validations_without_a_better_one(tmp_path: Path)
 
 def test_the_curve_is_written(tmp_path: Path) -> None:
     run(tmp_path, [0.1, 0.5, 0.4])
-    curve = json.loads((tmp_path / "history.json").read_text())
+    curve = json.loads((tmp_path / "history.json").read_text("utf-8"))
     assert curve["best"] == {"epoch": 2, "mean_dice": 0.5}
     assert [row["loss"] for row in curve["epochs"]] == [2.5, 2.5, 2.5]
     assert [row["mean_dice"] for row in curve["epochs"]] == [0.1, 0.5, 0.4]

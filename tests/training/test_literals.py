@@ -86,7 +86,7 @@ def test_hostile_names_everywhere_in_a_model_folder(
     command += ["--dataset_dir", str(datalist.parent / "d.nii.gz"), "--output_dir", "out", "--weights", "../w.pth"]
     Path("%w.pth").rename("w.pth")
     environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd="@model", capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, cwd="@model", capture_output=True, encoding="utf-8", env=environment)
     assert done.returncode == 0, done.stderr
     assert nib.load("@model/out/d.nii.gz").shape == nib.load(datalist.parent / "d.nii.gz").shape
     assert set(load_file("@model/adapter.safetensors"))

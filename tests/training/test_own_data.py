@@ -130,6 +130,8 @@ def test_segments_and_contours_train_as_the_label_maps_that_they_were_made_of(
     for name, data in (("dicom", tmp_path / "data"), ("nifti", tmp_path / "pairs.csv")):
         own = dataclasses.replace(task, labels=ids if name == "nifti" else None)
         train(data, tmp_path / name, own, overrides=keys, device="cpu", tracking="none")
-    dicom, nifti = (json.loads((tmp_path / name / "history.json").read_text())["epochs"] for name in ("dicom", "nifti"))
+    dicom, nifti = (
+        json.loads((tmp_path / name / "history.json").read_text("utf-8"))["epochs"] for name in ("dicom", "nifti")
+    )
     assert [row["loss"] for row in dicom] == [row["loss"] for row in nifti] and len(dicom) == keys["epochs"]
     assert [row["mean_dice"] for row in dicom] == [row["mean_dice"] for row in nifti]

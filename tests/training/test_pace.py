@@ -30,7 +30,7 @@ def by_steps(keys: Keys) -> Keys:
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
-    return json.loads((folder / "history.json").read_text())["epochs"]
+    return json.loads((folder / "history.json").read_text("utf-8"))["epochs"]
 
 
 @contextmanager

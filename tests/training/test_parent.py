@@ -47,7 +47,7 @@ def parent(data: Path, settings: dict[str, Any], tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="module")
 def spleens(data: Path) -> Path:
     """The same scans, whose labels name the spleen only."""
-    content = json.loads(data.read_text()) | {"labels": {"background": 0, "spleen": 2, "other": 1}}
+    content = json.loads(data.read_text("utf-8")) | {"labels": {"background": 0, "spleen": 2, "other": 1}}
     path = data.with_name("spleens.json")
     path.write_text(json.dumps(content))
     return path

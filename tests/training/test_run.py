@@ -39,7 +39,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
-    rows = json.loads((folder / "history.json").read_text())["epochs"]
+    rows = json.loads((folder / "history.json").read_text("utf-8"))["epochs"]
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
@@ -72,7 +72,7 @@ def test_a_training_with_context_is_saved_and_predicts_with_it(datalist: Path, t
     network, loaded, record = load_model(tmp_path / "model", weights=keys["weights"])
     assert loaded == task and network.in_channels == 3
     assert (record["statistics"]["slices"], len(record["statistics"]["body"]["intensity"])) == (16, 1)
-    metadata = json.loads((tmp_path / "model" / "configs" / "metadata.json").read_text())
+    metadata = json.loads((tmp_path / "model" / "configs" / "metadata.json").read_text("utf-8"))
     assert metadata["network_data_format"]["inputs"]["image"]["num_channels"] == 1, "the scan has one channel"
     data = build_preprocessing(task, labels=False)({"image": str(datalist.parent / "d.nii.gz")})
     grid = SliceGrid.from_volume(data["image"], data["image"].affine, task)
@@ -297,7 +297,7 @@ def test_numbers_of_numpy_and_paths_are_taken(datalist: Path, tmp_path: Path, ke
     sizes = {key: np.int64(v) if type(v) is int else v for key, v in dict(keys["backbone"]).items()}
     keys |= {"fold": np.int64(0), "image_size": np.int64(48), "spacing": np.float32(5), "backbone": sizes}
     result = train(datalist, tmp_path / "model", TASK, {"lora": {"rank": np.int64(3)}}, overrides=keys)
-    config = json.loads((tmp_path / "model" / "adapter.json").read_text())
+    config = json.loads((tmp_path / "model" / "adapter.json").read_text("utf-8"))
     assert (result["epochs"], config["task"]["image_size"], config["task"]["spacing"]) == (1, 48, 5.0)
     assert config["adapters"]["lora"]["rank"] == 3
 
@@ -390,7 +390,7 @@ def test_there_are_fourteen_overlays() -> None:
 def test_every_overlay_trains_by_the_command_that_it_states(
     path: Path, datalist: Path, tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = path.read_text().splitlines()[:2]
+    first, second = path.read_text("utf-8").splitlines()[:2]
     assert first == f"# samda train --data DATA --output MODEL --task TASK.yaml --adapter {path.stem}"
     assert second.startswith("# python -m monai.bundle run ") and f"configs/adapters/{path.name}" in second
     assert find_overlay(path.stem) == path

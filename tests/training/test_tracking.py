@@ -35,7 +35,7 @@ def test_tensorboard_holds_the_curve_and_the_pictures_of_the_best(datalist: Path
     task = Task.from_dict(TASK | {"context": 1})
     result = train(datalist, tmp_path / "model", task, overrides=keys | {"epochs": 3})
     found = events(tmp_path / "model")
-    rows = json.loads((tmp_path / "model" / "history.json").read_text())["epochs"]
+    rows = json.loads((tmp_path / "model" / "history.json").read_text("utf-8"))["epochs"]
     for name in scalars(rows[0]):
         steps = [(event.step, event.value) for event in found.Scalars(name)]
         assert [step for step, _ in steps] == [1, 2, 3]

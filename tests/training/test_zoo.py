@@ -30,7 +30,7 @@ SCHEMA = Path(__file__).with_name("metadata.schema.json")
 
 
 def metadata(root: Path = BUNDLE) -> dict[str, Any]:
-    return json.loads((root / "configs" / "metadata.json").read_text())
+    return json.loads((root / "configs" / "metadata.json").read_text("utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------------------- metadata
@@ -58,7 +58,7 @@ def test_the_schema_refuses_what_the_zoo_would(change: dict[str, Any], tmp_path:
 
 
 def test_versions_are_those_that_are_tested() -> None:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if line and line[0] != "#")
     found = metadata()
     stated = found["required_packages_version"] | {
@@ -70,15 +70,15 @@ def test_versions_are_those_that_are_tested() -> None:
 
 def test_required_files_are_there(model: Path) -> None:
     for root in (BUNDLE, model):
-        assert (root / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+        assert (root / "LICENSE").read_text("utf-8") == (ROOT / "LICENSE").read_text("utf-8")
         assert (root / "configs" / "inference.json").is_file()
     assert (model / "models" / "model.pt").is_file()
     assert all(path.stat().st_size < 25e6 for path in BUNDLE.rglob("*") if path.is_file())
-    assert not re.search(r"/(home|root|Users|mnt|work)/", "".join(p.read_text() for p in BUNDLE.rglob("*.json")))
+    assert not re.search(r"/(home|root|Users|mnt|work)/", "".join(p.read_text("utf-8") for p in BUNDLE.rglob("*.json")))
 
 
 def test_the_readme_follows_the_template_of_the_zoo() -> None:
-    text = (BUNDLE / "docs" / "README.md").read_text()
+    text = (BUNDLE / "docs" / "README.md").read_text("utf-8")
     found = [line.strip("# *") for line in text.splitlines() if re.match(r"#+ \*\*", line)]
     assert found == [
         "Authors", "Tags", "Model Description", "Data", "Preprocessing", "Input", "Output", "Performance",
@@ -89,8 +89,8 @@ def test_the_readme_follows_the_template_of_the_zoo() -> None:
 
 
 def test_the_table_of_the_readme_states_the_defaults() -> None:
-    config = json.loads((BUNDLE / "configs" / "train.json").read_text())
-    text = (BUNDLE / "docs" / "README.md").read_text()
+    config = json.loads((BUNDLE / "configs" / "train.json").read_text("utf-8"))
+    text = (BUNDLE / "docs" / "README.md").read_text("utf-8")
     rows = dict(re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (.+?) \|", text, re.MULTILINE))
     for key in ("learning_rate", "batch_size", "seed", "augmentation", "memory_mb", "views", "crop"):
         assert float(rows[f"`{key}`"]) == float(config[key])
