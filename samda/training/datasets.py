@@ -18,7 +18,7 @@ from monai.networks.utils import eval_mode
 from monai.transforms import Compose
 from torch.utils.data import Dataset
 
-from samda.data.labels import IGNORED, OPEN, PartialLabels
+from samda.data.labels import IGNORE, IGNORED, OPEN, PartialLabels
 from samda.data.slices import SliceGrid, axis_tasks, center_channels, with_neighbors
 from samda.embeddings import EmbeddingDataset, allocate, draw, labeled_batches, split_key
 from samda.errors import InputError, UsageError, nearest
@@ -280,6 +280,9 @@ class SliceDataset(Dataset):
         self.counts[0] += counts[OPEN:IGNORED].sum()
         if partial is None and counts[OPEN:].any():
             raise InputError(f"{part} labels have voxels without a label; build_dataset and the loss need `partial`")
+        if counts[IGNORED]:
+            share = 100 * int(counts[IGNORED]) / int(counts.sum())
+            logger.info("%s: %.3g %% of the %s labels, which count in no loss or score", IGNORE, share, part)
         self.present = self.counts > 0
         self._check_foreground()
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from samda.data.labels import IGNORED, partial_labels
 from samda.data.transforms import build_augmentation, build_preprocessing
 from samda.embeddings import EmbeddingDataset
 from samda.errors import InputError
@@ -176,6 +177,21 @@ def test_a_class_that_never_occurs_is_named(write_case: Write, task: Task, caplo
     more = Task(classes=(*task.classes, "kidney"), spacing=4.0, image_size=64)
     dataset_of([write_case("a")], more)
     assert "no training slice holds kidney" in caplog.text
+
+
+def test_ignored_pixels_are_told(write_case: Write, task: Task, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    case, ids = write_case("a"), {"liver": (1,), "spleen": (2,), "ignore": (7,)}
+    image = nib.load(case["label"])
+    labels = np.asarray(image.dataobj).copy()
+    labels[:, :, :2] = 7
+    nib.save(nib.Nifti1Image(labels, image.affine), case["label"])
+    partial = partial_labels([case], task, ids)
+    transform = build_preprocessing(task, labels=True, dataset_labels=ids, partial=partial)
+    dataset = SliceDataset([case], transform, task, partial=partial)
+    ignored = sum(int((dataset[i]["label"] == IGNORED).sum()) for i in range(len(dataset)))
+    share = 100 * ignored / (64 * 64 * len(dataset))
+    assert ignored and f"ignore: {share:.3g} % of the training labels" in caplog.text
 
 
 def test_a_label_of_another_scan_is_one_line(write_case: Write, task: Task) -> None:
