@@ -21,6 +21,7 @@ from samda.errors import InputError
 from samda.quality import FEATURES
 
 RIDGE = 0.01  # penalty of the weights, on standardized features
+FARTHEST = 3.0  # standard deviations from the mean; beyond, the calibration has seen nothing that tells of the Dice
 COVERAGE = 0.9  # of the interval
 BINS = 3  # heights of the prediction with residuals of their own
 FEWEST = 12  # rows below which nothing is fitted
@@ -112,7 +113,7 @@ Fit = tuple[np.ndarray, np.ndarray, np.ndarray, float, dict[str, float]]  # mean
 class Calibration:
     """From features to the predicted Dice, its interval, and the gain that replaces a prediction.
 
-    Dice = 1 / (1 + exp(-(b + b_class + w z))), z the standardized features, w >= 0.
+    Dice = 1 / (1 + exp(-(b + b_class + w z))), z the standardized features, limited to [-3, 3], w >= 0.
 
     Attributes:
         mean, std: (F,) of the features.
@@ -224,7 +225,7 @@ def _fit(rows: Sequence[Row]) -> Fit:
     mean = np.where(there, raw, 0).sum(0) / count
     std = np.sqrt(np.where(there, (raw - mean) ** 2, 0).sum(0) / count)
     std = np.where(std > 1e-6, std, 1.0)
-    z = np.where(there, (raw - mean) / std, 0.0)
+    z = _standardized(raw, mean, std)
     names = sorted({row.name for row in rows})
     classes = np.array([[row.name == name for name in names] for row in rows], float)
     x, y = np.concatenate([z, classes, np.ones((len(rows), 1))], 1), np.array([row.dice for row in rows])
@@ -246,8 +247,13 @@ def _dice(fit: Fit, name: str, features: Sequence[float] | None) -> float:
     if features is None:
         return 0.0
     mean, std, weights, bias, class_bias = fit
-    z = np.nan_to_num((np.asarray(features, float) - mean) / std, nan=0.0)
+    z = _standardized(np.asarray(features, float), mean, std)
     return float(expit(bias + class_bias.get(name, 0.0) + z @ weights))
+
+
+def _standardized(raw: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """Features that the head does not have (NaN) count as average."""
+    return np.clip(np.nan_to_num((raw - mean) / std, nan=0.0), -FARTHEST, FARTHEST)
 
 
 def _residuals(found: np.ndarray, residuals: np.ndarray) -> tuple[list[float], list[float], list[float]]:

@@ -133,6 +133,16 @@ def test_the_margin_is_what_overestimated_gains_need() -> None:
     assert alone is not None and alone.margin is None  # without pairs nothing is known of gains
 
 
+def test_features_beyond_what_was_calibrated_count_as_its_end() -> None:
+    calibration = fit_calibration(rows_of([1.0, 0.5, 0.2, 0.8, 0.1]))
+    assert calibration is not None
+    mean, std, weights = (np.array(part) for part in (calibration.mean, calibration.std, calibration.weights))
+    for distance in (2.0, 3.0, 30.0):
+        features = mean - np.array([0, 0, 0, distance, 0]) * std
+        z = calibration.bias + calibration.class_bias["a"] - weights[3] * min(distance, 3.0)
+        assert calibration.expected({"a": features.tolist()}).dice["a"].dice == pytest.approx(1 / (1 + math.exp(-z)))
+
+
 def test_a_missing_class_is_expected_to_have_dice_0_and_few_rows_give_nothing() -> None:
     rows = rows_of([1.0] * 5)
     model = fit_calibration(rows)
