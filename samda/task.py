@@ -18,9 +18,17 @@ from samda.errors import UsageError, from_mapping, nearest, one_line, printable
 from samda.io import load_yaml
 
 LARGEST_IMAGE = 4096  # pixels; limits the memory of a slice
-LATER = ("axes", "codes", "context", "keep_largest", "picture_size")  # keys that the first version did not have
+LATER = (
+    "axes",
+    "codes",
+    "context",
+    "keep_largest",
+    "mirror",
+    "picture_size",
+)  # keys that the first version did not have
 NAMED, LAST_NAMED = 1 << 16, 1 << 20  # ids that stand for names, see `name_id`
 CODE_LENGTHS = (16, 16, 64)  # characters of value, scheme and meaning of a code in DICOM
+SIDE = re.compile(r"(?i)(?:^|[\W_])(?:left|right|l|r)(?:$|[\W_])")  # a word of a class's name
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # slice axis -> axis of a volume in RAS order
 
 
@@ -44,6 +52,7 @@ class Task:
     image_size: int = 256  # pixels of a slice in both directions; a multiple of 16
     axis: str = "axial"  # slices are perpendicular to it: "axial", "coronal" or "sagittal"
     axes: str = "one"  # "all": slices along the other two axes, too, and the mean of the three predictions
+    mirror: bool = False  # do scans mirrored left to right look like others? The mean of a slice and its mirror image
     in_channels: int = 1  # of the scan, up to 3: files (or channels) of a case; 3 for RGB images
     context: int = 0  # 1: the three input channels are a slice and its two neighbors
     keep_largest: bool | tuple[str, ...] = False  # classes of which only the largest 3-D component is kept; True: all
@@ -100,6 +109,10 @@ class Task:
         if self.context:
             yield self.in_channels == 1, "context 1 needs in_channels 1, as SAM takes three channels; set context to 0"
             yield self.modality != "image", "context 1 needs a volume, a 2-D image has no neighbors; set context to 0"
+        if self.mirror:
+            yield self.axis != "sagittal", "mirror needs slices that show left and right; set mirror to false"
+            sided = next((name for name in names if SIDE.search(name)), None)
+            yield sided is None, f"mirror does not suit the class {sided!r}, which names a side; set mirror to false"
         volume = self.axes == "one" or self.modality != "image"
         yield volume, "axes 'all' needs a volume, a picture has one axis; set axes to one"
 
@@ -232,6 +245,12 @@ def _whole(key: str, value: Any) -> int:
     return int(value)
 
 
+def _flag(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{key} must be true or false, got {value!r}")
+    return value
+
+
 def _kept(key: str, value: Any) -> bool | tuple[str, ...]:
     if isinstance(value, bool):
         return value
@@ -254,6 +273,7 @@ _CONVERSIONS: dict[str, Callable[[str, Any], Any]] = {
     "in_channels": _whole,
     "context": _whole,
     "keep_largest": _kept,
+    "mirror": _flag,
 }
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "axis": tuple(sorted(AXES)),

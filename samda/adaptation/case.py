@@ -13,6 +13,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 import torch.nn as nn
+from monai.data import MetaTensor
 from nibabel.spatialimages import SpatialImage
 
 from samda.data.slices import SliceGrid
@@ -109,7 +110,7 @@ class EmbeddingReplay:
 
     The inferer asks for the same batches in the same order on every pass, so pyramids are kept in that order. Those
     beyond `memory_mb` (10^6 bytes) lie in nameless temporary files, or are computed again if the disk has no room;
-    None keeps none, as an adapted encoder needs. With a `calibration`, `meter` sees every pass.
+    None keeps none, as an adapted encoder needs. With a `calibration`, `meter` sees what is to be measured.
     """
 
     def __init__(
@@ -137,21 +138,22 @@ class EmbeddingReplay:
             return None
         return self.calibration.expected(self.meter.features())
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, measured: bool = True) -> torch.Tensor:
+        pyramid = self._pyramid(images)
+        return self.meter(images, pyramid) if measured and self.meter is not None else self.network(pyramid)
+
+    def _pyramid(self, images: torch.Tensor) -> Pyramid:
         place, self.next = self.next, self.next + 1
         kept = self.kept[place] if place < len(self.kept) else None
         if isinstance(kept, dict):
-            return self._decode(images, kept)
+            return kept
         if kept is not None:
             kept.seek(0)
-            return self._decode(images, torch.load(kept, map_location=images.device))
+            return torch.load(kept, map_location=images.device)
         pyramid = self.network.encode(images)  # type: ignore[operator]
         if place == len(self.kept):
             self.kept.append(self._stored(pyramid))
-        return self._decode(images, pyramid)
-
-    def _decode(self, images: torch.Tensor, pyramid: Pyramid) -> torch.Tensor:
-        return self.network(pyramid) if self.meter is None else self.meter(images, pyramid)
+        return pyramid
 
     def _stored(self, pyramid: Pyramid) -> Pyramid | IO[bytes] | None:
         if self.memory_mb is None:
@@ -171,13 +173,13 @@ class EmbeddingReplay:
 
 
 @torch.no_grad()
-def segment(inferer: VolumeInferer, data: dict[str, Any], grid: SliceGrid, replay: EmbeddingReplay) -> Segmentation:
-    """Predict all slices at the network's present parameters, slab by slab, as `samda predict` does."""
-    volume = data["image"].as_tensor()
+def segment(inferer: VolumeInferer, image: MetaTensor, replay: EmbeddingReplay) -> Segmentation:
+    """Predict a volume (C, X, Y, Z) at the network's present parameters, slab by slab, as `samda predict` does."""
+    volume = image.as_tensor()
     labels = np.zeros(volume.shape[1:], np.uint8 if inferer.task.num_classes <= 255 else np.uint16)
     uncertainty = np.zeros(volume.shape[1:], np.float16)  # there are two of them, as large as the scan
     replay.rewind()
-    for place, maps in inferer.slabs(volume, grid, replay):
+    for place, maps in inferer.slabs(volume, image.affine, lambda images: replay(images, inferer.first_pass)):
         labels[place] = largest(maps).cpu().numpy()
         entropy = -(maps * maps.clamp_min(1e-12).log()).sum(0) / np.log(len(maps))
         uncertainty[place] = entropy.clamp(0.0, 1.0).cpu().numpy()

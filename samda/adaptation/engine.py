@@ -245,7 +245,7 @@ class Adaptation:
         grid = SliceGrid.from_volume(volume, data["image"].affine, task)
         memory_mb = settings.memory_mb if self.embedded else None
         replay = EmbeddingReplay(self.network, memory_mb, self.meter, self.calibration)
-        source = segment(self.inferer, data, grid, replay)
+        source = segment(self.inferer, data["image"], replay)
         predicted = time.perf_counter()
         share(0.2)
         areas = slice_areas(source.labels, task.num_classes, grid.axes[0])
@@ -347,7 +347,7 @@ class Adaptation:
         begin = time.perf_counter()
         with restoring(self.network, self.parameters):
             load(self.parameters, tensors)
-            adapted = segment(self.inferer, case.data, case.grid, case.replay)
+            adapted = segment(self.inferer, case.data["image"], case.replay)
         case.seconds["predict_adapted"] = time.perf_counter() - begin
         return adapted
 

@@ -64,6 +64,8 @@ class CaseFacts:
     sides_mm: tuple[float, ...] = ()  # (3,) voxel sides along the RAS axes
     label_ids: dict[int, int] = dataclasses.field(default_factory=dict)  # id -> voxels
     widths_mm: dict[int, float] = dataclasses.field(default_factory=dict)  # id above 0 -> width within slices
+    offsets: dict[int, float] = dataclasses.field(default_factory=dict)  # in a 2-D image: id above 0 -> its mean
+    # position along the RAS x axis, -0.5 to 0.5
     foreground: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 1), np.float32), repr=False)
     foreground_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, int), repr=False)
     # at most `SAMPLES` labeled voxels: (n, C) intensities and (n,) ids
@@ -197,6 +199,8 @@ def inspect_case(case: Case, section: str, report: Report, wanted: Collection[in
                 facts.foreground, facts.foreground_ids = _foreground(image.array, label.array)
                 sides = np.linalg.norm(label.affine[:3, :3], axis=0)
                 facts.widths_mm = structure_widths(label.array, sides, facts.label_ids)
+                if facts.picture:
+                    facts.offsets = _offsets(label.array, facts.label_ids)
     return facts
 
 
@@ -299,6 +303,12 @@ def _foreground(image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.nd
     index = np.unravel_index(places, label.shape)
     values = image[index]
     return np.asarray(values if values.ndim == 2 else values[:, None], np.float32), label[index].astype(int)
+
+
+def _offsets(label: np.ndarray, ids: Iterable[int]) -> dict[int, float]:
+    """id above 0 -> mean position of its voxels along the first axis, from -0.5 to 0.5."""
+    columns = {i: np.nonzero(label == i)[0] for i in ids if i > 0}
+    return {i: round(float((found.mean() + 0.5) / len(label) - 0.5), 4) for i, found in columns.items()}
 
 
 # ------------------------------------------------------------------------------------------------------ of all cases

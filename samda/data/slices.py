@@ -8,6 +8,7 @@ neighbors, whose distance is the through-plane spacing of the scan.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
@@ -103,6 +104,10 @@ class _Line:
     backward: torch.Tensor  # (samples, canvas) canvas -> volume
     covered: torch.Tensor  # (samples,) does the canvas reach this sample?
 
+    def mirrored(self) -> _Line:
+        """The same with the canvas reversed."""
+        return _Line(self.forward.flip(0), self.backward.flip(1), self.covered)
+
     @classmethod
     def build(cls, size: int, spacing_mm: float, body: Sequence[int], task: Task) -> _Line:
         """A canvas centered on the body, of the image size or, for a larger body, of the next multiple of 16.
@@ -171,6 +176,12 @@ class SliceGrid:
         sides = sides_mm(spacing_mm.tolist(), volume.shape[1:], task)
         box = body_box(_plain(volume)[0].detach().cpu().numpy(), np.asarray(sides), task)
         return cls(volume.shape[1:], sides, box, task)
+
+    def mirrored(self) -> SliceGrid:
+        """The same slices with their columns in reversed order."""
+        grid = copy.copy(self)
+        grid._columns = self._columns.mirrored()
+        return grid
 
     def extract(self, volume: torch.Tensor, index: int | slice | Iterable[int]) -> torch.Tensor:
         """Slices `index` of a volume (C, X, Y, Z) on the canvas: (n, C, rows, columns) float32."""

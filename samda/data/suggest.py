@@ -17,7 +17,7 @@ from samda.data.inspect import AIR, CaseFacts, DataReport, check_data, task_prob
 from samda.data.labels import IGNORE
 from samda.data.widths import ANISOTROPIC
 from samda.errors import InputError, one_line, printable
-from samda.task import AXES, Task, name_id
+from samda.task import AXES, SIDE, Task, name_id
 
 GRID = 2  # pixels: the class head tells apart what lies on every second pixel of a slice, its logits have stride 2
 PER_WIDTH = 5  # places of that grid that the narrowest structure should cover
@@ -30,6 +30,7 @@ NEAR = 1.05  # times the spacing of pictures: how much coarser for one row less 
 ALIKE = 1.1  # pictures whose shorter sides differ less than so many times have one size
 WHOLE = 1.25  # times the body: how large a scan may be to be seen as a whole
 CLOSE = 2.0  # mm: slices so close resemble each other, and neighbors help (hippocampus at 1 mm: Dice .859 to .868)
+CENTRAL = 0.03  # of a picture's width: how far from its middle a structure may lie on average to count as central
 TAIL = 0.5  # percent of the foreground below and above the window
 MARGIN = 1.02  # of the field of view around the body
 WINDOW = 400.0  # HU, the narrowest window; keeps the surroundings of organs visible
@@ -50,7 +51,7 @@ class Suggestion:
         keys += ["window"] if self.task.modality == "CT" else ["percentiles"]
         keys += ["in_channels", *(["context"] if self.task.context else [])]
         keys += ["spacing", *(["picture_size"] if self.task.picture_size else [])]
-        keys += ["image_size", "axis", "nsd_tolerance"]
+        keys += ["image_size", "axis", *(["mirror"] if self.task.mirror else []), "nsd_tolerance"]
         lines = [f"# {' '.join(printable(line).splitlines())}".rstrip() for line in head]
         for key in keys:
             value = values[key]
@@ -107,6 +108,7 @@ def suggest_task(report: DataReport) -> Suggestion:
     modality, labels = choices["modality"][0], choices["labels"][0]
     choices |= _geometry(cases, modality, labels)
     choices |= _context(cases, modality, AXES[choices["axis"][0]])
+    choices |= _mirror(cases, modality, labels)
     if modality == "CT":
         choices |= _window(cases, [i for ids in labels.values() for i in np.atleast_1d(ids)])
     values = {key: value for key, (value, _) in choices.items()}
@@ -271,6 +273,21 @@ def _context(cases: Sequence[CaseFacts], modality: str, across: int) -> Choices:
     if modality == "image" or _channels(cases) > 1 or apart > CLOSE:
         return {}
     return {"context": (1, f"slices are {apart:.3g} mm apart: a slice is seen with the one below and the one above")}
+
+
+def _mirror(cases: Sequence[CaseFacts], modality: str, labels: Mapping[str, Any]) -> Choices:
+    """Mirrored pictures, where every structure lies as often to the left as to the right.
+
+    Dice on inner splits without it, with mirrored training, and with the mean in prediction, too: retinal vessels .791,
+    .794, .801; nuclei .916, .922, .925; volumes of the hippocampus .852, .846, .837; vessels upside down as well .780.
+    """
+    if modality != "image" or any(SIDE.search(name) for name in labels):
+        return {}
+    for ids in labels.values():
+        found = np.array([case.offsets[int(i)] for i in np.atleast_1d(ids) for case in cases if int(i) in case.offsets])
+        if not len(found) or abs(found.mean()) > max(CENTRAL, 2 * found.std() / np.sqrt(len(found))):
+            return {}
+    return {"mirror": (True, "all structures lie as often to the left as to the right: mirrored pictures look alike")}
 
 
 def _channels(cases: Sequence[CaseFacts]) -> int:

@@ -23,6 +23,7 @@ from monai.transforms import (
     Rand2DElasticd,
     RandAdjustContrastd,
     RandBiasFieldd,
+    RandFlipd,
     RandGaussianNoised,
     RandGaussianSmoothd,
     RandomizableTransform,
@@ -267,7 +268,8 @@ def build_preprocessing(
 def build_augmentation(task: Task, strength: float = 1.0, tissue: float = 1.0, tissue_share: float = 0.25) -> Compose:
     """Augmentation of a slice: {"image": (C, H, W) in [0, 1], "label": (1, H, W)} -> the same, as plain tensors.
 
-    Geometry: rotation, scale, shear and shift with an elastic deformation; no flips, as left and right organs differ.
+    Geometry: rotation, scale, shear and shift with an elastic deformation; where the task says `mirror`, half of the
+    slices are mirrored left to right.
     Intensity: strong, so that the model meets the tissue contrasts of other scanners and contrast media: a gray value
     curve and an offset per organ (:class:`samda.data.transforms.RandTissueContrastd`), gamma, contrast and brightness,
     a bias field, noise, blur and lower resolution. Seed it with `set_random_state`.
@@ -314,4 +316,6 @@ def build_augmentation(task: Task, strength: float = 1.0, tissue: float = 1.0, t
         RandGaussianNoised("image", std=0.1 * s, prob=min(1.0, 0.5 * s)),
         ScaleIntensityRanged("image", a_min=0.0, a_max=1.0, b_min=0.0, b_max=1.0, clip=True),
     ]
+    if task.mirror:
+        steps.insert(0, RandFlipd(["image", "label"], prob=0.5, spatial_axis=1))
     return Compose([*steps, plain])

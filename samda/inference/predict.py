@@ -184,8 +184,8 @@ class Predictor:
         )
 
     def _run(self, slices: torch.Tensor) -> torch.Tensor:
-        """Logits; the meter sees the slices along the axis of the task."""
-        measured = self.meter is not None and self.inferer.first_axis
+        """Logits; the meter sees the first pass."""
+        measured = self.meter is not None and self.inferer.first_pass
         return self.meter(slices) if measured and self.meter is not None else self.network(slices)
 
     def _quality(self) -> CaseQuality | None:

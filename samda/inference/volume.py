@@ -36,8 +36,8 @@ class VolumeInferer(Inferer):
     few slices keep the memory within the budget, in addition to volume, label map and the network on `batch_size`
     slices. The result does not depend on the budget.
 
-    Where the task's `axes` are "all" and the voxels nearly cubes, this is done along all three axes and the class
-    probabilities are averaged; beyond the budget their mean lies in a temporary file.
+    Where the task's `axes` are "all" and the voxels nearly cubes, this is done along all three axes, with `mirror` also
+    on mirrored slices, and the class probabilities are averaged; beyond the budget their mean lies in a temporary file.
 
     Args:
         task: a Task or its values.
@@ -128,39 +128,47 @@ class VolumeInferer(Inferer):
         shape, classes = tuple(volume.shape[1:]), self.task.num_classes
         kind = torch.uint8 if classes <= 255 else torch.uint16
         labels = torch.empty(shape, dtype=kind, device=volume.device)
-        grids = self._grids(volume, geometry)
         kept = torch.empty((classes, *shape), device=volume.device) if keep_probabilities else None
-        slabs = self.slabs(volume, grids[0], network, *args, **kwargs)
-        if len(grids) > 1:
-            mean = allocate((classes, *shape), torch.float32, self.memory_budget_mb) if kept is None else kept
-            slabs = self._mean(mean, volume, grids, network, *args, **kwargs)
-        for place, maps in slabs:
+        for place, maps in self.slabs(volume, geometry, network, *args, **kwargs):
             labels[place] = largest(maps).to(kind).to(labels.device)
-            if kept is not None and len(grids) == 1:
+            if kept is not None:
                 kept[(slice(None), *place)] = maps.to(kept.device)
         return labels[None, None], None if kept is None else kept[None]
 
     @property
-    def first_axis(self) -> bool:
-        """Does the present pass look along the axis of the task?"""
+    def first_pass(self) -> bool:
+        """Are the slices of the present pass those along the axis of the task, not mirrored?"""
         return self._turn[0] == 0
 
+    def slabs(
+        self, volume: torch.Tensor, geometry: Any, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+    ) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
+        """Yield class probabilities by slabs: index of the slab in (X, Y, Z), and (K, ...).
+
+        They are those of the slices along the axis of the task, or their mean over all passes. `volume` is (C, X, Y, Z)
+        in [0, 1], RAS, `geometry` its affine or the voxel sides. Batches and their order are the same in every call.
+        """
+        grids = self._grids(volume, geometry)
+        if len(grids) == 1:
+            return self._pass(volume, grids[0], network, *args, **kwargs)
+        return self._mean(volume, grids, network, *args, **kwargs)
+
     def _grids(self, volume: torch.Tensor, geometry: Any) -> list[SliceGrid]:
-        """Slices along the axis of the task, or along all three."""
+        """One for each pass: along the axis of the task, along the other two, and mirrored, as the task says."""
         sides = np.asarray(geometry, float)
         sides = np.linalg.norm(sides[:3, :3], axis=0) if sides.ndim == 2 else sides
-        return [
-            SliceGrid.from_volume(volume, geometry, task)
-            for task in axis_tasks(self.task, volume.shape[1:], sides.tolist())
-        ]
+        tasks = axis_tasks(self.task, volume.shape[1:], sides.tolist())
+        grids = [SliceGrid.from_volume(volume, geometry, task) for task in tasks]
+        return [*grids, grids[0].mirrored()] if self.task.mirror else grids
 
     def _mean(
-        self, mean: torch.Tensor, volume: torch.Tensor, grids: Sequence[SliceGrid], *args: Any, **kwargs: Any
+        self, volume: torch.Tensor, grids: Sequence[SliceGrid], *args: Any, **kwargs: Any
     ) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
-        """Slabs of the mean of the class probabilities along several axes, which is left in `mean` (K, X, Y, Z)."""
+        """Slabs of the mean of the class probabilities over several passes."""
+        mean = allocate((self.task.num_classes, *volume.shape[1:]), torch.float32, self.memory_budget_mb)
         for number, grid in enumerate(grids):
             self._turn = number, len(grids)
-            for place, maps in self.slabs(volume, grid, *args, **kwargs):
+            for place, maps in self._pass(volume, grid, *args, **kwargs):
                 part = mean[(slice(None), *place)]
                 share = maps.to(mean.device) / len(grids)
                 part.copy_(share if number == 0 else part + share)
@@ -170,13 +178,10 @@ class VolumeInferer(Inferer):
             place = tuple(slice(start, start + step) if axis == across else slice(None) for axis in range(3))
             yield place, mean[(slice(None), *place)]
 
-    def slabs(
+    def _pass(
         self, volume: torch.Tensor, grid: SliceGrid, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
-        """Yield class probabilities by slabs: index of the slab in (X, Y, Z), and (K, ...) on the network's device.
-
-        `volume` is (C, X, Y, Z) in [0, 1], RAS. Batches and their order are the same in every pass.
-        """
+        """Slabs of the class probabilities of the slices of one grid, on the network's device."""
         device = self._device(network, volume)
         across = grid.axes[0]
         size = self.slab_size(grid)

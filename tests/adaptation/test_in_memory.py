@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,21 @@ import numpy as np
 import pytest
 
 from samda.adaptation.engine import Adaptation
+from samda.inference.predict import Predictor
+from samda.networks.segmenter import SamSegmenter
+from tests.adaptation.conftest import TASK
+
+
+@pytest.mark.parametrize("changes", [{}, {"mirror": True}, {"axes": "all"}])
+def test_the_source_map_is_that_of_predict(changes: dict, scans: Path, network: SamSegmenter, trained: tuple) -> None:
+    """With every pass that the task asks for, also after the parameters moved and came back."""
+    path, task = scans / "images" / "case2.nii.gz", dataclasses.replace(TASK, **changes)
+    expected = Predictor(network, task).predict(path)
+    adaptation = Adaptation(network, task, trained[1], views=2, slices=2, steps=1)
+    case = adaptation.prepare(path)
+    again = adaptation.predict(case, {name: p.detach().clone() for name, p in adaptation.parameters.items()})
+    assert np.array_equal(adaptation.adapt(path).source, expected.labels) and expected.labels.any()
+    assert np.array_equal(again.labels, case.source.labels)
 
 
 @pytest.mark.parametrize("turned", [False, True])

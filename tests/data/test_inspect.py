@@ -289,6 +289,11 @@ def test_pictures(tmp_path: Path) -> None:
     assert "JPEG" in report.sorted_problems()[0].text
     assert "save it in color" in report.sorted_problems()[1].text
     assert report.cases[0].extent_mm == (12, 9, 1) and report.cases[0].picture
+    assert report.cases[0].offsets == {255: 0.0}  # the mask spans the width
+    mask = np.zeros((9, 12), np.uint8)
+    mask[2:4, 7:9] = 255  # columns 7 and 8: their middle lies at 8 of 12
+    sitk.WriteImage(sitk.GetImageFromArray(mask), str(tmp_path / "masks" / "a.png"))
+    assert abs(check_data(tmp_path).cases[0].offsets[255]) == pytest.approx(8 / 12 - 0.5, abs=1e-4)
 
 
 def test_masks_of_two_scales_are_no_two_classes(tmp_path: Path) -> None:

@@ -155,6 +155,18 @@ def test_restore_equals_linear_interpolation(axis, spacing):
             np.testing.assert_array_equal(plane[~inside], 1.0 if k == 0 else 0.0)
 
 
+@pytest.mark.parametrize("axis", ["axial", "coronal"])
+def test_a_mirrored_grid_reverses_columns_and_restores_them(axis):
+    """Inputs are those of the grid from the other side, and its maps return to the same voxels, bit for bit."""
+    grid, volume = SliceGrid(SHAPE, SPACING, BOX, task_along(axis)), smooth()
+    mirrored = grid.mirrored()
+    inputs = grid.inputs(volume, range(grid.num_slices))
+    assert torch.equal(mirrored.inputs(volume, range(grid.num_slices)), inputs.flip(-1))
+    maps = torch.rand(grid.num_slices, 3, *grid.canvas, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(mirrored.restore(maps.flip(-1)), grid.restore(maps), rtol=0, atol=1e-6)
+    assert torch.equal(grid.inputs(volume, [0]), inputs[:1]), "the grid itself stays"
+
+
 def test_restored_probabilities_sum_to_one_everywhere():
     grid = SliceGrid((120, 90, 4), (1.3, 0.8, 4.0), np.array([[40, 80], [30, 60], [0, 4]]), TASK)
     maps = torch.softmax(torch.randn((4, 3, *grid.canvas), generator=torch.Generator().manual_seed(0)), dim=1)
@@ -347,6 +359,10 @@ def test_one_slice_is_its_own_neighbor() -> None:
         ({"context": 1, "modality": "image"}, "context 1 needs a volume"),
         ({"keep_largest": ["liver"]}, "keep_largest names 'liver'"),
         ({"keep_largest": "background"}, "keep_largest names 'background'"),
+        ({"mirror": 1}, "mirror must be true or false, got 1"),
+        ({"mirror": True, "axis": "sagittal"}, "mirror needs slices that show left and right"),
+        ({"mirror": True, "classes": ["background", "kidney_left"]}, "mirror does not suit the class 'kidney_left'"),
+        ({"mirror": True, "classes": ["background", "R lung"]}, "mirror does not suit the class 'R lung'"),
     ],
 )
 def test_what_cannot_be_is_refused(values: dict, message: str) -> None:
@@ -356,11 +372,11 @@ def test_what_cannot_be_is_refused(values: dict, message: str) -> None:
 
 
 def test_new_keys_survive_json_and_are_written_only_where_used() -> None:
-    task = dataclasses.replace(CONTEXT, keep_largest=["b"])
+    task = dataclasses.replace(CONTEXT, keep_largest=["b"], mirror=True)
     assert task.largest_only == (2,) and dataclasses.replace(CONTEXT, keep_largest=True).largest_only == (1, 2)
     for one in (task, dataclasses.replace(CONTEXT, keep_largest=True), Task()):
         assert Task.from_dict(json.loads(json.dumps(one.to_dict()))) == one
-    assert not {"context", "keep_largest"} & set(Task().to_dict()), "an older model's file stays as it is"
+    assert not {"context", "keep_largest", "mirror"} & set(Task().to_dict()), "an older model's file stays as it is"
     assert task.to_dict()["keep_largest"] == ["b"] and task.to_dict()["context"] == 1
 
 
@@ -394,6 +410,25 @@ def test_augmentation_moves_all_channels_alike() -> None:
         quiet += apart < 1e-5
         assert apart < 1e-5 or float((item["image"][0] - item["image"][1]).mean().abs()) < 0.02
     assert quiet >= 10
+
+
+def test_half_of_the_slices_are_mirrored_where_the_task_says_so() -> None:
+    """Of a slice with one bright side, scaled and shifted a little, the side is still to be seen."""
+    image, label = torch.zeros(1, 64, 64), torch.zeros(1, 64, 64, dtype=torch.uint8)
+    image[..., 8:28], label[..., 8:28] = 1, 1
+
+    def sides(mirror: bool) -> list[bool]:
+        augmentation = build_augmentation(Task(image_size=64, mirror=mirror), strength=0.2)
+        found = []
+        for seed in range(40):
+            item = augmentation.set_random_state(seed=seed)({"image": image.clone(), "label": label.clone()})
+            assert bool(item["image"][..., 32:].mean() > item["image"][..., :32].mean()) == bool(
+                item["label"][..., 32:].float().mean() > item["label"][..., :32].float().mean()
+            )
+            found.append(bool(item["label"][..., 32:].any() and not item["label"][..., 12:20].any()))
+        return found
+
+    assert not any(sides(False)) and 10 < sum(sides(True)) < 30
 
 
 def test_pictures_of_one_field_look_alike_whatever_their_pixels() -> None:

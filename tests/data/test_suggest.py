@@ -219,6 +219,25 @@ def test_color_pictures() -> None:
     assert task.nsd_tolerance == 2 and task.context == 0
 
 
+def test_mirrored_pictures_where_structures_lie_on_both_sides() -> None:
+    """A structure off the middle by more than chance, or one that names a side, is not mirrored; nor is a volume."""
+    sides = {"picture": True, "sides_mm": (1, 1, 1), "extent_mm": (256.0, 256.0, 1.0), "widths_mm": {1: 30.0, 3: 30.0}}
+    scattered, off = (0.2, -0.15, 0.1, -0.2), (0.12, 0.15, 0.1, 0.2)
+
+    def found(first: tuple[float, ...], second: tuple[float, ...], **changes: Any) -> bool:
+        pairs = enumerate(zip(first, second, strict=True))
+        cases = [case(str(i), **sides | {"offsets": {1: a, 3: b}} | changes) for i, (a, b) in pairs]
+        suggestion = suggest_task(report(*cases, labels={"a": (1,), "b": (3,)}))
+        assert ("mirror: true # all structures lie" in suggestion.to_yaml()) == suggestion.task.mirror
+        return suggestion.task.mirror
+
+    assert found(scattered, scattered) and found((0.02,), (-0.03,))
+    assert not found(scattered, off) and not found((0.04,), (0.0,))
+    assert not found(scattered, scattered, picture=False)
+    lateral = case(**sides | {"offsets": {1: 0.0, 3: 0.0}})
+    assert not suggest_task(report(lateral, labels={"eye_left": (1,), "b": (3,)})).task.mirror
+
+
 def test_neighbors_of_close_slices() -> None:
     for apart, channels, context in ((2.0, 1, 1), (2.5, 1, 0), (1.0, 2, 0)):
         suggestion = suggest_task(report(case(sides_mm=(1.5, 1.5, apart), channels=channels)))

@@ -295,6 +295,24 @@ def test_all_axes_are_the_mean_of_each(band_task: Task, budget: float) -> None:
     assert torch.equal(labels[0, 0][sure], mean.argmax(1)[0].to(torch.uint8)[sure])
 
 
+def test_mirrored_slices_are_averaged_with_the_others(band_task: Task) -> None:
+    """A network that looks to one side only; its first pass sees the slices as they are."""
+    torch.manual_seed(1)
+    network = torch.nn.Sequential(torch.nn.ZeroPad2d((4, 0, 0, 0)), torch.nn.Conv2d(1, 3, (1, 5)))
+    image = MetaTensor(torch.rand(1, 1, 38, 30, 5, generator=torch.Generator().manual_seed(3)), affine=torch.eye(4))
+    plain, other = (
+        VolumeInferer(band_task, output="probabilities")(image, call).as_tensor()
+        for call in (network, lambda x: network(x.flip(-1)).flip(-1))
+    )
+    assert (plain - other).abs().max() > 1e-2
+    seen: list[tuple[bool, torch.Tensor]] = []
+    inferer = VolumeInferer(dataclasses.replace(band_task, mirror=True), output="probabilities")
+    found = inferer(image, lambda x: seen.append((inferer.first_pass, x)) or network(x)).as_tensor()
+    torch.testing.assert_close(found, (plain + other) / 2, rtol=0, atol=1e-6)
+    (first, slices), (second, mirrored) = seen
+    assert first and not second and torch.equal(mirrored, slices.flip(-1)) and inferer.first_pass
+
+
 def test_all_axes_of_a_volume_with_thick_slices_are_one(
     band_network: torch.nn.Module, band_task: Task, phantom: SimpleNamespace, caplog: pytest.LogCaptureFixture
 ) -> None:
