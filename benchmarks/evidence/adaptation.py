@@ -123,9 +123,7 @@ def measure_site(run: Run, root: Path) -> dict[str, Any]:
             "final": dice[1],
             "expected": _expected(prepared.source, label, task),
             "reason": outcome.decision.reason if outcome.decision else "",
-            "seconds": round(
-                sum(prepared.seconds[key] for key in ("predict", "views")) + time.perf_counter() - begin, 2
-            ),
+            "seconds": round(prepared.seconds["predict"] + time.perf_counter() - begin, 2),
             "predict": round(prepared.seconds["predict"], 2),
         }
     return {"cases": rows}

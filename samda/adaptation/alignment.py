@@ -144,7 +144,12 @@ class Judge:
         self.levels: list[dict[str, Any]] = statistics.get("levels") or []  # folders of samda 0.1 have none
 
     def evidence(
-        self, case: PreparedCase, prediction: Segmentation, agreement: float, entropy: float, drift: float = math.nan
+        self,
+        case: PreparedCase,
+        prediction: Segmentation,
+        agreement: float = math.nan,
+        entropy: float = math.nan,
+        drift: float = math.nan,
     ) -> Evidence:
         """Evidence of a prediction of all slices."""
         labels = torch.from_numpy(prediction.labels.astype(np.uint8, copy=False))[None]

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -57,11 +59,19 @@ class PreparedCase:
     images: torch.Tensor  # (m, C, H, W) their windows in [0, 1]
     image_boxes: list[Box]  # of the body in each window
     views: list[View]
-    inputs: Pyramid  # levels (V, m, C, h, w) of the views; images alone where the encoder is adapted
+    encode: Callable[[], Pyramid]  # gives `inputs`
     seed: int  # of the views
     started: str  # UTC
     seconds: dict[str, float]  # by stage
     scan: Path | SpatialImage | None = None  # file, DICOM folder or nibabel image
+
+    @functools.cached_property
+    def inputs(self) -> Pyramid:
+        """Levels (V, m, C, h, w) of the views, images alone where the encoder is adapted; encoded when first asked."""
+        begin = time.perf_counter()
+        levels = self.encode()
+        self.seconds["views"] = time.perf_counter() - begin
+        return levels
 
 
 @dataclasses.dataclass

@@ -39,7 +39,7 @@ from samda.adaptation.case import (
     segment,
     slice_areas,
 )
-from samda.adaptation.guard import Decision, after, before, mean_plausibility
+from samda.adaptation.guard import Decision, after, before, good_enough, mean_plausibility
 from samda.adaptation.loop import Merit, Trajectory, decision_of, keep_last, load, optimize, restoring
 from samda.adaptation.objectives import check_settings, log_probabilities, most_likely
 from samda.adaptation.record import Outcome, case_record
@@ -246,7 +246,7 @@ class Adaptation:
         memory_mb = settings.memory_mb if self.embedded else None
         replay = EmbeddingReplay(self.network, memory_mb, self.meter, self.calibration)
         source = segment(self.inferer, data["image"], replay)
-        predicted = time.perf_counter()
+        seconds["predict"] = time.perf_counter() - begin
         share(0.2)
         areas = slice_areas(source.labels, task.num_classes, grid.axes[0])
         slices = choose_slices(areas, source.uncertainty.sum(axis=grid.axes[1:], dtype=np.float32), settings.slices)
@@ -255,8 +255,6 @@ class Adaptation:
         labels = torch.from_numpy(source.labels)[None]
         images = cut_windows(grid.inputs(volume, slices), grid.extract_labels(labels, slices), task.image_size)
         encode = self.network.encode if self.embedded else None
-        inputs = encode_views(images, slices, views, encode, settings.batch_size, self.device)
-        seconds |= {"predict": predicted - begin, "views": time.perf_counter() - predicted}
         file = data["image"].meta.get("filename_or_obj")
         return PreparedCase(
             name=name,
@@ -270,7 +268,7 @@ class Adaptation:
             images=images,
             image_boxes=body_boxes(center_channels(images, task), task),
             views=views,
-            inputs=inputs,
+            encode=lambda: encode_views(images, slices, views, encode, settings.batch_size, self.device),
             seed=seed,
             started=started,
             seconds=seconds,
@@ -278,12 +276,20 @@ class Adaptation:
         )
 
     def judge_source(self, case: PreparedCase) -> Outcome:
-        """Evidence of the source prediction, and the decision where there is a reason not to adapt at all."""
-        with torch.no_grad():
-            logits = self.logits(case).float()
-        shown = class_agreement(logits)
-        source = self.judge.evidence(case, case.source, mean_agreement(shown), foreground_entropy(logits))
-        return Outcome(source, before(source, bool(shown), self.guard, self.least))
+        """Evidence of the source prediction, and the decision where there is a reason not to adapt at all.
+
+        What the predicted Dice decides needs no view, so none is encoded, and agreement and entropy are NaN.
+        """
+        source = self.judge.evidence(case, case.source)
+        decision = good_enough(source, self.guard, self.least)
+        if decision is None:
+            with torch.no_grad():
+                logits = self.logits(case).float()
+            shown = class_agreement(logits)
+            measured = {"agreement": mean_agreement(shown), "entropy": foreground_entropy(logits)}
+            source = dataclasses.replace(source, **measured)
+            decision = before(source, bool(shown), self.guard, self.least)
+        return Outcome(source, decision)
 
     @phase("gradient steps")
     def optimize(self, case: PreparedCase) -> Trajectory:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # it imports PyTorch, which `samda adapt --help` must not
 REASONS = {
     "accepted": "the adapted prediction is more plausible or its views agree better, and they do not agree less",
     "accepted_unchanged": "no voxel changed, no iterate was better, or no step was taken",
-    "skipped_quality": "before adapting: the source prediction is plausible and its views agree",
+    "skipped_quality": "before adapting: the predicted Dice is high, or the map is plausible and its views agree",
     "skipped_empty": "before adapting: no view shows any foreground; review the scan",
     "fallback_vanished": "a class that the source predicts plausibly is gone (TENT's collapse)",
     "fallback_volume": "a class grew or shrank beyond the limit, became implausible, and the whole less plausible",
@@ -56,8 +56,8 @@ class Evidence:
 
     volumes_ml: Mapping[str, float]
     plausibility: Mapping[str, float | None]  # 0 to 1; None where the prediction lacks the class
-    agreement: float  # of the views, see samda.adaptation.agreement; NaN with a single view
-    entropy: float  # mean normalized entropy on the foreground
+    agreement: float  # of the views, see samda.adaptation.agreement; NaN with a single view, or where none was encoded
+    entropy: float  # mean normalized entropy on the foreground of the views; NaN where none was encoded
     drift: float = math.nan  # see samda.adaptation.alignment.FeatureAlignment; NaN where it was not measured
     expected: CaseQuality | None = None  # predicted Dice, where the model has a calibration
 
@@ -69,7 +69,8 @@ class Evidence:
         """Plain values for the record."""
         values = dataclasses.asdict(self) | {"score": self.score(absent)}
         values["expected"] = None if self.expected is None else self.expected.to_dict()
-        return values | {"drift": None if math.isnan(self.drift) else self.drift}
+        numbers = {name: getattr(self, name) for name in ("agreement", "entropy", "drift")}
+        return values | {name: None if math.isnan(value) else value for name, value in numbers.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,19 +118,26 @@ class Decision:
         return cls(reason.partition("_")[0], reason, explanation)
 
 
-def before(source: Evidence, shown: bool, settings: GuardSettings, least: float = math.nan) -> Decision | None:
-    """A reason not to adapt at all.
+def good_enough(source: Evidence, settings: GuardSettings, least: float) -> Decision | None:
+    """The decision for a case whose predicted Dice is `least` or more, from which no gain is to be expected.
 
-    `shown`: does any view show foreground on any slice that would be adapted on? `least` is the predicted Dice from
-    which no gain is to be expected, NaN without a calibration.
+    `least` is NaN without a calibration.
+    """
+    if source.expected is None or not source.expected.mean >= least or settings.skip_agreement > 1:
+        return None
+    return Decision.of("skipped_quality", f"predicted Dice {source.expected.mean:.3f}, which no gain would raise")
+
+
+def before(source: Evidence, shown: bool, settings: GuardSettings, least: float = math.nan) -> Decision | None:
+    """A reason not to adapt at all; for `least` see :func:`good_enough`.
+
+    `shown`: does any view show foreground on any slice that would be adapted on?
     """
     if not shown and not any(source.volumes_ml.values()):
         return Decision.of("skipped_empty", "neither the scan nor its views have any foreground; check the scan")
     score = source.score(settings.absent)
     if source.expected is not None and not math.isnan(least):
-        if settings.skip_agreement > 1 or source.expected.mean < least:
-            return None
-        return Decision.of("skipped_quality", f"predicted Dice {source.expected.mean:.3f}, which no gain would raise")
+        return good_enough(source, settings, least)
     if source.agreement >= settings.skip_agreement and score >= settings.skip_plausibility:
         numbers = f"views agree to {source.agreement:.3f}, plausibility {score:.2f}"
         return Decision.of("skipped_quality", f"the source prediction is good: {numbers}")

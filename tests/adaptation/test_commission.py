@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from samda.adaptation.commission import bootstrap, recalibration
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.loop import load as load_parameters
 from samda.adaptation.loop import restoring
+from samda.adaptation.record import schema
 from samda.cli.main import main
 from samda.errors import InputError
 from samda.expected_dice import Calibration
@@ -132,6 +135,25 @@ def test_the_rise_of_the_predicted_dice_chooses_the_iterate(calibrated: Path, lo
     gain = np.mean([values[1][name].dice - values[0][name].dice for name in shown])
     assert run.merit[0] == 0 and run.merit[-1] == pytest.approx(gain, abs=1e-4)
     assert run.merit[-1] != 0
+
+
+@pytest.mark.parametrize("height", [0.5, 0.999])
+def test_views_are_encoded_only_where_the_predicted_dice_leaves_room(
+    calibrated: Path, local: Path, height: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """heights[-1] - margin is the predicted Dice from which no gain is to be expected."""
+    model = load(calibrated)
+    record = model.record | {"calibration": CALIBRATION.to_dict() | {"heights": [height]}}
+    engine = Adaptation(model.network, model.task, record, views=3, slices=2, steps=1)
+    encoded: list[int] = []
+    encode = model.network.encode
+    monkeypatch.setattr(model.network, "encode", lambda images: encoded.append(len(images)) or encode(images))
+    found = engine.adapt(local / "images" / "case0.nii.gz").record
+    slices = nib.load(local / "images" / "case0.nii.gz").shape[2]
+    good = found["reason"] == "skipped_quality"
+    assert good == (height == 0.5) and sum(encoded) == slices + (0 if good else 3 * 2)
+    assert ("views" in found["seconds"]) != good and (found["quality"]["source"]["agreement"] is None) == good
+    assert jsonschema.validate(found, schema()) is None
 
 
 def test_without_a_calibration_no_dice_is_predicted(model: Path, local: Path, tmp_path: Path, capsys: Any) -> None:
