@@ -26,9 +26,9 @@ class Rows:
         self.trained = [row for data in ("hippocampus", "vessels_chase") for row in read(data)]
         self.old: dict[str, Any] = json.loads(page.ONE_PATIENT.read_text("utf-8"))["abdomen"]
 
-    def dice(self, data: str, method: str, patients: int, test: str | None = None) -> list[float]:
-        """Of the patients of a test set, seeds of 300 s one after the other."""
-        chosen = {"data": data, "method": method, "patients": patients, "budget": 300}
+    def dice(self, data: str, method: str, patients: int, test: str | None = None, budget: int = 300) -> list[float]:
+        """Of the patients of a test set, seeds one after the other."""
+        chosen = {"data": data, "method": method, "patients": patients, "budget": budget}
         rows = [row["test"][test or data] for row in self.trained if chosen.items() <= row.items()]
         return [mean(scores[0] for scores in of.values()) for row in rows for of in row.values()]
 
@@ -52,13 +52,17 @@ CLAIMS: dict[str, Callable[[Rows], bool]] = {
                 ("hippocampus", 3, None, "DynUNet 3-D"),
                 ("hippocampus", 10, None, "DynUNet 3-D"),
                 ("hippocampus", 10, None, "nnU-Net 3d_fullres"),
+                ("vessels_chase", 3, None, "DynUNet 2-D"),
+                ("vessels_chase", 3, "vessels_lesav", "DynUNet 2-D"),
                 ("vessels_chase", 0, None, "DynUNet 2-D"),
                 ("vessels_chase", 0, "vessels_lesav", "DynUNet 2-D"),
             )
         )
     ),
-    "Vessels of the held-out children miss their goal": lambda rows: (
-        mean(rows.dice("vessels_chase", "pyramid", 0)) < 0.78
+    "Vessels of the held-out children reach their goal": lambda rows: (
+        mean(rows.dice("vessels_chase", "pyramid", 0))
+        < 0.78
+        < mean(rows.dice("vessels_chase", "pyramid", 0, None, 1800))
     ),
     "peft's LoRA and ours are the same numbers": lambda rows: (
         max(rows.peft[key] for key in ("outputs", "losses", "weights", "logits")) < 1e-6 < rows.peft["changed"]
