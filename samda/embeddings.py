@@ -35,7 +35,7 @@ from samda.processes import broadcast, exchange, rank_and_world
 from samda.progress import bar
 
 HALF = torch.float16  # of the kept levels
-LEAST = 256  # slices that are encoded in any case, for the start of the class head
+LEAST = 256 * 256**2  # pixels that are encoded in any case, for the start of the class head: 256 slices of 256 x 256
 GRID = 16  # pixels: cuts begin at places of the coarsest level
 
 logger = logging.getLogger(__name__)
@@ -220,12 +220,14 @@ class EmbeddingDataset(Dataset):
         batches = [keys[a:b] for a, b in itertools.pairwise(cuts)]
         progress = bar("encoding", len(keys), "slice")
         rank, world = rank_and_world()
+        done = 0  # pixels
         for start in range(0, len(batches), world):
-            if start * size >= LEAST and broadcast(enough()):
+            if done >= LEAST and broadcast(enough()):
                 break
             own = [self._encode(batch) for batch in batches[start + rank : start + rank + 1]]
             for batch, pyramid, labels, extras in (result for results in exchange(own) for result in results):
                 self._store(batch, pyramid, labels, extras)
+                done += labels.numel()
                 if batch[0][1] == 0 and collect is not None:
                     early = [place for place, (index, _) in enumerate(batch) if not self.late[index]]
                     if early:

@@ -191,7 +191,7 @@ def test_a_view_takes_room_when_it_is_there() -> None:
 
 
 def test_slices_that_there_was_no_time_for_are_encoded_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("samda.embeddings.LEAST", 2)
+    monkeypatch.setattr("samda.embeddings.LEAST", 2 * Slices().view(0, 0)["label"].numel())  # pixels, not slices
     seen: list[int] = []
     dataset = EmbeddingDataset(
         Slices(), Pool(), views=3, batch_size=2, enough=lambda: True, collect=lambda p, y: seen.extend(y[:, 0, 0, 0])
