@@ -286,8 +286,8 @@ class Adaptation:
             with torch.no_grad():
                 logits = self.logits(case).float()
             shown = class_agreement(logits)
-            measured = {"agreement": mean_agreement(shown), "entropy": foreground_entropy(logits)}
-            source = dataclasses.replace(source, **measured)
+            agreement, entropy = mean_agreement(shown), foreground_entropy(logits)
+            source = dataclasses.replace(source, agreement=agreement, entropy=entropy)
             decision = before(source, bool(shown), self.guard, self.least)
         return Outcome(source, decision)
 
