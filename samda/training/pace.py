@@ -133,13 +133,13 @@ class Pace:
             self._share = broadcast(share) if rank_and_world()[1] > 1 else share
         if self.epochs is None and (self._share >= 1 or self._validation_due(engine)):
             self.ended = self._share >= 1
-            self._round_over = clock()
+            self._round_over, self._validated = clock(), self._share  # also where nothing validates any more
             self._place_sampler(engine)  # the engine begins a new iterator
             engine.terminate_epoch()
 
     def validated(self) -> None:
         """Note that the validation at the end of a round is over."""
-        self._last_validation, self._validated = clock() - self._round_over, self._share
+        self._last_validation = clock() - self._round_over
         self._validations += self._last_validation
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -329,3 +331,22 @@ def test_lengths_heads_and_labels_that_do_not_fit_are_refused(datalist: Path, tm
     (tmp_path / "list.json").write_text(json.dumps({"training": cases}))
     with pytest.raises(InputError, match="no foreground"):
         train(tmp_path / "list.json", tmp_path / "model", TASK, overrides=by_steps)
+
+
+def test_rounds_without_a_validation_are_as_long_as_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the validation patients train nothing validates; the rounds are tenths of the time all the same."""
+    now = [0.0]
+    monkeypatch.setattr("samda.training.pace.clock", lambda: now[0])
+    loader = SimpleNamespace(sampler=SimpleNamespace(start_at=lambda place: None), batch_size=1)
+    state, ends = SimpleNamespace(iteration=0, dataloader=loader), []
+    engine: Any = SimpleNamespace(
+        state=state, terminate=lambda: None, terminate_epoch=lambda: ends.append(state.iteration)
+    )
+    timer = Pace(minutes=10)
+    timer.start(engine)
+    while not timer.ended:
+        now[0] += 1
+        state.iteration += 1
+        timer.step(engine)
+    lengths = [b - a for a, b in itertools.pairwise([0, *ends])]
+    assert 9 <= len(ends) <= 11 and min(lengths[:-1]) > 0.09 * ends[-1]
