@@ -28,7 +28,7 @@ LATER = (
 )  # keys that the first version did not have
 NAMED, LAST_NAMED = 1 << 16, 1 << 20  # ids that stand for names, see `name_id`
 CODE_LENGTHS = (16, 16, 64)  # characters of value, scheme and meaning of a code in DICOM
-SIDE = re.compile(r"(?i)(?:^|[\W_])(?:left|right|l|r)(?:$|[\W_])")  # a word of a class's name
+SIDES = {"left": "right", "right": "left", "l": "r", "r": "l"}  # words of a class's name -> those of its mirror image
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # slice axis -> axis of a volume in RAS order
 
 
@@ -111,7 +111,7 @@ class Task:
             yield self.modality != "image", "context 1 needs a volume, a 2-D image has no neighbors; set context to 0"
         if self.mirror:
             yield self.axis != "sagittal", "mirror needs slices that show left and right; set mirror to false"
-            sided = next((name for name in names if SIDE.search(name)), None)
+            sided = next((name for name in names if names_side(name)), None)
             yield sided is None, f"mirror does not suit the class {sided!r}, which names a side; set mirror to false"
         volume = self.axes == "one" or self.modality != "image"
         yield volume, "axes 'all' needs a volume, a picture has one axis; set axes to one"
@@ -202,6 +202,16 @@ def _ids(name: str, value: Any) -> tuple[int, ...]:
 def _is_name(value: Any) -> bool:
     """Is it the name of a segment? Digits in quotes are a mistake."""
     return isinstance(value, str) and re.search(r"[^\W\d_]", value) is not None
+
+
+def mirrored_name(name: str) -> str:
+    """Name of a class in the mirror: "kidney_left" for "kidney_right", else the same."""
+    return re.sub(r"[^\W_]+", lambda word: SIDES.get(word[0].lower(), word[0]), name)
+
+
+def names_side(name: str) -> bool:
+    """Has the name of a class a word for left or right?"""
+    return mirrored_name(name) != name
 
 
 def name_id(name: str) -> int:

@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from samda.task import mirrored_name
 
 FAMILIES = ("window", "gamma", "noise", "blur", "bias")
 
@@ -141,14 +142,8 @@ def _bias_field(images: torch.Tensor, strengths: Sequence[float]) -> torch.Tenso
 
 def mirrored_classes(classes: Sequence[str]) -> list[int]:
     """For every class its mirrored class: "kidney_left" for "kidney_right", else itself."""
-    sides = {"left": "right", "right": "left", "l": "r", "r": "l"}
     index = {name: k for k, name in enumerate(classes)}
-    mirrored = []
-    for k, name in enumerate(classes):
-        tokens = re.split(r"([_\s-])", name)
-        twin = "".join(sides.get(token.lower(), token) for token in tokens)
-        mirrored.append(index.get(twin, k))
-    return mirrored
+    return [index.get(mirrored_name(name), k) for k, name in enumerate(classes)]
 
 
 def restore_view(view: View, logits: torch.Tensor, mirror: Sequence[int]) -> torch.Tensor:

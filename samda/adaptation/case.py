@@ -15,7 +15,6 @@ from typing import IO, Any
 import numpy as np
 import torch
 import torch.nn as nn
-from monai.data import MetaTensor
 from nibabel.spatialimages import SpatialImage
 
 from samda.data.slices import SliceGrid
@@ -51,7 +50,7 @@ class PreparedCase:
     name: str
     input_sha256: str  # of its files, or of its preprocessed values where it came as an object
     data: dict[str, Any]  # preprocessed; "image" (C, X, Y, Z) in [0, 1], RAS
-    grid: SliceGrid
+    grids: Sequence[SliceGrid]  # of the passes of a prediction, that of the task's axis first
     boxes: list[Box]  # of the body in each slice
     replay: EmbeddingReplay  # the network that the inferer runs
     source: Segmentation  # prediction of the source model
@@ -64,6 +63,11 @@ class PreparedCase:
     started: str  # UTC
     seconds: dict[str, float]  # by stage
     scan: Path | SpatialImage | None = None  # file, DICOM folder or nibabel image
+
+    @property
+    def grid(self) -> SliceGrid:
+        """Of the slices along the axis of the task."""
+        return self.grids[0]
 
     @functools.cached_property
     def inputs(self) -> Pyramid:
@@ -183,13 +187,14 @@ class EmbeddingReplay:
 
 
 @torch.no_grad()
-def segment(inferer: VolumeInferer, image: MetaTensor, replay: EmbeddingReplay) -> Segmentation:
+def segment(
+    inferer: VolumeInferer, volume: torch.Tensor, grids: Sequence[SliceGrid], replay: EmbeddingReplay
+) -> Segmentation:
     """Predict a volume (C, X, Y, Z) at the network's present parameters, slab by slab, as `samda predict` does."""
-    volume = image.as_tensor()
     labels = np.zeros(volume.shape[1:], np.uint8 if inferer.task.num_classes <= 255 else np.uint16)
     uncertainty = np.zeros(volume.shape[1:], np.float16)  # there are two of them, as large as the scan
     replay.rewind()
-    for place, maps in inferer.slabs(volume, image.affine, lambda images: replay(images, inferer.first_pass)):
+    for place, maps in inferer.slabs(volume, grids, lambda images: replay(images, inferer.first_pass)):
         labels[place] = largest(maps).cpu().numpy()
         entropy = -(maps * maps.clamp_min(1e-12).log()).sum(0) / np.log(len(maps))
         uncertainty[place] = entropy.clamp(0.0, 1.0).cpu().numpy()

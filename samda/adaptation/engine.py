@@ -47,7 +47,7 @@ from samda.adapters.adapter_file import state_tensors
 from samda.adapters.attach import default_scope, scope_parameters
 from samda.adapters.base import changes_encoder, modules, unmerge
 from samda.data.formats import name_of, scan_path
-from samda.data.slices import SliceGrid, center_channels
+from samda.data.slices import center_channels
 from samda.data.transforms import build_preprocessing
 from samda.errors import AdapterError
 from samda.expected_dice import Calibration, CaseQuality
@@ -242,10 +242,11 @@ class Adaptation:
         task, settings = self.task, self.settings
         volume = data["image"].as_tensor()
         begin = time.perf_counter()
-        grid = SliceGrid.from_volume(volume, data["image"].affine, task)
+        grids = self.inferer.grids(volume, data["image"].affine)
+        grid = grids[0]
         memory_mb = settings.memory_mb if self.embedded else None
         replay = EmbeddingReplay(self.network, memory_mb, self.meter, self.calibration)
-        source = segment(self.inferer, data["image"], replay)
+        source = segment(self.inferer, volume, grids, replay)
         seconds["predict"] = time.perf_counter() - begin
         share(0.2)
         areas = slice_areas(source.labels, task.num_classes, grid.axes[0])
@@ -260,7 +261,7 @@ class Adaptation:
             name=name,
             input_sha256=sha256,
             data=data,
-            grid=grid,
+            grids=grids,
             boxes=body_boxes(grid.extract(volume, range(grid.num_slices)), task),
             replay=replay,
             source=source,
@@ -288,7 +289,7 @@ class Adaptation:
             shown = class_agreement(logits)
             agreement, entropy = mean_agreement(shown), foreground_entropy(logits)
             source = dataclasses.replace(source, agreement=agreement, entropy=entropy)
-            decision = before(source, bool(shown), self.guard, self.least)
+            decision = before(source, bool(shown), self.guard, calibrated=not math.isnan(self.least))
         return Outcome(source, decision)
 
     @phase("gradient steps")
@@ -353,7 +354,7 @@ class Adaptation:
         begin = time.perf_counter()
         with restoring(self.network, self.parameters):
             load(self.parameters, tensors)
-            adapted = segment(self.inferer, case.data["image"], case.replay)
+            adapted = segment(self.inferer, case.data["image"].as_tensor(), case.grids, case.replay)
         case.seconds["predict_adapted"] = time.perf_counter() - begin
         return adapted
 

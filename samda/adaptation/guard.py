@@ -128,16 +128,17 @@ def good_enough(source: Evidence, settings: GuardSettings, least: float) -> Deci
     return Decision.of("skipped_quality", f"predicted Dice {source.expected.mean:.3f}, which no gain would raise")
 
 
-def before(source: Evidence, shown: bool, settings: GuardSettings, least: float = math.nan) -> Decision | None:
-    """A reason not to adapt at all; for `least` see :func:`good_enough`.
+def before(source: Evidence, shown: bool, settings: GuardSettings, calibrated: bool = False) -> Decision | None:
+    """A reason not to adapt at all that the views show.
 
-    `shown`: does any view show foreground on any slice that would be adapted on?
+    `shown`: does any view show foreground on any slice that would be adapted on? `calibrated`: has
+    :func:`good_enough` decided by the predicted Dice already?
     """
     if not shown and not any(source.volumes_ml.values()):
         return Decision.of("skipped_empty", "neither the scan nor its views have any foreground; check the scan")
     score = source.score(settings.absent)
-    if source.expected is not None and not math.isnan(least):
-        return good_enough(source, settings, least)
+    if calibrated and source.expected is not None:
+        return None
     if source.agreement >= settings.skip_agreement and score >= settings.skip_plausibility:
         numbers = f"views agree to {source.agreement:.3f}, plausibility {score:.2f}"
         return Decision.of("skipped_quality", f"the source prediction is good: {numbers}")

@@ -17,7 +17,7 @@ from samda.data.inspect import AIR, CaseFacts, DataReport, check_data, task_prob
 from samda.data.labels import IGNORE
 from samda.data.widths import ANISOTROPIC
 from samda.errors import InputError, one_line, printable
-from samda.task import AXES, SIDE, Task, name_id
+from samda.task import AXES, Task, name_id, names_side
 
 GRID = 2  # pixels: the class head tells apart what lies on every second pixel of a slice, its logits have stride 2
 PER_WIDTH = 5  # places of that grid that the narrowest structure should cover
@@ -281,7 +281,7 @@ def _mirror(cases: Sequence[CaseFacts], modality: str, labels: Mapping[str, Any]
     Dice on inner splits without it, with mirrored training, and with the mean in prediction, too: retinal vessels .791,
     .794, .801; nuclei .916, .922, .925; volumes of the hippocampus .852, .846, .837; vessels upside down as well .780.
     """
-    if modality != "image" or any(SIDE.search(name) for name in labels):
+    if modality != "image" or any(map(names_side, labels)):
         return {}
     for ids in labels.values():
         found = np.array([case.offsets[int(i)] for i in np.atleast_1d(ids) for case in cases if int(i) in case.offsets])

@@ -129,7 +129,7 @@ class VolumeInferer(Inferer):
         kind = torch.uint8 if classes <= 255 else torch.uint16
         labels = torch.empty(shape, dtype=kind, device=volume.device)
         kept = torch.empty((classes, *shape), device=volume.device) if keep_probabilities else None
-        for place, maps in self.slabs(volume, geometry, network, *args, **kwargs):
+        for place, maps in self.slabs(volume, self.grids(volume, geometry), network, *args, **kwargs):
             labels[place] = largest(maps).to(kind).to(labels.device)
             if kept is not None:
                 kept[(slice(None), *place)] = maps.to(kept.device)
@@ -141,20 +141,27 @@ class VolumeInferer(Inferer):
         return self._turn[0] == 0
 
     def slabs(
-        self, volume: torch.Tensor, geometry: Any, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+        self,
+        volume: torch.Tensor,
+        grids: Sequence[SliceGrid],
+        network: Callable[..., torch.Tensor],
+        *args: Any,
+        **kwargs: Any,
     ) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
         """Yield class probabilities by slabs: index of the slab in (X, Y, Z), and (K, ...).
 
-        They are those of the slices along the axis of the task, or their mean over all passes. `volume` is (C, X, Y, Z)
-        in [0, 1], RAS, `geometry` its affine or the voxel sides. Batches and their order are the same in every call.
+        They are those of the slices of one grid, or their mean over several. `volume` is (C, X, Y, Z) in [0, 1], RAS,
+        `grids` those of :meth:`grids`. Batches and their order are the same in every call.
         """
-        grids = self._grids(volume, geometry)
         if len(grids) == 1:
             return self._pass(volume, grids[0], network, *args, **kwargs)
         return self._mean(volume, grids, network, *args, **kwargs)
 
-    def _grids(self, volume: torch.Tensor, geometry: Any) -> list[SliceGrid]:
-        """One for each pass: along the axis of the task, along the other two, and mirrored, as the task says."""
+    def grids(self, volume: torch.Tensor, geometry: Any) -> list[SliceGrid]:
+        """One for each pass: along the axis of the task, along the other two, and mirrored, as the task says.
+
+        `geometry` is the affine (4, 4) of the volume (C, X, Y, Z), or the sides of its voxels (3,) in mm.
+        """
         sides = np.asarray(geometry, float)
         sides = np.linalg.norm(sides[:3, :3], axis=0) if sides.ndim == 2 else sides
         tasks = axis_tasks(self.task, volume.shape[1:], sides.tolist())

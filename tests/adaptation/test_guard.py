@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from samda.adaptation.guard import REASONS, Decision, Evidence, GuardSettings, after, before
+from samda.adaptation.guard import REASONS, Decision, Evidence, GuardSettings, after, before, good_enough
 from samda.adaptation.record import schema
 from samda.errors import UsageError
 from samda.expected_dice import CaseQuality, ExpectedDice
@@ -145,10 +145,13 @@ def test_with_a_calibration_the_predicted_dice_decides() -> None:
         adapted = dataclasses.replace(evidence(), expected=expected(liver, spleen))
         assert after(source, adapted, SETTINGS, margin=margin).reason == wanted
     good = dataclasses.replace(evidence(), expected=expected(0.97, 0.96))
-    decision = before(good, True, SETTINGS, 0.95)
+    decision = good_enough(good, SETTINGS, 0.95)
     assert decision is not None and decision.reason == "skipped_quality"
-    assert before(good, True, SETTINGS, 0.97) is None
-    assert before(good, True, GuardSettings(skip_agreement=2.0), 0.95) is None  # never skips
+    assert good_enough(good, SETTINGS, 0.97) is None
+    assert good_enough(good, GuardSettings(skip_agreement=2.0), 0.95) is None  # never skips
+    # good by the other rules, which do not count then
+    agreed = dataclasses.replace(good, agreement=0.9, plausibility={"liver": 0.95, "spleen": 0.95})
+    assert before(agreed, True, SETTINGS, calibrated=True) is None and before(agreed, True, SETTINGS) is not None
 
 
 def test_good_predictions_are_left_alone() -> None:

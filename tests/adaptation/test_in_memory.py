@@ -18,13 +18,17 @@ from tests.adaptation.conftest import TASK
 
 
 @pytest.mark.parametrize("changes", [{}, {"mirror": True}, {"axes": "all"}])
-def test_the_source_map_is_that_of_predict(changes: dict, scans: Path, network: SamSegmenter, trained: tuple) -> None:
-    """With every pass that the task asks for, also after the parameters moved and came back."""
+def test_the_source_map_is_that_of_predict(
+    changes: dict, scans: Path, network: SamSegmenter, trained: tuple, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With every pass that the task asks for, also after the parameters moved and came back; grids are made once."""
     path, task = scans / "images" / "case2.nii.gz", dataclasses.replace(TASK, **changes)
     expected = Predictor(network, task).predict(path)
     adaptation = Adaptation(network, task, trained[1], views=2, slices=2, steps=1)
     case = adaptation.prepare(path)
+    caplog.clear()
     again = adaptation.predict(case, {name: p.detach().clone() for name, p in adaptation.parameters.items()})
+    assert not caplog.records  # of slices too thick for `axes`, which `prepare` told
     assert np.array_equal(adaptation.adapt(path).source, expected.labels) and expected.labels.any()
     assert np.array_equal(again.labels, case.source.labels)
 
