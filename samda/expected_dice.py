@@ -25,7 +25,7 @@ FARTHEST = 3.0  # standard deviations from the mean; beyond, the calibration has
 COVERAGE = 0.9  # of the interval
 BINS = 3  # heights of the prediction with residuals of their own
 FEWEST = 12  # rows below which nothing is fitted
-SURE = 0.98  # share of the gains that may not be overestimated by more than the margin: at most 2 % may lose
+SURE = 0.98  # share of the predicted gains that do not overestimate the true one by more than the margin
 TRUSTED = 0.6  # cases below this predicted Dice are listed first
 
 
@@ -271,20 +271,22 @@ def _residuals(found: np.ndarray, residuals: np.ndarray) -> tuple[list[float], l
 
 
 def _margin(rows: Sequence[Row], predicted: Mapping[int, float]) -> float | None:
-    """Quantile :data:`SURE` of predicted minus true gain of the mean Dice between predictions of the same scan."""
+    """Quantile :data:`SURE` of predicted minus true gain of the mean Dice, between predictions of the same scan.
+
+    Only pairs with a predicted gain count, as no other is ever taken; a gain that was predicted to be larger was one.
+    """
     scans: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for row in rows:
         scans.setdefault(row.scan, {}).setdefault(row.variant, []).append((predicted[id(row)], row.dice))
-    excess = []
+    excess, pairs = [0.0], 0
     for variants in scans.values():
         means = {key: np.mean(values, 0) for key, values in variants.items()}
         for key, values in means.items():
             if key and 0 in means:
-                gain = values - means[0]
-                excess.append(gain[0] - gain[1])
-    if not excess:
-        return None
-    return round(max(0.0, float(np.quantile(excess, SURE, method="higher"))), 5)
+                pairs += 1
+                gain, true = values - means[0]
+                excess += [gain - true] if gain > 0 else []
+    return round(max(0.0, float(np.quantile(excess, SURE, method="higher"))), 5) if pairs else None
 
 
 def _short(values: Sequence[float] | np.ndarray) -> list[float]:

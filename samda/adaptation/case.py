@@ -63,6 +63,7 @@ class PreparedCase:
     started: str  # UTC
     seconds: dict[str, float]  # by stage
     scan: Path | SpatialImage | None = None  # file, DICOM folder or nibabel image
+    intensity: dict[str, float] = dataclasses.field(default_factory=dict)  # chosen, see samda.adaptation.intensity
 
     @property
     def grid(self) -> SliceGrid:
@@ -138,7 +139,7 @@ class EmbeddingReplay:
         self.rewind(forget=True)
 
     def rewind(self, forget: bool = False) -> None:
-        """Begin a pass; with `forget`, as the first one."""
+        """Begin a pass; with `forget`, as the first one, which encodes."""
         self.next = 0
         if self.meter is not None:
             self.meter.clear()

@@ -8,12 +8,13 @@ get their values back, bit for bit. Cases are independent of each other and of t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,17 @@ from samda.adaptation.case import (
     slice_areas,
 )
 from samda.adaptation.guard import Decision, after, before, good_enough, mean_plausibility
+from samda.adaptation.intensity import Values, search
 from samda.adaptation.loop import Merit, Trajectory, decision_of, keep_last, load, optimize, restoring
 from samda.adaptation.objectives import check_settings, log_probabilities, most_likely
 from samda.adaptation.record import Outcome, case_record
 from samda.adapters.adapter_file import state_tensors
-from samda.adapters.attach import default_scope, scope_parameters
-from samda.adapters.base import changes_encoder, modules, unmerge
+from samda.adapters.attach import attach, check_scope, default_scope, scope_parameters
+from samda.adapters.base import changes_encoder, modules, sites, unmerge
 from samda.data.formats import name_of, scan_path
 from samda.data.slices import center_channels
 from samda.data.transforms import build_preprocessing
-from samda.errors import AdapterError
+from samda.errors import AdapterError, InputError
 from samda.expected_dice import Calibration, CaseQuality
 from samda.inference.postprocessing import override
 from samda.inference.volume import VolumeInferer
@@ -63,6 +65,8 @@ from samda.task import Task
 from samda.views import make_views, mirrored_classes, restore_view, seed_of
 
 GRADIENT_PIXELS = 1 << 22  # pixels of the slices decoded at once with gradients: about 0.5 GB for the head `sam`
+
+INPUT = "image_encoder.input."  # names of the adapter `intensity`
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +109,17 @@ class Adaptation:
         unmerge(network)  # a merged adapter has no parameters of its own to move
         self.network, self.task, self.device = network.to(device).eval(), task, torch.device(device)
         self.version = version
-        scope = self.settings.scope or default_scope(network)
+        self.judge = Judge(task, record)
+        self.calibration = Calibration.from_record(record)
+        scope = self.settings.scope or self._scope()
         self.settings = dataclasses.replace(self.settings, scope=scope)
+        self.hashes = {
+            "model_sha256": tensors_sha256(network.full_state()),
+            "adapter_sha256": tensors_sha256(_changed(state_tensors(network))),
+        }
+        self.intensity = self._intensity(scope)
         self.parameters = scope_parameters(network, scope)
+        self.stepped = {name: p for name, p in self.parameters.items() if name not in self.intensity}
         _check_trained(network, self.parameters)
         rate = self.settings.lr or 0.0
         self.rates = {
@@ -115,17 +127,30 @@ class Adaptation:
             for path, _, adapter in modules(network)
             for name in adapter.adapter_params()
         }
-        self.judge = Judge(task, record)
-        self.calibration = Calibration.from_record(record)
         self.meter = None if self.calibration is None else QualityMeter(network, task, record["statistics"])
-        self.embedded = not changes_encoder(network, self.parameters)  # then views are encoded once
+        self.embedded = not changes_encoder(network, self.stepped)  # then views are encoded once
         self.mirror = mirrored_classes(task.classes)
         self.preprocessing = build_preprocessing(task, labels=False)
         self.inferer = VolumeInferer(task, self.settings.batch_size, device=device)
-        self.hashes = {
-            "model_sha256": tensors_sha256(network.full_state()),
-            "adapter_sha256": tensors_sha256(state_tensors(network)),
-        }
+
+    def _scope(self) -> str:
+        """The scope of the model without a choice; with the intensities, where the predicted Dice can choose them."""
+        found = default_scope(self.network)
+        choosable = self.objective.gradient_free and not math.isnan(self.margin)
+        return "+".join(check_scope(f"intensity+{found}")) if choosable else found
+
+    def _intensity(self, scope: str) -> dict[str, torch.nn.Parameter]:
+        """The parameters of the adapter `intensity`, which is attached where the scope names it; {} where it does not.
+
+        It changes nothing before a scan is adapted to.
+        """
+        if "intensity" not in check_scope(scope):
+            return {}
+        if math.isnan(self.margin):
+            raise InputError("the scope 'intensity' is chosen by predicted Dice, whose calibration this model lacks")
+        if not sites(self.network)["encoder.input"].adapters:
+            attach(self.network, "intensity")
+        return scope_parameters(self.network, "intensity")
 
     @property
     def config(self) -> dict[str, Any]:
@@ -202,7 +227,7 @@ class Adaptation:
         try:
             outcome.run = self.optimize(case)
             outcome.source = dataclasses.replace(outcome.source, drift=outcome.run.drift[0])
-            if outcome.run.best_step > 0:
+            if outcome.run.best_step > 0 or case.intensity:
                 outcome.adapted = self.predict(case, outcome.run.tensors)
                 outcome.evidence = self.judge.evidence(case, outcome.adapted, *outcome.run.measures())
             outcome.decision = self.compare(case, outcome)
@@ -279,12 +304,14 @@ class Adaptation:
     def judge_source(self, case: PreparedCase) -> Outcome:
         """Evidence of the source prediction, and the decision where there is a reason not to adapt at all.
 
-        What the predicted Dice decides needs no view, so none is encoded, and agreement and entropy are NaN.
+        What the predicted Dice decides needs no view, so none is encoded, and agreement and entropy are NaN. Views have
+        the gray values that are chosen for the case here.
         """
         source = self.judge.evidence(case, case.source)
         decision = good_enough(source, self.guard, self.least)
         if decision is None:
-            with torch.no_grad():
+            case.intensity = self.choose_intensity(case)
+            with torch.no_grad(), self._with_intensity(case):
                 logits = self.logits(case).float()
             shown = class_agreement(logits)
             agreement, entropy = mean_agreement(shown), foreground_entropy(logits)
@@ -292,12 +319,43 @@ class Adaptation:
             decision = before(source, bool(shown), self.guard, calibrated=not math.isnan(self.least))
         return Outcome(source, decision)
 
+    @phase("intensities")
+    @torch.no_grad()
+    def choose_intensity(self, case: PreparedCase) -> Values:
+        """Gray values of the input by which the predicted Dice of the chosen slices rises by the margin; else {}."""
+        if not self.intensity or not self.objective.gradient_free:
+            return {}
+        begin = time.perf_counter()
+        batches = case.images.split(self.settings.batch_size)
+
+        def judge(values: Values) -> CaseQuality:
+            case.intensity = values
+            with self._with_intensity(case):
+                return self._expected([(batch, None) for batch in batches])
+
+        found = search(judge, self.task.modality != "CT", self.margin)
+        case.seconds["intensities"] = time.perf_counter() - begin
+        return found
+
+    @contextlib.contextmanager
+    def _with_intensity(self, case: PreparedCase) -> Iterator[None]:
+        """Within the block, the network sees the gray values chosen for the case."""
+        with restoring(self.network, self.intensity):
+            load(self.intensity, self._tensors(case))
+            yield
+
+    def _tensors(self, case: PreparedCase) -> dict[str, torch.Tensor]:
+        """Values of the adapter `intensity` for the case."""
+        changes = {name: case.intensity.get(name.rpartition(".")[2], 0.0) for name in self.intensity}
+        return {name: self.intensity[name].detach() + change for name, change in changes.items()}
+
     @phase("gradient steps")
     def optimize(self, case: PreparedCase) -> Trajectory:
         """Adapt to a prepared case; the model keeps its values, the result is in the trajectory."""
         begin = time.perf_counter()
         limit = self.settings.time_limit_s
-        with restoring(self.network, self.parameters), FeatureTap(self.network) as tap:
+        chosen = self._tensors(case)
+        with self._with_intensity(case), restoring(self.network, self.stepped), FeatureTap(self.network) as tap:
             head, shape = self.network.head, (len(case.views), len(case.slices))
             ratio = head.feature_stride // head.stride
             align = CaseAlignment(self.judge.alignment, tap, shape, self._shown(case), ratio)
@@ -310,9 +368,9 @@ class Adaptation:
 
             run = optimize(
                 logits,
-                self.parameters,
+                self.stepped,
                 self.objective,
-                self.settings.steps or 0,
+                (self.settings.steps or 0) if self.stepped else 0,
                 self.rates,
                 merit=self._merit(case),
                 deadline=None if limit is None else time.monotonic() + limit,
@@ -320,6 +378,7 @@ class Adaptation:
                 starts=self.aligned_levels(case),
             )
         case.seconds["adapt"] = time.perf_counter() - begin
+        run.tensors, run.last = run.tensors | chosen, run.last | chosen
         return run
 
     def _merit(self, case: PreparedCase) -> Merit:
@@ -331,7 +390,9 @@ class Adaptation:
         first: list[CaseQuality] = []
 
         def gain(logits: torch.Tensor, by_class: Mapping[int, float]) -> float:
-            now_ = self._expected(case)
+            plain = split_levels(map_levels(lambda level: level[0], case.inputs), self.settings.batch_size)
+            images = case.images.split(self.settings.batch_size)
+            now_ = self._expected(zip(images, plain if self.embedded else [None] * len(images), strict=True))
             first.append(now_) if not first else None
             return now_.gain_over(first[0])
 
@@ -340,7 +401,7 @@ class Adaptation:
     @torch.no_grad()
     def aligned_levels(self, case: PreparedCase) -> list[dict[str, torch.Tensor]]:
         """Values of the adapter `ssf` by strength of the alignment; none without it, its statistics or a step."""
-        if not (self.objective.aligns_levels and self.settings.steps and self.judge.levels):
+        if not (self.objective.gradient_free and self.settings.steps and self.judge.levels):
             return []
         shown = self._shown(case)
         pyramid = map_levels(lambda level: level[0][shown], case.inputs)  # of the slices themselves
@@ -353,6 +414,8 @@ class Adaptation:
         """Predict all slices of a prepared case with other values of the scope's parameters."""
         begin = time.perf_counter()
         with restoring(self.network, self.parameters):
+            if any(not torch.equal(self.intensity[name], tensors[name]) for name in self.intensity if name in tensors):
+                case.replay.rewind(forget=True)  # the encoder sees other images
             load(self.parameters, tensors)
             adapted = segment(self.inferer, case.data["image"].as_tensor(), case.grids, case.replay)
         case.seconds["predict_adapted"] = time.perf_counter() - begin
@@ -434,13 +497,12 @@ class Adaptation:
         return shown if 2 * len(shown) >= len(case.slices) else list(range(len(case.slices)))
 
     @torch.no_grad()
-    def _expected(self, case: PreparedCase) -> CaseQuality:
-        """Predicted Dice in the chosen slices at the present parameters."""
+    def _expected(self, batches: Iterable[tuple[torch.Tensor, Pyramid | None]]) -> CaseQuality:
+        """Predicted Dice of slices (images, and their levels if they are known) at the present parameters."""
         assert self.meter is not None and self.calibration is not None
         self.meter.clear()
-        plain = split_levels(map_levels(lambda level: level[0], case.inputs), self.settings.batch_size)
-        for images, levels in zip(case.images.split(self.settings.batch_size), plain, strict=True):
-            self.meter(images.to(self.device), levels if self.embedded else None)
+        for images, levels in batches:
+            self.meter(images.to(self.device), levels)
         return self.calibration.expected(self.meter.features())
 
     def merit(self, case: PreparedCase, logits: torch.Tensor, by_class: Mapping[int, float]) -> float:
@@ -459,6 +521,11 @@ class Adaptation:
         plausibility = self.judge.plausibility(most_likely(log_probabilities(scores)).cpu(), case.image_boxes)
         agreed = mean_agreement(by_class, range(1, self.task.num_classes))
         return mean_plausibility(plausibility, self.guard.absent) ** 2 * (1.0 if math.isnan(agreed) else agreed)
+
+
+def _changed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without those of an adapter `intensity` that changes nothing, as an adaptation attaches it."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(INPUT) or tensor.any()}
 
 
 def _check_trained(network: SamSegmenter, parameters: Mapping[str, torch.Tensor]) -> None:

@@ -72,7 +72,7 @@ class Objective:
     """Base: a subclass sets its defaults of `steps` and `lr` and overrides `loss`."""
 
     name: ClassVar[str] = ""
-    aligns_levels: ClassVar[bool] = False  # begin with the alignment of levels, see samda.adaptation.alignment?
+    gradient_free: ClassVar[bool] = False  # begin with the search of intensities and the alignment of levels?
 
     steps: int = 8  # optimizer steps, where the settings name none
     lr: float = 1e-3  # learning rate of Adam, where the settings name none
@@ -207,7 +207,8 @@ class Consistency(Objective):
 class Default(Consistency):
     """Aligned consistency: features as the source had them, and views that agree.
 
-    The levels are aligned in closed form first, where the model has the adapter `ssf`; then
+    First comes what needs no gradient: gray values of the input that suit the model
+    (:mod:`samda.adaptation.intensity`), and levels aligned in closed form by the adapter `ssf`; then
 
     L = align * A + mean (1 - soft Dice of neighboring views)
 
@@ -216,7 +217,7 @@ class Default(Consistency):
     """
 
     name: ClassVar[str] = "default"
-    aligns_levels: ClassVar[bool] = True
+    gradient_free: ClassVar[bool] = True
     steps: int = 4
     lr: float = 6e-4
     align: float = 1.0

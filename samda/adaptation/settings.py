@@ -25,7 +25,7 @@ METHODS = (  # of samda.adaptation.objectives
     "default",
 )
 REMOVED = ("tpt", "pseudo_label", "anchored")  # objectives of samda 0.1
-SCOPES = ("ssf", "gate", "decoder", "norm", "encoder")  # of samda.adapters.attach
+SCOPES = ("intensity", "ssf", "gate", "decoder", "norm", "encoder")  # of samda.adapters.attach
 
 
 def _whole(default: int | None, least: int, text: str = "", **option: Any) -> Any:
@@ -70,7 +70,8 @@ class AdaptationSettings:
     )
     scope: str | None = _value(
         None,
-        f"parameters to adapt: {', '.join(SCOPES)}; join several by +; default: ssf and decoder, as the model has them",
+        f"parameters to adapt: {', '.join(SCOPES)}; join several by +; default: intensity, ssf and decoder, as the "
+        "model has them",
         flag="--scope",
         metavar="NAME[+NAME]",
     )

@@ -35,6 +35,7 @@ from samda.adapters.baselines import BottleneckConfig as BottleneckConfig
 from samda.adapters.baselines import DecoderConfig as DecoderConfig
 from samda.adapters.baselines import FullConfig as FullConfig
 from samda.adapters.baselines import HeadConfig as HeadConfig
+from samda.adapters.intensity import IntensityConfig as IntensityConfig
 from samda.adapters.kernel import DkaConfig as DkaConfig
 from samda.adapters.kernel import LkaConfig as LkaConfig
 from samda.adapters.lora import LoraConfig as LoraConfig

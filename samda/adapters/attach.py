@@ -6,6 +6,7 @@ A scope is the set of trained parameters that the adaptation to a scan changes:
 =================== ==============================================================================================
 scope               parameters
 =================== ==============================================================================================
+intensity           gray values of the input
 ssf                 scale and shift of the levels that the head `pyramid` reads
 gate                SAM-DA's gates and Lt
 decoder             all of SAM-DA
@@ -40,6 +41,7 @@ from samda.adapters.base import (
     unmerge,
 )
 from samda.adapters.baselines import BottleneckConfig, DecoderConfig, FullConfig, HeadConfig
+from samda.adapters.intensity import IntensityConfig
 from samda.adapters.kernel import DkaConfig, LkaConfig
 from samda.adapters.lora import LoraConfig
 from samda.adapters.norm import NormConfig
@@ -51,7 +53,7 @@ from samda.errors import AdapterError, UsageError, from_mapping, nearest
 
 Adapters = Mapping[str, Mapping[str, Any] | AdapterConfig] | Iterable[str] | str
 
-METHODS = (SaltConfig, LoraConfig, LkaConfig, DkaConfig, SamDaConfig, SsfConfig, NormConfig)
+METHODS = (SaltConfig, LoraConfig, LkaConfig, DkaConfig, SamDaConfig, SsfConfig, IntensityConfig, NormConfig)
 BASELINES = (BottleneckConfig, HeadConfig, DecoderConfig, FullConfig)
 ADAPTERS: dict[str, type[AdapterConfig]] = {kind.name: kind for kind in (*METHODS, *BASELINES)}
 
@@ -163,7 +165,7 @@ def detach(model: nn.Module, names: Iterable[str] | None = None) -> None:
     freeze(model)
 
 
-SCOPES = ("ssf", "gate", "decoder", "norm", "encoder")
+SCOPES = ("intensity", "ssf", "gate", "decoder", "norm", "encoder")
 
 
 def check_scope(scope: str) -> list[str]:

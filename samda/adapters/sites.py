@@ -6,11 +6,12 @@ not by attribute path, so they work with ViT and TinyViT. A site without adapter
 same outputs, same `state_dict` keys.
 
 Roles, the same for every backbone (the full name is `encoder.<block>.<role>`,
-`decoder.<layer>.<role>` or `head.<index of the level>.<role>`):
+`decoder.<layer>.<role>`, `head.<index of the level>.<role>` or `encoder.input`):
 
 ================ ========== ==============================================================================
 role             kind       place
 ================ ========== ==============================================================================
+input            input      images (B, C, H, W) in [0, 1] that enter the encoder and the stem of the head
 attn.qkv         linear     query, key, value projection of encoder attention
 attn.proj        linear     output projection of encoder attention
 mlp.fc1          linear     first linear layer of the encoder MLP
@@ -50,7 +51,7 @@ class SiteInfo:
     """Position and width of a site."""
 
     name: str  # unique in the model, for example "encoder.3.attn.qkv"
-    kind: str  # "linear", "norm", "branch", "tokens", "decoder" or "level"
+    kind: str  # "input", "linear", "norm", "branch", "tokens", "decoder" or "level"
     role: str  # a role of the table above
     block: int  # index of the encoder block, decoder layer or level, from 0
     dim: int  # channels of the tokens that enter the site
@@ -194,8 +195,8 @@ class NormSite(WeightSite, nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, *self.affine(), self.eps)
 
 
-class TokenSite(Site):
-    """A chain of adapters on a token map (B, H, W, C): x -> adapter(x), with the skip of the adapter."""
+class ChainSite(Site):
+    """A chain of adapters on images (B, C, H, W) or a token map (B, H, W, C): x -> adapter(x), with its skip."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for adapter in self.active():
@@ -255,9 +256,9 @@ class ResidualSites(nn.Module):
             role = f"{sublayer}.{place}"
             return SiteInfo(f"{prefix}.{role}", kind, role, block, dim)
 
-        self.output = TokenSite(info("output", "tokens"))
+        self.output = ChainSite(info("output", "tokens"))
         self.branch = BranchSite(info("branch", "branch"))
-        self.after = TokenSite(info("after", "tokens"))
+        self.after = ChainSite(info("after", "tokens"))
 
     def forward(self, stream: torch.Tensor, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Add `output` of the sublayer to the `stream`; `inputs` is the input of the sublayer (normalized stream)."""

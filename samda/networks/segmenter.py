@@ -20,7 +20,7 @@ from segment_anything.modeling import PromptEncoder
 from samda.adapters.adapter_file import load_adapters
 from samda.adapters.attach import Adapters, attach, build_configs
 from samda.adapters.base import changes_encoder, freeze, sites, trainable_parameters
-from samda.adapters.sites import Site
+from samda.adapters.sites import ChainSite, Site, SiteInfo
 from samda.errors import UsageError, WeightsError, from_mapping, nearest
 from samda.networks.attention import DerivedTensors
 from samda.networks.backbones import BackboneConfig, backbone_config
@@ -119,6 +119,7 @@ class SamSegmenter(nn.Module):
         # what a file fills needs no initialization: built without memory, and no random number is drawn
         with torch.device("meta") if weights is not None else contextlib.nullcontext():
             self.image_encoder = self.config.build()
+            self.image_encoder.input = ChainSite(SiteInfo("encoder.input", "input", "input", 0, in_channels))
             self.prompt_encoder: PromptEncoder | None = None
             self.mask_decoder: ClassDecoder | None = None
             if self.head_config.reads_decoder:
@@ -229,6 +230,7 @@ class SamSegmenter(nn.Module):
         """Images (B, C, H, W) in [0, 1] -> the levels that :meth:`decode` needs."""
         if isinstance(image, MetaTensor):
             image = image.as_tensor()  # it would carry its metadata through every operation
+        image = self.image_encoder.input(image)  # type: ignore[operator]
         inner = [name for name in self.levels if name != IMAGE]
         pyramid = self.image_encoder.pyramid(self.normalize(image), inner)  # type: ignore[operator]
         return {name: image if name == IMAGE else pyramid[name] for name in self.levels}

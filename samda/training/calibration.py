@@ -2,8 +2,9 @@
 """The calibration of predicted Dice (:mod:`samda.expected_dice`), at the end of a training.
 
 Validation patients are predicted by parameters that had not seen them, as they are and under intensity changes of
-several strengths (:mod:`samda.views`); also after the alignment of levels, the first step of an adaptation, which shows
-how gains are predicted. The cost is bounded: at most so many patients and slices, and a share of the training's time.
+several strengths (:mod:`samda.views`); also after what an adaptation tries first, other gray values of the input and
+the alignment of levels, which shows how gains are predicted. The cost is bounded: at most so many patients and slices,
+and a share of the training's time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import numpy as np
 import torch
 from monai.networks.utils import eval_mode
 
+from samda.adaptation.intensity import tried
 from samda.adapters.attach import scope_parameters
+from samda.adapters.intensity import IntensityAdapter
 from samda.data.labels import OPEN
 from samda.data.splits import Split, patient_of
 from samda.errors import AdapterError
@@ -60,6 +63,7 @@ def calibrate(
     end = pace.clock() + max(LEAST_SECONDS, pace.CALIBRATING * training_seconds)
     meter = QualityMeter(network, slices.task, statistics)
     chosen = _choose(slices)
+    changes = tried(inversion=slices.task.modality != "CT")
     rows: list[Row] = []
     progress = bar("calibrating", (ROUNDS + 1) * len(chosen), "scan")
     with torch.no_grad(), eval_mode(network):
@@ -68,7 +72,8 @@ def calibrate(
                 if pace.clock() < end:
                     view = _view(turn, number, slices.names[case])
                     patient = patient_of(cases.validation[case])
-                    rows += _rows(meter, slices, indices, view, patient, f"{case}/{turn}", batch_size)
+                    values = changes[(turn + number) % len(changes)]
+                    rows += _rows(meter, slices, indices, view, values, patient, f"{case}/{turn}", batch_size)
                 progress.update()
     progress.close()
     where = "validation patients" if cases.apart else "held-out slices of the training patient"
@@ -112,20 +117,26 @@ def _rows(
     slices: SliceDataset,
     indices: Sequence[int],
     view: View,
+    values: Mapping[str, float],
     patient: str,
     scan: str,
     batch_size: int,
 ) -> list[Row]:
-    """Rows of the plain prediction and, with the adapter `ssf`, of that with aligned levels."""
+    """Rows of the plain prediction, of that with other gray `values` and, with the adapter `ssf`, of aligned levels."""
     network, task = meter.network, slices.task
     items = [slices.view(index, 0) for index in indices]
     images = apply_view(view, torch.stack([item["image"] for item in items]), range(len(items)))
     images = images.to(network.pixel_mean)
     labels = torch.cat([item["label"] for item in items]).numpy().astype(np.int64)
-    pyramid = cat_levels(network.encode(part) for part in images.split(batch_size))
+    pyramid, changed = (
+        cat_levels(network.encode(part) for part in inputs.split(batch_size))
+        for inputs in (images, IntensityAdapter.of(values).to(images)(images))
+    )
     possible = None if slices.partial is None else slices.partial.possible().numpy()
     counts, rows = _counts(meter, images, pyramid, labels, batch_size, possible), []
     variants = [(meter.features(), counts)]
+    counts = _counts(meter, images, changed, labels, batch_size, possible)
+    variants.append((meter.features(), counts))
     parameters = _alignable(network)
     shown = ((labels > 0) & (labels < OPEN)).reshape(len(labels), -1).any(1)
     if parameters and meter.statistics.get("levels"):

@@ -151,7 +151,9 @@ def test_views_are_encoded_only_where_the_predicted_dice_leaves_room(
     found = engine.adapt(local / "images" / "case0.nii.gz").record
     slices = nib.load(local / "images" / "case0.nii.gz").shape[2]
     good = found["reason"] == "skipped_quality"
-    assert good == (height == 0.5) and sum(encoded) == slices + (0 if good else 3 * 2)
+    searched = (5, 5 + 2, 5 + 4)  # changes of the gray values of 2 slices: a first round, and a second if one helps
+    assert good == (height == 0.5)
+    assert sum(encoded) in ([slices] if good else [slices + 2 * (n + 3) for n in searched])
     assert ("views" in found["seconds"]) != good and (found["quality"]["source"]["agreement"] is None) == good
     assert jsonschema.validate(found, schema()) is None
 

@@ -236,7 +236,7 @@ def test_bundle_config_has_every_setting() -> None:
     ("change", "words"),
     [
         ({"method": "tnet"}, "'tnet'.*'tent'"),
-        ({"scope": "decoder+x"}, "'x'.*decoder, encoder, gate, norm, ssf"),
+        ({"scope": "decoder+x"}, "'x'.*decoder, encoder, gate, intensity, norm, ssf"),
         ({"steps": -1}, "steps.*-1"),
         ({"steps": "$2 * 3", "lr": "x"}, r"\(lr\).*'x'"),
         ({"families": ["gama"]}, "'gama'.*'gamma'"),

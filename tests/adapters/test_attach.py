@@ -21,7 +21,7 @@ from samda.errors import AdapterError, UsageError
 from samda.io import packaged
 
 Make = Callable[..., nn.Module]
-NAMES = ["salt", "lora", "lka", "dka", "sam_da", "ssf", "norm", "bottleneck", "head", "decoder", "full"]
+NAMES = ["salt", "lora", "lka", "dka", "sam_da", "ssf", "intensity", "norm", "bottleneck", "head", "decoder", "full"]
 
 
 def test_names() -> None:

@@ -16,7 +16,7 @@ from samda.adapters import base
 from samda.adapters.adapter_file import load_adapters, save_adapters
 from samda.adapters.attach import attach, build_configs, detach
 from samda.adapters.baselines import BottleneckConfig
-from samda.adapters.sites import SiteInfo, TokenSite
+from samda.adapters.sites import ChainSite, SiteInfo
 from samda.errors import AdapterError, UsageError
 
 Make = Callable[..., nn.Module]
@@ -101,7 +101,7 @@ def test_a_model_without_decoder_is_refused() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_bottleneck_formula(bias: bool) -> None:
-    site = TokenSite(SiteInfo("encoder.0.attn.after", "tokens", "attn.after", 0, 12))
+    site = ChainSite(SiteInfo("encoder.0.attn.after", "tokens", "attn.after", 0, 12))
     adapter = BottleneckConfig(width=3, bias=bias).build(site, torch.Generator().manual_seed(0)).double()
     adapter.up.weight.data += noise(12, 3, dtype=torch.float64)
     x = noise(2, 4, 5, 12, dtype=torch.float64)

@@ -16,14 +16,14 @@ from samda.adapters import base
 from samda.adapters.attach import build_configs
 from samda.adapters.base import AdapterConfig
 from samda.adapters.kernel import DkaConfig, KernelAdapter, LkaConfig, crop_kernel, depthwise
-from samda.adapters.sites import BranchSite, SiteInfo, TokenSite
+from samda.adapters.sites import BranchSite, ChainSite, SiteInfo
 from samda.errors import UsageError
 
 
 def single(config: AdapterConfig, dim: int = 12, kind: str = "branch", seed: int = 0) -> KernelAdapter:
     """The adapter of one site, in fp64 and away from its start."""
     info = SiteInfo("encoder.0.attn.x", kind, "attn.x", 0, dim)
-    site = BranchSite(info) if kind == "branch" else TokenSite(info)
+    site = BranchSite(info) if kind == "branch" else ChainSite(info)
     adapter = config.build(site, torch.Generator().manual_seed(seed)).double()
     with torch.no_grad():
         for index, parameter in enumerate(adapter.parameters()):

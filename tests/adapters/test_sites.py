@@ -11,7 +11,7 @@ from adapter_tools import OneLayer, move, noise
 
 from samda.adapters import base
 from samda.adapters.attach import attach, build_configs
-from samda.adapters.sites import BranchSite, DecoderSite, LinearSite, NormSite, ResidualSites, SiteInfo, TokenSite
+from samda.adapters.sites import BranchSite, ChainSite, DecoderSite, LinearSite, NormSite, ResidualSites, SiteInfo
 
 
 def info(kind: str = "linear", role: str = "mlp.fc1", dim: int = 5) -> SiteInfo:
@@ -23,7 +23,7 @@ def test_empty_sites_are_plain() -> None:
     linear, norm = LinearSite(5, 6, info()), NormSite(5, info("norm", "norm"))
     assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias))
     assert torch.equal(norm(x), F.layer_norm(x, (5,), norm.weight, norm.bias, 1e-6))
-    assert TokenSite(info("tokens"))(x) is x
+    assert ChainSite(info("tokens"))(x) is x
     assert BranchSite(info("branch"))(x, x) is x
     assert all(a is b for a, b in zip(DecoderSite(info("decoder"))(x, x), (x, x), strict=True))
     assert set(linear.state_dict()) == set(nn.Linear(5, 6).state_dict())
@@ -58,7 +58,7 @@ def test_places_of_a_residual_sublayer(place: str, expected: float) -> None:
 
 
 def test_adapters_of_a_site_act_in_the_order_of_attachment() -> None:
-    site = TokenSite(info("tokens"))
+    site = ChainSite(info("tokens"))
     site.adapters["first"], site.adapters["second"] = Add(2, skip=True), Add(5, skip=False)
     assert site(torch.ones(1)).item() == 1 * 2 + 5
 

@@ -41,7 +41,7 @@ from samda.cli import main as cli
             "adapt",
             ["--scope", "gate+encoder+x"],
             2,
-            "there is no scope 'x'; choose from decoder, encoder, gate, norm, ssf",
+            "there is no scope 'x'; choose from decoder, encoder, gate, intensity, norm, ssf",
         ),
         ("adapt", ["--steps", "-1"], 2, "steps must be at least 0 and whole, got -1"),
         ("adapt", ["--learning-rate", "0"], 2, "the learning rate (lr) must be positive, got 0.0"),

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gray values that suit the model: the search, and an adaptation that begins with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from samda.adaptation.engine import Adaptation
+from samda.adaptation.intensity import Values, search, tried
+from samda.adaptation.record import validate_record
+from samda.errors import InputError
+from samda.expected_dice import CaseQuality, ExpectedDice
+from samda.inference.predict import Predictor
+from samda.metrics import confusion_matrix
+from samda.networks.segmenter import SamSegmenter
+from samda.source_statistics import feature_statistics
+from tests.adaptation.conftest import TASK, save, scan, slices_of
+from tests.adaptation.test_commission import CALIBRATION
+from tests.conftest import TINY_TINYVIT
+
+
+def quality(dice: float) -> CaseQuality:
+    return CaseQuality({"liver": ExpectedDice(dice, 0.0, 1.0)})
+
+
+@pytest.mark.parametrize(
+    ("best", "inversion", "found"),
+    [
+        ({"curve": 0.3}, True, {"curve": 0.25}),
+        ({"curve": -0.8}, True, {"curve": -0.75}),
+        ({"invert": 1.0, "curve": 0.4}, True, {"invert": 1.0, "curve": 0.5}),
+        ({"invert": 1.0}, False, {}),
+        ({"detail": -1.0}, True, {"detail": -1.0}),
+        ({"curve": 0.5, "detail": 1.0}, True, {"curve": 0.5, "detail": 1.0}),
+        ({}, True, {}),
+    ],
+)
+def test_the_search_comes_as_near_as_its_steps(best: Values, inversion: bool, found: Values) -> None:
+    """The Dice falls with the distance from the best values; a change must gain the margin."""
+    names = ("curve", "invert", "detail")
+    asked: list[Values] = []
+
+    def judge(values: Values) -> CaseQuality:
+        asked.append(values)
+        distance = sum(abs(values.get(name, 0.0) - best.get(name, 0.0)) for name in names)
+        return quality(0.9 - 0.2 * distance)
+
+    assert search(judge, inversion, margin=0.01) == found
+    assert len(asked) <= 1 + 5 + 4 and asked[0] == {}
+    known = tried(inversion)
+    assert all({k: v for k, v in values.items() if k != "detail"} in [{}, *known] for values in asked)
+    assert not search(judge, inversion, margin=0.5)
+
+
+def dice(found: np.ndarray, labels: np.ndarray) -> float:
+    counts = confusion_matrix(found, labels.astype(np.int64), 3)
+    return float(np.mean([2 * counts[k, k] / (counts[k].sum() + counts[:, k].sum()) for k in (1, 2)]))
+
+
+@pytest.fixture
+def pyramid(tiny_tinyvit_weights: Path, trained: tuple, scans: Path) -> tuple[SamSegmenter, dict[str, Any]]:
+    """A network with the head `pyramid`, started in closed form on one scan; its record."""
+    network = SamSegmenter(TINY_TINYVIT, 3, weights=tiny_tinyvit_weights, adapters=["ssf"], head="pyramid")
+    images, labels = slices_of(*(scans / kind / "case0.nii.gz" for kind in ("images", "labels")))
+    network.fit_closed_form([(images, labels[:, None])], torch.bincount(labels.flatten()))
+    items = [{"image": image, "label": label[None]} for image, label in zip(images, labels, strict=True)]
+    moments = feature_statistics(network, TASK, items, range(len(items)))
+    calibration = dataclasses.replace(CALIBRATION, heights=[0.999])  # nothing is good enough
+    return network, {"statistics": trained[1]["statistics"] | moments, "calibration": calibration.to_dict()}
+
+
+@pytest.mark.parametrize("gamma", [1.6, 2.5])
+def test_a_scan_of_darker_gray_values_is_brought_back(gamma: float, pyramid: tuple, tmp_path: Path) -> None:
+    network, record = pyramid
+    values, labels = scan(3)
+    dark = np.where(values < 0, values, 1000 * (values.clip(0, 1000) / 1000) ** gamma)
+    path = save(tmp_path / "dark.nii.gz", dark.astype(np.float32))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    plain = Predictor(network, TASK).predict(path)
+
+    engine = Adaptation(network, TASK, record, views=2, slices=4, steps=1)
+    assert engine.settings.scope == "intensity+ssf"
+    result = engine.adapt(path)
+    validate_record(result.record)
+    assert result.record["reason"] == "accepted" and result.record["intensity"]["curve"] > 0
+    assert np.array_equal(result.source, plain.labels)
+    assert dice(result.labels, labels) > dice(result.source, labels) + 0.05
+    assert result.tensors is not None and result.tensors["image_encoder.input.adapters.intensity.curve"] > 0
+
+    after = network.state_dict()
+    added = {"image_encoder.input.adapters.intensity." + name for name in ("curve", "invert", "detail")}
+    assert set(after) == set(before) | added and not any(after[name].any() for name in added)
+    assert all(bool((after[name] == tensor).all()) for name, tensor in before.items())
+    again = Adaptation(network, TASK, record, views=2, slices=4, steps=1)  # the model is the same, attached or not
+    assert again.hashes == engine.hashes
+    assert np.array_equal(again.adapt(path).labels, result.labels)
+    assert Adaptation.from_record(network, TASK, record, result.record).hashes == engine.hashes
+
+
+def test_objectives_of_papers_and_models_without_a_calibration_keep_the_gray_values(
+    network: SamSegmenter, trained: tuple
+) -> None:
+    record = trained[1] | {"calibration": CALIBRATION.to_dict()}
+    assert Adaptation(network, TASK, record, method="tent").settings.scope == "decoder"
+    assert Adaptation(network, TASK, trained[1]).settings.scope == "decoder"
+    with pytest.raises(InputError, match=r"'intensity'.*calibration"):
+        Adaptation(network, TASK, trained[1], scope="intensity")
+    alone = Adaptation(network, TASK, record, scope="intensity")
+    assert len(alone.parameters) == 3 and not alone.stepped
