@@ -152,6 +152,11 @@ class Calibration:
         return CaseQuality(result, distance)
 
     @property
+    def highest(self) -> float:
+        """Upper end of the interval of good predictions: no Dice above it is to be expected."""
+        return min(1.0, self.heights[-1] + self.high[-1])
+
+    @property
     def fit(self) -> Fit:
         """The regression."""
         mean, std, weights = (np.asarray(part) for part in (self.mean, self.std, self.weights))
@@ -198,7 +203,9 @@ def fit_calibration(rows: Sequence[Row], about: Mapping[str, Any] | None = None)
         predicted |= {id(row): _dice(apart, row.name, row.features) for row in rows if row.patient == patient}
     found = np.array([predicted[id(row)] for row in known])
     true = np.array([row.dice for row in known])
-    heights, low, high = _residuals(found, true - found)
+    plain = np.array([row.variant == 0 for row in known])  # the interval is one of predictions as they are
+    plain = plain if plain.sum() >= FEWEST else np.ones(len(known), bool)
+    heights, low, high = _residuals(found[plain], (true - found)[plain])
     mean, std, weights, bias, class_bias = model
     error = float(np.abs(true - found).mean())
     margin = _margin(rows, predicted)

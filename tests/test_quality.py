@@ -131,6 +131,11 @@ def test_the_margin_is_what_overestimated_gains_need() -> None:
     assert np.mean(np.asarray(gains) <= model.margin) > 0.85
     alone = fit_calibration(rows)
     assert alone is not None and alone.margin is None  # without pairs nothing is known of gains
+    worse = [Row(r.patient, r.scan, 1, r.name, [v - 9.0 for v in r.features or []], 0.0) for r in rows]
+    model = fit_calibration(rows + worse)  # one that looks worse and is: no gain is predicted
+    assert model is not None and model.margin == 0.0
+    assert min(model.heights) > min(row.dice for row in rows)  # of predictions as they are
+    assert model.highest == min(1.0, model.heights[-1] + model.high[-1])
 
 
 def test_features_beyond_what_was_calibrated_count_as_its_end() -> None:

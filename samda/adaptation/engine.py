@@ -167,8 +167,8 @@ class Adaptation:
 
     @property
     def least(self) -> float:
-        """Predicted Dice from which no gain is to be expected: the margin below that of good predictions."""
-        return math.nan if self.calibration is None else self.calibration.heights[-1] - self.margin
+        """Predicted Dice from which no gain is to be expected: the margin below the highest that the model reaches."""
+        return math.nan if self.calibration is None else self.calibration.highest - self.margin
 
     def describe(self) -> dict[str, Any]:
         """Model and settings as a record has them."""

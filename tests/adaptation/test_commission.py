@@ -141,7 +141,7 @@ def test_the_rise_of_the_predicted_dice_chooses_the_iterate(calibrated: Path, lo
 def test_views_are_encoded_only_where_the_predicted_dice_leaves_room(
     calibrated: Path, local: Path, height: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """heights[-1] - margin is the predicted Dice from which no gain is to be expected."""
+    """heights[-1] + high[-1] - margin is the predicted Dice from which no gain is to be expected."""
     model = load(calibrated)
     record = model.record | {"calibration": CALIBRATION.to_dict() | {"heights": [height]}}
     engine = Adaptation(model.network, model.task, record, views=3, slices=2, steps=1)
