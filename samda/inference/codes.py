@@ -82,8 +82,12 @@ def class_code(task: Task, name: str) -> ClassCode:
         what, where = _find(words[-1:]), _find(words[:-1])
         if what is not None and where is not None and what.category == LISTS[7194]:
             found = what._replace(region=where.type)
-    if found is not None:
-        return found
+    return _own_code(name) if found is None else found
+
+
+@functools.cache
+def _own_code(name: str) -> ClassCode:
+    """Of samda's own scheme, which is told once in a process, not in every case."""
     logger.warning(
         "class %r has no code in DICOM's lists, one of the scheme 99SAMDA is written; set codes of the task", name
     )

@@ -23,6 +23,7 @@ from skimage.draw import polygon2mask
 from samda.data.dicom_labels import referenced_series
 from samda.data.readers import read_scan
 from samda.errors import InputError, UsageError
+from samda.inference.codes import class_code
 from samda.inference.contours import mask_contours
 from samda.inference.dicom_out import write_dicom
 from samda.inference.predict import Prediction, Predictor, predict_folder
@@ -377,3 +378,10 @@ def test_other_scans_and_formats_are_refused(tmp_path, phantom, predictor):
         predict_folder(predictor, scan, tmp_path / "out", formats=["dicomseg"])
     with pytest.raises(InputError, match=r"scan\.nii\.gz"):
         predictor.predict(scan).to_rtstruct(tmp_path / "a.dcm")
+
+
+def test_a_code_of_our_own_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    task = Task(name="odd", classes=("background", "zonula quarta"))
+    first, again = (class_code(task, "zonula quarta") for _ in range(2))
+    assert first == again and tuple(first.type[:3]) == ("zonulaquarta", "99SAMDA", "zonula quarta")
+    assert [record.name for record in caplog.records] == ["samda.inference.codes"]
