@@ -71,11 +71,14 @@ class Decoder(nn.Module):
 
     def __init__(self, network: SamSegmenter) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.input = network, network.image_encoder.input  # both graphs take the image as it is
         self.inputs, self.outputs = network.levels, ("logits",)
 
     def forward(self, *levels: torch.Tensor) -> tuple[torch.Tensor]:
-        return (self.network(dict(zip(self.inputs, levels, strict=True))),)
+        pyramid = dict(zip(self.inputs, levels, strict=True))
+        if IMAGE in pyramid:
+            pyramid[IMAGE] = self.input(pyramid[IMAGE])  # type: ignore[operator]
+        return (self.network(pyramid),)
 
 
 def graph_name(level: str) -> str:
@@ -106,7 +109,7 @@ def write_graphs(network: SamSegmenter, size: int, folder: Path, kind: str) -> d
     probes = probe_images(network.in_channels, size)
     about = {}
     with torch.no_grad(), _quiet():
-        pyramids = [{IMAGE: probe} | network.encode(probe) for probe in probes]
+        pyramids = [network.encode(probe) | {IMAGE: probe} for probe in probes]
         parts: tuple[Encoder | Decoder, ...] = (Encoder(network), Decoder(network))
         inputs = [[tuple(pyramid[name] for name in part.inputs) for pyramid in pyramids] for part in parts]
         outputs = [[part(*levels) for levels in given] for part, given in zip(parts, inputs, strict=True)]

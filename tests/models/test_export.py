@@ -24,7 +24,7 @@ from samda.task import Task
 TASK = Task("t", classes=("background", "a", "b"), image_size=64, window=(-100, 200), spacing=2)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sam: tiny_vit, sam_da": ("tiny_vit", {"sam_da": {"side": "both"}}),
-    "pyramid: tiny_vit": ("tiny_vit", {"lora": {}, "ssf": {}}),
+    "pyramid: tiny_vit": ("tiny_vit", {"lora": {}, "ssf": {}, "intensity": {}}),
     "pyramid: vit, sam_da": ("vit", {"sam_da": {}}),
     "sam: vit, all kinds": (
         "vit",
