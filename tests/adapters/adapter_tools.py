@@ -13,7 +13,7 @@ from samda.adapters.sites import LinearSite, SiteInfo
 
 def noise(*shape: int, seed: int = 0, std: float = 1.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Normal numbers that depend on nothing but the arguments."""
-    return std * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return std * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 @torch.no_grad()

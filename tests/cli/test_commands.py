@@ -86,7 +86,7 @@ def test_train_by_time_with_the_default_head(place: Path, tmp_path: Path, capsys
     adapt = ["adapt", "-m", tmp_path / "m", "-i", place / "scans", "-o", tmp_path / "out", "--json"]
     code, _, _ = samda(capsys, *adapt, "--views", "2", "--slices", "2", "--steps", "1", "--quiet")
     (line,) = (tmp_path / "out" / "run.jsonl").read_text("utf-8").splitlines()
-    assert code == 0 and json.loads(line)["scope"] == "ssf" and json.loads(line)["error"] is None
+    assert code == 0 and json.loads(line)["scope"] in ("ssf", "intensity+ssf") and json.loads(line)["error"] is None
     record = json.loads((tmp_path / "m" / "adapter.json").read_text("utf-8"))["record"]
     assert record["training"]["settings"]["head"] == "pyramid"
     code, _, err = samda(capsys, *train, "--minutes", "1", "--steps", "5", "--overwrite")
