@@ -38,6 +38,8 @@ COMMANDS = {  # name -> module, in the order of the help
         "export",
         "pack",
         "unpack",
+        "push",
+        "pull",
         "info",
         "weights",
         "bundle",
