@@ -27,8 +27,7 @@ from typing import Any
 
 from .apart import NotRun
 from .page import write_pages
-from .results import missing, store
-from .runs import PARTS, measure
+from .runs import PARTS, measure, missing, store
 
 
 def main() -> None:

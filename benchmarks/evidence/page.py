@@ -21,8 +21,7 @@ from ..timing import fill, markdown
 from . import growth, tables
 from .datasets import ALL, DATASETS, SPLITS
 from .methods import METHODS
-from .results import missing, read
-from .runs import LONG, PARTS, SHORT, planned
+from .runs import LONG, PARTS, SHORT, missing, planned, read
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = {name: DOCS / f"{name}.md" for name in ("evidence", "adapters")}
