@@ -12,12 +12,10 @@ are, and docs/performance.md.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +28,7 @@ from torch.utils.flop_counter import flop_registry
 from samda import SamSegmenter, Task, VolumeInferer
 from samda.io import write_json
 
-from .performance_page import write_page
-from .timing import RESULTS, in_training, interleave, machine, median
+from .timing import command_line, interleave, machine, median, training_step, write_page
 
 KINDS = {  # kind of operation -> parts of the names of PyTorch's operations; the first that fits
     "attention": ("scaled_dot_product", "flash"),
@@ -51,20 +48,6 @@ def network(backbone: str, classes: int = 7, device: str = "cpu", **adapters: An
     """A segmenter with random weights; speed does not depend on them."""
     torch.manual_seed(0)
     return SamSegmenter(backbone, classes, weights=None, adapters=adapters or {"sam_da": {}}).to(device)
-
-
-def training_step(model: SamSegmenter, size: int, batch: int, device: str) -> Callable[[], None]:
-    """One step on random slices: forward, cross entropy, backward, AdamW."""
-    image = torch.rand(batch, 1, size, size, device=device)
-    label = torch.randint(0, model.num_classes, (batch, size, size), device=device)
-    optimizer = torch.optim.AdamW([p for p in in_training(model.train()).parameters() if p.requires_grad], lr=1e-5)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(image), label).backward()
-        optimizer.step()
-
-    return step
 
 
 @torch.no_grad()
@@ -237,18 +220,10 @@ PARTS = {"growth": growth, "profile": profiles, "options": options}
 
 def main() -> None:
     """Measure the chosen parts, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated names")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
-    arguments = parser.parse_args()
-    names = arguments.parts.split(",")
-    if unknown := [name for name in names if name not in PARTS]:
-        parser.error(f"no part {unknown[0]!r}; choose from {', '.join(PARTS)}")
+    arguments = command_line(__doc__, "--parts", PARTS, repeats=3).parse_args()
     path = arguments.results / f"scaling_{arguments.device}.json"
     content = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    for name in names:
+    for name in arguments.names:
         content[name] = PARTS[name](arguments.device, arguments.repeats)
         write_json(path, content | {"machine": machine(arguments.device), "repeats": arguments.repeats})
     write_page()

@@ -39,9 +39,20 @@ from samda.networks.backbones import backbone_config
 from samda.training import DiceCELoss, train
 
 from .memory import peak_gb
-from .performance_page import write_page
 from .rivals import OriginalTinyViT, RebuiltSalt, SliceBySlice, sam_with_original_encoder, written_out_attention
-from .timing import RESULTS, Options, Row, in_training, interleave, machine, median, relative_error, table
+from .timing import (
+    Options,
+    Row,
+    command_line,
+    in_training,
+    interleave,
+    machine,
+    median,
+    relative_error,
+    table,
+    training_step,
+    write_page,
+)
 
 LOSS = {"include_background": False, "to_onehot_y": True, "softmax": True, "batch": True}  # as in train.json
 QUICK = {"epochs": 24, "views": 1, "val_interval": 24, "patience": 0}  # not good, but no chance result either
@@ -186,30 +197,21 @@ def salt(options: Options) -> Iterator[Row]:
 
 def salt_step(options: Options) -> Iterator[Row]:
     """A whole training step (forward, loss, backward, optimizer) of a ViT-B with SALT in all its linear layers."""
-    size, classes = 512, 7
-    image = torch.rand(1, 1, size, size, device=options.device)
-    label = torch.randint(0, classes, (1, size, size), device=options.device)
+    size = 512
     for rank in (4, 256):
-        runs: dict[str, Callable[[], object]] = {}
-        base = SamSegmenter("vit_b", classes, weights=None)
+        runs = {}
+        base = SamSegmenter("vit_b", 7, weights=None)
         salted = copy.deepcopy(base)
         attach(salted, build_configs({"salt": {"rank": rank}}))  # the decompositions take their time: once
         attach(base, build_configs({"lora": {"rank": rank}}))
         for name, model in (("samda SALT", salted), ("published formula", salted), (f"LoRA rank {rank}", base)):
             torch.manual_seed(0)
-            network = in_training(copy.deepcopy(model)).to(options.device).train()
+            network = in_training(copy.deepcopy(model)).to(options.device)
             if name == "published formula":
                 for _, _, adapter in modules(network):
                     adapter.rebuilt = RebuiltSalt(adapter, None)  # its parameters are trained instead
                     adapter.fused_forward = lambda x, weight, bias, rebuilt=adapter.rebuilt: rebuilt(x, bias)
-            optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-5)
-
-            def step(network: nn.Module = network, optimizer: torch.optim.Optimizer = optimizer) -> None:
-                optimizer.zero_grad()
-                F.cross_entropy(network(image), label).backward()
-                optimizer.step()
-
-            runs[name] = step
+            runs[name] = training_step(network, size, 1, options.device)
         seconds = interleave(runs, min(options.repeats, 2), device=options.device)
         ours, formula, lora = (median(values) for values in seconds.values())
         result = f"{formula / ours:.2f}x faster / {ours / lora:.2f}x LoRA"
@@ -394,25 +396,18 @@ ROWS = {
 
 def main() -> None:
     """Measure the chosen rows, print the table, write the JSON and the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated names of rows")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser = command_line(__doc__, "--rows", ROWS, repeats=5)
     parser.add_argument("--model", type=Path, help="a trained vit_t for the rows predict and adapt; default: train one")
     parser.add_argument("--memory-size", type=int, default=1024, help="pixels, of the row training_memory")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
     parser.add_argument("--step", help=argparse.SUPPRESS)  # one candidate of training_memory
     arguments = parser.parse_args()
     if arguments.step:
         print(json.dumps(measure_step(arguments.step, arguments.memory_size, arguments.device)))
         return
-    names = arguments.rows.split(",")
-    if unknown := [name for name in names if name not in ROWS]:
-        parser.error(f"no row {unknown[0]!r}; choose from {', '.join(ROWS)}")
     options = Options(arguments.device, arguments.repeats, arguments.model, arguments.memory_size)
     path = arguments.results / f"speed_{options.device}.json"
     measured = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else {}
-    for name in names:
+    for name in arguments.names:
         rows = []
         for row in ROWS[name](options):
             print(f"{row.what}: {row.result}  [{row.goal}]", file=sys.stderr, flush=True)
