@@ -24,26 +24,8 @@ from samda.cli.options import Parser
 from samda.errors import UsageError, cause_of, disk_trouble, one_line, printable
 from samda.version import __version__
 
-COMMANDS = {  # name -> module, in the order of the help
-    name: f"samda.cli.{name}"
-    for name in (
-        "check",
-        "train",
-        "predict",
-        "adapt",
-        "evaluate",
-        "commission",
-        "erf",
-        "site",
-        "export",
-        "pack",
-        "unpack",
-        "info",
-        "weights",
-        "bundle",
-        "demo",
-    )
-}
+NAMES = "check train predict adapt evaluate commission erf site export pack unpack info weights bundle demo"
+COMMANDS = {name: f"samda.cli.{name}" for name in NAMES.split()}  # name -> module, in the order of the help
 
 EXIT_CODES = {
     0: "success",

@@ -12,7 +12,6 @@ called "source" and never changes. A version is activated once `samda commission
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from samda.cli.options import add_shared, print_json, print_table
 from samda.errors import UsageError
@@ -22,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `samda site`."""
     parser.add_argument("action", choices=("list", "activate", "rollback"), help="action")
     parser.add_argument("name", nargs="?", metavar="NAME", help="version to activate")
-    parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="a model folder")
+    add_shared(parser, "--model")
     parser.add_argument("--force", action="store_true", help="activate a version without an acceptance report")
     add_shared(parser, "--json")
 
