@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # `as` marks re-exports
     from samda.adapters import DkaConfig as DkaConfig
     from samda.adapters import FullConfig as FullConfig
     from samda.adapters import HeadConfig as HeadConfig
+    from samda.adapters import IntensityConfig as IntensityConfig
     from samda.adapters import LkaConfig as LkaConfig
     from samda.adapters import LoraConfig as LoraConfig
     from samda.adapters import NormConfig as NormConfig
@@ -72,8 +73,8 @@ _PLACES = {  # module -> its public names
         "samda.networks.segmenter": "SamSegmenter",
         "samda.networks.weights": "fetch_weights",
         "samda.adapters": "ADAPTERS attach build_configs count_parameters detach disabled merge unmerge "
-        "BottleneckConfig DecoderConfig DkaConfig FullConfig HeadConfig LkaConfig LoraConfig NormConfig SaltConfig "
-        "SamDaConfig SsfConfig",
+        "BottleneckConfig DecoderConfig DkaConfig FullConfig HeadConfig IntensityConfig LkaConfig LoraConfig "
+        "NormConfig SaltConfig SamDaConfig SsfConfig",
         "samda.data": "find_cases",
         "samda.task": "Task",
         "samda.examples": "fetch_examples",
