@@ -200,7 +200,6 @@ def print_json(value: Any) -> None:
 def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print aligned columns: the first left-aligned, the others right-aligned."""
     cells = [list(head), *([f"{v:,}" if isinstance(v, int) else str(v) for v in row] for row in rows)]
-    rows = list(rows)
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     for row in cells:
         print(
