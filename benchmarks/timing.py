@@ -29,16 +29,6 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What rows are measured with."""
-
-    device: str = "cpu"
-    repeats: int = 5
-    model: Path | None = None  # a trained vit_t; None trains one
-    memory_size: int = 1024  # pixels, of the step whose memory is measured
-
-
 @dataclasses.dataclass
 class Row:
     """One line of a benchmark: what, against whom, and what came out."""
