@@ -58,20 +58,20 @@ def forward(model: Callable[..., object], image: torch.Tensor, amp: bool = False
 
 
 def growth(device: str, repeats: int) -> dict[str, Any]:
-    """Curves: name -> {"x", "fixed", "seconds": {value: seconds}}."""
+    """Curves: name -> {"fixed", "seconds": {value: seconds}}."""
     curves: dict[str, dict[str, Any]] = {}
 
-    def curve(name: str, x: str, fixed: str, runs: dict[str, Callable[[], object]]) -> None:
+    def curve(name: str, fixed: str, runs: dict[str, Callable[[], object]]) -> None:
         seconds = interleave(runs, repeats, device=device)
         points = {key: round(median(values), 5) for key, values in seconds.items()}
-        curves[name] = {"x": x, "fixed": fixed, "seconds": points}
+        curves[name] = {"fixed": fixed, "seconds": points}
         print(name, points, flush=True)
 
     for backbone, sizes in (("vit_t", (128, 256, 512, 1024)), ("vit_b", (128, 256, 512))):
         model = network(backbone, device=device).eval()
         images = {str(size): torch.rand(1, 1, size, size, device=device) for size in sizes}
         runs = {size: functools.partial(forward, model, image) for size, image in images.items()}
-        curve(f"image size, {backbone}", "pixels", "forward pass of one slice, 7 classes", runs)
+        curve(f"image size, {backbone}", "forward pass of one slice, 7 classes", runs)
 
     def volume(slices: int, classes: int) -> Callable[[], object]:
         names = ("background", *(f"class {k}" for k in range(1, classes)))
@@ -82,9 +82,9 @@ def growth(device: str, repeats: int) -> dict[str, Any]:
         return lambda: inferer(scan, model, spacing_mm=(1.5, 1.5, 3.0))
 
     runs = {str(n): volume(n, 7) for n in (8, 16, 32, 64)}
-    curve("slices", "slices", "prediction of a volume, vit_t at 256 px, 7 classes", runs)
+    curve("slices", "prediction of a volume, vit_t at 256 px, 7 classes", runs)
     runs = {str(k): volume(16, k) for k in (2, 7, 25, 105)}
-    curve("classes", "classes", "prediction of 16 slices, vit_t at 256 px", runs)
+    curve("classes", "prediction of 16 slices, vit_t at 256 px", runs)
     for name, key, values in (
         ("salt", "rank", (1, 4, 64, 256)),
         ("lora", "rank", (1, 4, 64, 128)),
@@ -95,7 +95,7 @@ def growth(device: str, repeats: int) -> dict[str, Any]:
         for value in values:
             model = network("vit_t", device=device, **{name: {key: value}})
             runs[str(value)] = training_step(model, 256, 2, device)
-        curve(f"{key} of {name}", key, "training step, vit_t at 256 px, batch 2", runs)
+        curve(f"{key} of {name}", "training step, vit_t at 256 px, batch 2", runs)
     return curves
 
 
@@ -132,7 +132,6 @@ def peaks(device: str, dtype: torch.dtype) -> dict[str, float]:
 
 
 def kind_of(name: str) -> str:
-    """The kind of an operation of PyTorch."""
     name = name.removeprefix("aten::")
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "everything else")
 
@@ -219,7 +218,6 @@ PARTS = {"growth": growth, "profile": profiles, "options": options}
 
 
 def main() -> None:
-    """Measure the chosen parts, write the JSON."""
     arguments = command_line(__doc__, "--parts", PARTS, repeats=3).parse_args()
     path = arguments.results / f"scaling_{arguments.device}.json"
     content = json.loads(path.read_text("utf-8")) if path.exists() else {}

@@ -379,7 +379,6 @@ def adapt(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def start(options: argparse.Namespace) -> Iterator[Row]:
-    """`samda --help`."""
     command = [sys.executable, "-m", "samda", "--help"]
     run = functools.partial(subprocess.run, command, check=True, capture_output=True)
     seconds = interleave({"samda --help": run}, options.repeats)

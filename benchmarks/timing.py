@@ -116,7 +116,6 @@ def training_step(model: Any, size: int, batch: int, device: str) -> Callable[[]
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures were measured on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text("utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -150,7 +149,6 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]], texts: int = 1
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table."""
     lines = []
     for row in rows:
         times = "; ".join(f"{name} {spread(values)}" for name, values in row.seconds.items() if values)
@@ -176,7 +174,6 @@ def fill(text: str, tables: Mapping[str, str]) -> str:
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
-    """The page with its tables made anew."""
     return fill(text, blocks(results))
 
 
@@ -259,7 +256,6 @@ def _options(found: dict[str, Any]) -> str:
 
 
 def write_page() -> None:
-    """The page, made anew."""
     write_text(PAGE, filled(PAGE.read_text(encoding="utf-8")))
 
 

@@ -109,12 +109,10 @@ def measure_site(run: Run, root: Path) -> dict[str, Any]:
         prepared = engine.prepare_data(data, case["id"])
         begin = time.perf_counter()
         outcome = engine.decide(prepared)
-        final = outcome.adapted if outcome.accepted and outcome.adapted is not None else prepared.source
         label = np.asarray(data["label"])[0]
-        dice = [_mean_dice(prediction.labels, label, task) for prediction in (prepared.source, final)]
         rows[case["id"]] = {
-            "source": dice[0],
-            "final": dice[1],
+            "source": _mean_dice(prepared.source.labels, label, task),
+            "final": _mean_dice(_final(prepared, outcome).labels, label, task),
             "expected": _expected(prepared.source, label, task),
             "reason": outcome.decision.reason if outcome.decision else "",
             "seconds": round(prepared.seconds["predict"] + time.perf_counter() - begin, 2),
@@ -127,12 +125,10 @@ def _expected(prediction: Segmentation, label: np.ndarray, task: Task) -> dict[s
     """Class of the label -> true Dice, predicted Dice, low, high; empty without a calibration."""
     if prediction.expected is None:
         return {}
-    counts = confusion_matrix(prediction.labels, label.astype(np.int64), task.num_classes)
     found = {}
-    for k, name in enumerate(task.classes[1:], start=1):
-        if counts[k].any():
-            true, one = 2 * counts[k, k] / (counts[k].sum() + counts[:, k].sum()), prediction.expected.dice[name]
-            found[name] = [round(float(value), 4) for value in (true, one.dice, one.low, one.high)]
+    for name, true in _dice(prediction.labels, label, task).items():
+        one = prediction.expected.dice[name]
+        found[name] = [round(float(value), 4) for value in (true, one.dice, one.low, one.high)]
     return found
 
 
@@ -151,10 +147,9 @@ def adapt(case: str, objective: str, seed: int) -> dict[str, Any]:
     prepared = engine.prepare_data(data, case)
     outcome = engine.decide(prepared)
     run = outcome.run
-    final = outcome.adapted if outcome.accepted and outcome.adapted is not None else prepared.source
     last = engine.predict(prepared, run.last) if run is not None and engine.settings.steps else prepared.source
     label = np.asarray(data["label"])[0]
-    maps = {"source": prepared.source, "last": last, "final": final}
+    maps = {"source": prepared.source, "last": last, "final": _final(prepared, outcome)}
     scores = {name: _mean_dice(prediction.labels, label, task) for name, prediction in maps.items()}
     return {"dice": scores, "reason": outcome.decision.reason}
 
@@ -172,11 +167,20 @@ def source_model(seed: int) -> Path:
     return model
 
 
-def _mean_dice(prediction: np.ndarray, label: np.ndarray, task: Task) -> float:
-    """Over the classes that the label holds."""
+def _final(prepared: Any, outcome: Any) -> Segmentation:
+    """What the guard lets pass."""
+    return outcome.adapted if outcome.accepted and outcome.adapted is not None else prepared.source
+
+
+def _dice(prediction: Array, label: Array, task: Task) -> dict[str, float]:
+    """Class -> Dice, of the classes that the label holds."""
     counts = confusion_matrix(prediction, label.astype(np.int64), task.num_classes)
-    shown = [k for k in range(1, task.num_classes) if counts[k].any()]
-    return round(statistics.fmean(2 * counts[k, k] / (counts[k].sum() + counts[:, k].sum()) for k in shown), 4)
+    sizes = counts.sum(0) + counts.sum(1)
+    return {name: 2 * counts[k, k] / sizes[k] for k, name in enumerate(task.classes) if k and counts[k].any()}
+
+
+def _mean_dice(prediction: Array, label: Array, task: Task) -> float:
+    return round(statistics.fmean(_dice(prediction, label, task).values()), 4)
 
 
 def _bias(v: Array, severity: int) -> Array:

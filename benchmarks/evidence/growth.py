@@ -30,7 +30,6 @@ Row = dict[str, Any]
 
 
 def growths() -> list[Row]:
-    """The runs, see the functions below."""
     return [{"growth": name, "budget": BUDGET, "steps": STEPS, "seed": 0} for name in GROWTHS]
 
 

@@ -18,7 +18,6 @@ from samda.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `samda site`."""
     parser.add_argument("action", choices=("list", "activate", "rollback"), help="action")
     parser.add_argument("name", nargs="?", metavar="NAME", help="version to activate")
     add_shared(parser, "--model")
@@ -27,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run `samda site`."""
     if (args.name is None) == (args.action == "activate"):
         want = "needs the name of a version" if args.name is None else "takes no name"
         raise UsageError(f"{args.action} {want}")
@@ -48,7 +46,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def show(args: argparse.Namespace) -> None:
-    """Print the versions of a model."""
     from samda.adaptation.site import describe_versions
     from samda.models.versions import active_version
 

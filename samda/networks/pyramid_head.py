@@ -182,7 +182,6 @@ class PyramidHead(ClassHead):
         return _joined([part._linear(levels, stride4, size, self.sites) for part in parts])
 
     def _linear(self, levels: Maps, stride4: Size, size: Size, sites: Iterable[Any]) -> torch.Tensor:
-        """That of this head or branch."""
         linear = self.linear_bias.view(1, -1, 1, 1)
         for part in self._each_read(self.linear, levels, sites):
             linear = linear + resize(part, stride4)
@@ -194,7 +193,6 @@ class PyramidHead(ClassHead):
         return self.lateral4, self.lateral8, self.lateral16
 
     def _each_read(self, layers: Iterable[Any], levels: Maps, sites: Iterable[Any]) -> list[torch.Tensor]:
-        """Each level, through its site, by its layer."""
         return [site.read(layer, maps) for site, layer, maps in zip(sites, layers, levels, strict=True)]
 
     @torch.no_grad()

@@ -158,7 +158,6 @@ class SamSegmenter(nn.Module):
 
     @property
     def head(self) -> ClassHead:
-        """The class head."""
         if "class_head" in self._modules:
             return self.class_head
         assert self.mask_decoder is not None
