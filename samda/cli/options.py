@@ -79,10 +79,7 @@ SHARED: dict[str, dict[str, Any]] = {  # option -> arguments of argparse
         "metavar": "FORMATS",
         "help": "nifti, and for DICOM series dicom-seg, dicom-seg-labelmap, rtstruct, joined by commas; default nifti",
     },
-    "--part": {
-        "metavar": "I/N",
-        "help": "process part I of N, for job arrays; not needed with torchrun",
-    },
+    "--part": {"metavar": "I/N", "help": "process part I of N, for job arrays; not needed with torchrun"},
     "--report": {
         "type": Path,
         "metavar": "FILE",
