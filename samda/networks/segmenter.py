@@ -158,6 +158,7 @@ class SamSegmenter(nn.Module):
 
     @property
     def head(self) -> ClassHead:
+        """The class head."""
         if "class_head" in self._modules:
             return self.class_head
         assert self.mask_decoder is not None
