@@ -207,7 +207,6 @@ def run(argv: list[str], result: Path) -> tuple[str, str]:
 
 
 def main() -> int:
-    """Run all inputs and print the counts."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz")
     for name, default in (("--count", 2000), ("--first", 0), ("--seed", 0)):
         parser.add_argument(name, type=int, default=default)

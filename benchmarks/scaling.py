@@ -12,12 +12,10 @@ are, and docs/performance.md.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +28,7 @@ from torch.utils.flop_counter import flop_registry
 from samda import SamSegmenter, Task, VolumeInferer
 from samda.io import write_json
 
-from .performance_page import write_page
-from .timing import RESULTS, in_training, interleave, machine, median
+from .timing import command_line, interleave, machine, median, training_step, write_page
 
 KINDS = {  # kind of operation -> parts of the names of PyTorch's operations; the first that fits
     "attention": ("scaled_dot_product", "flash"),
@@ -53,20 +50,6 @@ def network(backbone: str, classes: int = 7, device: str = "cpu", **adapters: An
     return SamSegmenter(backbone, classes, weights=None, adapters=adapters or {"sam_da": {}}).to(device)
 
 
-def training_step(model: SamSegmenter, size: int, batch: int, device: str) -> Callable[[], None]:
-    """One step on random slices: forward, cross entropy, backward, AdamW."""
-    image = torch.rand(batch, 1, size, size, device=device)
-    label = torch.randint(0, model.num_classes, (batch, size, size), device=device)
-    optimizer = torch.optim.AdamW([p for p in in_training(model.train()).parameters() if p.requires_grad], lr=1e-5)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(image), label).backward()
-        optimizer.step()
-
-    return step
-
-
 @torch.no_grad()
 def forward(model: Callable[..., object], image: torch.Tensor, amp: bool = False) -> object:
     """A forward pass without gradients, with `amp` in bfloat16."""
@@ -75,20 +58,20 @@ def forward(model: Callable[..., object], image: torch.Tensor, amp: bool = False
 
 
 def growth(device: str, repeats: int) -> dict[str, Any]:
-    """Curves: name -> {"x", "fixed", "seconds": {value: seconds}}."""
+    """Curves: name -> {"fixed", "seconds": {value: seconds}}."""
     curves: dict[str, dict[str, Any]] = {}
 
-    def curve(name: str, x: str, fixed: str, runs: dict[str, Callable[[], object]]) -> None:
+    def curve(name: str, fixed: str, runs: dict[str, Callable[[], object]]) -> None:
         seconds = interleave(runs, repeats, device=device)
         points = {key: round(median(values), 5) for key, values in seconds.items()}
-        curves[name] = {"x": x, "fixed": fixed, "seconds": points}
+        curves[name] = {"fixed": fixed, "seconds": points}
         print(name, points, flush=True)
 
     for backbone, sizes in (("vit_t", (128, 256, 512, 1024)), ("vit_b", (128, 256, 512))):
         model = network(backbone, device=device).eval()
         images = {str(size): torch.rand(1, 1, size, size, device=device) for size in sizes}
         runs = {size: functools.partial(forward, model, image) for size, image in images.items()}
-        curve(f"image size, {backbone}", "pixels", "forward pass of one slice, 7 classes", runs)
+        curve(f"image size, {backbone}", "forward pass of one slice, 7 classes", runs)
 
     def volume(slices: int, classes: int) -> Callable[[], object]:
         names = ("background", *(f"class {k}" for k in range(1, classes)))
@@ -99,9 +82,9 @@ def growth(device: str, repeats: int) -> dict[str, Any]:
         return lambda: inferer(scan, model, spacing_mm=(1.5, 1.5, 3.0))
 
     runs = {str(n): volume(n, 7) for n in (8, 16, 32, 64)}
-    curve("slices", "slices", "prediction of a volume, vit_t at 256 px, 7 classes", runs)
+    curve("slices", "prediction of a volume, vit_t at 256 px, 7 classes", runs)
     runs = {str(k): volume(16, k) for k in (2, 7, 25, 105)}
-    curve("classes", "classes", "prediction of 16 slices, vit_t at 256 px", runs)
+    curve("classes", "prediction of 16 slices, vit_t at 256 px", runs)
     for name, key, values in (
         ("salt", "rank", (1, 4, 64, 256)),
         ("lora", "rank", (1, 4, 64, 128)),
@@ -112,7 +95,7 @@ def growth(device: str, repeats: int) -> dict[str, Any]:
         for value in values:
             model = network("vit_t", device=device, **{name: {key: value}})
             runs[str(value)] = training_step(model, 256, 2, device)
-        curve(f"{key} of {name}", key, "training step, vit_t at 256 px, batch 2", runs)
+        curve(f"{key} of {name}", "training step, vit_t at 256 px, batch 2", runs)
     return curves
 
 
@@ -149,7 +132,6 @@ def peaks(device: str, dtype: torch.dtype) -> dict[str, float]:
 
 
 def kind_of(name: str) -> str:
-    """The kind of an operation of PyTorch."""
     name = name.removeprefix("aten::")
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "everything else")
 
@@ -236,19 +218,10 @@ PARTS = {"growth": growth, "profile": profiles, "options": options}
 
 
 def main() -> None:
-    """Measure the chosen parts, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated names")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
-    arguments = parser.parse_args()
-    names = arguments.parts.split(",")
-    if unknown := [name for name in names if name not in PARTS]:
-        parser.error(f"no part {unknown[0]!r}; choose from {', '.join(PARTS)}")
+    arguments = command_line(__doc__, "--parts", PARTS, repeats=3).parse_args()
     path = arguments.results / f"scaling_{arguments.device}.json"
     content = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    for name in names:
+    for name in arguments.names:
         content[name] = PARTS[name](arguments.device, arguments.repeats)
         write_json(path, content | {"machine": machine(arguments.device), "repeats": arguments.repeats})
     write_page()

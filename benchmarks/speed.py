@@ -39,9 +39,19 @@ from samda.networks.backbones import backbone_config
 from samda.training import DiceCELoss, train
 
 from .memory import peak_gb
-from .performance_page import write_page
 from .rivals import OriginalTinyViT, RebuiltSalt, SliceBySlice, sam_with_original_encoder, written_out_attention
-from .timing import RESULTS, Options, Row, in_training, interleave, machine, median, relative_error, table
+from .timing import (
+    Row,
+    command_line,
+    in_training,
+    interleave,
+    machine,
+    median,
+    relative_error,
+    table,
+    training_step,
+    write_page,
+)
 
 LOSS = {"include_background": False, "to_onehot_y": True, "softmax": True, "batch": True}  # as in train.json
 QUICK = {"epochs": 24, "views": 1, "val_interval": 24, "patience": 0}  # not good, but no chance result either
@@ -55,7 +65,7 @@ def at_least(
     return Row(what, rival, f">= {goal:g}x", seconds, f"{ratio:.2f}x{detail}", ratio >= goal, notes)
 
 
-def encoder(options: Options) -> Iterator[Row]:
+def encoder(options: argparse.Namespace) -> Iterator[Row]:
     """The ViT-B encoder forward at 1024 px, with random weights."""
     torch.manual_seed(0)
     rival = sam_model_registry["vit_b"]().image_encoder.eval()
@@ -95,7 +105,7 @@ def encoder(options: Options) -> Iterator[Row]:
     yield Row(f"{what}, CUDA, bf16", cuda_rival, ">= 2x / >= 5x", notes=command)
 
 
-def training_memory(options: Options) -> Iterator[Row]:
+def training_memory(options: argparse.Namespace) -> Iterator[Row]:
     """Peak memory of a training step with SALT + DKA + SAM-DA, each candidate in a process of its own."""
     size, device = options.memory_size, options.device
     what = f"training step, ViT-B {size} px, SALT + DKA + SAM-DA: peak memory"
@@ -142,7 +152,7 @@ def measure_step(name: str, size: int, device: str) -> dict[str, float]:
     return {"peak_gb": peak, "before_gb": before, "seconds": time.perf_counter() - start}
 
 
-def salt(options: Options) -> Iterator[Row]:
+def salt(options: argparse.Namespace) -> Iterator[Row]:
     """SALT on the four linear layers of a ViT-B block, 1024 tokens, forward and backward."""
     device = options.device
     shapes = {"attn.qkv": (768, 2304), "attn.proj": (768, 768), "mlp.fc1": (768, 3072), "mlp.fc2": (3072, 768)}
@@ -184,32 +194,23 @@ def salt(options: Options) -> Iterator[Row]:
         )
 
 
-def salt_step(options: Options) -> Iterator[Row]:
+def salt_step(options: argparse.Namespace) -> Iterator[Row]:
     """A whole training step (forward, loss, backward, optimizer) of a ViT-B with SALT in all its linear layers."""
-    size, classes = 512, 7
-    image = torch.rand(1, 1, size, size, device=options.device)
-    label = torch.randint(0, classes, (1, size, size), device=options.device)
+    size = 512
     for rank in (4, 256):
-        runs: dict[str, Callable[[], object]] = {}
-        base = SamSegmenter("vit_b", classes, weights=None)
+        runs = {}
+        base = SamSegmenter("vit_b", 7, weights=None)
         salted = copy.deepcopy(base)
         attach(salted, build_configs({"salt": {"rank": rank}}))  # the decompositions take their time: once
         attach(base, build_configs({"lora": {"rank": rank}}))
         for name, model in (("samda SALT", salted), ("published formula", salted), (f"LoRA rank {rank}", base)):
             torch.manual_seed(0)
-            network = in_training(copy.deepcopy(model)).to(options.device).train()
+            network = in_training(copy.deepcopy(model)).to(options.device)
             if name == "published formula":
                 for _, _, adapter in modules(network):
                     adapter.rebuilt = RebuiltSalt(adapter, None)  # its parameters are trained instead
                     adapter.fused_forward = lambda x, weight, bias, rebuilt=adapter.rebuilt: rebuilt(x, bias)
-            optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-5)
-
-            def step(network: nn.Module = network, optimizer: torch.optim.Optimizer = optimizer) -> None:
-                optimizer.zero_grad()
-                F.cross_entropy(network(image), label).backward()
-                optimizer.step()
-
-            runs[name] = step
+            runs[name] = training_step(network, size, 1, options.device)
         seconds = interleave(runs, min(options.repeats, 2), device=options.device)
         ours, formula, lora = (median(values) for values in seconds.values())
         result = f"{formula / ours:.2f}x faster / {ours / lora:.2f}x LoRA"
@@ -217,7 +218,7 @@ def salt_step(options: Options) -> Iterator[Row]:
         yield Row(what, "published formula / LoRA of the same rank", "report", seconds, result)
 
 
-def merged(options: Options) -> Iterator[Row]:
+def merged(options: argparse.Namespace) -> Iterator[Row]:
     """Inference after merging, ViT-B encoder at 512 px."""
     torch.manual_seed(0)
     base = SamSegmenter("vit_b", num_classes=2, weights=None).to(options.device)
@@ -240,7 +241,7 @@ def merged(options: Options) -> Iterator[Row]:
         yield Row(f"{name.upper()} inference after merging, ViT-B 512 px", "base model", goal, seconds, text, reached)
 
 
-def dka(options: Options) -> Iterator[Row]:
+def dka(options: argparse.Namespace) -> Iterator[Row]:
     """DKA's kernels 51 + 5 on a 64 x 64 grid, forward and backward."""
     for width in (16, 192):
         generator = torch.Generator().manual_seed(width)
@@ -266,7 +267,7 @@ def dka(options: Options) -> Iterator[Row]:
         yield Row(f"{what}, forward + backward", "nn.Conv2d depthwise", goal, seconds, f"{ratio:.1f}x", reached, notes)
 
 
-def embeddings(options: Options) -> Iterator[Row]:
+def embeddings(options: argparse.Namespace) -> Iterator[Row]:
     """Training that leaves the encoder unchanged: slices per second, encoding every step against embeddings at hand."""
     device = options.device
     for backbone, size, batch, goal in (("vit_t", 256, 8, 8.0), ("vit_b", 1024, 1, 20.0)):
@@ -314,21 +315,21 @@ def embeddings(options: Options) -> Iterator[Row]:
 
 
 @functools.cache
-def _model(options: Options) -> tuple:
+def _model(given: Path | None, device: str) -> tuple:
     """The given model, or one trained on patient A in a minute; network, task, record."""
-    if options.model is not None:
-        return load_model(options.model)
+    if given is not None:
+        return load_model(given)
     example = fetch_examples()["A"]
     with tempfile.TemporaryDirectory() as folder:
         dataset = hold_out(example, Path(folder) / "data")
-        train(dataset, Path(folder) / "model", example.task, "sam_da", "vit_t", QUICK, device=options.device)
+        train(dataset, Path(folder) / "model", example.task, "sam_da", "vit_t", QUICK, device=device)
         return load_model(Path(folder) / "model")
 
 
-def predict(options: Options) -> Iterator[Row]:
+def predict(options: argparse.Namespace) -> Iterator[Row]:
     """Patient A from preprocessed volume to label map, in memory: samda against SamPredictor, slice by slice."""
     example, device = fetch_examples()["A"], options.device
-    network, task, _ = _model(options)
+    network, task, _ = _model(options.model, options.device)
     network.to(device)
     sam = sam_with_original_encoder(task.image_size).to(device)
     image = build_preprocessing(task, labels=False)({"image": str(example.image)})["image"]
@@ -360,10 +361,10 @@ def predict(options: Options) -> Iterator[Row]:
     yield at_least(f"{what}, bf16", rival, 2.5, {}, theirs, ours_half, rate, notes)
 
 
-def adapt(options: Options) -> Iterator[Row]:
+def adapt(options: argparse.Namespace) -> Iterator[Row]:
     """Adapting to patient A (views, steps, guard, both predictions) against predicting A."""
     example = fetch_examples()["A"]
-    network, task, record = _model(options)
+    network, task, record = _model(options.model, options.device)
     predictor = Predictor(network, task, options.device)
     adaptation, decisions = Adaptation(network, task, record, device=options.device), []
     runs = {
@@ -377,8 +378,7 @@ def adapt(options: Options) -> Iterator[Row]:
     yield Row(what, "predicting it", "<= 4x its time", seconds, f"{ratio:.2f}x", ratio <= 4, notes)
 
 
-def start(options: Options) -> Iterator[Row]:
-    """`samda --help`."""
+def start(options: argparse.Namespace) -> Iterator[Row]:
     command = [sys.executable, "-m", "samda", "--help"]
     run = functools.partial(subprocess.run, command, check=True, capture_output=True)
     seconds = interleave({"samda --help": run}, options.repeats)
@@ -394,25 +394,17 @@ ROWS = {
 
 def main() -> None:
     """Measure the chosen rows, print the table, write the JSON and the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated names of rows")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser = command_line(__doc__, "--rows", ROWS, repeats=5)
     parser.add_argument("--model", type=Path, help="a trained vit_t for the rows predict and adapt; default: train one")
     parser.add_argument("--memory-size", type=int, default=1024, help="pixels, of the row training_memory")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
     parser.add_argument("--step", help=argparse.SUPPRESS)  # one candidate of training_memory
-    arguments = parser.parse_args()
-    if arguments.step:
-        print(json.dumps(measure_step(arguments.step, arguments.memory_size, arguments.device)))
+    options = parser.parse_args()
+    if options.step:
+        print(json.dumps(measure_step(options.step, options.memory_size, options.device)))
         return
-    names = arguments.rows.split(",")
-    if unknown := [name for name in names if name not in ROWS]:
-        parser.error(f"no row {unknown[0]!r}; choose from {', '.join(ROWS)}")
-    options = Options(arguments.device, arguments.repeats, arguments.model, arguments.memory_size)
-    path = arguments.results / f"speed_{options.device}.json"
+    path = options.results / f"speed_{options.device}.json"
     measured = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else {}
-    for name in names:
+    for name in options.names:
         rows = []
         for row in ROWS[name](options):
             print(f"{row.what}: {row.result}  [{row.goal}]", file=sys.stderr, flush=True)

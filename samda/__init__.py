@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # `as` marks re-exports
     from samda.adapters import DkaConfig as DkaConfig
     from samda.adapters import FullConfig as FullConfig
     from samda.adapters import HeadConfig as HeadConfig
+    from samda.adapters import IntensityConfig as IntensityConfig
     from samda.adapters import LkaConfig as LkaConfig
     from samda.adapters import LoraConfig as LoraConfig
     from samda.adapters import NormConfig as NormConfig
@@ -60,40 +61,25 @@ try:
 except (ImportError, KeyError, OSError):  # a user id without a name, as in containers: PyTorch cannot be imported
     os.environ["USER"] = str(os.getuid()) if hasattr(os, "getuid") else "user"
 
-_PLACES = {
-    "samda.model": ("Model", "load"),
-    "samda.training": ("train",),
-    "samda.inference": ("Predictor", "VolumeInferer", "evaluate", "predict_folder"),
-    "samda.adaptation": ("Adaptation",),
-    "samda.models": ("load_model", "save_model"),
-    "samda.models.export": ("export_model",),
-    "samda.networks.segmenter": ("SamSegmenter",),
-    "samda.networks.weights": ("fetch_weights",),
-    "samda.adapters": (
-        "ADAPTERS",
-        "attach",
-        "build_configs",
-        "count_parameters",
-        "detach",
-        "disabled",
-        "merge",
-        "unmerge",
-        "BottleneckConfig",
-        "DecoderConfig",
-        "DkaConfig",
-        "FullConfig",
-        "HeadConfig",
-        "LkaConfig",
-        "LoraConfig",
-        "NormConfig",
-        "SaltConfig",
-        "SamDaConfig",
-        "SsfConfig",
-    ),
-    "samda.data": ("find_cases",),
-    "samda.task": ("Task",),
-    "samda.examples": ("fetch_examples",),
-    "samda.errors": ("AdapterError", "InputError", "SamdaError", "UsageError", "WeightsError"),
+_PLACES = {  # module -> its public names
+    module: names.split()
+    for module, names in {
+        "samda.model": "Model load",
+        "samda.training": "train",
+        "samda.inference": "Predictor VolumeInferer evaluate predict_folder",
+        "samda.adaptation": "Adaptation",
+        "samda.models": "load_model save_model",
+        "samda.models.export": "export_model",
+        "samda.networks.segmenter": "SamSegmenter",
+        "samda.networks.weights": "fetch_weights",
+        "samda.adapters": "ADAPTERS attach build_configs count_parameters detach disabled merge unmerge "
+        "BottleneckConfig DecoderConfig DkaConfig FullConfig HeadConfig IntensityConfig LkaConfig LoraConfig "
+        "NormConfig SaltConfig SamDaConfig SsfConfig",
+        "samda.data": "find_cases",
+        "samda.task": "Task",
+        "samda.examples": "fetch_examples",
+        "samda.errors": "AdapterError InputError SamdaError UsageError WeightsError",
+    }.items()
 }
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
 

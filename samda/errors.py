@@ -156,4 +156,4 @@ def log_failed(case: str, error: BaseException) -> str:
 def reason_of(error: BaseException) -> str:
     """One-line reason of a failure: the samda error in the chain of `error`, else type and message."""
     known = cause_of(error) or disk_trouble(error)
-    return one_line(known) if known else one_line(f"unexpected {type(error).__name__}: {error}")
+    return one_line(known) if known else f"unexpected {type(error).__name__}: {one_line(error)}"

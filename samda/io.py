@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
-import hashlib
 import io
 import itertools
 import json
@@ -30,6 +29,7 @@ from typing import Any
 import yaml
 
 from samda.errors import InputError, UsageError, WeightsError, printable
+from samda.output import file_sha256 as file_sha256
 from samda.output import output_of, remove
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -92,7 +92,6 @@ def _hidden(path: Path) -> Path:
 
 
 def copy_file(source: str | Path, path: str | Path) -> None:
-    """Copy the content of a file."""
     with replacing(path) as temporary:
         shutil.copyfile(source, temporary)
 
@@ -326,12 +325,6 @@ def cache_dir() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "samda"
     except RuntimeError as error:  # containers run under user ids without a name and a home
         raise UsageError("this user has no home folder for downloads; set SAMDA_CACHE to a folder") from error
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_sha256(path: Path, expected: str, found: str | None = None) -> None:

@@ -77,10 +77,10 @@ class OutputFolder:
         if name not in self._lines:
             self._lines = self._read()  # another process may have written it
         known = self._lines.get(name, set())
-        own = None in known or (bool(known) and _sha256(path) in known)
+        own = None in known or (bool(known) and file_sha256(path) in known)
         if not own and known:
             self._lines = self._read()
-            own = _sha256(path) in self._lines.get(name, set())
+            own = file_sha256(path) in self._lines.get(name, set())
         if own:
             self._states[path] = state
         return own
@@ -107,7 +107,7 @@ class OutputFolder:
     def note(self, path: Path, content: Path | None) -> None:
         """Append the line of `path`, which is about to receive `content`; None makes it own with any content."""
         name = (path.parent.resolve() / path.name).relative_to(self.place).as_posix()
-        entry = {"file": name, "sha256": None if content is None else _sha256(content)}
+        entry = {"file": name, "sha256": None if content is None else file_sha256(content)}
         self.manifest.parent.mkdir(exist_ok=True)
         with self.manifest.open("a", encoding="utf-8") as file:
             file.write(f"\n{json.dumps(entry)}")  # the line break first: the line before may be cut short
@@ -297,6 +297,7 @@ def _state(path: Path) -> tuple[int, int]:
     return about.st_size, about.st_mtime_ns
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

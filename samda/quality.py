@@ -33,15 +33,7 @@ from samda.networks.head import IMAGE, Pyramid, map_levels
 from samda.networks.pyramid_head import PyramidHead
 from samda.networks.segmenter import SamSegmenter
 from samda.source_statistics import FEATURES as SHAPES
-from samda.source_statistics import (
-    LEAST_VARIANCE,
-    ClassFeatures,
-    Sums,
-    added,
-    body_boxes,
-    level_sums,
-    shape_features,
-)
+from samda.source_statistics import LEAST_VARIANCE, ClassFeatures, Sums, added, body_boxes, level_sums, shape_features
 from samda.task import Task
 
 # of a score: least width of the fall-off, as one patient's slices do not show how far patients differ

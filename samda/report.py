@@ -150,14 +150,20 @@ def pictures(columns: Mapping[str, np.ndarray], caption: str = "") -> str:
 
 def curve(history: Sequence[Mapping[str, Any]], keys: Sequence[str], x: str = "epoch", caption: str = "") -> str:
     """A curve over `x` for each key of rows such as {"epoch": 1, "loss": 0.9}; missing values are skipped."""
-    figure, panels = _panels(len(keys), 4.2, 3.0)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(keys), 3.0), layout="constrained")
+    panels = figure.subplots(1, len(keys), squeeze=False)[0]
     for axes, key in zip(panels, keys, strict=True):
         points = [(row[x], row[key]) for row in history if not _missing(row.get(key))]
         axes.plot([p[0] for p in points], [p[1] for p in points], marker=".", color="#0072b2")
         axes.set_xlabel(_literal(x))
         axes.set_ylabel(_literal(key))
         axes.grid(alpha=0.3)
-    return _figure(figure, f"{', '.join(keys)} by {x}", caption)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=110, metadata={"Software": None})
+    shown = _image(data.getvalue(), f"{', '.join(keys)} by {x}")
+    return f"<figure>{shown}{_below(caption)}</figure>"
 
 
 def scan_slices(
@@ -200,20 +206,6 @@ def pick_slices(labels: np.ndarray, count: int = 3) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
-
-
-def _panels(count: int, width: float, height: float) -> tuple[Any, Any]:
-    """A figure of `count` panels in a row, each of this size in inches, and the panels."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * count, height), layout="constrained")
-    return figure, figure.subplots(1, count, squeeze=False)[0]
-
-
-def _figure(figure: Any, description: str, caption: str) -> str:
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110, metadata={"Software": None})
-    return f"<figure>{_image(data.getvalue(), description)}{_below(caption)}</figure>"
 
 
 def _png(colors: np.ndarray) -> bytes:

@@ -15,17 +15,10 @@ from typing import Any
 import yaml
 
 from samda.errors import UsageError, from_mapping, nearest, one_line, printable
-from samda.io import load_yaml
+from samda.io import load_yaml, plain
 
 LARGEST_IMAGE = 4096  # pixels; limits the memory of a slice
-LATER = (
-    "axes",
-    "codes",
-    "context",
-    "keep_largest",
-    "mirror",
-    "picture_size",
-)  # keys that the first version did not have
+LATER = ("axes", "codes", "context", "keep_largest", "mirror", "picture_size")  # keys that samda 0.1 did not have
 NAMED, LAST_NAMED = 1 << 16, 1 << 20  # ids that stand for names, see `name_id`
 CODE_LENGTHS = (16, 16, 64)  # characters of value, scheme and meaning of a code in DICOM
 SIDES = {"left": "right", "right": "left", "l": "r", "r": "l"}  # words of a class's name -> those of its mirror image
@@ -169,10 +162,7 @@ class Task:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-        for key in ("labels", "codes"):
-            own = getattr(self, key)
-            values[key] = None if own is None else {k: list(v) for k, v in own.items()}
+        values = plain(dataclasses.asdict(self))
         for key in LATER:  # omitted if unused, as in files of older models
             if values[key] == getattr(Task, key):
                 del values[key]

@@ -25,31 +25,28 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from ..timing import names_of
 from .apart import NotRun
 from .page import write_pages
-from .results import missing, store
-from .runs import PARTS, measure
+from .runs import PARTS, measure, missing, store
 
 
 def main() -> None:
     """Measure what is missing, then write the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="the data sets; not needed for demo, fields, peft")
-    parser.add_argument("--parts", default=",".join(PARTS), help="with commas between; default %(default)s")
+    every = ",".join(PARTS)
+    parser.add_argument("--parts", type=names_of(PARTS), default=every, metavar="NAMES", help="default %(default)s")
     parser.add_argument(
         "--minutes", type=float, default=120, metavar="N", help="after which a part begins no run; default %(default)s"
     )
     parser.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N", help="default: one per core")
     parser.add_argument("--page", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
-    parts = arguments.parts.split(",")
-    for part in parts:
-        if part not in PARTS:
-            parser.error(f"there is no part {part!r}; choose from {', '.join(PARTS)}")
     if arguments.data is not None and not arguments.data.is_dir():
         parser.error(f"there is no folder {arguments.data}")
     one = functools.partial(measure, root=arguments.data)
-    chosen = [] if arguments.page else parts
+    chosen = [] if arguments.page else arguments.parts
     failed = sum(complete(part, arguments.minutes, arguments.processes, one) for part in chosen)
     write_pages()
     if failed:

@@ -7,7 +7,6 @@ held-out cases with all of them, by the commands that a user has.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from samda.io import write_json
 from samda.task import Task
 
 from ..timing import markdown
-from .apart import run_there
 from .datasets import ALL, DATASETS, split, write_list
-from .methods import CPU_CLOCK
+from .methods import samda_predict, samda_train
 
 BUDGET = 30  # CPU seconds of a training
 STEPS = 150  # of the trainings that are counted in steps
@@ -29,16 +27,14 @@ FEW = 3  # labeled pictures of the new site
 LEARNED = "aorta"
 
 Row = dict[str, Any]
-Scores = dict[str, float]  # class -> mean Dice of the held-out cases
 
 
 def growths() -> list[Row]:
-    """The runs, see the functions below."""
     return [{"growth": name, "budget": BUDGET, "steps": STEPS, "seed": 0} for name in GROWTHS]
 
 
 def grow(run: Row, root: Path | None, folder: Path) -> Row:
-    """{"scores": model -> class -> Dice, ...} of a run."""
+    """{"scores": model -> class -> mean Dice of the held-out cases, ...} of a run."""
     return GROWTHS[run["growth"]](root, folder)
 
 
@@ -54,7 +50,7 @@ def new_class(root: Path | None, folder: Path) -> Row:
     _train(listing, folder / "parent", anterior)
     _train(listing, folder / "child", child, "--from", folder / "parent")
     _train(listing, folder / "joint", joint)
-    return {"scores": {name: _score(folder / name, listing, joint, folder) for name in ("parent", "child", "joint")}}
+    return _scores(folder, listing, joint)
 
 
 def more_patients(root: Path | None, folder: Path) -> Row:
@@ -67,7 +63,7 @@ def more_patients(root: Path | None, folder: Path) -> Row:
     _train(small, folder / "parent", task, "--steps", STEPS)
     _train(listing, folder / "child", None, "--from", folder / "parent", "--steps", STEPS // 2)
     _train(listing, folder / "joint", task, "--steps", STEPS)
-    return {"scores": {name: _score(folder / name, listing, task, folder) for name in ("parent", "child", "joint")}}
+    return _scores(folder, listing, task)
 
 
 def new_site(root: Path | None, folder: Path) -> Row:
@@ -82,7 +78,7 @@ def new_site(root: Path | None, folder: Path) -> Row:
     _train(source, folder / "parent", task)
     _train(listing, folder / "child", None, "--from", folder / "parent")
     _train(listing, folder / "alone", task)
-    return {"scores": {name: _score(folder / name, listing, task, folder) for name in ("parent", "child", "alone")}}
+    return _scores(folder, listing, task, "alone")
 
 
 def exact_class(root: Path | None, folder: Path) -> Row:
@@ -108,9 +104,7 @@ def exact_class(root: Path | None, folder: Path) -> Row:
     _train(listing, folder / "parent", parent)
     _train(listing, folder / "child", child, "--from", folder / "parent", "--keep-classes", "exact")
     _train(listing, folder / "joint", joint)
-    row: Row = {
-        "scores": {name: _score(folder / name, listing, joint, folder) for name in ("parent", "child", "joint")}
-    }
+    row = _scores(folder, listing, joint)
     networks = [load_model(folder / name)[0] for name in ("parent", "child")]
     images = torch.rand(4, 1, 128, 128, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -171,22 +165,20 @@ def _write_task(path: Path, values: Mapping[str, Any]) -> Path:
 
 
 def _train(listing: Path, model: Path, task: Path | None, *further: Any) -> None:
-    words = ["-d", listing, "-o", model, *([] if task is None else ["--task", task]), *further]
-    if "--steps" not in further:
-        words += ["--minutes", BUDGET / 60]
-    words += ["--device", "cpu", "--tracking", "none", "--quiet"]
-    run_there([sys.executable, "-c", CPU_CLOCK, "train", *words], timeout=None)
+    until = [] if "--steps" in further else ["--minutes", BUDGET / 60]
+    samda_train("-d", listing, "-o", model, *([] if task is None else ["--task", task]), *further, *until)
 
 
-def _score(model: Path, listing: Path, task: Path, folder: Path) -> Scores:
-    """Class -> mean Dice of the test cases; of the classes that the model has."""
+def _scores(folder: Path, listing: Path, task: Path, compared: str = "joint") -> Row:
+    """{"scores": model -> class -> mean Dice of the test cases} for the classes that a model has."""
     from samda.adapters.adapter_file import read_adapters
     from samda.inference.evaluate import evaluate
 
-    target = folder / "predictions" / model.name
-    words = ["-m", model, "-i", listing, "-o", target, "--quiet", "--device", "cpu"]
-    run_there([sys.executable, "-m", "samda", "predict", *words], timeout=None)
-    known = read_adapters(model).task["classes"]
-    found = evaluate(target, listing, Task.from_file(task), section="test")
-    classes = found.summary()["classes"]
-    return {name: round(classes[name]["dice"]["mean"], 4) for name in known[1:] if classes[name]["dice"]["n"]}
+    scores = {}
+    for name in ("parent", "child", compared):
+        target = folder / "predictions" / name
+        samda_predict(folder / name, listing, target)
+        classes = evaluate(target, listing, Task.from_file(task), section="test").summary()["classes"]
+        dice = {known: classes[known]["dice"] for known in read_adapters(folder / name).task["classes"][1:]}
+        scores[name] = {known: round(entry["mean"], 4) for known, entry in dice.items() if entry["n"]}
+    return {"scores": scores}

@@ -100,18 +100,7 @@ def train_and_predict(
         return train_nnunet(lists, folder, classes, budget, seed, configuration=name.split()[-1])
     row = train_samda((METHODS | ABLATIONS)[name], lists[0], folder, budget, seed)
     for file in lists:
-        words = [
-            "-m",
-            folder / "model",
-            "-i",
-            file,
-            "-o",
-            folder / "predictions" / file.stem,
-            "--quiet",
-            "--device",
-            "cpu",
-        ]
-        run_there([sys.executable, "-m", "samda", "predict", *words], timeout=None)
+        samda_predict(folder / "model", file, folder / "predictions" / file.stem)
     return row
 
 
@@ -124,9 +113,8 @@ def train_samda(method: Method, data: Path, folder: Path, budget: int, seed: int
     words = ["-d", data, "-o", folder / "model", "--adapter", adapters, "--seed", seed, "--minutes", budget / 60]
     for key, value in method.settings.items():
         words += ["--set", f"{key}={value}"]
-    words += ["--device", "cpu", "--tracking", "none", "--quiet", "--json"]
     before = _cpu_seconds_of_children()
-    result = json.loads(run_there([sys.executable, "-c", CPU_CLOCK, "train", *words], timeout=None))
+    result = json.loads(samda_train(*words))
     spent = _cpu_seconds_of_children() - before
     counts = result["parameters"]
     return {
@@ -134,6 +122,18 @@ def train_samda(method: Method, data: Path, folder: Path, budget: int, seed: int
         "parameters": counts["trainable"],
         "without_head": counts["trainable"] - counts["head"],
     }
+
+
+def samda_train(*words: Any) -> str:
+    """`samda train`, whose minutes are of CPU time; returns its JSON."""
+    further = ("--device", "cpu", "--tracking", "none", "--quiet", "--json")
+    return run_there([sys.executable, "-c", CPU_CLOCK, "train", *words, *further], timeout=None)
+
+
+def samda_predict(model: Path, data: Path, output: Path) -> None:
+    """`samda predict` of the test cases of a data list."""
+    words = ["-m", model, "-i", data, "-o", output, "--quiet", "--device", "cpu"]
+    run_there([sys.executable, "-m", "samda", "predict", *words], timeout=None)
 
 
 def _cpu_seconds_of_children() -> float:

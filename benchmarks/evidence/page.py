@@ -21,8 +21,7 @@ from ..timing import fill, markdown
 from . import growth, tables
 from .datasets import ALL, DATASETS, SPLITS
 from .methods import METHODS
-from .results import missing, read
-from .runs import LONG, PARTS, SHORT, planned
+from .runs import LONG, PARTS, SHORT, missing, planned, read
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = {name: DOCS / f"{name}.md" for name in ("evidence", "adapters")}
@@ -35,7 +34,6 @@ Row = dict[str, Any]
 
 
 def write_pages() -> None:
-    """The pages and figures, made anew."""
     _draw_labels(trained(), FIGURES["labels"])
     _draw_fields(fields(), FIGURES["fields"])
     for name, page in PAGES.items():
@@ -43,7 +41,6 @@ def write_pages() -> None:
 
 
 def filled(name: str, text: str) -> str:
-    """A page with its tables made anew."""
     return fill(text, blocks(name))
 
 
@@ -59,7 +56,6 @@ def fields() -> list[Row]:
 
 
 def blocks(name: str) -> dict[str, str]:
-    """Every table of a page by its name."""
     rows = {data: read(data) for data in SPLITS}
     ours = {data: [row for row in found if row["method"] in METHODS] for data, found in rows.items()}
     if name == "adapters":
@@ -83,7 +79,6 @@ def blocks(name: str) -> dict[str, str]:
 
 
 def _goals(rows: dict[str, list[Row]]) -> str:
-    """Each goal with the value that was reached."""
     lines = []
 
     def ahead(data: str, count: int, least: float) -> None:

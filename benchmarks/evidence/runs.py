@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: the runs of each part, each a dict of what tells it from others, and how one of them is done."""
+"""What is measured: the runs of each part, each a dict of what tells it from others, and how one of them is done.
+
+Results are kept in a JSON file a part, a line a row; a row belongs to the planned run whose entries it repeats.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from filelock import FileLock
+
+from samda import evaluate, load_model
+from samda.data import find_cases
+from samda.inference import body_slices
+from samda.io import cache_dir, write_text
 from samda.task import Task
 
-from .adaptation import real_targets, site_targets
+from . import fields, peft_lora
+from .adaptation import adapt, measure_site, real_targets, site_targets
 from .apart import run_there
 from .datasets import ALL, DATASETS, SPLITS, split, write_list
-from .fields import NETWORKS
 from .growth import grow, growths
 from .methods import ABLATIONS, ENCODER, METHODS, rivals_of, train_and_predict
 
+RESULTS = Path(__file__).parents[1] / "results" / "evidence"
 SHORT, LONG = 300, 1800  # CPU seconds
 SEEDS, DEMO_SEEDS = 3, 5
 BASELINE = "pyramid"  # what adapters are compared with
@@ -49,7 +60,7 @@ def _setup(run: Run) -> str:
     settings = [
         DATASETS.get(run.get("data", "")),
         (METHODS | ABLATIONS).get(name, name),
-        NETWORKS.get(run.get("network")),
+        fields.NETWORKS.get(run.get("network")),
     ]
     if run.get("data") in SPLITS:
         settings.append(SPLITS[run["data"]])
@@ -92,10 +103,39 @@ PARTS: dict[str, Callable[[], list[Run]]] = {
     "ablations": _ablations,
     "adaptation": real_targets,
     "shifts": site_targets,
-    "fields": lambda: [{"network": name} for name in NETWORKS],
+    "fields": lambda: [{"network": name} for name in fields.NETWORKS],
     "growth": growths,
     "peft": lambda: [{"compared": "LoRA of peft and of samda"}],
 }
+
+
+def stored(part: str) -> list[Run]:
+    """All rows that are kept, those of other settings included."""
+    file = RESULTS / f"{part}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def read(part: str) -> list[Run]:
+    """The rows of the planned runs that are there, in the order of the plan."""
+    rows = stored(part)
+    return [row for run in planned(part) for row in rows if run.items() <= row.items()]
+
+
+def missing(part: str) -> list[Run]:
+    """The planned runs without a row; one that could not run is tried again."""
+    rows = [row for row in stored(part) if "not_run" not in row]
+    return [run for run in planned(part) if not any(run.items() <= row.items() for row in rows)]
+
+
+def store(part: str, row: Run) -> None:
+    """Add a row to what is kept now, perhaps by another command, in place of an older one of the same run."""
+    keys = {key for run in planned(part)[:1] for key in run} - {"setup"}
+    lock = cache_dir() / "evidence" / f"{part}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        kept = [other for other in stored(part) if any(other.get(key) != row.get(key) for key in keys)]
+        lines = ",\n".join(json.dumps(one, sort_keys=False) for one in [*kept, row])
+        write_text(RESULTS / f"{part}.json", f"[\n{lines}\n]\n")
 
 
 def measure(run: Run, root: Path | None) -> Run:
@@ -109,41 +149,29 @@ def measure(run: Run, root: Path | None) -> Run:
         NotRun: a program cannot run here.
         FileNotFoundError: `root` lacks the data set, or is None.
     """
-    import torch
-
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="samda-evidence-") as folder:
-        if "data" in run:
-            if root is None:
-                raise FileNotFoundError(f"{run['data']} needs --data FOLDER; docs/evidence.md names the sources")
-            row = _measure_training(run, root, Path(folder))
-            return run | row | {"processor": torch.backends.cpu.get_cpu_capability()}
-        if "demo" in run:
-            return run | _measure_demo(run["seed"], Path(folder) / "demo")
-        if "growth" in run:
-            return run | grow(run, root, Path(folder))
+    if root is None and ("data" in run or "target" in run):
+        name = run.get("data") or run["source"]
+        raise FileNotFoundError(f"{name} needs --data FOLDER; docs/evidence.md names the sources")
     if "target" in run:
-        from .adaptation import measure_site
-
-        if root is None:
-            raise FileNotFoundError(f"{run['source']} needs --data FOLDER; docs/evidence.md names the sources")
         return run | measure_site(run, root)
     if "objective" in run:
-        from .adaptation import adapt
-
         return run | adapt(run["case"], run["objective"], run["seed"])
     if "network" in run:
-        from .fields import measure_network
-
-        return run | measure_network(run["network"])
-    from .peft_lora import compare
-
-    return run | compare()
+        return run | fields.measure_network(run["network"])
+    if "compared" in run:
+        return run | peft_lora.compare()
+    with tempfile.TemporaryDirectory(prefix="samda-evidence-") as name:
+        folder = Path(name)
+        if "growth" in run:
+            return run | grow(run, root, folder)
+        if "demo" in run:
+            return run | _measure_demo(run["seed"], folder / "demo")
+        row = _measure_training(run, root, folder)
+        return run | row | {"processor": torch.backends.cpu.get_cpu_capability()}
 
 
 def _measure_training(run: Run, root: Path, folder: Path) -> Run:
-    from samda import evaluate
-
     data, lists = run["data"], []
     for name in filter(None, (data, DATASETS[data].elsewhere)):
         training, test = split(name, root, run["patients"], run["seed"])
@@ -179,14 +207,8 @@ def by_patient(cases: Mapping[str, Any], patient: Mapping[str, str], classes: tu
 
 
 def _field_of(model: Path, data: Path) -> dict[str, Any]:
-    from samda import load_model
-    from samda.data import find_cases
-    from samda.inference import body_slices
-
-    from .fields import IMAGES, measure
-
     network, task, _ = load_model(model)
-    return measure(network, body_slices(find_cases(data), task, IMAGES))
+    return fields.measure(network, body_slices(find_cases(data), task, fields.IMAGES))
 
 
 def _measure_demo(seed: int, folder: Path) -> Run:

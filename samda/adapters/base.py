@@ -23,6 +23,7 @@ import torch.nn as nn
 
 from samda.adapters.sites import Site, SiteInfo, WeightSite
 from samda.errors import AdapterError, UsageError
+from samda.io import plain
 
 Choices = Mapping[str, tuple[str | None, ...]]  # setting -> its values
 
@@ -130,8 +131,7 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: `type` and all settings."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {"type": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {"type": self.name} | plain(dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -319,8 +319,7 @@ def merge(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
 
     Raises:
         AdapterError: a named adapter cannot be merged, only some of the deltas of a site are named, or a merged weight
-        is
-            not finite. Nothing is merged.
+            is not finite. Nothing is merged.
     """
     chosen = attached_names(model, names)
     able = {path.rpartition(".")[2] for path, _, a in modules(model) if a.mergeable and a.enabled}

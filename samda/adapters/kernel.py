@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from scipy.fft import next_fast_len
 
 from samda.adapters.base import Adapter, AdapterConfig, Choices, is_int, random_linear, random_uniform
 from samda.adapters.sites import Site
@@ -181,7 +182,8 @@ def _fft(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> to
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         (height, width), (rows, cols) = x.shape[1:3], weight.shape[-2:]
-        size = (_fast_size(height + rows // 2), _fast_size(width + cols // 2))
+        # the next even lengths without prime factors above 5, which are fast for FFTs
+        size = [2 * next_fast_len((side + 1) // 2, real=True) for side in (height + rows // 2, width + cols // 2)]
         kernel = F.pad(weight[:, 0].to(wide), (0, size[1] - cols, 0, size[0] - rows))
         kernel = kernel.roll((-(rows // 2), -(cols // 2)), (1, 2))
         spectrum = torch.fft.rfft2(x.to(wide).permute(0, 3, 1, 2), s=size) * torch.fft.rfft2(kernel).conj()
@@ -189,15 +191,6 @@ def _fft(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> to
         if bias is not None:
             y = y + bias.to(wide)[:, None, None]
     return y.permute(0, 2, 3, 1).to(x.dtype)
-
-
-def _fast_size(length: int) -> int:
-    """The next even length without prime factors above 5, which is fast for FFTs."""
-    rest = length
-    for factor in (2, 3, 5):
-        while rest % factor == 0:
-            rest //= factor
-    return length if rest == 1 and length % 2 == 0 else _fast_size(length + 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -251,10 +251,7 @@ class SaltConfig(LinearAdapterConfig):
 
     name: ClassVar[str] = "salt"
     positive: ClassVar[tuple[str, ...]] = ("rank",)
-    choices: ClassVar[Choices] = {
-        "activation": ("relu", None),
-        "init": ("identity", "paper"),
-    }
+    choices: ClassVar[Choices] = {"activation": ("relu", None), "init": ("identity", "paper")}
 
     rank: int = 4  # d, of X Y; the paper uses up to 256
     r: int | float | str = "preset"  # number of scaled values, fraction of k, or "preset" (k - 8; 50 in the MLP)

@@ -35,9 +35,8 @@ SETTINGS = tuple(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The fields of the adaptation's settings become options."""
-    parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="a model folder")
-    parser.add_argument("-i", "--input", type=Path, required=True, metavar="SCANS", help="a scan, a folder, a data set")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder of the results")
+    add_shared(parser, "--model", "--input")
+    add_shared(parser, "--output", metavar="OUT", help="folder of the results")
     for field in FIELDS:
         rule = field.metadata
         if "flag" in rule:
@@ -58,16 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="write only the source maps and the records")
     parser.add_argument("--keep-names", action="store_true", help="file names instead of pseudonyms in the records")
     parser.add_argument("--overwrite", action="store_true", help="reprocess finished cases")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="base weights; default: those of the training")
-    parser.add_argument("--version", metavar="NAME", help="version of the model; default: the active one")
-    parser.add_argument(
-        "--section", choices=("training", "validation", "test"), help="which cases of a data set; default test"
-    )
-    add_shared(parser, "--part", "--profile", "--quiet", "--device", "--json")
+    add_shared(parser, "--weights", "--version", "--section", "--part", "--profile", "--quiet", "--device", "--json")
 
 
 def tell(case: str, record: Mapping[str, Any]) -> None:
-    """Print the outcome of a case."""
     say(one_line(f"case {case}: {record['reason']} ({record['error'] or record['explanation']})"))
 
 

@@ -15,14 +15,12 @@ from samda.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `samda bundle`."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--path", action="store_true", help="print the path of the packaged bundle (default)")
     which.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="copy the bundle to this new folder")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run `samda bundle`."""
     from samda.io import new_folder, packaged
 
     path = packaged("bundles", "sam_segmentation")

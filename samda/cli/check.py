@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `samda check`."""
     parser.add_argument("data", type=Path, metavar="DATASET", help="data set in any layout that samda train accepts")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the suggested task to this YAML file")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
@@ -105,7 +104,6 @@ def _heading(args: argparse.Namespace, device: str, batch_size: int) -> list[str
 
 
 def _show(report: DataReport) -> None:
-    """Print facts and problems."""
     from samda.data.datalists import LAYOUTS
 
     data = report.data

@@ -21,31 +21,11 @@ from types import ModuleType
 from typing import Any, TextIO
 
 from samda.cli.options import Parser
-from samda.errors import UsageError, cause_of, disk_trouble, one_line, printable
+from samda.errors import UsageError, cause_of, disk_trouble, one_line, printable, reason_of
 from samda.version import __version__
 
-COMMANDS = {  # name -> module, in the order of the help
-    name: f"samda.cli.{name}"
-    for name in (
-        "check",
-        "train",
-        "predict",
-        "adapt",
-        "evaluate",
-        "commission",
-        "erf",
-        "site",
-        "export",
-        "pack",
-        "unpack",
-        "push",
-        "pull",
-        "info",
-        "weights",
-        "bundle",
-        "demo",
-    )
-}
+NAMES = "check train predict adapt evaluate commission erf site export pack unpack push pull info weights bundle demo"
+COMMANDS = {name: f"samda.cli.{name}" for name in NAMES.split()}  # name -> module, in the order of the help
 
 EXIT_CODES = {
     0: "success",
@@ -88,7 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> Parser:
-    """The parser with all commands."""
     parser = Parser(prog="samda", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"samda {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
@@ -120,16 +99,12 @@ def _run(argv: list[str]) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        known = cause_of(error)
-        trouble = disk_trouble(error)
-        if known is None and trouble is not None:
-            return _report(f"{name}: {one_line(trouble)}", 1, debug)
-        if known is None:
-            return _report(
-                f"{name}: unexpected {type(error).__name__}: {one_line(error)} (--debug shows where)", 1, debug
-            )
-        hint = f" (see samda {argv[0]} --help)" if name != "samda" and isinstance(known, UsageError) else ""
-        return _report(f"{name}: {one_line(known)}{hint}", 2 if isinstance(known, UsageError) else 1, debug)
+        usage, hint = isinstance(cause_of(error), UsageError), ""
+        if usage and name != "samda":
+            hint = f" (see {name} --help)"
+        elif not (cause_of(error) or disk_trouble(error)):
+            hint = " (--debug shows where)"
+        return _report(f"{name}: {reason_of(error)}{hint}", 2 if usage else 1, debug)
 
 
 @contextlib.contextmanager

@@ -79,10 +79,7 @@ SHARED: dict[str, dict[str, Any]] = {  # option -> arguments of argparse
         "metavar": "FORMATS",
         "help": "nifti, and for DICOM series dicom-seg, dicom-seg-labelmap, rtstruct, joined by commas; default nifti",
     },
-    "--part": {
-        "metavar": "I/N",
-        "help": "process part I of N, for job arrays; not needed with torchrun",
-    },
+    "--part": {"metavar": "I/N", "help": "process part I of N, for job arrays; not needed with torchrun"},
     "--report": {
         "type": Path,
         "metavar": "FILE",
@@ -200,7 +197,6 @@ def print_json(value: Any) -> None:
 def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print aligned columns: the first left-aligned, the others right-aligned."""
     cells = [list(head), *([f"{v:,}" if isinstance(v, int) else str(v) for v in row] for row in rows)]
-    rows = list(rows)
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     for row in cells:
         print(

@@ -31,7 +31,6 @@ SHOWN = 8  # doubtful cases that are named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `samda predict`."""
     add_shared(parser, "--model", "--input")
     add_shared(parser, "--output", metavar="LABELS", help="folder of the label maps")
     add_shared(parser, "--version", "--weights", "--section")
@@ -166,7 +165,6 @@ class Teller:
         self.report, self.since = report, time.perf_counter()
 
     def __call__(self, case: str, outcome: str) -> None:
-        """Report a finished case."""
         now = time.perf_counter()
         self.report.set_outcome(case, outcome, now - self.since)
         self.since = now

@@ -12,23 +12,20 @@ called "source" and never changes. A version is activated once `samda commission
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from samda.cli.options import add_shared, print_json, print_table
 from samda.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `samda site`."""
     parser.add_argument("action", choices=("list", "activate", "rollback"), help="action")
     parser.add_argument("name", nargs="?", metavar="NAME", help="version to activate")
-    parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="a model folder")
+    add_shared(parser, "--model")
     parser.add_argument("--force", action="store_true", help="activate a version without an acceptance report")
     add_shared(parser, "--json")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run `samda site`."""
     if (args.name is None) == (args.action == "activate"):
         want = "needs the name of a version" if args.name is None else "takes no name"
         raise UsageError(f"{args.action} {want}")
@@ -49,7 +46,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def show(args: argparse.Namespace) -> None:
-    """Print the versions of a model."""
     from samda.adaptation.site import describe_versions
     from samda.models.versions import active_version
 

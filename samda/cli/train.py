@@ -23,12 +23,24 @@ from samda.cli.run_report import RunReport
 from samda.errors import UsageError
 from samda.processes import launched
 
-# keys with an option of their own
-OVERRIDES = ("weights", "head", "minutes", "steps", "epochs", "batch_size", "learning_rate", "fold", "seed")
+OVERRIDES: dict[str, dict[str, Any]] = {  # keys of train.json with an option of their own -> arguments of argparse
+    "weights": {"type": Path, "metavar": "FILE", "help": "base weights; default: published weights, downloaded once"},
+    "head": {"choices": ("pyramid", "sam"), "help": "class head; default pyramid"},
+    "minutes": {"type": float, "metavar": "N", "help": "wall time of the whole training; instead of steps"},
+    "steps": {"type": positive, "metavar": "N", "help": "gradient steps; default 3000"},
+    "epochs": {"type": positive, "metavar": "N", "help": "passes over the training slices, instead"},
+    "batch_size": {"type": positive, "metavar": "N", "help": "slices per step"},
+    "learning_rate": {
+        "type": float,
+        "metavar": "X",
+        "help": "learning rate of adapters and baselines; for the class head: --set head_learning_rate=X",
+    },
+    "fold": {"type": int, "metavar": "K", "help": "validation fold"},
+    "seed": {"type": int, "metavar": "N", "help": "random seed"},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `samda train`."""
     parser.add_argument("-d", "--data", type=Path, required=True, metavar="DATASET", help="labeled scans")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL", help="model folder to write")
     parser.add_argument(
@@ -44,9 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backbone", metavar="NAME", help="vit_t, vit_b, vit_l or vit_h; default vit_t")
     parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="base weights; default: published weights, downloaded once"
-    )
-    parser.add_argument(
         "--from",
         dest="parent",
         type=Path,
@@ -58,19 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("exact",),
         help="exact: freeze the model of --from, new classes get parameters of their own",
     )
-    parser.add_argument("--head", choices=("pyramid", "sam"), help="class head; default pyramid")
-    parser.add_argument("--minutes", type=float, metavar="N", help="wall time of the whole training; instead of steps")
-    parser.add_argument("--steps", type=positive, metavar="N", help="gradient steps; default 3000")
-    parser.add_argument("--epochs", type=positive, metavar="N", help="passes over the training slices, instead")
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="slices per step")
-    parser.add_argument(
-        "--learning-rate",
-        type=float,
-        metavar="X",
-        help="learning rate of adapters and baselines; for the class head: --set head_learning_rate=X",
-    )
-    parser.add_argument("--fold", type=int, metavar="K", help="validation fold")
-    parser.add_argument("--seed", type=int, metavar="N", help="random seed")
+    for key, settings in OVERRIDES.items():
+        parser.add_argument(f"--{key.replace('_', '-')}", **settings)
     parser.add_argument(
         "--set",
         action="append",
@@ -91,7 +89,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run `samda train`."""
     run_report, out = RunReport(args, "train"), args.output.resolve()
     if args.report is not None and args.report.resolve() in (out, *out.parents):  # outside of the report
         raise UsageError(f"--report {args.report} contains the model folder; give another file")
@@ -146,7 +143,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def add_inputs(report: RunReport, dataset: Path) -> None:
-    """The files of the labeled cases."""
     from samda.data.datalists import read_datalist
 
     for cases in read_datalist(dataset).cases.values():

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch.nn as nn
 
 from samda.errors import UsageError, from_mapping, nearest
+from samda.io import plain
 from samda.networks.head import EMBEDDING, Level
 from samda.networks.tiny_vit import TinyViT
 from samda.networks.vit import ImageEncoderViT
@@ -60,8 +61,7 @@ class BackboneConfig(ABC):
         """The name of a known backbone, else plain values from which :func:`backbone_config` builds it again."""
         if BACKBONES.get(self.name) == self:
             return self.name
-        values = {key: list(value) if isinstance(value, tuple) else value for key, value in self.sizes().items()}
-        return {"type": self.type, "name": self.name} | values
+        return {"type": self.type, "name": self.name} | plain(self.sizes())
 
 
 @dataclasses.dataclass(frozen=True)

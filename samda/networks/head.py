@@ -27,6 +27,7 @@ import torch
 import torch.nn as nn
 
 from samda.errors import UsageError
+from samda.io import plain
 
 IMAGE, EMBEDDING, UPSCALED = "image", "embedding", "upscaled"
 TOKENS = "tokens"  # (B, K, C) of SAM's decoder, beside the level `upscaled`
@@ -124,5 +125,4 @@ class ClassHeadConfig(ABC):
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: `type` and every setting."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {"type": self.type} | {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+        return {"type": self.type} | plain(dataclasses.asdict(self))

@@ -1,19 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faster forms of operations, with the same results.
+"""Faster forms of operations, with the same results; and :func:`computes_bf16`, where bfloat16 is faster.
 
-* :func:`gelu` in place: a second large tensor costs more to allocate than to fill.
-* :func:`window_attention`: attention within the windows of a grid, of which the last ones are partly padding. Padding
-  tokens share one key k0 and one value v0. For a query q with bias b_j to padding token j they contribute
+Attention within the windows of a grid, of which the last ones are partly padding (:func:`window_attention`): padding
+tokens share one key k0 and one value v0. For a query q with bias b_j to padding token j they contribute
 
-      sum_j exp(q . k0 + b_j)  =  exp(q . k0 + log sum_j exp(b_j))
+    sum_j exp(q . k0 + b_j)  =  exp(q . k0 + log sum_j exp(b_j))
 
-  to the softmax, so a single token with the logarithm as its bias replaces all of them. On a 16 x 16 grid with windows
-  of 14, which pad to 28 x 28, a quarter of the products remains.
-* :func:`upsample`: bilinear interpolation, in the form whose gradient is the faster one.
-* :class:`ConvNorm`: a batch norm in evaluation is a scale and a shift per channel, folded into the convolution
-  before it. A 1 x 1 convolution of channels-last maps is a linear layer, for which CPUs have better kernels.
-
-:func:`computes_bf16` tells where bfloat16 is faster; its results are close, not the same.
+to the softmax, so a single token with the logarithm as its bias replaces all of them. On a 16 x 16 grid with windows
+of 14, which pad to 28 x 28, a quarter of the products remains.
 """
 
 from __future__ import annotations
@@ -40,7 +34,9 @@ def computes_bf16(device: torch.device | str) -> bool:
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
-    """GELU of a tensor that the caller gives away: without gradients the result takes its memory."""
+    """GELU of a tensor that the caller gives away: without gradients the result takes its memory, as a second large
+    tensor costs more to allocate than to fill.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.gelu(x)
     return torch.ops.aten.gelu_(x)
@@ -144,7 +140,11 @@ def _matrix(size: int, factor: int) -> torch.Tensor:
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias and the batch norm after it as one; `kernel` // 2 pixels of padding."""
+    """A convolution without bias and the batch norm after it as one; `kernel` // 2 pixels of padding.
+
+    In evaluation, scale and shift of the norm are folded into the convolution. A 1 x 1 convolution of channels-last
+    maps is a linear layer, for which CPUs have better kernels.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
         super().__init__()

@@ -33,6 +33,9 @@ SCORE_SCALE = 8.0  # logits of a closed-form score of 1
 RARE = 4.0  # logit of "none of them" in a branch that has learned nothing
 LINEAR_RATE = 0.05  # the linear path learns so much more slowly than the rest: its start is good
 
+Maps = Sequence[torch.Tensor]  # (B, C, h, w), one of each level, fine to coarse
+Size = tuple[int, ...]  # rows, columns
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PyramidHeadConfig(ClassHeadConfig):
@@ -156,7 +159,7 @@ class PyramidHead(ClassHead):
         parts: tuple[Any, ...] = (self, *self.branches)
         return _joined([part._logits(pyramid, levels, self.sites) for part in parts])
 
-    def _logits(self, pyramid: Pyramid, levels: Sequence[torch.Tensor], sites: Iterable[Any]) -> torch.Tensor:
+    def _logits(self, pyramid: Pyramid, levels: Maps, sites: Iterable[Any]) -> torch.Tensor:
         """The logits of this head or branch from standardized levels."""
         image = pyramid[IMAGE]
         s16, s8, s4, s2 = ((image.shape[-2] // s, image.shape[-1] // s) for s in (16, 8, 4, 2))
@@ -173,21 +176,12 @@ class PyramidHead(ClassHead):
         logits = self.read(self.features(x))
         return logits + self.linear_gain * self._linear(levels, s4, logits.shape[-2:], sites)
 
-    def linear_logits(
-        self, levels: Sequence[torch.Tensor], stride4: tuple[int, int], size: tuple[int, ...] | torch.Size
-    ) -> torch.Tensor:
+    def linear_logits(self, levels: Maps, stride4: Size, size: Size) -> torch.Tensor:
         """Logits of the linear path from standardized levels, summed at stride 4, interpolated to `size`."""
         parts: tuple[Any, ...] = (self, *self.branches)
         return _joined([part._linear(levels, stride4, size, self.sites) for part in parts])
 
-    def _linear(
-        self,
-        levels: Sequence[torch.Tensor],
-        stride4: tuple[int, int],
-        size: tuple[int, ...] | torch.Size,
-        sites: Iterable[Any],
-    ) -> torch.Tensor:
-        """That of this head or branch."""
+    def _linear(self, levels: Maps, stride4: Size, size: Size, sites: Iterable[Any]) -> torch.Tensor:
         linear = self.linear_bias.view(1, -1, 1, 1)
         for part in self._each_read(self.linear, levels, sites):
             linear = linear + resize(part, stride4)
@@ -198,10 +192,7 @@ class PyramidHead(ClassHead):
         """What the stages read of the levels, fine to coarse."""
         return self.lateral4, self.lateral8, self.lateral16
 
-    def _each_read(
-        self, layers: Iterable[Any], levels: Sequence[torch.Tensor], sites: Iterable[Any]
-    ) -> list[torch.Tensor]:
-        """Each level, through its site, by its layer."""
+    def _each_read(self, layers: Iterable[Any], levels: Maps, sites: Iterable[Any]) -> list[torch.Tensor]:
         return [site.read(layer, maps) for site, layer, maps in zip(sites, layers, levels, strict=True)]
 
     @torch.no_grad()
@@ -223,13 +214,9 @@ class PyramidHead(ClassHead):
         """The encoder's levels, fine to coarse."""
         return [layer(pyramid[name]) for layer, name in zip(self.standardize, self.levels, strict=True)]
 
-    def _paths(self) -> list[tuple[Standardize, nn.Conv2d]]:
-        """The parts of the linear path of each level, fine to coarse."""
-        return list(zip(self.standardize, self.linear, strict=True))  # type: ignore[arg-type]
-
     @property
     def trained(self) -> bool:
-        return any(bool(layer.weight.any()) for layer in (self.read, *(layer for _, layer in self._paths())))
+        return any(bool(layer.weight.any()) for layer in (self.read, *self.linear))  # type: ignore[union-attr,operator]
 
     def closed_form(self, class_counts: torch.Tensor, possible: torch.Tensor | None = None) -> ClosedForm | None:
         if self.kept:
@@ -239,10 +226,11 @@ class PyramidHead(ClassHead):
     @torch.no_grad()
     def start(self, solution: RidgeSolution) -> None:
         """Begin at a solution for the levels, fine to coarse: the linear path is the solution, the stages give zero."""
-        paths = self._paths()
-        widths = [layer.in_channels for _, layer in paths]
+        layers: list[Any] = list(self.linear)
+        widths = [layer.in_channels for layer in layers]
         parts = [part.split(widths) for part in (solution.mean, solution.std, solution.weight)]
-        for (standardize, layer), mean, std, weight in zip(paths, *parts, strict=True):
+        frames: list[Any] = list(self.standardize)
+        for standardize, layer, mean, std, weight in zip(frames, layers, *parts, strict=True):
             standardize.mean.copy_(mean.view(1, -1, 1, 1))
             standardize.std.copy_(std.view(1, -1, 1, 1))
             layer.weight.copy_(weight.T[:, :, None, None] * SCORE_SCALE / LINEAR_RATE)
@@ -370,7 +358,7 @@ def project(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
 
-def resize(maps: torch.Tensor, size: tuple[int, ...] | torch.Size) -> torch.Tensor:
+def resize(maps: torch.Tensor, size: Size) -> torch.Tensor:
     """Bilinear interpolation of maps (B, C, h, w) to another grid; pixels are areas."""
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps

@@ -183,7 +183,7 @@ def test_sizes(make_segmenter: Make) -> None:
         ({"sam_da": {}}, "decoder+encoder", "no parameters in scope 'encoder'; it has: gate, decoder$"),
         ({"norm": {"where": "decoder"}}, "gate", "it has: norm$"),
         ({"head": {}}, "decoder", "it has: none"),
-        ({"sam_da": {}}, "all", "there is no scope 'all'; choose from decoder, encoder, gate, norm, ssf"),
+        ({"sam_da": {}}, "all", "there is no scope 'all'; choose from decoder, encoder, gate, intensity, norm, ssf"),
         ({"sam_da": {}}, "decoder+encodr", "there is no scope 'encodr'; did you mean 'encoder'"),
         ({"sam_da": {}}, "", "there is no scope ''"),
     ],

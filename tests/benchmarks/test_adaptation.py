@@ -8,7 +8,7 @@ import torch
 
 
 def test_shifts_keep_the_shape_and_the_range_and_grow() -> None:
-    from benchmarks.evidence.shifts import SEVERITIES, SHIFTS, shifted
+    from benchmarks.evidence.adaptation import SEVERITIES, SHIFTS, shifted
 
     volume = 0.1 + 0.8 * torch.rand(1, 24, 24, 6, generator=torch.Generator().manual_seed(0))
     for name in SHIFTS:

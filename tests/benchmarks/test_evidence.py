@@ -140,25 +140,25 @@ def test_cases_of_a_patient_are_averaged() -> None:
 
 def test_a_run_is_stored_when_it_ends_and_never_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.evidence import __main__ as main
-    from benchmarks.evidence import results, runs
+    from benchmarks.evidence import runs
 
     wanted = [{"data": "x", "seed": seed, "setup": "1"} for seed in range(3)]
     monkeypatch.setattr(runs, "planned", lambda part: wanted)
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
     monkeypatch.setenv("SAMDA_CACHE", str(tmp_path))
-    results.store("part", wanted[1] | {"dice": 0.5})
+    runs.store("part", wanted[1] | {"dice": 0.5})
     assert main.complete("part", minutes=0, processes=1, measure=root_of_seed) == 0
-    assert len(results.stored("part")) == 1, "no time, no run"
+    assert len(runs.stored("part")) == 1, "no time, no run"
     assert main.complete("part", minutes=1, processes=1, measure=root_of_seed) == 1
-    rows = results.stored("part")
+    rows = runs.stored("part")
     assert [row["seed"] for row in rows] == [1, 2], "one failed, and takes nothing with it"
     assert rows[0]["dice"] == 0.5 and rows[1]["dice"] == pytest.approx(1.0)
-    results.store("part", wanted[0] | {"not_run": "no network"})
-    assert results.missing("part") == [wanted[0]]
-    results.store("part", wanted[0] | {"dice": 0.1})
-    assert results.missing("part") == [] and len(results.stored("part")) == 3
+    runs.store("part", wanted[0] | {"not_run": "no network"})
+    assert runs.missing("part") == [wanted[0]]
+    runs.store("part", wanted[0] | {"dice": 0.1})
+    assert runs.missing("part") == [] and len(runs.stored("part")) == 3
     monkeypatch.setattr(runs, "planned", lambda part: [wanted[0] | {"setup": "2"}])
-    assert results.read("part") == [] and len(results.missing("part")) == 1, "another protocol"
+    assert runs.read("part") == [] and len(runs.missing("part")) == 1, "another protocol"
 
 
 def root_of_seed(run: dict) -> dict:

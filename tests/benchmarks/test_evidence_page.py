@@ -20,7 +20,7 @@ class Rows:
 
     def __init__(self) -> None:
         from benchmarks.evidence import page
-        from benchmarks.evidence.results import read
+        from benchmarks.evidence.runs import read
 
         self.peft = next(iter(read("peft")), None)
         self.areas = {row["network"]: row["block"]["areas"]["mass"]["0.5"] for row in read("fields")}

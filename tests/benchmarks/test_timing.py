@@ -13,14 +13,14 @@ import pytest
 @pytest.fixture
 def page() -> ModuleType:
     """The script that writes the page."""
-    from benchmarks import performance_page
+    from benchmarks import timing
 
-    return performance_page
+    return timing
 
 
 def test_the_page_shows_the_results(page: ModuleType) -> None:
     text = page.PAGE.read_text(encoding="utf-8")
-    assert page.filled(text) == text, "run python -m benchmarks.performance_page"
+    assert page.filled(text) == text, "run python -m benchmarks.timing"
 
 
 def test_every_figure_of_a_row_is_on_the_page(page: ModuleType) -> None:
