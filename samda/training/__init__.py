@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from samda.training.average import BackToTraining, ParameterAverage
 from samda.training.cases import build_task, dataset_labels, label_gaps, labeled_cases, training_cases
 from samda.training.checkpoint import Checkpoint, Resume, SaveCheckpoint
 from samda.training.config_check import check_config, check_overrides
@@ -13,7 +12,9 @@ from samda.training.finish import save_training
 from samda.training.handlers import CaseDice, Progress, RecordEpoch, TrainingRecord, ValidationProgress
 from samda.training.loss import DiceCELoss
 from samda.training.optim import (
+    BackToTraining,
     ClipGradients,
+    ParameterAverage,
     PenalizedLoss,
     build_optimizer,
     build_schedule,

@@ -24,8 +24,7 @@ from samda.progress import phase
 from samda.task import Task
 from samda.training.cases import build_task
 from samda.training.checkpoint import check_model_folder, check_resume
-from samda.training.config_check import check_config
-from samda.training.literals import decoded, literal, refuse_syntax
+from samda.training.config_check import check_config, decoded, literal, refuse_syntax
 from samda.training.parent import read_parent
 from samda.training.tracking import mlflow_settings, trackers
 

@@ -24,7 +24,7 @@ from samda.errors import UsageError, nearest
 from samda.networks.head import map_levels
 from samda.output import output_of
 from samda.processes import is_main
-from samda.report import paint
+from samda.report import paint, pick_slices
 from samda.training.handlers import TrainingRecord
 
 TRACKERS = ("tensorboard", "mlflow")
@@ -79,7 +79,7 @@ class TensorBoard(TensorBoardHandler):
     def __init__(self, record: TrainingRecord, network: nn.Module, dataset: Any, folder: str | Path) -> None:
         self.record, self.network, self.dataset, self.folder = record, network, dataset, Path(folder)
         self.slices = getattr(dataset, "slices", dataset)  # of an EmbeddingDataset
-        self.shown = _spread(self.slices.foreground.numpy(), SHOWN)
+        self.shown = pick_slices(self.slices.foreground.numpy(), SHOWN)
         self.internal_writer = True
 
     def attach(self, engine: Engine) -> None:
@@ -191,11 +191,3 @@ def mlflow_settings() -> dict[str, Any]:
 def _mlflow_name(text: str) -> str:
     """`text` with what MLflow does not allow in a name replaced."""
     return re.sub(r"[^\w\-. :/]", "_", text)
-
-
-def _spread(foreground: np.ndarray, count: int) -> list[int]:
-    """Up to `count` items, evenly over those with foreground, else over all."""
-    found = np.flatnonzero(foreground)
-    found = found if len(found) else np.arange(len(foreground))
-    count = min(count, len(found))
-    return [int(found[int((k + 0.5) * len(found) / count)]) for k in range(count)]
