@@ -63,7 +63,7 @@ class PreparedCase:
     started: str  # UTC
     seconds: dict[str, float]  # by stage
     scan: Path | SpatialImage | None = None  # file, DICOM folder or nibabel image
-    intensity: dict[str, float] = dataclasses.field(default_factory=dict)  # chosen, see samda.adaptation.intensity
+    intensity: dict[str, float] = dataclasses.field(default_factory=dict)  # chosen, see samda.adapters.intensity
 
     @property
     def grid(self) -> SliceGrid:

@@ -26,7 +26,6 @@ from nibabel.orientations import apply_orientation, io_orientation, ornt_transfo
 from nibabel.spatialimages import SpatialImage
 from torch.utils.checkpoint import checkpoint
 
-from samda.adaptation.agreement import class_agreement, foreground_entropy, mean_agreement
 from samda.adaptation.alignment import STRENGTHS, CaseAlignment, Judge
 from samda.adaptation.case import (
     AdaptedCase,
@@ -41,13 +40,24 @@ from samda.adaptation.case import (
     slice_areas,
 )
 from samda.adaptation.guard import Decision, after, before, good_enough, mean_plausibility
-from samda.adaptation.intensity import Values, search
-from samda.adaptation.loop import Merit, Trajectory, decision_of, keep_last, load, optimize, restoring
+from samda.adaptation.loop import (
+    Merit,
+    Trajectory,
+    class_agreement,
+    decision_of,
+    foreground_entropy,
+    keep_last,
+    load,
+    mean_agreement,
+    optimize,
+    restoring,
+)
 from samda.adaptation.objectives import check_settings, log_probabilities, most_likely
 from samda.adaptation.record import Outcome, case_record
 from samda.adapters.adapter_file import state_tensors
 from samda.adapters.attach import attach, check_scope, default_scope, scope_parameters
 from samda.adapters.base import changes_encoder, modules, sites, unmerge
+from samda.adapters.intensity import Values, search
 from samda.data.formats import name_of, scan_path
 from samda.data.slices import center_channels
 from samda.data.transforms import build_preprocessing
@@ -333,7 +343,8 @@ class Adaptation:
             with self._with_intensity(case):
                 return self._expected([(batch, None) for batch in batches])
 
-        found = search(judge, self.task.modality != "CT", self.margin)
+        plain = judge({})
+        found = search(lambda values: judge(values).gain_over(plain), self.task.modality != "CT", self.margin)
         case.seconds["intensities"] = time.perf_counter() - begin
         return found
 

@@ -208,7 +208,7 @@ class Default(Consistency):
     """Aligned consistency: features as the source had them, and views that agree.
 
     First comes what needs no gradient: gray values of the input that suit the model
-    (:mod:`samda.adaptation.intensity`), and levels aligned in closed form by the adapter `ssf`; then
+    (:mod:`samda.adapters.intensity`), and levels aligned in closed form by the adapter `ssf`; then
 
     L = align * A + mean (1 - soft Dice of neighboring views)
 

@@ -50,8 +50,7 @@ def run(args: argparse.Namespace) -> None:
 
 def show(args: argparse.Namespace) -> None:
     """Print the versions of a model."""
-    from samda.adaptation.site import describe_versions
-    from samda.models.versions import active_version
+    from samda.models.versions import active_version, describe_versions
 
     rows = describe_versions(args.model, active_version(args.model))
     if args.json:

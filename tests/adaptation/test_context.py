@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from samda.adaptation.agreement import class_agreement, mean_agreement
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.guard import mean_plausibility
+from samda.adaptation.loop import class_agreement, mean_agreement
 from samda.errors import UsageError
 from samda.inference.postprocessing import keep_largest, override
 from samda.inference.predict import Predictor

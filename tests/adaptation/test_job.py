@@ -21,11 +21,10 @@ from safetensors.torch import load_file
 from samda.adaptation.job import run_adaptation
 from samda.adaptation.page import look_first, mean_dice
 from samda.adaptation.settings import AdaptationSettings
-from samda.adaptation.site import describe_versions
 from samda.cli.main import main
 from samda.errors import InputError, UsageError, cause_of
 from samda.io import packaged
-from samda.models.versions import active_version, list_versions, load_version
+from samda.models.versions import active_version, describe_versions, list_versions, load_version
 from tests.adaptation.conftest import ALWAYS
 
 SETTINGS = {"method": "class_entropy", "lr": 0.02, "steps": 1, "views": 2, "slices": 2, "keep": "last", "guard": ALWAYS}
