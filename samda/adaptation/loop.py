@@ -64,6 +64,13 @@ class Trajectory:
         """Agreement, entropy and drift of the kept iterate."""
         return self.agreement[self.best_step], self.entropy[self.best_step], self.drift[self.best_step]
 
+    def agreements(self) -> list[float]:
+        """Agreement of source, kept and last iterate over the classes of all three: an organ that only the adapted
+        model finds must not lower the mean.
+        """
+        measured = [self.by_class[step] for step in (0, self.best_step, -1)]
+        return [mean_agreement(by_class, set().union(*measured)) for by_class in measured]
+
 
 @contextlib.contextmanager
 def restoring(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, torch.Tensor]]:
