@@ -382,8 +382,8 @@ def test_literal_leaves_plain_values_alone() -> None:
 OVERLAYS = sorted(packaged("configs", "adapters").glob("**/*.yaml"))
 
 
-def test_there_are_fourteen_overlays() -> None:
-    assert len(OVERLAYS) == 14
+def test_there_are_fifteen_overlays() -> None:
+    assert len(OVERLAYS) == 15
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
