@@ -251,8 +251,9 @@ class Adaptation:
         with scan_path(scan) as path, phase("preprocessing"):
             sha256 = sha256 or path_sha256(path)
             data = self.preprocessing(case | {"image": path})
-        name, seconds = str(case.get("id") or name_of(scan)), time.perf_counter() - begin
-        prepared = self._prepared(name, sha256, data, started, {"read": seconds})
+        name = str(case.get("id") or name_of(scan))
+        replay, seconds = self._replay(), {"read": time.perf_counter() - begin}
+        prepared = prepare_case(self.inferer, replay, self.settings, name, sha256, data, started, seconds)
         if isinstance(scan, SpatialImage):
             prepared.scan = scan
         return prepared
@@ -260,12 +261,11 @@ class Adaptation:
     def prepare_data(self, data: Mapping[str, Any], name: str) -> PreparedCase:
         """As :meth:`prepare`, for a case that is preprocessed already: {"image": MetaTensor (C, X, Y, Z) in [0, 1]}."""
         sha256 = sha256_of(np.asarray(data["image"].as_tensor().cpu()))
-        return self._prepared(name, sha256, dict(data), now(), {})
+        return prepare_case(self.inferer, self._replay(), self.settings, name, sha256, dict(data), now(), {})
 
-    def _prepared(self, *about: Any) -> PreparedCase:
+    def _replay(self) -> EmbeddingReplay:
         memory_mb = self.settings.memory_mb if self.embedded else None
-        replay = EmbeddingReplay(self.network, memory_mb, self.meter, self.calibration)
-        return prepare_case(self.inferer, replay, self.settings, *about)
+        return EmbeddingReplay(self.network, memory_mb, self.meter, self.calibration)
 
     def judge_source(self, case: PreparedCase) -> Outcome:
         """Evidence of the source prediction, and the decision where there is a reason not to adapt at all.

@@ -101,7 +101,6 @@ def adapt_folder(
     """Adapt to every case; finished ones are skipped, so an interrupted run continues where it stopped.
 
     Args:
-        adaptation: the adaptation.
         cases: of :func:`samda.data.datalists.find_cases`; labels in them are not read.
         output: folder of the results.
         report: file of the records; None takes `output`/run.jsonl.

@@ -46,6 +46,8 @@ from samda.models.versions import (
 from samda.processes import Shard, exchange, is_main, rank_and_world
 from samda.provenance import now, versions
 
+FEWEST = 3  # cases behind a site version
+
 logger = logging.getLogger(__name__)
 
 
@@ -71,7 +73,6 @@ def run_adaptation(
     """Adapt a trained model to scans; everything `samda adapt` does.
 
     Args:
-        model: a model folder.
         inputs, section: see :func:`samda.data.datalists.find_cases`.
         output, report, dry_run, keep_names, overwrite, on_case, formats: of
             :func:`samda.adaptation.folder.adapt_folder`.
@@ -82,7 +83,6 @@ def run_adaptation(
         version: of the model; None takes the active one.
         part: the cases of this process; None takes all. Page, scores and site version come from the process that finds
             the cases of all parts finished.
-        device: torch device.
 
     Returns:
         {"output", "page", "version", "counts", "cases", "failed", "dice", "site", "part"}, plain values; "page" is None
@@ -122,7 +122,7 @@ def run_adaptation(
         if whole is not None:
             scores = score_run(whole, labels, task) if labels is not None and not dry_run else None
             if scores is not None:
-                facts["dice"] = {case: mean_dice(score) for case, score in scores.items()}
+                facts["dice"] = {case: tuple(map(mean_dice, both.values())) for case, both in scores.items()}
             facts["page"] = str(write_page(adaptation, whole, cases, scores=scores, keep_names=keep_names))
             if site is not None:
                 try:
@@ -136,17 +136,17 @@ def run_adaptation(
     return run.to_dict() | facts | about
 
 
-def distill(adaptation: Adaptation, model: str | Path, run: AdaptRun, name: str, min_cases: int = 3) -> dict[str, Any]:
+def distill(adaptation: Adaptation, model: str | Path, run: AdaptRun, name: str) -> dict[str, Any]:
     """Write the mean of the accepted cases' parameters as a candidate version; returns its record.
 
-    `run` must have been made by this adaptation with `keep_tensors`; InputError where fewer than `min_cases` of its
-    cases were accepted with a change.
+    `run` must have been made by this adaptation with `keep_tensors`; InputError where fewer than three of its cases
+    were accepted with a change.
     """
     chosen = {case: r for case, r in run.records.items() if "adapter" in r["output_files"]}
-    if len(chosen) < min_cases:
+    if len(chosen) < FEWEST:
         raise InputError(
             f"{len(chosen)} of {len(run.records)} cases were accepted with a change; a site version needs at least "
-            f"{min_cases}"
+            f"{FEWEST}"
         )
     # sorted, so that rounding does not depend on the order of the cases
     order = sorted(chosen, key=lambda case: (chosen[case]["input_sha256"], case))

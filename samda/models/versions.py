@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from samda.errors import InputError, UsageError, nearest
 from samda.io import parse_json, plain, regular_file, write_json
 from samda.models.folder import load_model, own_base
 from samda.networks.segmenter import SamSegmenter
+from samda.provenance import now
 from samda.task import Task
 
 SOURCE = "source"
@@ -153,7 +153,7 @@ def load_version(
 
 
 def _write(model: str | Path, stack: list[str], log: list[dict[str, str]], before: str) -> None:
-    entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "from": before, "to": stack[-1]}
+    entry = {"time": now(), "from": before, "to": stack[-1]}
     write_json(Path(model) / FOLDER / POINTER, {"stack": stack, "history": [*log, entry]})
 
 

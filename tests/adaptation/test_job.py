@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from samda.adaptation.settings import AdaptationSettings
 from samda.cli.main import main
 from samda.errors import InputError, UsageError, cause_of
 from samda.io import packaged
+from samda.metrics import ClassScores
 from samda.models.versions import active_version, describe_versions, list_versions, load_version
 from tests.adaptation.conftest import ALWAYS
 
@@ -91,8 +93,12 @@ def test_page_without_labels_and_with_names(job: Callable) -> None:
 
 
 def test_mean_dice_leaves_out_what_is_absent() -> None:
+    def scores(*dice: float) -> list[ClassScores]:
+        return [ClassScores("both", value, 0.0, 0.0, 0.0, 0.0, 0.0) for value in dice]
+
     nan = float("nan")
-    assert mean_dice({"a": (0.5, 0.7), "b": (nan, nan), "c": (1.0, nan)}) == (0.75, 0.7)
+    assert mean_dice(scores(0.5, nan, 1.0)) == 0.75 and mean_dice(scores(0.7, nan, nan)) == 0.7
+    assert math.isnan(mean_dice(scores(nan)))
 
 
 def test_cases_to_look_at_first() -> None:
