@@ -25,7 +25,7 @@ from samda.adaptation.folder import adapt_folder
 from samda.adaptation.page import Scores, mean_dice, score_maps
 from samda.data.datalists import Case, read_datalist
 from samda.data.folders import join_channels
-from samda.data.labels import MapLabelsd
+from samda.data.labels import MapLabelsd, partial_labels
 from samda.errors import InputError, SamdaError, log_failed
 from samda.expected_dice import CaseQuality
 from samda.inference.writer import label_path
@@ -82,7 +82,7 @@ def commission(
     if len(cases) < FEWEST:
         raise InputError(f"{data} has {len(cases)} labeled cases; commissioning needs at least {FEWEST} of the site")
     cases = join_channels(cases, task.in_channels)
-    mapping = MapLabelsd("label", task, datalist.labels)
+    mapping = MapLabelsd("label", task, datalist.labels, partial_labels(cases, task, datalist.labels))
     output = Path(output)
     with open_output(output, ["commission.html", "commission.json"]):
         run = adapt_folder(adaptation, cases, output / "cases", keep_names=keep_names, on_case=on_case)
@@ -120,7 +120,7 @@ def _score(
     for case in cases:
         name, final = case["id"], label_path(folder, case["id"], case["image"])
         try:
-            scores[name] = score_maps(folder, name, final, records[name], case["label"], task, mapping)
+            scores[name] = score_maps(folder, case, final, records[name], task, mapping)
         except SamdaError as error:  # a case with another grid, say, must not stop the others
             log_failed(name, error)
             failed.append(name)

@@ -16,7 +16,7 @@ import numpy as np
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.folder import AdaptRun, details_folder
 from samda.adaptation.record import CURVES
-from samda.data.datalists import Case, find_pairs
+from samda.data.datalists import Case, find_pairs, unlabeled_classes
 from samda.data.labels import MapLabelsd, partial_labels
 from samda.errors import InputError, SamdaError
 from samda.expected_dice import TRUSTED, CaseQuality
@@ -49,14 +49,17 @@ Scores = dict[str, dict[str, list[ClassScores]]]  # case -> "plain" or "adapted"
 
 
 def score_maps(
-    output: Path, case: str, final: Path, record: Mapping[str, Any], label: Any, task: Task, mapping: MapLabelsd
+    output: Path, case: Mapping[str, Any], final: Path, record: Mapping[str, Any], task: Task, mapping: MapLabelsd
 ) -> dict[str, list[ClassScores]]:
-    """Scores of the plain and the final map of a case; InputError where it has none."""
+    """Scores of the plain and the final map of a case with "id", "label" and perhaps "unlabeled"; InputError where it
+    has none.
+    """
     source = record["output_files"].get("source")
     if source is None:
         raise InputError(record["error"] or "no prediction")
-    maps = {"plain": details_folder(output, case) / source, "adapted": final}
-    return {which: score_files(path, label, task, task.nsd_tolerance, mapping) for which, path in maps.items()}
+    paths = {"plain": details_folder(output, case["id"]) / source, "adapted": final}
+    tolerance = task.nsd_tolerance
+    return {which: score_files(path, case["label"], task, tolerance, mapping, case) for which, path in paths.items()}
 
 
 def mean_dice(scores: Sequence[ClassScores]) -> float:
@@ -68,14 +71,16 @@ def mean_dice(scores: Sequence[ClassScores]) -> float:
 def score_run(run: AdaptRun, labels: str | Path, task: Task) -> Scores:
     """Scores of every case with a label; InputError where no case has one."""
     pairs, dataset_labels = find_pairs(run.output, labels)
-    mapping = MapLabelsd("label", task, dataset_labels, partial_labels([{}], task, dataset_labels))
+    lacks = unlabeled_classes(labels)
+    labeled = {case: {"id": case, "label": pairs[case][1], "unlabeled": lacks.get(case, ())} for case in pairs}
+    mapping = MapLabelsd("label", task, dataset_labels, partial_labels(labeled.values(), task, dataset_labels))
     scores: Scores = {}
-    for case, (final, label) in pairs.items():
+    for case, (final, _) in pairs.items():
         record = run.records.get(case)
         if final is None or record is None or "source" not in record["output_files"]:
             continue
         try:
-            scores[case] = score_maps(run.output, case, final, record, label, task, mapping)
+            scores[case] = score_maps(run.output, labeled[case], final, record, task, mapping)
         except SamdaError as error:  # an invalid label must not prevent the report of a finished run
             logger.error("case %s was not scored: %s", case, error)
     return scores

@@ -86,6 +86,17 @@ def test_a_label_that_does_not_fit_costs_only_its_score(job: Callable, scans: Pa
     assert list(result["dice"]) == ["case0"] and Path(result["page"]).exists()
 
 
+def test_a_class_that_a_label_lacks_is_not_scored(job: Callable, scans: Path, tmp_path: Path) -> None:
+    case = {part: str(scans / f"{part}s" / "case0.nii.gz") for part in ("image", "label")}
+    data = {"labels": {"background": 0, "liver": 1, "spleen": 2}, "training": [case]}
+    found = []
+    for lacking in ([], ["liver"], ["liver", "spleen"]):
+        case["unlabeled"] = lacking
+        (tmp_path / "data.json").write_text(json.dumps(data))
+        found.append(job(labels=tmp_path / "data.json", settings={"steps": 0, "views": 1})["dice"]["case0"][0])
+    assert found[0] != found[1] and math.isnan(found[2])
+
+
 def test_page_without_labels_and_with_names(job: Callable) -> None:
     result = job(keep_names=True, dry_run=True)
     page = Path(result["page"]).read_text("utf-8")
