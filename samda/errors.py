@@ -6,6 +6,7 @@ The command line prints the line and exits with 1 (failure) or 2 (usage error).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -143,6 +144,20 @@ def is_disk_full(error: BaseException) -> bool:
     return any(isinstance(known, OSError) and known.errno in full for known in _chain(error)) or any(
         FULL_DISK[0] in str(known) for known in _chain(error)
     )
+
+
+@contextlib.contextmanager
+def muted(names: Iterable[str], level: int = logging.ERROR) -> Iterator[None]:
+    """Within the block, these loggers of other packages show nothing below `level`."""
+    chatty = [logging.getLogger(name) for name in names]
+    levels = [other.level for other in chatty]
+    for other in chatty:
+        other.setLevel(level)
+    try:
+        yield
+    finally:
+        for other, before in zip(chatty, levels, strict=True):
+            other.setLevel(before)
 
 
 def log_failed(case: str, error: BaseException) -> str:

@@ -165,6 +165,12 @@ def check_room(folder: str | Path, needed: float) -> None:
         )
 
 
+def refuse_full(folder: Path) -> None:
+    """Refuse an output that is a file, or a folder that holds something."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UsageError(f"output {folder} exists and is not an empty folder; choose another name")
+
+
 @contextmanager
 def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A hidden folder next to `path`, renamed to `path` at the end of the block and removed on failure.

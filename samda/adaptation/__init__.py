@@ -10,15 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from samda.adaptation.engine import Adaptation, AdaptedCase
-    from samda.adaptation.folder import AdaptRun, adapt_folder
-    from samda.adaptation.guard import REASONS, Decision, Evidence, GuardSettings
-    from samda.adaptation.job import check_run, log_case, run_adaptation
-    from samda.adaptation.objectives import OBJECTIVES, Objective, build_objective, check_settings
-    from samda.adaptation.settings import AdaptationSettings
+    from samda.adaptation.case import AdaptedCase as AdaptedCase
+    from samda.adaptation.engine import Adaptation as Adaptation
 
 _PLACES = {
-    "engine": ("AdaptedCase", "Adaptation"),
+    "case": ("AdaptedCase",),
+    "engine": ("Adaptation",),
     "folder": ("AdaptRun", "adapt_folder"),
     "guard": ("REASONS", "Decision", "Evidence", "GuardSettings"),
     "job": ("check_run", "log_case", "run_adaptation"),
@@ -26,25 +23,6 @@ _PLACES = {
     "settings": ("AdaptationSettings",),
 }
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
-
-__all__ = [
-    "OBJECTIVES",
-    "REASONS",
-    "AdaptRun",
-    "Adaptation",
-    "AdaptationSettings",
-    "AdaptedCase",
-    "Decision",
-    "Evidence",
-    "GuardSettings",
-    "Objective",
-    "adapt_folder",
-    "build_objective",
-    "check_run",
-    "check_settings",
-    "log_case",
-    "run_adaptation",
-]
 
 
 def __getattr__(name: str) -> Any:

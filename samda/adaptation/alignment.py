@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from samda.adaptation.case import PreparedCase, Segmentation, slice_areas
-from samda.adaptation.guard import Evidence
-from samda.adaptation.objectives import most_likely
+from samda.adaptation.guard import Evidence, mean_plausibility
+from samda.adaptation.loop import mean_agreement
+from samda.adaptation.objectives import log_probabilities, most_likely
 from samda.errors import InputError
 from samda.quality import class_plausibility
 from samda.source_statistics import LEAST_VARIANCE, Box, FeatureTap, class_shares, class_sums, shape_features
@@ -158,6 +160,24 @@ class Judge:
         counts = slice_areas(prediction.labels, self.task.num_classes, case.grid.axes[0]).sum(1)
         volumes = {name: int(count) * voxel_ml for name, count in zip(self.task.classes[1:], counts, strict=True)}
         return Evidence(volumes, plausibility, agreement, entropy, drift, prediction.expected)
+
+    def merit(self, case: PreparedCase, absent: float, logits: torch.Tensor, by_class: Mapping[int, float]) -> float:
+        """Plausibility^2 x agreement of the chosen slices, in [0, 1]; it decides which iterates may be kept.
+
+        Either alone can mislead: views agree perfectly on one big blob, and a speck at the right position is plausible.
+        Agreement rises with every step of most objectives, so plausibility counts twice. Where slices exceed the field
+        of view, their windows are judged. With a single view it is plausibility^2.
+
+        Args:
+            case: the case.
+            absent: plausibility of a class that the prediction lacks.
+            logits: (V, m, K, h, w), the slice itself first.
+            by_class: agreement of the classes shown; a class of the task that no view shows counts 0.
+        """
+        scores = F.interpolate(logits[0], case.images.shape[-2:], mode="bilinear")
+        plausibility = self.plausibility(most_likely(log_probabilities(scores)).cpu(), case.image_boxes)
+        agreed = mean_agreement(by_class, range(1, self.task.num_classes))
+        return mean_plausibility(plausibility, absent) ** 2 * (1.0 if math.isnan(agreed) else agreed)
 
     def plausibility(self, labels: torch.Tensor, boxes: Sequence[Box]) -> dict[str, float | None]:
         """Plausibility of each foreground class in predicted slices (n, H, W), whose body lies in `boxes`."""

@@ -14,22 +14,27 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-import torch.nn as nn
+from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from nibabel.spatialimages import SpatialImage
+from torch.utils.checkpoint import checkpoint
 
-from samda.data.slices import SliceGrid
+from samda.adaptation.settings import AdaptationSettings
+from samda.data.slices import SliceGrid, center_channels
 from samda.expected_dice import Calibration, CaseQuality
 from samda.inference.dicom_out import DicomOutput
 from samda.inference.postprocessing import keep_largest
 from samda.inference.volume import VolumeInferer, largest
 from samda.inference.writer import label_image
-from samda.networks.head import IMAGE, Pyramid, cat_levels, map_levels
+from samda.networks.head import IMAGE, Pyramid, cat_levels, map_levels, split_levels
+from samda.networks.segmenter import SamSegmenter
+from samda.progress import share
 from samda.quality import QualityMeter
-from samda.source_statistics import Box
+from samda.source_statistics import Box, body_boxes
 from samda.task import Task
-from samda.views import View, apply_view
+from samda.views import View, apply_view, make_views, restore_view, seed_of
 
 LEAST_FREE = 1 << 30  # bytes of the disk that are left to others
+GRADIENT_PIXELS = 1 << 22  # pixels of the slices decoded at once with gradients: about 0.5 GB for the head `sam`
 
 Scan = str | Path | SpatialImage | Mapping[str, Any]
 
@@ -63,12 +68,25 @@ class PreparedCase:
     started: str  # UTC
     seconds: dict[str, float]  # by stage
     scan: Path | SpatialImage | None = None  # file, DICOM folder or nibabel image
-    intensity: dict[str, float] = dataclasses.field(default_factory=dict)  # chosen, see samda.adaptation.intensity
+    intensity: dict[str, float] = dataclasses.field(default_factory=dict)  # chosen, see samda.adapters.intensity
 
     @property
     def grid(self) -> SliceGrid:
         """Of the slices along the axis of the task."""
         return self.grids[0]
+
+    def shown(self, num_classes: int) -> list[int]:
+        """The chosen slices with foreground, as the slices of the source statistics had; all, if few do."""
+        areas = slice_areas(self.source.labels, num_classes, self.grid.axes[0]).sum(0)
+        shown = [place for place, index in enumerate(self.slices) if areas[index]]
+        return shown if 2 * len(shown) >= len(self.slices) else list(range(len(self.slices)))
+
+    def own_grid(self, values: np.ndarray, dtype: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """A map in RAS order in the axis order of the scan's file, and its affine; MONAI's Invertd makes two copies."""
+        image = self.data["image"]
+        affine = np.asarray(image.meta["original_affine"], float)
+        turn = ornt_transform(io_orientation(np.asarray(image.affine, float)), io_orientation(affine))
+        return np.array(apply_orientation(values, turn), dtype, order="C"), affine
 
     @functools.cached_property
     def inputs(self) -> Pyramid:
@@ -130,7 +148,7 @@ class EmbeddingReplay:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: SamSegmenter,
         memory_mb: float | None,
         meter: QualityMeter | None = None,
         calibration: Calibration | None = None,
@@ -165,7 +183,7 @@ class EmbeddingReplay:
         if kept is not None:
             kept.seek(0)
             return torch.load(kept, map_location=images.device)
-        pyramid = self.network.encode(images)  # type: ignore[operator]
+        pyramid = self.network.encode(images)
         if place == len(self.kept):
             self.kept.append(self._stored(pyramid))
         return pyramid
@@ -185,6 +203,51 @@ class EmbeddingReplay:
         except (OSError, RuntimeError):
             return None
         return file
+
+
+def prepare_case(
+    inferer: VolumeInferer,
+    replay: EmbeddingReplay,
+    settings: AdaptationSettings,
+    name: str,
+    input_sha256: str,
+    data: dict[str, Any],
+    started: str,
+    seconds: dict[str, float],
+) -> PreparedCase:
+    """Predict a preprocessed case, choose its slices and make their views; for the arguments see the result."""
+    begin = time.perf_counter()
+    task, volume, meta = inferer.task, data["image"].as_tensor(), data["image"].meta
+    grids = inferer.grids(volume, data["image"].affine)
+    grid = grids[0]
+    source = segment(inferer, volume, grids, replay)
+    seconds["predict"] = time.perf_counter() - begin
+    share(0.2)
+    areas = slice_areas(source.labels, task.num_classes, grid.axes[0])
+    slices = choose_slices(areas, source.uncertainty.sum(axis=grid.axes[1:], dtype=np.float32), settings.slices)
+    seed = seed_of(input_sha256, settings.seed)
+    views = make_views(settings.views, seed, settings.families, settings.strength, settings.flips)
+    labels = torch.from_numpy(source.labels)[None]
+    images = cut_windows(grid.inputs(volume, slices), grid.extract_labels(labels, slices), task.image_size)
+    encode = None if replay.memory_mb is None else replay.network.encode
+    return PreparedCase(
+        name=name,
+        input_sha256=input_sha256,
+        data=data,
+        grids=grids,
+        boxes=body_boxes(grid.extract(volume, range(grid.num_slices)), task),
+        replay=replay,
+        source=source,
+        slices=slices,
+        images=images,
+        image_boxes=body_boxes(center_channels(images, task), task),
+        views=views,
+        encode=lambda: encode_views(images, slices, views, encode, settings.batch_size, inferer.device),
+        seed=seed,
+        started=started,
+        seconds=seconds,
+        scan=Path(meta["filename_or_obj"]) if meta.get("filename_or_obj") else None,
+    )
 
 
 @torch.no_grad()
@@ -263,7 +326,7 @@ def encode_views(
     views: Sequence[View],
     encode: Callable[[torch.Tensor], Pyramid] | None,
     batch_size: int,
-    device: torch.device,
+    device: torch.device | str | None,
 ) -> Pyramid:
     """Every view of every chosen slice: levels (V, m, C, h, w), of the images alone where `encode` is None."""
     stacks = []
@@ -274,6 +337,40 @@ def encode_views(
         else:
             stacks.append(cat_levels([encode(part) for part in changed.split(batch_size)]))
     return map_levels(lambda *levels: torch.stack(levels), *stacks)
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewDecoder:
+    """Logits (V, m, K, h, w) of the views of a case's chosen slices at the network's present parameters."""
+
+    network: SamSegmenter
+    embedded: bool  # are the inputs of a case the levels of its views? else their images
+    batch_size: int
+    mirror: Sequence[int]  # see samda.views.restore_view
+
+    def seen(self, case: PreparedCase) -> torch.Tensor:
+        """Of the views as they are, flips not undone."""
+        chunk = self.batch_size
+        if self.embedded:  # slices in one pass with gradients
+            height, width = case.images.shape[-2:]
+            chunk = max(1, GRADIENT_PIXELS // (height * width * self.network.head.gradient_cost))
+        chunks = split_levels(map_levels(lambda level: level.flatten(0, 1), case.inputs), chunk)
+        if len(chunks) > 1 and torch.is_grad_enabled():  # bounds memory at the price of a second forward pass
+            parts = [checkpoint(self._decode, chunk, use_reentrant=False) for chunk in chunks]
+        else:
+            parts = [self._decode(chunk) for chunk in chunks]
+        return torch.cat(parts).unflatten(0, (len(case.views), len(case.slices)))
+
+    def mapped_back(self, case: PreparedCase, logits: torch.Tensor) -> torch.Tensor:
+        """What :meth:`seen` gave, flips undone."""
+        if not any(view.flip for view in case.views):
+            return logits
+        return torch.stack(
+            [restore_view(view, part, self.mirror) for view, part in zip(case.views, logits, strict=True)]
+        )
+
+    def _decode(self, inputs: Pyramid) -> torch.Tensor:
+        return self.network.decode(inputs if self.embedded else self.network.encode(inputs[IMAGE]))
 
 
 def slice_areas(labels: np.ndarray, num_classes: int, axis: int) -> np.ndarray:

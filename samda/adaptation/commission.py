@@ -21,16 +21,16 @@ from scipy.special import expit, logit
 from scipy.stats import spearmanr
 
 from samda.adaptation.engine import Adaptation
-from samda.adaptation.folder import adapt_folder, details_folder
+from samda.adaptation.folder import adapt_folder
+from samda.adaptation.page import Scores, mean_dice, score_maps
 from samda.data.datalists import Case, read_datalist
 from samda.data.folders import join_channels
-from samda.data.labels import MapLabelsd
+from samda.data.labels import MapLabelsd, partial_labels
 from samda.errors import InputError, SamdaError, log_failed
 from samda.expected_dice import CaseQuality
-from samda.inference.evaluate import score_files
 from samda.inference.writer import label_path
 from samda.io import copy_file, plain, write_json
-from samda.metrics import DEFINITIONS, ClassScores
+from samda.metrics import DEFINITIONS
 from samda.models.versions import COMMISSION, SOURCE, load_version, version_folder
 from samda.output import open_output
 from samda.provenance import now, path_sha256, versions
@@ -45,8 +45,6 @@ SURPRISE = 0.2  # error of the predicted Dice from which a case counts as an out
 TAIL = 0.05  # share of the site's cases outside its accepted range
 BOOTSTRAP = 2000
 SCORES = ("dice", "nsd", "hd95_mm")
-
-Scores = dict[str, dict[str, list[ClassScores]]]  # case -> "plain" or "adapted" -> scores of the foreground classes
 
 
 def commission(
@@ -63,12 +61,10 @@ def commission(
     """Predict, adapt and score a site's labeled cases and write the report; everything `samda commission` does.
 
     Args:
-        model: a model folder.
         data: a data set; all its labeled cases are used, at least five.
         output: folder of the report.
         version: of the model; None takes the active one.
         weights: base weights; None takes those of the training.
-        device: torch device.
         keep_names: file names instead of pseudonyms.
         settings: of :class:`samda.adaptation.settings.AdaptationSettings`.
         on_case: called with name and record of each case.
@@ -86,7 +82,7 @@ def commission(
     if len(cases) < FEWEST:
         raise InputError(f"{data} has {len(cases)} labeled cases; commissioning needs at least {FEWEST} of the site")
     cases = join_channels(cases, task.in_channels)
-    mapping = MapLabelsd("label", task, datalist.labels)
+    mapping = MapLabelsd("label", task, datalist.labels, partial_labels(cases, task, datalist.labels))
     output = Path(output)
     with open_output(output, ["commission.html", "commission.json"]):
         run = adapt_folder(adaptation, cases, output / "cases", keep_names=keep_names, on_case=on_case)
@@ -122,14 +118,9 @@ def _score(
     scores: Scores = {}
     failed = []
     for case in cases:
-        name = case["id"]
+        name, final = case["id"], label_path(folder, case["id"], case["image"])
         try:
-            source = records[name]["output_files"].get("source")
-            if source is None:
-                raise InputError(records[name]["error"] or "no prediction")
-            paths = details_folder(folder, name) / source, label_path(folder, name, case["image"])
-            both = [score_files(path, case["label"], task, task.nsd_tolerance, mapping) for path in paths]
-            scores[name] = dict(zip(("plain", "adapted"), both, strict=True))
+            scores[name] = score_maps(folder, case, final, records[name], task, mapping)
         except SamdaError as error:  # a case with another grid, say, must not stop the others
             log_failed(name, error)
             failed.append(name)
@@ -165,14 +156,9 @@ def bootstrap(values: Sequence[float]) -> dict[str, float | int]:
     return {"mean": float(known.mean()), "low": float(low), "high": float(high), "n": len(known)}
 
 
-def _mean_dice(scores: Sequence[ClassScores]) -> float:
-    known = [one.dice for one in scores if not np.isnan(one.dice)]
-    return float(np.mean(known)) if known else float("nan")
-
-
 def paired(scores: Scores) -> dict[str, Any]:
     """Gain of the mean Dice by adaptation, case by case."""
-    gains = [_mean_dice(both["adapted"]) - _mean_dice(both["plain"]) for both in scores.values()]
+    gains = [mean_dice(both["adapted"]) - mean_dice(both["plain"]) for both in scores.values()]
     known = [gain for gain in gains if not np.isnan(gain)]
     return {
         "gain": bootstrap(known),
@@ -273,12 +259,12 @@ def _page(
         expected = report["cases"][names[name]]["expected"]
         mean = None if expected is None else CaseQuality.from_dict(expected).mean
         distance = None if expected is None else expected["distance"]
-        dice = [_mean_dice(both[which]) for which in ("plain", "adapted")]
+        dice = [mean_dice(both[which]) for which in ("plain", "adapted")]
         rows.append([names[name], *dice, mean, distance, report["cases"][names[name]]["reason"]])
     rows.sort(key=lambda row: row[1])
     head = ["case", "Dice", "adapted", "predicted", "distance", "reason"]
     parts.append(section("All cases, the worst first", [table(head, rows)]))
-    worst = sorted(scores, key=lambda name: _mean_dice(scores[name]["plain"]))[: SHOWN // 2]
+    worst = sorted(scores, key=lambda name: mean_dice(scores[name]["plain"]))[: SHOWN // 2]
     surprising = [row[0] for row in rows if row[3] is not None and abs(row[3] - row[1]) > SURPRISE]
     for name in list(dict.fromkeys([*worst, *(n for n in scores if names[n] in surprising)]))[:SHOWN]:
         parts.append(section(f"Outlier: {names[name]}", _pictures(adaptation, folder, cases[name], labels)))

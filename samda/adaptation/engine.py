@@ -15,18 +15,13 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from monai.data import MetaTensor
-from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from nibabel.spatialimages import SpatialImage
-from torch.utils.checkpoint import checkpoint
 
-from samda.adaptation.agreement import class_agreement, foreground_entropy, mean_agreement
 from samda.adaptation.alignment import STRENGTHS, CaseAlignment, Judge
 from samda.adaptation.case import (
     AdaptedCase,
@@ -34,22 +29,30 @@ from samda.adaptation.case import (
     PreparedCase,
     Scan,
     Segmentation,
-    choose_slices,
-    cut_windows,
-    encode_views,
+    ViewDecoder,
+    prepare_case,
     segment,
-    slice_areas,
 )
-from samda.adaptation.guard import Decision, after, before, good_enough, mean_plausibility
-from samda.adaptation.intensity import Values, search
-from samda.adaptation.loop import Merit, Trajectory, decision_of, keep_last, load, optimize, restoring
-from samda.adaptation.objectives import check_settings, log_probabilities, most_likely
+from samda.adaptation.guard import Decision, after, before, good_enough
+from samda.adaptation.loop import (
+    Merit,
+    Trajectory,
+    class_agreement,
+    decision_of,
+    foreground_entropy,
+    keep_last,
+    load,
+    mean_agreement,
+    optimize,
+    restoring,
+)
+from samda.adaptation.objectives import check_settings
 from samda.adaptation.record import Outcome, case_record
 from samda.adapters.adapter_file import state_tensors
 from samda.adapters.attach import attach, check_scope, default_scope, scope_parameters
 from samda.adapters.base import changes_encoder, modules, sites, unmerge
+from samda.adapters.intensity import Values, search
 from samda.data.formats import name_of, scan_path
-from samda.data.slices import center_channels
 from samda.data.transforms import build_preprocessing
 from samda.errors import AdapterError, InputError
 from samda.expected_dice import Calibration, CaseQuality
@@ -57,14 +60,12 @@ from samda.inference.postprocessing import override
 from samda.inference.volume import VolumeInferer
 from samda.networks.head import IMAGE, Pyramid, map_levels, split_levels
 from samda.networks.segmenter import SamSegmenter
-from samda.progress import phase, share
+from samda.progress import phase
 from samda.provenance import now, path_sha256, sha256_of, tensors_sha256
 from samda.quality import QualityMeter
-from samda.source_statistics import FeatureTap, align_levels, body_boxes, level_sums
+from samda.source_statistics import FeatureTap, align_levels, level_sums
 from samda.task import Task
-from samda.views import make_views, mirrored_classes, restore_view, seed_of
-
-GRADIENT_PIXELS = 1 << 22  # pixels of the slices decoded at once with gradients: about 0.5 GB for the head `sam`
+from samda.views import mirrored_classes
 
 INPUT = "image_encoder.input."  # names of the adapter `intensity`
 
@@ -129,7 +130,7 @@ class Adaptation:
         }
         self.meter = None if self.calibration is None else QualityMeter(network, task, record["statistics"])
         self.embedded = not changes_encoder(network, self.stepped)  # then views are encoded once
-        self.mirror = mirrored_classes(task.classes)
+        self.views = ViewDecoder(network, self.embedded, self.settings.batch_size, mirrored_classes(task.classes))
         self.preprocessing = build_preprocessing(task, labels=False)
         self.inferer = VolumeInferer(task, self.settings.batch_size, device=device)
 
@@ -240,8 +241,7 @@ class Adaptation:
     def prepare(self, image: Scan) -> PreparedCase:
         """Read and predict a scan, choose slices, make their views and encode them.
 
-        A case may have the "input_sha256" of its files, which are hashed otherwise. InputError where the scan cannot
-        be used.
+        A case may have the "input_sha256" of its files, which are hashed otherwise. InputError: the scan is unusable.
         """
         started, begin = now(), time.perf_counter()
         case: dict[str, Any] = {"image": image}
@@ -251,55 +251,21 @@ class Adaptation:
         with scan_path(scan) as path, phase("preprocessing"):
             sha256 = sha256 or path_sha256(path)
             data = self.preprocessing(case | {"image": path})
-        seconds = {"read": time.perf_counter() - begin}
         name = str(case.get("id") or name_of(scan))
-        prepared = self._prepared(name, sha256, data, started, seconds)
-        return dataclasses.replace(prepared, scan=scan) if isinstance(scan, SpatialImage) else prepared
+        replay, seconds = self._replay(), {"read": time.perf_counter() - begin}
+        prepared = prepare_case(self.inferer, replay, self.settings, name, sha256, data, started, seconds)
+        if isinstance(scan, SpatialImage):
+            prepared.scan = scan
+        return prepared
 
     def prepare_data(self, data: Mapping[str, Any], name: str) -> PreparedCase:
         """As :meth:`prepare`, for a case that is preprocessed already: {"image": MetaTensor (C, X, Y, Z) in [0, 1]}."""
         sha256 = sha256_of(np.asarray(data["image"].as_tensor().cpu()))
-        return self._prepared(name, sha256, dict(data), now(), {})
+        return prepare_case(self.inferer, self._replay(), self.settings, name, sha256, dict(data), now(), {})
 
-    def _prepared(
-        self, name: str, sha256: str, data: dict[str, Any], started: str, seconds: dict[str, float]
-    ) -> PreparedCase:
-        task, settings = self.task, self.settings
-        volume = data["image"].as_tensor()
-        begin = time.perf_counter()
-        grids = self.inferer.grids(volume, data["image"].affine)
-        grid = grids[0]
-        memory_mb = settings.memory_mb if self.embedded else None
-        replay = EmbeddingReplay(self.network, memory_mb, self.meter, self.calibration)
-        source = segment(self.inferer, volume, grids, replay)
-        seconds["predict"] = time.perf_counter() - begin
-        share(0.2)
-        areas = slice_areas(source.labels, task.num_classes, grid.axes[0])
-        slices = choose_slices(areas, source.uncertainty.sum(axis=grid.axes[1:], dtype=np.float32), settings.slices)
-        seed = seed_of(sha256, settings.seed)
-        views = make_views(settings.views, seed, settings.families, settings.strength, settings.flips)
-        labels = torch.from_numpy(source.labels)[None]
-        images = cut_windows(grid.inputs(volume, slices), grid.extract_labels(labels, slices), task.image_size)
-        encode = self.network.encode if self.embedded else None
-        file = data["image"].meta.get("filename_or_obj")
-        return PreparedCase(
-            name=name,
-            input_sha256=sha256,
-            data=data,
-            grids=grids,
-            boxes=body_boxes(grid.extract(volume, range(grid.num_slices)), task),
-            replay=replay,
-            source=source,
-            slices=slices,
-            images=images,
-            image_boxes=body_boxes(center_channels(images, task), task),
-            views=views,
-            encode=lambda: encode_views(images, slices, views, encode, settings.batch_size, self.device),
-            seed=seed,
-            started=started,
-            seconds=seconds,
-            scan=Path(file) if file else None,
-        )
+    def _replay(self) -> EmbeddingReplay:
+        memory_mb = self.settings.memory_mb if self.embedded else None
+        return EmbeddingReplay(self.network, memory_mb, self.meter, self.calibration)
 
     def judge_source(self, case: PreparedCase) -> Outcome:
         """Evidence of the source prediction, and the decision where there is a reason not to adapt at all.
@@ -326,14 +292,14 @@ class Adaptation:
         if not self.intensity or not self.objective.gradient_free:
             return {}
         begin = time.perf_counter()
-        batches = case.images.split(self.settings.batch_size)
 
         def judge(values: Values) -> CaseQuality:
             case.intensity = values
             with self._with_intensity(case):
-                return self._expected([(batch, None) for batch in batches])
+                return self._expected([(batch, None) for batch in case.images.split(self.settings.batch_size)])
 
-        found = search(judge, self.task.modality != "CT", self.margin)
+        plain = judge({})
+        found = search(lambda values: judge(values).gain_over(plain), self.task.modality != "CT", self.margin)
         case.seconds["intensities"] = time.perf_counter() - begin
         return found
 
@@ -352,19 +318,17 @@ class Adaptation:
     @phase("gradient steps")
     def optimize(self, case: PreparedCase) -> Trajectory:
         """Adapt to a prepared case; the model keeps its values, the result is in the trajectory."""
-        begin = time.perf_counter()
-        limit = self.settings.time_limit_s
-        chosen = self._tensors(case)
+        begin, limit, chosen = time.perf_counter(), self.settings.time_limit_s, self._tensors(case)
         with self._with_intensity(case), restoring(self.network, self.stepped), FeatureTap(self.network) as tap:
             head, shape = self.network.head, (len(case.views), len(case.slices))
             ratio = head.feature_stride // head.stride
-            align = CaseAlignment(self.judge.alignment, tap, shape, self._shown(case), ratio)
+            align = CaseAlignment(self.judge.alignment, tap, shape, case.shown(self.task.num_classes), ratio)
             seen: list[torch.Tensor] = []  # the latest logits, flips not undone
 
             def logits() -> torch.Tensor:
                 tap.clear()
-                seen[:] = [self._seen(case)]
-                return self._restored(case, seen[0])
+                seen[:] = [self.views.seen(case)]
+                return self.views.mapped_back(case, seen[0])
 
             run = optimize(
                 logits,
@@ -386,7 +350,7 @@ class Adaptation:
         if self.settings.keep == "last":
             return keep_last
         if self.meter is None:
-            return functools.partial(self.merit, case)
+            return functools.partial(self.judge.merit, case, self.guard.absent)
         first: list[CaseQuality] = []
 
         def gain(logits: torch.Tensor, by_class: Mapping[int, float]) -> float:
@@ -403,7 +367,7 @@ class Adaptation:
         """Values of the adapter `ssf` by strength of the alignment; none without it, its statistics or a step."""
         if not (self.objective.gradient_free and self.settings.steps and self.judge.levels):
             return []
-        shown = self._shown(case)
+        shown = case.shown(self.task.num_classes)
         pyramid = map_levels(lambda level: level[0][shown], case.inputs)  # of the slices themselves
         pyramid = pyramid if self.embedded else self.network.encode(pyramid[IMAGE])
         found = level_sums(self.network, pyramid, self.task)
@@ -428,10 +392,7 @@ class Adaptation:
             return Decision.of("accepted_unchanged", "no iterate was better than the source model")
         if np.array_equal(adapted.labels, case.source.labels):
             return Decision.of("accepted_unchanged", "the adapted prediction is equal in every voxel")
-        # one set of classes for all: an organ that only the adapted model finds must not lower the mean
-        best = run.best_step
-        classes = {*run.by_class[0], *run.by_class[best], *run.by_class[-1]}
-        was, now_, last = (mean_agreement(run.by_class[i], classes) for i in (0, best, -1))
+        was, now_, last = run.agreements()
         return after(
             dataclasses.replace(outcome.source, agreement=was),
             dataclasses.replace(evidence, agreement=now_),
@@ -445,9 +406,9 @@ class Adaptation:
         begin = time.perf_counter()
         case.replay.rewind(forget=True)  # makes room for maps of the size of the scan
         final = outcome.adapted if outcome.accepted and outcome.adapted is not None else case.source
-        source, affine = self._own_grid(case, case.source.labels)
-        labels = source.copy() if final is case.source else self._own_grid(case, final.labels)[0]
-        uncertainty = self._own_grid(case, final.uncertainty, np.float32)[0]
+        source, affine = case.own_grid(case.source.labels)
+        labels = source.copy() if final is case.source else case.own_grid(final.labels)[0]
+        uncertainty = case.own_grid(final.uncertainty, np.float32)[0]
         case.seconds["restore"] = time.perf_counter() - begin
         record = case_record(self.describe(), case, outcome, self.guard.absent, self.task.classes)
         record["labels_sha256"] = {"source": sha256_of(source), "final": sha256_of(labels)}
@@ -456,45 +417,9 @@ class Adaptation:
             case.name, labels, source, uncertainty, affine, record, case.scan, tensors, self.task, final.expected
         )
 
-    def _own_grid(self, case: PreparedCase, values: np.ndarray, dtype: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        """A map in RAS order in the axis order of the scan's file, and its affine; MONAI's Invertd makes two copies."""
-        image = case.data["image"]
-        affine = np.asarray(image.meta["original_affine"], float)
-        turn = ornt_transform(io_orientation(np.asarray(image.affine, float)), io_orientation(affine))
-        return np.array(apply_orientation(values, turn), dtype, order="C"), affine
-
     def logits(self, case: PreparedCase) -> torch.Tensor:
         """Logits (V, m, K, h, w) of all views of the chosen slices at the present parameters, views mapped back."""
-        return self._restored(case, self._seen(case))
-
-    def _seen(self, case: PreparedCase) -> torch.Tensor:
-        """The same, views as they are."""
-        chunk = self.settings.batch_size
-        if self.embedded:  # slices in one pass with gradients
-            height, width = case.images.shape[-2:]
-            chunk = max(1, GRADIENT_PIXELS // (height * width * self.network.head.gradient_cost))
-        chunks = split_levels(map_levels(lambda level: level.flatten(0, 1), case.inputs), chunk)
-        if len(chunks) > 1 and torch.is_grad_enabled():  # bounds memory at the price of a second forward pass
-            parts = [checkpoint(self._decode, chunk, use_reentrant=False) for chunk in chunks]
-        else:
-            parts = [self._decode(chunk) for chunk in chunks]
-        return torch.cat(parts).unflatten(0, (len(case.views), len(case.slices)))
-
-    def _restored(self, case: PreparedCase, logits: torch.Tensor) -> torch.Tensor:
-        if not any(view.flip for view in case.views):
-            return logits
-        return torch.stack(
-            [restore_view(view, part, self.mirror) for view, part in zip(case.views, logits, strict=True)]
-        )
-
-    def _decode(self, inputs: Pyramid) -> torch.Tensor:
-        return self.network.decode(inputs if self.embedded else self.network.encode(inputs[IMAGE]))
-
-    def _shown(self, case: PreparedCase) -> list[int]:
-        """The chosen slices with foreground, as the slices of the source statistics had; all, if few do."""
-        areas = slice_areas(case.source.labels, self.task.num_classes, case.grid.axes[0]).sum(0)
-        shown = [place for place, index in enumerate(case.slices) if areas[index]]
-        return shown if 2 * len(shown) >= len(case.slices) else list(range(len(case.slices)))
+        return self.views.mapped_back(case, self.views.seen(case))
 
     @torch.no_grad()
     def _expected(self, batches: Iterable[tuple[torch.Tensor, Pyramid | None]]) -> CaseQuality:
@@ -504,23 +429,6 @@ class Adaptation:
         for images, levels in batches:
             self.meter(images.to(self.device), levels)
         return self.calibration.expected(self.meter.features())
-
-    def merit(self, case: PreparedCase, logits: torch.Tensor, by_class: Mapping[int, float]) -> float:
-        """Plausibility^2 x agreement of the chosen slices, in [0, 1]; it decides which iterates may be kept.
-
-        Either alone can mislead: views agree perfectly on one big blob, and a speck at the right position is plausible.
-        Agreement rises with every step of most objectives, so plausibility counts twice. Where slices exceed the field
-        of view, their windows are judged. With a single view it is plausibility^2.
-
-        Args:
-            case: the case.
-            logits: (V, m, K, h, w), the slice itself first.
-            by_class: agreement of the classes shown; a class of the task that no view shows counts 0.
-        """
-        scores = F.interpolate(logits[0], case.images.shape[-2:], mode="bilinear")
-        plausibility = self.judge.plausibility(most_likely(log_probabilities(scores)).cpu(), case.image_boxes)
-        agreed = mean_agreement(by_class, range(1, self.task.num_classes))
-        return mean_plausibility(plausibility, self.guard.absent) ** 2 * (1.0 if math.isnan(agreed) else agreed)
 
 
 def _changed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -532,10 +440,9 @@ def _check_trained(network: SamSegmenter, parameters: Mapping[str, torch.Tensor]
     """Refuse a class head in its initial state, and SAM-DA tensors whose gates never opened."""
     if not network.head_trained:
         raise AdapterError("the class head was never trained; train the model before adapting it")
-    known = [
-        f"{path}.{name}" for path, _, adapter in modules(network) for name in adapter.scope_params().get("gate", ())
-    ]
-    gates = [parameters[name] for name in known if name in parameters]
+    scopes = [(path, adapter.scope_params()) for path, _, adapter in modules(network)]
+    names = [f"{path}.{name}" for path, scope in scopes for name in scope.get("gate", ())]
+    gates = [parameters[name] for name in names if name in parameters]
     if gates and not any(bool(gate.any()) for gate in gates):
         raise AdapterError(
             "the SAM-DA adapter was never trained (its gates are zero); train the model before adapting it"

@@ -101,7 +101,6 @@ def adapt_folder(
     """Adapt to every case; finished ones are skipped, so an interrupted run continues where it stopped.
 
     Args:
-        adaptation: the adaptation.
         cases: of :func:`samda.data.datalists.find_cases`; labels in them are not read.
         output: folder of the results.
         report: file of the records; None takes `output`/run.jsonl.
@@ -124,7 +123,24 @@ def adapt_folder(
         job = _Job(adaptation, place.path, dry_run, keep_names, keep_tensors, formats)
         if not overwrite:
             job.refuse_other_settings(cases)
-        return _adapt_cases(job, cases, mine, report, overwrite, part, on_case)
+        run = AdaptRun(job.folder)
+        try:
+            with Cases("adapting", len(mine)) as progress:
+                for case in map(_hashed, mine):
+                    name = case["id"]
+                    finished = None if overwrite else job.finished(case)
+                    if finished is not None:
+                        run.resumed.append(name)
+                    run.records[name] = finished or job.do(case)
+                    if on_case:
+                        on_case(name, run.records[name])
+                    progress.next()
+        finally:  # also after Ctrl-C: finished cases are recorded
+            try:
+                job.write_lists(Path(report or job.folder / "run.jsonl"), cases, run.records if part is None else None)
+            except OSError as error:  # full disk; the next run writes the lists from the records of the cases
+                logger.error("the list of records could not be written: %s", error)
+    return run
 
 
 def formats_of_run(formats: str | Sequence[str]) -> tuple[str, ...]:
@@ -149,46 +165,9 @@ def open_run(
     refuse_own_folder(cases, Path(output))
     check_cases(cases, formats)
     mine = part.of(cases) if part else cases
-    return open_output(output, files_of_run(mine, dry_run, report, formats), part)
-
-
-def files_of_run(
-    cases: Sequence[Case], dry_run: bool, report: str | Path | None, formats: Sequence[str] = (NIFTI,)
-) -> list[Path]:
-    """What a run for these cases writes into its folder, relative to it."""
     files = [Path("cases.csv"), Path("report.html"), *([Path("run.jsonl")] if report is None else [])]
-    files += [details_folder("", case["id"]) for case in cases]
-    return files if dry_run else files + written_files(cases, formats=formats)
-
-
-def _adapt_cases(
-    job: _Job,
-    cases: Sequence[Case],
-    mine: Sequence[Case],
-    report: str | Path | None,
-    overwrite: bool,
-    part: Shard | None,
-    on_case: Callable[[str, Mapping[str, Any]], None] | None,
-) -> AdaptRun:
-    run = AdaptRun(job.folder)
-    try:
-        with Cases("adapting", len(mine)) as progress:
-            for case in map(_hashed, mine):
-                name = case["id"]
-                finished = None if overwrite else job.finished(case)
-                if finished is not None:
-                    run.resumed.append(name)
-                record = finished or job.do(case)
-                run.records[name] = record
-                if on_case:
-                    on_case(name, record)
-                progress.next()
-    finally:  # also after Ctrl-C: finished cases are recorded
-        try:
-            job.write_lists(Path(report or job.folder / "run.jsonl"), cases, run.records if part is None else None)
-        except OSError as error:  # full disk; the next run writes the lists from the records of the cases
-            logger.error("the list of records could not be written: %s", error)
-    return run
+    files += [details_folder("", case["id"]) for case in mine]
+    return open_output(output, files if dry_run else files + written_files(mine, formats=formats), part)
 
 
 def collect(

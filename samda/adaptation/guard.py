@@ -56,7 +56,7 @@ class Evidence:
 
     volumes_ml: Mapping[str, float]
     plausibility: Mapping[str, float | None]  # 0 to 1; None where the prediction lacks the class
-    agreement: float  # of the views, see samda.adaptation.agreement; NaN with a single view, or where none was encoded
+    agreement: float  # of the views, see samda.adaptation.loop; NaN with a single view, or where none was encoded
     entropy: float  # mean normalized entropy on the foreground of the views; NaN where none was encoded
     drift: float = math.nan  # see samda.adaptation.alignment.FeatureAlignment; NaN where it was not measured
     expected: CaseQuality | None = None  # predicted Dice, where the model has a calibration

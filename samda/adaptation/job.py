@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The job of `samda adapt` and the bundle's adapt.json: model, scans, report, scores, site version."""
+"""The job of `samda adapt` and the bundle's adapt.json: model, scans, report, scores, site version.
+
+A site version is a candidate that the accepted cases of one site give. Each of them ended at parameters theta_i, a few
+steps from the same theta_0. The candidate is their mean, in which the effects of single patients average out and that
+of the scanner stays; the order of cases does not matter.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +14,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from samda.adaptation.engine import Adaptation
-from samda.adaptation.folder import AdaptRun, adapt_folder, check_part, collect, formats_of_run, open_run
+from samda.adaptation.folder import (
+    AdaptRun,
+    adapt_folder,
+    check_part,
+    collect,
+    details_folder,
+    formats_of_run,
+    open_run,
+)
+from samda.adaptation.loop import displacement, load, restoring
 from samda.adaptation.objectives import check_settings
 from samda.adaptation.page import mean_dice, score_run, write_page
-from samda.adaptation.site import check_site, distill
+from samda.adapters.adapter_file import read_adapters, save_adapters
 from samda.data.datalists import find_cases
 from samda.data.folders import join_channels
 from samda.errors import InputError, UsageError
 from samda.inference.dicom_out import NIFTI
-from samda.models.versions import check_name, list_versions, load_version
+from samda.io import new_folder
+from samda.models.versions import (
+    check_name,
+    check_site,
+    list_versions,
+    load_version,
+    version_folder,
+    versions_folder,
+)
 from samda.processes import Shard, exchange, is_main, rank_and_world
+from samda.provenance import now, versions
+
+FEWEST = 3  # cases behind a site version
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +73,6 @@ def run_adaptation(
     """Adapt a trained model to scans; everything `samda adapt` does.
 
     Args:
-        model: a model folder.
         inputs, section: see :func:`samda.data.datalists.find_cases`.
         output, report, dry_run, keep_names, overwrite, on_case, formats: of
             :func:`samda.adaptation.folder.adapt_folder`.
@@ -58,7 +83,6 @@ def run_adaptation(
         version: of the model; None takes the active one.
         part: the cases of this process; None takes all. Page, scores and site version come from the process that finds
             the cases of all parts finished.
-        device: torch device.
 
     Returns:
         {"output", "page", "version", "counts", "cases", "failed", "dice", "site", "part"}, plain values; "page" is None
@@ -98,7 +122,7 @@ def run_adaptation(
         if whole is not None:
             scores = score_run(whole, labels, task) if labels is not None and not dry_run else None
             if scores is not None:
-                facts["dice"] = {case: mean_dice(score) for case, score in scores.items()}
+                facts["dice"] = {case: tuple(map(mean_dice, both.values())) for case, both in scores.items()}
             facts["page"] = str(write_page(adaptation, whole, cases, scores=scores, keep_names=keep_names))
             if site is not None:
                 try:
@@ -110,6 +134,53 @@ def run_adaptation(
                 run = whole
     about = {"version": version, "failed": run.failed, "part": None if part is None else str(part)}
     return run.to_dict() | facts | about
+
+
+def distill(adaptation: Adaptation, model: str | Path, run: AdaptRun, name: str) -> dict[str, Any]:
+    """Write the mean of the accepted cases' parameters as a candidate version; returns its record.
+
+    `run` must have been made by this adaptation with `keep_tensors`; InputError where fewer than three of its cases
+    were accepted with a change.
+    """
+    chosen = {case: r for case, r in run.records.items() if "adapter" in r["output_files"]}
+    if len(chosen) < FEWEST:
+        raise InputError(
+            f"{len(chosen)} of {len(run.records)} cases were accepted with a change; a site version needs at least "
+            f"{FEWEST}"
+        )
+    # sorted, so that rounding does not depend on the order of the cases
+    order = sorted(chosen, key=lambda case: (chosen[case]["input_sha256"], case))
+    start = {key: parameter.detach().cpu().clone() for key, parameter in adaptation.parameters.items()}
+    total = {key: torch.zeros_like(tensor, dtype=torch.float64) for key, tensor in start.items()}
+    for case in order:
+        tensors = load_file(details_folder(run.output, case) / chosen[case]["output_files"]["adapter"])
+        for key in total:
+            total[key] += tensors[key].double()
+    mean = {key: (tensor / len(order)).to(start[key].dtype) for key, tensor in total.items()}
+    about = {
+        "name": name,
+        "created": now(),
+        "from_version": adaptation.version,
+        "rule": "mean of the accepted cases' parameters",
+        "cases": [chosen[case]["case_id"] for case in order],
+        "input_sha256": [chosen[case]["input_sha256"] for case in order],
+        "config": adaptation.config,
+        "parameters": sorted(mean),
+        "param_displacement": displacement(mean, start),
+        "decisions": run.counts,
+        "versions": versions(),
+    }
+    before = check_site(model, name, about)
+    if before is not None:
+        return before
+    file = read_adapters(version_folder(model, adaptation.version))
+    place = versions_folder(model) / name
+    place.parent.mkdir(exist_ok=True)
+    with new_folder(place) as partial, restoring(adaptation.network, adaptation.parameters):
+        load(adaptation.parameters, mean)
+        sections = {"network": file.network, "base": file.base, "task": file.task}
+        save_adapters(adaptation.network, partial, **sections, record=file.record | {"version": about})
+    return about
 
 
 def log_case(case: str, record: Mapping[str, Any]) -> None:

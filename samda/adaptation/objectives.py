@@ -25,8 +25,6 @@ from samda.errors import UsageError, check_numbers, from_mapping, nearest
 from samda.inference.volume import largest
 
 CLASS_DIM = -3  # of (..., K, h, w)
-POSITIVE = ("keep",)  # settings that may not be 0
-SHARES = ("keep",)  # settings of at most 1
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
@@ -84,10 +82,8 @@ class Objective:
         for key, value in self.settings().items():
             if isinstance(value, Real) and value < 0:
                 raise UsageError(f"{where}: {key} must not be negative, got {value!r}")
-            if key in POSITIVE and value == 0:
-                raise UsageError(f"{where}: {key} must be above 0, got {value!r}")
-            if key in SHARES and value > 1:
-                raise UsageError(f"{where}: {key} must be at most 1, got {value!r}")
+            if key == "keep" and not 0 < value <= 1:
+                raise UsageError(f"{where}: {key} must be above 0 and at most 1, got {value!r}")
 
     def loss(self, logits: torch.Tensor) -> torch.Tensor:
         """The scalar to minimize, from logits (V, N, K, h, w) with gradients."""
@@ -135,11 +131,6 @@ def kept_views(log_p: torch.Tensor, keep: float) -> torch.Tensor:
     return scores.argsort(dim=0, stable=True)[: _share_of(len(scores), keep)]
 
 
-def confident_views(log_p: torch.Tensor, keep: float) -> torch.Tensor:
-    """Those views of each slice: (V, N, K, h, w) -> (kept, N, K, h, w)."""
-    return log_p[kept_views(log_p, keep), torch.arange(log_p.shape[1], device=log_p.device)]
-
-
 def _share_of(count: int, keep: float) -> int:
     """ceil(keep count), at least 1; not one more where keep count is whole but for rounding."""
     return max(1, math.ceil(keep * count - 1e-9))
@@ -159,37 +150,35 @@ class SamDa(Objective):
             raise UsageError(f"objective 'sam_da': reduce must be mean_entropy or entropy_of_mean, got {self.reduce!r}")
 
     def loss(self, logits: torch.Tensor) -> torch.Tensor:
-        kept = confident_views(log_probabilities(logits), self.keep)
+        log_p = log_probabilities(logits)
+        kept = log_p[kept_views(log_p, self.keep), torch.arange(log_p.shape[1], device=log_p.device)]
         if self.reduce == "entropy_of_mean":
             kept = mean_log_probabilities(kept)
         return normalized_entropy(kept).mean()
 
 
-def class_balanced_entropy(log_p: torch.Tensor, keep: float) -> torch.Tensor:
-    """mean_c mean_{Omega_c} h(p): Omega_c are the most confident `keep` of the pixels predicted c, over all views.
-
-    All predicted classes have the same weight, so the background does not dominate small organs.
-    """
-    h = normalized_entropy(log_p)
-    predicted = most_likely(log_p.detach())
-    terms = []
-    for c in range(log_p.shape[CLASS_DIM]):
-        values = h[predicted == c]
-        if len(values):
-            kept = values.topk(_share_of(len(values), keep), largest=False).values if keep < 1 else values
-            terms.append(kept.mean())
-    return torch.stack(terms).mean()
-
-
 @dataclasses.dataclass(frozen=True)
 class ClassEntropy(Objective):
-    """Class-balanced entropy: the mean over predicted classes of the entropy on their most confident pixels."""
+    """Class-balanced entropy, mean_c mean_{Omega_c} h(p) over the predicted classes c.
+
+    Omega_c are the most confident `keep` of the pixels predicted c, over all views. All classes have the same weight,
+    so the background does not dominate small organs.
+    """
 
     name: ClassVar[str] = "class_entropy"
     keep: float = 1.0  # fraction of the pixels predicted as a class, most confident first
 
     def loss(self, logits: torch.Tensor) -> torch.Tensor:
-        return class_balanced_entropy(log_probabilities(logits), self.keep)
+        log_p = log_probabilities(logits)
+        h, predicted = normalized_entropy(log_p), most_likely(log_p.detach())
+        terms = []
+        for c in range(log_p.shape[CLASS_DIM]):
+            values = h[predicted == c]
+            if len(values) and self.keep < 1:
+                values = values.topk(_share_of(len(values), self.keep), largest=False).values
+            if len(values):
+                terms.append(values.mean())
+        return torch.stack(terms).mean()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +197,7 @@ class Default(Consistency):
     """Aligned consistency: features as the source had them, and views that agree.
 
     First comes what needs no gradient: gray values of the input that suit the model
-    (:mod:`samda.adaptation.intensity`), and levels aligned in closed form by the adapter `ssf`; then
+    (:mod:`samda.adapters.intensity`), and levels aligned in closed form by the adapter `ssf`; then
 
     L = align * A + mean (1 - soft Dice of neighboring views)
 

@@ -16,13 +16,14 @@ import numpy as np
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.folder import AdaptRun, details_folder
 from samda.adaptation.record import CURVES
-from samda.data.datalists import Case, find_pairs
+from samda.data.datalists import Case, find_pairs, unlabeled_classes
 from samda.data.labels import MapLabelsd, partial_labels
-from samda.errors import SamdaError
+from samda.errors import InputError, SamdaError
 from samda.expected_dice import TRUSTED, CaseQuality
 from samda.inference.evaluate import score_files
 from samda.inference.writer import label_path
 from samda.io import Image
+from samda.metrics import ClassScores
 from samda.report import (
     changed,
     changed_legend,
@@ -44,44 +45,52 @@ logger = logging.getLogger(__name__)
 
 SHOWN = 12  # cases with pictures
 WORSE = 0.01  # loss of Dice that counts as worse
-CaseScores = dict[str, dict[str, tuple[float, float]]]  # case -> class -> Dice of source and final map
+Scores = dict[str, dict[str, list[ClassScores]]]  # case -> "plain" or "adapted" -> scores of the foreground classes
 
 
-def score_run(run: AdaptRun, labels: str | Path, task: Task) -> CaseScores:
-    """Dice before and after of every case with a label, per foreground class; InputError where no case has one."""
+def score_maps(
+    output: Path, case: Mapping[str, Any], final: Path, record: Mapping[str, Any], task: Task, mapping: MapLabelsd
+) -> dict[str, list[ClassScores]]:
+    """Scores of the plain and the final map of a case with "id", "label" and perhaps "unlabeled"; InputError where it
+    has none.
+    """
+    source = record["output_files"].get("source")
+    if source is None:
+        raise InputError(record["error"] or "no prediction")
+    paths = {"plain": details_folder(output, case["id"]) / source, "adapted": final}
+    tolerance = task.nsd_tolerance
+    return {which: score_files(path, case["label"], task, tolerance, mapping, case) for which, path in paths.items()}
+
+
+def mean_dice(scores: Sequence[ClassScores]) -> float:
+    """Mean over the classes in prediction or label; NaN if there is none."""
+    known = [one.dice for one in scores if not math.isnan(one.dice)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def score_run(run: AdaptRun, labels: str | Path, task: Task) -> Scores:
+    """Scores of every case with a label; InputError where no case has one."""
     pairs, dataset_labels = find_pairs(run.output, labels)
-    mapping = MapLabelsd("label", task, dataset_labels, partial_labels([{}], task, dataset_labels))
-    scores: CaseScores = {}
-    for case, (final, label) in pairs.items():
+    lacks = unlabeled_classes(labels)
+    labeled = {case: {"id": case, "label": pairs[case][1], "unlabeled": lacks.get(case, ())} for case in pairs}
+    mapping = MapLabelsd("label", task, dataset_labels, partial_labels(labeled.values(), task, dataset_labels))
+    scores: Scores = {}
+    for case, (final, _) in pairs.items():
         record = run.records.get(case)
         if final is None or record is None or "source" not in record["output_files"]:
             continue
-        source = details_folder(run.output, case) / record["output_files"]["source"]
         try:
-            both = [score_files(path, label, task, task.nsd_tolerance, mapping) for path in (source, final)]
+            scores[case] = score_maps(run.output, labeled[case], final, record, task, mapping)
         except SamdaError as error:  # an invalid label must not prevent the report of a finished run
             logger.error("case %s was not scored: %s", case, error)
-            continue
-        scores[case] = {
-            name: (before.dice, after.dice) for name, before, after in zip(task.classes[1:], *both, strict=True)
-        }
     return scores
-
-
-def mean_dice(score: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
-    """Mean over the classes in prediction or label, before and after."""
-    means = []
-    for column in zip(*score.values(), strict=True):
-        values = [value for value in column if not math.isnan(value)]
-        means.append(sum(values) / len(values) if values else math.nan)
-    return means[0], means[1]
 
 
 def write_page(
     adaptation: Adaptation,
     run: AdaptRun,
     cases: Sequence[Case],
-    scores: CaseScores | None = None,
+    scores: Scores | None = None,
     keep_names: bool = False,
 ) -> Path:
     """Write `report.html` into the folder of a run; with the names of its `cases`, or their pseudonyms."""
@@ -157,8 +166,8 @@ def _why(record: Mapping[str, Any]) -> str:
     return record["error"] or record["explanation"]
 
 
-def _scores(scores: CaseScores, shown: Mapping[str, str]) -> str:
-    means = {case: mean_dice(score) for case, score in scores.items()}
+def _scores(scores: Scores, shown: Mapping[str, str]) -> str:
+    means = {case: (mean_dice(both["plain"]), mean_dice(both["adapted"])) for case, both in scores.items()}
     rows = [[shown[case], before, after, after - before] for case, (before, after) in means.items()]
     known = [(before, after) for before, after in means.values() if not math.isnan(after - before)]
     worse = sum(after < before - WORSE for before, after in known)

@@ -11,8 +11,6 @@ import argparse
 import shutil
 from pathlib import Path
 
-from samda.errors import UsageError
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
@@ -21,13 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from samda.io import new_folder, packaged
+    from samda.io import new_folder, packaged, refuse_full
 
     path = packaged("bundles", "sam_segmentation")
     if args.output is not None:
         output = args.output.expanduser()
-        if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-            raise UsageError(f"output {output} exists and is not an empty folder; choose another name")
+        refuse_full(output)
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
         with new_folder(output) as place:
             shutil.copytree(path, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py*"))

@@ -46,8 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def show(args: argparse.Namespace) -> None:
-    from samda.adaptation.site import describe_versions
-    from samda.models.versions import active_version
+    from samda.models.versions import active_version, describe_versions
 
     rows = describe_versions(args.model, active_version(args.model))
     if args.json:

@@ -22,7 +22,6 @@ import contextlib
 import copy
 import importlib
 import importlib.metadata
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,8 +33,8 @@ from safetensors import torch as safetensors
 
 from samda.adapters.attach import fold
 from samda.adapters.base import attached, modules
-from samda.errors import SamdaError, UsageError, nearest
-from samda.io import check_room, file_sha256, new_folder, write_json
+from samda.errors import SamdaError, UsageError, muted, nearest
+from samda.io import check_room, file_sha256, new_folder, refuse_full, write_json
 from samda.models.sam_file import class_head, sam_state, to_segment_anything
 from samda.networks.attention import DerivedTensors
 from samda.networks.head import IMAGE
@@ -242,16 +241,8 @@ def compare(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Hide the exporters' notes about optimizations they leave out; errors are raised as before."""
-    chatty = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    levels = [logger.level for logger in chatty]
-    for logger in chatty:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        for logger, level in zip(chatty, levels, strict=True):
-            logger.setLevel(level)
+    with muted(("torch.onnx", "onnxscript", "onnx_ir", "torch.export")), warnings.catch_warnings(action="ignore"):
+        yield
 
 
 FORMATS = ("sam", *GRAPHS)
@@ -307,8 +298,7 @@ def check_folder(folder: Path) -> Path:
     if folder.suffix in (".pth", ".pt", ".pt2", ".onnx", ".safetensors"):
         plain = str(folder.with_suffix(""))
         raise UsageError(f"output {folder} is the name of a file; give a folder, for instance {plain!r}")
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UsageError(f"output {folder} exists and is not an empty folder; choose another name")
+    refuse_full(folder)
     if not folder.parent.is_dir():
         raise UsageError(f"output folder {folder} cannot be made, {folder.parent} does not exist; make it first")
     return folder

@@ -25,7 +25,7 @@ from typing import Any
 
 from samda.adapters.adapter_file import HEADER, TENSORS, read_adapters
 from samda.errors import InputError, UsageError, one_line, printable
-from samda.io import check_room, file_sha256, new_folder, parse_json, plain, replacing
+from samda.io import check_room, file_sha256, new_folder, parse_json, plain, refuse_full, replacing
 from samda.models.folder import BASE, own_base
 from samda.models.versions import version_folder
 from samda.task import Task
@@ -99,8 +99,7 @@ def unpack_model(file: str | Path, folder: str | Path) -> Path:
         UsageError: the folder holds something, or cannot be made.
     """
     file, folder = Path(file), Path(folder).expanduser()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UsageError(f"output {folder} exists and is not an empty folder; choose another name")
+    refuse_full(folder)
     try:
         with zipfile.ZipFile(file) as archive:
             about = _checked(archive, file)

@@ -12,16 +12,18 @@ The last version of the stack is active; `samda site activate` and `rollback` ch
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from samda.adapters.adapter_file import read_adapters
 from samda.errors import InputError, UsageError, nearest
-from samda.io import parse_json, regular_file, write_json
+from samda.io import parse_json, plain, regular_file, write_json
 from samda.models.folder import load_model, own_base
 from samda.networks.segmenter import SamSegmenter
+from samda.provenance import now
 from samda.task import Task
 
 SOURCE = "source"
@@ -29,6 +31,13 @@ FOLDER = "versions"
 POINTER = "active.json"
 COMMISSION = "commission.json"  # report of `samda commission` in the folder of a version
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+SAME = (
+    "from_version",
+    "cases",
+    "input_sha256",
+    "config",
+    "parameters",
+)  # of a version that is made again
 
 
 def check_name(name: str) -> str:
@@ -43,6 +52,32 @@ def list_versions(model: str | Path) -> list[str]:
     folder = versions_folder(model)
     found = [path.parent for path in folder.glob("*/adapter.json") if NAME.fullmatch(path.parent.name)]
     return [SOURCE, *sorted(path.name for path in found if not path.is_symlink())]
+
+
+def describe_versions(model: str | Path, active: str) -> list[dict[str, Any]]:
+    """One row per version: {"name", "active", "cases": number of them, "created", "from_version"}."""
+    rows = []
+    for name in list_versions(model):
+        about = {} if name == SOURCE else read_adapters(version_folder(model, name)).record.get("version", {})
+        cases = len(about["cases"]) if "cases" in about else None
+        facts = {key: about.get(key) for key in ("created", "from_version")}
+        rows.append({"name": name, "active": name == active, "cases": cases, **facts})
+    return rows
+
+
+def check_site(model: str | Path, name: str, about: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """Refuse an invalid name of a version, or an existing one, unless that was made of `about`, as far as known.
+
+    Returns what the existing version says of itself.
+    """
+    check_name(name)
+    if name not in list_versions(model):
+        return None
+    found = read_adapters(version_folder(model, name)).record.get("version", {})
+    known = plain({key: value for key, value in (about or {}).items() if key in SAME})
+    if not known or any(found.get(key) != value for key, value in known.items()):
+        raise UsageError(f"{model} already has a version {name!r}; choose another name")
+    return found
 
 
 def versions_folder(model: str | Path) -> Path:
@@ -118,7 +153,7 @@ def load_version(
 
 
 def _write(model: str | Path, stack: list[str], log: list[dict[str, str]], before: str) -> None:
-    entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "from": before, "to": stack[-1]}
+    entry = {"time": now(), "from": before, "to": stack[-1]}
     write_json(Path(model) / FOLDER / POINTER, {"stack": stack, "history": [*log, entry]})
 
 

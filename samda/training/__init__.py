@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training: small builders that the bundle's train.json and the command line share."""
+"""Training: small builders that the bundle's train.json and the command line share, under names that stay."""
 
 from __future__ import annotations
 
-from samda.training.average import BackToTraining, ParameterAverage
 from samda.training.cases import build_task, dataset_labels, label_gaps, labeled_cases, training_cases
 from samda.training.checkpoint import Checkpoint, Resume, SaveCheckpoint
 from samda.training.config_check import check_config, check_overrides
@@ -13,7 +12,9 @@ from samda.training.finish import save_training
 from samda.training.handlers import CaseDice, Progress, RecordEpoch, TrainingRecord, ValidationProgress
 from samda.training.loss import DiceCELoss
 from samda.training.optim import (
+    BackToTraining,
     ClipGradients,
+    ParameterAverage,
     PenalizedLoss,
     build_optimizer,
     build_schedule,
@@ -24,51 +25,3 @@ from samda.training.parent import SoftTargets, read_parent, start_from
 from samda.training.run import train
 from samda.training.sampler import JoinValidation, SliceSampler, Validate
 from samda.training.tracking import MLflow, TensorBoard
-
-__all__ = [
-    "Attach",
-    "BackToTraining",
-    "CaseDice",
-    "Checkpoint",
-    "ClipGradients",
-    "DiceCELoss",
-    "Ended",
-    "JoinValidation",
-    "MLflow",
-    "Pace",
-    "PaddedDataset",
-    "ParameterAverage",
-    "PenalizedLoss",
-    "Progress",
-    "RankSampler",
-    "RecordEpoch",
-    "RenewViews",
-    "Resume",
-    "SaveCheckpoint",
-    "SliceDataset",
-    "SliceSampler",
-    "SoftTargets",
-    "TensorBoard",
-    "TrainingRecord",
-    "Validate",
-    "ValidationProgress",
-    "WholeBatchLoss",
-    "batch_share",
-    "build_dataset",
-    "build_optimizer",
-    "build_schedule",
-    "build_task",
-    "check_config",
-    "check_overrides",
-    "dataset_labels",
-    "distribute",
-    "label_gaps",
-    "labeled_cases",
-    "parameter_groups",
-    "prepare_batch",
-    "read_parent",
-    "save_training",
-    "start_from",
-    "train",
-    "training_cases",
-]

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from monai.networks.utils import eval_mode
 
-from samda.adaptation.intensity import tried
 from samda.adapters.attach import scope_parameters
-from samda.adapters.intensity import IntensityAdapter
+from samda.adapters.intensity import IntensityAdapter, tried
 from samda.data.labels import OPEN
 from samda.data.splits import Split, patient_of
 from samda.errors import AdapterError

@@ -39,14 +39,12 @@ def build_task(
         parent: the model that a training starts from: its task is the default, and that of keys which `task` lacks.
     """
     like = None if parent is None else parent.task
-    if task is None:
-        task = (
-            like
-            if like is not None
-            else _task_of(labels() if callable(labels) else labels)
-            if dataset is None
-            else _task_for(dataset)
-        )
+    if task is None and like is not None:
+        task = like
+    elif task is None and dataset is not None:
+        task = _task_for(dataset)
+    elif task is None:
+        task = _task_of(labels() if callable(labels) else labels)
     elif isinstance(task, str | Path):
         ours = shipped_tasks()
         path = ours.get(str(task), Path(task))

@@ -23,8 +23,7 @@ from samda.io import packaged, replacing, save_tensors
 from samda.networks.fingerprint import check_fingerprint
 from samda.output import OutputFolder, hold_output, output_of, try_writing
 from samda.processes import broadcast, is_main, launched, rank_and_world
-from samda.training.config_check import is_plain, own_settings
-from samda.training.literals import decoded
+from samda.training.config_check import decoded, is_plain, own_settings
 from samda.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -184,7 +183,6 @@ class Resume:
         self.checkpoint = checkpoint
 
     def attach(self, engine: Engine) -> None:
-        """Register with the training engine."""
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
@@ -202,7 +200,6 @@ class SaveCheckpoint:
         self._saved = 0  # epoch
 
     def attach(self, engine: Engine) -> None:
-        """Register with the training engine."""
         engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self)
         engine.add_event_handler(Events.COMPLETED, self)
 

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuse what MONAI would pass in silence: unknown config keys, and values that cannot be right.
+"""Configs of MONAI: values that are data, and the refusal of unknown keys and of values that cannot be right.
 
-MONAI adds any override to the config, so `--epoch 5` trains with the default number of epochs. The first entry of
+MONAI evaluates texts that begin with `$`, resolves `@key` and `%file`, replaces `#` in every text, and calls the
+`_target_` of a mapping. Names and paths that people chose must not be read as such syntax, so every value that samda
+puts into a config or into metadata.json passes :func:`literal`.
+
+MONAI also adds any override to the config, so `--epoch 5` trains with the default number of epochs. The first entry of
 `initialize` in our configs calls :func:`check_overrides`, which compares what runs with the config file it came from.
-That file says which keys exist and of which type they are, also in a user's own copy of the bundle; the ranges are
-below.
+That file says which keys exist and of which type they are, also in a user's own copy of the bundle.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import math
 import operator
 import pydoc
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,8 +35,11 @@ from samda.networks.segmenter import head_config
 from samda.networks.weights import check_published, existing_weights
 from samda.task import Task
 from samda.training.cases import build_task
-from samda.training.literals import decoded
 from samda.training.pace import check_length
+
+SYNTAX = re.compile(r"^[$@%]|#|[@%]::")  # in a text
+KEY_SYNTAX = re.compile(r"[$@%#]|::|^[_+~]")  # in a key
+ESCAPES = str.maketrans({"#": "\\x23", "@": "\\x40", "%": "\\x25"})
 
 FREE = ("adapters", "backbone", "task", "head", "_meta_")  # these may be mappings whose keys their own builders check
 NAMED = ("backbone", "task", "head")  # and these may be names
@@ -58,12 +66,8 @@ TYPES = {
     list: "a list",
     dict: "a mapping",
 }
-OVERLAID = (
-    "train::handlers",
-    "train::dataloader",
-    "train::trainer",
-    "train::penalized_loss",
-)  # other with several GPUs
+# keys that are different with several GPUs
+OVERLAID = ("train::handlers", "train::dataloader", "train::trainer", "train::penalized_loss")
 LIMITS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 RANGES: dict[str, dict[str, float]] = {  # keys whose wrong values PyTorch and ignite take, or refuse without their name
     "steps": {"at least": 1},
@@ -92,6 +96,53 @@ RANGES: dict[str, dict[str, float]] = {  # keys whose wrong values PyTorch and i
     "warmup": {"at least": 0, "below": 1},
     "empty_share": {"at least": 0, "below": 1},
 }
+
+
+def literal(value: Any) -> Any:
+    """A value that MONAI's config takes as it is.
+
+    A text with config syntax, and a mapping with such a key, become an expression that evaluates to themselves.
+    """
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, Mapping):
+        if any(KEY_SYNTAX.search(str(key)) for key in value):
+            return "$" + repr(plain(value)).translate(ESCAPES)
+        return {key: literal(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [literal(entry) for entry in value]
+    if isinstance(value, str) and SYNTAX.search(value):
+        return "$" + repr(value).translate(ESCAPES)
+    return value
+
+
+def decoded(value: Any) -> Any:
+    """The value that :func:`literal` has escaped; other expressions are left alone."""
+    if isinstance(value, Mapping):
+        return {key: decoded(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [decoded(entry) for entry in value]
+    if isinstance(value, str) and value.startswith("$"):
+        try:
+            return ast.literal_eval(value[1:])
+        except (SyntaxError, ValueError):
+            return value
+    return value
+
+
+def refuse_syntax(values: Any, file: Path) -> None:
+    """Refuse config syntax in a file whose values are data; nothing is evaluated."""
+    remedy = "an adapter file holds plain values; give expressions as --set KEY=VALUE"
+    if isinstance(values, Mapping):
+        for key, entry in values.items():
+            if any(KEY_SYNTAX.search(part) for part in str(key).split("::")):
+                raise UsageError(f"{file}: the key {key!r} is config syntax; {remedy}")
+            refuse_syntax(entry, file)
+    elif isinstance(values, list | tuple):
+        for entry in values:
+            refuse_syntax(entry, file)
+    elif isinstance(values, str) and SYNTAX.search(values):
+        raise UsageError(f"{file}: the text {values!r} is config syntax; {remedy}")
 
 
 def check_overrides(config_file: str | Sequence[str]) -> None:

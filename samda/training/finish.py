@@ -21,9 +21,9 @@ from samda.processes import is_main
 from samda.source_statistics import feature_statistics
 from samda.task import Task
 from samda.training.calibration import calibrate
+from samda.training.config_check import literal
 from samda.training.datasets import SliceDataset
 from samda.training.handlers import TrainingRecord
-from samda.training.literals import literal
 from samda.training.parent import Parent
 from samda.version import __version__
 

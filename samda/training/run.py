@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from samda.errors import UsageError, cause_of, nearest, one_line
+from samda.errors import UsageError, cause_of, muted, nearest, one_line
 from samda.io import load_yaml, packaged
 from samda.output import open_output
 from samda.processes import launched
@@ -24,8 +24,7 @@ from samda.progress import phase
 from samda.task import Task
 from samda.training.cases import build_task
 from samda.training.checkpoint import check_model_folder, check_resume
-from samda.training.config_check import check_config
-from samda.training.literals import decoded, literal, refuse_syntax
+from samda.training.config_check import check_config, decoded, literal, refuse_syntax
 from samda.training.parent import read_parent
 from samda.training.tracking import mlflow_settings, trackers
 
@@ -246,17 +245,11 @@ def _plain(value: Any) -> Any:
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
     """Raise the error itself, not the config item that MONAI wraps it in; MONAI and ignite do not log it."""
-    chatty = [logging.getLogger(name) for name in ("monai.bundle.workflows", "ignite")]
-    levels = [logger.level for logger in chatty]
-    for logger in chatty:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    except Exception as error:
-        cause: BaseException = cause_of(error) or error
-        while cause.__cause__ is not None and str(cause).startswith(WRAPPERS):
-            cause = cause.__cause__
-        raise cause from None
-    finally:
-        for logger, level in zip(chatty, levels, strict=True):
-            logger.setLevel(level)
+    with muted(("monai.bundle.workflows", "ignite"), logging.CRITICAL):
+        try:
+            yield
+        except Exception as error:
+            cause: BaseException = cause_of(error) or error
+            while cause.__cause__ is not None and str(cause).startswith(WRAPPERS):
+                cause = cause.__cause__
+            raise cause from None

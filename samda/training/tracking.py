@@ -24,7 +24,7 @@ from samda.errors import UsageError, nearest
 from samda.networks.head import map_levels
 from samda.output import output_of
 from samda.processes import is_main
-from samda.report import paint
+from samda.report import paint, pick_slices
 from samda.training.handlers import TrainingRecord
 
 TRACKERS = ("tensorboard", "mlflow")
@@ -79,18 +79,16 @@ class TensorBoard(TensorBoardHandler):
     def __init__(self, record: TrainingRecord, network: nn.Module, dataset: Any, folder: str | Path) -> None:
         self.record, self.network, self.dataset, self.folder = record, network, dataset, Path(folder)
         self.slices = getattr(dataset, "slices", dataset)  # of an EmbeddingDataset
-        self.shown = _spread(self.slices.foreground.numpy(), SHOWN)
+        self.shown = pick_slices(self.slices.foreground.numpy(), SHOWN)
         self.internal_writer = True
 
     def attach(self, engine: Engine) -> None:
-        """Register with the training engine."""
         if is_main():
             engine.add_event_handler(Events.STARTED, self.start)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.write)
             engine.add_event_handler(Events.COMPLETED, self.close)
 
     def start(self, engine: Engine) -> None:
-        """Open the event file."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a training needs it
 
         output = output_of(self.folder)
@@ -106,7 +104,6 @@ class TensorBoard(TensorBoardHandler):
                 output.note(path, None)
 
     def write(self, engine: Engine) -> None:
-        """Write the newest row of the curve."""
         row = self.record.history[-1]
         for name, value in scalars(row).items():
             self._writer.add_scalar(name, value, row["epoch"])
@@ -159,7 +156,6 @@ class MLflow(MLFlowHandler):
         super().__init__(epoch_logger=self.write, close_on_complete=True, **more)
 
     def start(self, engine: Engine) -> None:
-        """Open the run."""
         if engine.state.epoch == 0:  # MONAI would go on with any unfinished run of this name
             self._set_experiment()
             self.cur_run = self.client.create_run(self.experiment.experiment_id, run_name=self.run_name)  # type: ignore
@@ -168,7 +164,6 @@ class MLflow(MLFlowHandler):
         super().start(engine)
 
     def write(self, engine: Engine) -> None:
-        """Log the newest row of the curve."""
         row = self.record.history[-1]
         self._log_metrics({_mlflow_name(name): value for name, value in scalars(row).items()}, step=row["epoch"])
 
@@ -191,11 +186,3 @@ def mlflow_settings() -> dict[str, Any]:
 def _mlflow_name(text: str) -> str:
     """`text` with what MLflow does not allow in a name replaced."""
     return re.sub(r"[^\w\-. :/]", "_", text)
-
-
-def _spread(foreground: np.ndarray, count: int) -> list[int]:
-    """Up to `count` items, evenly over those with foreground, else over all."""
-    found = np.flatnonzero(foreground)
-    found = found if len(found) else np.arange(len(foreground))
-    count = min(count, len(found))
-    return [int(found[int((k + 0.5) * len(found) / count)]) for k in range(count)]

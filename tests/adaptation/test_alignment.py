@@ -112,11 +112,11 @@ def test_chunks_with_recomputation_give_the_same_gradients(
         with restoring(adaptation.network, adaptation.parameters), FeatureTap(adaptation.network) as tap:
             shape = prepared.inputs["embedding"].shape[:2]
             align = CaseAlignment(adaptation.judge.alignment, tap, shape, range(4), ratio=4)
-            align(adaptation._seen(prepared)).backward()
+            align(adaptation.views.seen(prepared)).backward()
             return torch.cat([p.grad.flatten() for p in adaptation.parameters.values() if p.grad is not None])
 
     whole = gradients()
-    monkeypatch.setattr("samda.adaptation.engine.GRADIENT_PIXELS", 32 * 256)
+    monkeypatch.setattr("samda.adaptation.case.GRADIENT_PIXELS", 32 * 256)
     assert float((gradients() - whole).norm()) < 1e-3 * float(whole.norm())
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from scipy.special import expit, logit
 
-from samda.adaptation.commission import bootstrap, recalibration
+from samda.adaptation.commission import bootstrap, commission, recalibration
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.loop import load as load_parameters
 from samda.adaptation.loop import restoring
@@ -164,6 +164,17 @@ def test_without_a_calibration_no_dice_is_predicted(model: Path, local: Path, tm
     assert not (out / "predictions.csv").exists()
     assert "no calibration" in capsys.readouterr().err
     assert load(model).predict(local / "images" / "case0.nii.gz").expected_dice == {}
+
+
+def test_a_class_that_a_label_lacks_is_not_scored(model: Path, local: Path, tmp_path: Path) -> None:
+    cases = [{part: str(local / f"{part}s" / f"case{i}.nii.gz") for part in ("image", "label")} for i in range(5)]
+    data = {"labels": {"background": 0, "liver": 1, "spleen": 2}, "training": cases}
+    cases[0]["unlabeled"] = ["liver"]
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    settings = {"steps": 0, "views": 1, "slices": 1}
+    report = commission(model, tmp_path / "data.json", tmp_path / "report", keep_names=True, settings=settings)
+    assert [report["scores"]["plain"][name]["dice"]["n"] for name in ("liver", "spleen")] == [4, 5]
+    assert np.isnan(report["cases"]["case0"]["plain"]["liver"]["dice"])
 
 
 def test_the_expected_dice_of_one_scan(calibrated: Path, local: Path) -> None:

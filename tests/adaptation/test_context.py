@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from samda.adaptation.agreement import class_agreement, mean_agreement
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.guard import mean_plausibility
+from samda.adaptation.loop import class_agreement, mean_agreement
 from samda.errors import UsageError
 from samda.inference.postprocessing import keep_largest, override
 from samda.inference.predict import Predictor
@@ -51,7 +51,7 @@ def test_neighbors_reach_views_and_the_guard_measures_the_slice(
     plausible = mean_plausibility(adaptation.judge.plausibility(labels, prepared.image_boxes), 0.3)
     agreed = class_agreement(logits)
     expected_merit = plausible**2 * mean_agreement(agreed, (1, 2))
-    assert adaptation.merit(prepared, logits, agreed) == pytest.approx(expected_merit)
+    assert adaptation.judge.merit(prepared, adaptation.guard.absent, logits, agreed) == pytest.approx(expected_merit)
 
     before = {name: value.clone() for name, value in wide_network.state_dict().items()}
     result = adaptation.adapt(path)

@@ -166,7 +166,7 @@ def test_chunks_of_a_large_case_give_the_same_gradients(
     adaptation = make_adaptation(method="class_entropy", guard=NEVER_SKIP)
     prepared = adaptation.prepare(case)
     whole = adaptation.optimize(prepared)
-    monkeypatch.setattr("samda.adaptation.engine.GRADIENT_PIXELS", 5 * 16)  # five slices of 4 x 4 at a time
+    monkeypatch.setattr("samda.adaptation.case.GRADIENT_PIXELS", 5 * 16)  # five slices of 4 x 4 at a time
     parts = adaptation.optimize(prepared)
     assert parts.loss == pytest.approx(whole.loss, rel=1e-4)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gray values that suit the model: the search, and an adaptation that begins with it."""
+"""An adaptation that begins with the search for gray values that suit the model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ import pytest
 import torch
 
 from samda.adaptation.engine import Adaptation
-from samda.adaptation.intensity import Values, search, tried
 from samda.adaptation.record import validate_record
 from samda.errors import InputError
-from samda.expected_dice import CaseQuality, ExpectedDice
 from samda.inference.predict import Predictor
 from samda.metrics import confusion_matrix
 from samda.networks.segmenter import SamSegmenter
@@ -23,39 +21,6 @@ from samda.source_statistics import feature_statistics
 from tests.adaptation.conftest import TASK, save, scan, slices_of
 from tests.adaptation.test_commission import CALIBRATION
 from tests.conftest import TINY_TINYVIT
-
-
-def quality(dice: float) -> CaseQuality:
-    return CaseQuality({"liver": ExpectedDice(dice, 0.0, 1.0)})
-
-
-@pytest.mark.parametrize(
-    ("best", "inversion", "found"),
-    [
-        ({"curve": 0.3}, True, {"curve": 0.25}),
-        ({"curve": -0.8}, True, {"curve": -0.75}),
-        ({"invert": 1.0, "curve": 0.4}, True, {"invert": 1.0, "curve": 0.5}),
-        ({"invert": 1.0}, False, {}),
-        ({"detail": -1.0}, True, {"detail": -1.0}),
-        ({"curve": 0.5, "detail": 1.0}, True, {"curve": 0.5, "detail": 1.0}),
-        ({}, True, {}),
-    ],
-)
-def test_the_search_comes_as_near_as_its_steps(best: Values, inversion: bool, found: Values) -> None:
-    """The Dice falls with the distance from the best values; a change must gain the margin."""
-    names = ("curve", "invert", "detail")
-    asked: list[Values] = []
-
-    def judge(values: Values) -> CaseQuality:
-        asked.append(values)
-        distance = sum(abs(values.get(name, 0.0) - best.get(name, 0.0)) for name in names)
-        return quality(0.9 - 0.2 * distance)
-
-    assert search(judge, inversion, margin=0.01) == found
-    assert len(asked) <= 1 + 5 + 4 and asked[0] == {}
-    known = tried(inversion)
-    assert all({k: v for k, v in values.items() if k != "detail"} in [{}, *known] for values in asked)
-    assert not search(judge, inversion, margin=0.5)
 
 
 def dice(found: np.ndarray, labels: np.ndarray) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -21,11 +22,11 @@ from safetensors.torch import load_file
 from samda.adaptation.job import run_adaptation
 from samda.adaptation.page import look_first, mean_dice
 from samda.adaptation.settings import AdaptationSettings
-from samda.adaptation.site import describe_versions
 from samda.cli.main import main
 from samda.errors import InputError, UsageError, cause_of
 from samda.io import packaged
-from samda.models.versions import active_version, list_versions, load_version
+from samda.metrics import ClassScores
+from samda.models.versions import active_version, describe_versions, list_versions, load_version
 from tests.adaptation.conftest import ALWAYS
 
 SETTINGS = {"method": "class_entropy", "lr": 0.02, "steps": 1, "views": 2, "slices": 2, "keep": "last", "guard": ALWAYS}
@@ -85,6 +86,17 @@ def test_a_label_that_does_not_fit_costs_only_its_score(job: Callable, scans: Pa
     assert list(result["dice"]) == ["case0"] and Path(result["page"]).exists()
 
 
+def test_a_class_that_a_label_lacks_is_not_scored(job: Callable, scans: Path, tmp_path: Path) -> None:
+    case = {part: str(scans / f"{part}s" / "case0.nii.gz") for part in ("image", "label")}
+    data = {"labels": {"background": 0, "liver": 1, "spleen": 2}, "training": [case]}
+    found = []
+    for lacking in ([], ["liver"], ["liver", "spleen"]):
+        case["unlabeled"] = lacking
+        (tmp_path / "data.json").write_text(json.dumps(data))
+        found.append(job(labels=tmp_path / "data.json", settings={"steps": 0, "views": 1})["dice"]["case0"][0])
+    assert found[0] != found[1] and math.isnan(found[2])
+
+
 def test_page_without_labels_and_with_names(job: Callable) -> None:
     result = job(keep_names=True, dry_run=True)
     page = Path(result["page"]).read_text("utf-8")
@@ -92,8 +104,12 @@ def test_page_without_labels_and_with_names(job: Callable) -> None:
 
 
 def test_mean_dice_leaves_out_what_is_absent() -> None:
+    def scores(*dice: float) -> list[ClassScores]:
+        return [ClassScores("both", value, 0.0, 0.0, 0.0, 0.0, 0.0) for value in dice]
+
     nan = float("nan")
-    assert mean_dice({"a": (0.5, 0.7), "b": (nan, nan), "c": (1.0, nan)}) == (0.75, 0.7)
+    assert mean_dice(scores(0.5, nan, 1.0)) == 0.75 and mean_dice(scores(0.7, nan, nan)) == 0.7
+    assert math.isnan(mean_dice(scores(nan)))
 
 
 def test_cases_to_look_at_first() -> None:

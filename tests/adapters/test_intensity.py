@@ -12,7 +12,7 @@ from adapter_tools import noise
 
 from samda.adapters.attach import scope_parameters
 from samda.adapters.base import changes_encoder
-from samda.adapters.intensity import IntensityAdapter
+from samda.adapters.intensity import IntensityAdapter, Values, search, tried
 from samda.networks.segmenter import SamSegmenter
 
 
@@ -64,3 +64,33 @@ def test_encoder_and_stem_see_the_same_image(kind: str, head: str, make_segmente
     assert set(found) == set(network.levels)
     assert all(torch.equal(found[name], expected[name]) for name in found)
     assert changes_encoder(network) and len(scope_parameters(network, "intensity")) == 3
+
+
+@pytest.mark.parametrize(
+    ("best", "inversion", "found"),
+    [
+        ({"curve": 0.3}, True, {"curve": 0.25}),
+        ({"curve": -0.8}, True, {"curve": -0.75}),
+        ({"invert": 1.0, "curve": 0.4}, True, {"invert": 1.0, "curve": 0.5}),
+        ({"invert": 1.0}, False, {}),
+        ({"detail": -1.0}, True, {"detail": -1.0}),
+        ({"curve": 0.5, "detail": 1.0}, True, {"curve": 0.5, "detail": 1.0}),
+        ({}, True, {}),
+    ],
+)
+def test_the_search_comes_as_near_as_its_steps(best: Values, inversion: bool, found: Values) -> None:
+    """The Dice falls with the distance from the best values; a change must gain the margin."""
+    asked: list[Values] = []
+
+    def distance(values: Values) -> float:
+        return sum(abs(values.get(name, 0.0) - best.get(name, 0.0)) for name in ("curve", "invert", "detail"))
+
+    def gain(values: Values) -> float:
+        asked.append(values)
+        return 0.2 * (distance({}) - distance(values))
+
+    assert search(gain, inversion, margin=0.01) == found
+    assert len(asked) <= 5 + 4
+    known = tried(inversion)
+    assert all({k: v for k, v in values.items() if k != "detail"} in [{}, *known] for values in asked)
+    assert not search(gain, inversion, margin=0.5)

@@ -28,7 +28,7 @@ from samda.models.folder import load_model
 from samda.networks.weights import read_state
 from samda.task import Task
 from samda.training import Progress, train
-from samda.training.literals import literal
+from samda.training.config_check import literal
 from samda.training.run import find_overlay
 
 Keys = dict[str, Any]
