@@ -54,6 +54,14 @@ def body_mask(values: np.ndarray, spacing_mm: np.ndarray, threshold: float) -> n
     return parts == sizes.argmax()
 
 
+def coarse_body(
+    volume: np.ndarray, spacing_mm: np.ndarray, task: Task, scaled: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A volume (X, Y, Z), RAS, on the coarse grid, the body there, and the strides (3,); see the functions above."""
+    values, strides = coarse(volume, spacing_mm)
+    return values, body_mask(values, spacing_mm * strides, body_threshold(values, task, scaled)), strides
+
+
 def body_box(volume: np.ndarray, spacing_mm: np.ndarray, task: Task) -> np.ndarray:
     """Bounding box of the body in a volume (X, Y, Z) in [0, 1], RAS; for a 2-D image, all of it.
 
@@ -62,8 +70,7 @@ def body_box(volume: np.ndarray, spacing_mm: np.ndarray, task: Task) -> np.ndarr
     shape = np.asarray(volume.shape)
     if task.modality == "image":
         return np.stack([np.zeros(3, int), shape], axis=1)
-    values, strides = coarse(volume, spacing_mm)
-    mask = body_mask(values, np.asarray(spacing_mm) * strides, body_threshold(values, task, scaled=True))
+    _, mask, strides = coarse_body(volume, np.asarray(spacing_mm), task, scaled=True)
     found = ndimage.find_objects(mask.astype(np.uint8))[0]
     # the body may end up to one step after its last voxel on the coarse grid
     return np.array([[s.start * n, min(s.stop * n, size)] for s, n, size in zip(found, strides, shape, strict=True)])

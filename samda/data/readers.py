@@ -18,6 +18,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 
 from samda.data.dicom import read_dicom
@@ -160,6 +161,12 @@ def read_geometry(image: Image) -> tuple[tuple[int, int, int], np.ndarray]:
         size, affine = itk_geometry(path)
         shape = (*size, 1)[:3]
     return tuple(int(n) for n in shape), np.asarray(affine, float)  # type: ignore[return-value]
+
+
+def turned(scan: Scan, affine: np.ndarray) -> Scan:
+    """The scan with its axes in the order and direction of an affine, a view: one grid may be stored in several."""
+    turn = ornt_transform(io_orientation(scan.affine), io_orientation(affine))
+    return Scan(apply_orientation(scan.array, turn), scan.affine @ inv_ornt_aff(turn, scan.array.shape[:3]))
 
 
 def uncropped(label: Scan, grid: tuple[Sequence[int], np.ndarray], path: Any) -> Scan:

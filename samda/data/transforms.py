@@ -34,7 +34,7 @@ from monai.transforms import (
 )
 from scipy import ndimage
 
-from samda.data.body import body_mask, body_threshold, coarse
+from samda.data.body import coarse_body
 from samda.data.labels import OPEN, MapLabelsd, PartialLabels
 from samda.data.readers import Scan, read_label, read_scan, refuse_other_grid, uncropped
 from samda.errors import InputError, UsageError, cause_of, nearest
@@ -100,8 +100,8 @@ def intensity_range(image: np.ndarray, spacing_mm: np.ndarray, task: Task) -> tu
         return task.window
     samples = image
     if task.modality == "MR":
-        values, strides = coarse(image[0], spacing_mm)
-        samples = values[body_mask(values, spacing_mm * strides, body_threshold(values, task, scaled=False))]
+        values, mask, _ = coarse_body(image[0], spacing_mm, task, scaled=False)
+        samples = values[mask]
     low, high = np.percentile(samples, task.percentiles)
     return float(low), float(high)
 

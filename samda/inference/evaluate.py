@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
@@ -19,7 +18,7 @@ from samda.data.datalists import find_pairs, unlabeled_classes
 from samda.data.dicom_labels import is_dicom_label
 from samda.data.formats import PICTURE_SUFFIXES
 from samda.data.labels import MapLabelsd, partial_labels
-from samda.data.readers import Scan, read_label, refuse_other_grid, uncropped
+from samda.data.readers import Scan, read_label, refuse_other_grid, turned, uncropped
 from samda.errors import InputError, SamdaError, UsageError, is_disk_full, log_failed, reason_of
 from samda.inference.predict import CaseEvaluator
 from samda.io import csv_text, plain, write_json, write_text
@@ -205,7 +204,7 @@ def score_files(
     predicted = read_label(prediction, (true.array.shape, true.affine), own.map.wanted)
     if is_dicom_label(Path(prediction)):  # its segments have names
         predicted = Scan(_classes(predicted, prediction, own), predicted.affine)
-    predicted = _turned(predicted, true)
+    predicted = turned(predicted, true.affine)
     pictures = any(str(path).lower().endswith(PICTURE_SUFFIXES) for path in (prediction, label))
     affine = true.affine if pictures else predicted.affine  # 2-D images have no position
     true = uncropped(true, (predicted.array.shape, affine), label)
@@ -220,15 +219,6 @@ def _classes(scan: Scan, path: str | Path, mapping: MapLabelsd, case: Mapping[st
     """The class indices of ids."""
     ids = MetaTensor(torch.from_numpy(np.ascontiguousarray(scan.array)), meta={"filename_or_obj": str(path)})
     return mapping({**(case or {}), "label": ids})["label"].as_tensor().numpy()
-
-
-def _turned(scan: Scan, like: Scan) -> Scan:
-    """`scan` with axes in the order and direction of `like`: one grid may be stored in several orders."""
-    turn = nib.orientations.ornt_transform(
-        nib.orientations.io_orientation(scan.affine), nib.orientations.io_orientation(like.affine)
-    )
-    array = nib.orientations.apply_orientation(scan.array, turn)
-    return Scan(array, scan.affine @ nib.orientations.inv_ornt_aff(turn, scan.array.shape))
 
 
 # -------------------------------------------------------------------------------------------------------------- output

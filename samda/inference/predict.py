@@ -24,15 +24,17 @@ from samda.data.transforms import build_preprocessing
 from samda.errors import InputError, SamdaError, UsageError, is_disk_full, log_failed
 from samda.expected_dice import Calibration, CaseQuality, ExpectedDice
 from samda.inference.dicom_out import NIFTI, DicomOutput, check_cases, dicom_path, parse_formats, write_formats
-from samda.inference.expected import QUALITY, TABLE, write_table
 from samda.inference.postprocessing import keep_largest, override, own_grid, warn_empty
 from samda.inference.volume import VolumeInferer
 from samda.inference.writer import (
+    QUALITY,
+    TABLE,
     label_image,
     label_path,
     probability_path,
     write_labels,
     write_probabilities,
+    write_table,
 )
 from samda.io import files_of
 from samda.networks.segmenter import SamSegmenter
@@ -299,7 +301,7 @@ def run_cases(
     finish: Callable[[Path], Any] | None = None,
 ) -> FolderResult:
     """:func:`predict_folder` with any predictor: `one` writes a case into the folder and tells whether it is empty,
-    `finish` writes :data:`samda.inference.expected.TABLE`.
+    `finish` writes :data:`samda.inference.writer.TABLE`.
     """
     mine = part.of(cases) if part else cases
     written = written_files(mine, save_probabilities, formats) + ([] if finish is None else [Path(TABLE)])
