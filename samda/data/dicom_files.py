@@ -200,7 +200,7 @@ def one_series(folder: Path) -> dict[Path, Dataset]:
         with refusing_damage(path, "its header cannot be read"):
             series.setdefault(str(header.get("SeriesInstanceUID", "")), {})[path] = header
     if len(series) > 1:
-        names = ", ".join(f"{_series_name(found)!r} ({len(found)} files, UID {uid})" for uid, found in series.items())
+        names = ", ".join(f"{_series_name(files)!r} ({len(files)} files, UID {uid})" for uid, files in series.items())
         remedy = f"use one folder per series, or give one as {folder}/UID"
         raise InputError(f"{folder} contains {len(series)} DICOM series: {names}; {remedy}")
     return images
@@ -211,6 +211,10 @@ def _series_name(files: dict[Path, Dataset]) -> str:
     return str(header.get("SeriesDescription", "")).strip() or path.name
 
 
+def visible(folder: Path) -> list[Path]:
+    """What a folder holds, sorted, without hidden files and folders."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
 def _files(folder: Path) -> list[Path]:
-    inside = sorted(folder.iterdir())
-    return [p for p in inside if p.name not in OTHER_FILES and not p.name.startswith(".") and p.is_file()]
+    return [path for path in visible(folder) if path.name not in OTHER_FILES and path.is_file()]

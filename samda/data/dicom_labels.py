@@ -25,6 +25,7 @@ from samda.data.dicom_files import (
     refusing_damage,
     series_files,
     series_in,
+    visible,
 )
 from samda.data.formats import LPS_TO_RAS
 from samda.errors import InputError
@@ -154,8 +155,8 @@ def _source(path: Path, image: Path | None) -> Path:
         if wanted and series_uid(image) not in {*wanted, ""}:  # none where pseudonymization has emptied it
             raise InputError(f"{path} refers to another series than {image}; give the series it was drawn on")
         return image
-    folders = [path.parent, *_folders(path.parent), path.parent.parent, *_folders(path.parent.parent)]
-    for folder in dict.fromkeys(folders):
+    places = [place for above in (path.parent, path.parent.parent) for place in (above, *visible(above))]
+    for folder in dict.fromkeys(place for place in places if place.is_dir()):
         for series in series_in(folder)[0]:
             if series_uid(series) in wanted:
                 return series
@@ -176,10 +177,6 @@ def _grid_frames(path: Path, shape: Sequence[int], affine: np.ndarray) -> tuple[
     about = (steps[0] / columns_mm, steps[1] / rows_mm, (rows_mm, columns_mm), slices_mm, (1.0, 0.0))
     size = (shape[1], shape[0])
     return [Frame(path, k, size, first + k * steps[2], *about) for k in range(shape[2])], affine
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 class _Slices:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samda.data.dicom_files import has_dicom, is_dicom, no_images, series_in
+from samda.data.dicom_files import has_dicom, is_dicom, no_images, series_in, visible
 from samda.data.dicom_labels import is_dicom_label, referenced_series, series_uid
 from samda.data.formats import SCAN_SUFFIXES, VOLUME_SUFFIXES, stem
 from samda.errors import InputError
@@ -339,7 +339,7 @@ def by_name(paths: Iterable[tuple[str, Path]], report: Report) -> dict[str, Path
 
 
 def _inside(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+    return visible(folder) if folder.is_dir() else []
 
 
 def _subfolders(folder: Path, names: Sequence[str]) -> list[Path]:
