@@ -47,11 +47,7 @@ def body_mask(values: np.ndarray, spacing_mm: np.ndarray, threshold: float) -> n
     disc = _disc(spacing_mm)
     opened = ndimage.binary_dilation(ndimage.binary_erosion(mask, disc, border_value=1), disc)
     parts, count = ndimage.label(opened & mask if opened.any() else mask)
-    if count == 0:
-        return np.ones(values.shape, bool)
-    sizes = np.bincount(parts.ravel())
-    sizes[0] = 0
-    return parts == sizes.argmax()
+    return parts == np.bincount(parts[parts > 0]).argmax() if count else np.ones(values.shape, bool)
 
 
 def coarse_body(

@@ -219,12 +219,8 @@ def scan_cases(path: Path, report: Report) -> dict[str, list[Case]]:
     if doubled:
         names = ", ".join(path.name for path in doubled[:SHOWN]) + ", ..." * (len(doubled) > SHOWN)
         report(Problem("id", f"{path}: scans of one name ({names}) get ids with their endings", stops=False))
-    return {"test": [{"id": _with_ending(n, p) if p in doubled else n, "image": str(p)} for n, p in found]}
-
-
-def _with_ending(name: str, path: Path) -> str:
-    """`a.nii.gz` -> `a_nii_gz`; a folder is named as it is."""
-    return name + path.name.removeprefix(stem(path)).replace(".", "_")
+    endings = {path: path.name.removeprefix(stem(path)).replace(".", "_") for path in doubled}  # a.nii.gz -> _nii_gz
+    return {"test": [{"id": name + endings.get(path, ""), "image": str(path)} for name, path in found]}
 
 
 def join_channels(cases: Sequence[Case], count: int) -> list[Case]:

@@ -200,7 +200,7 @@ def id_range(array: np.ndarray, name: str) -> tuple[int, int]:
 def count_ids(array: np.ndarray, name: str) -> dict[int, int]:
     """id -> voxels of a label map, in order of the ids."""
     low, high = id_range(array, name)
-    flat = array.reshape(-1)
+    flat = array.ravel(order="K")  # a view of a dense array, whatever the order of its axes
     counts = np.zeros(high - low + 1, np.int64)
     for start in range(0, len(flat), CHUNK):
         counts += np.bincount(flat[start : start + CHUNK].astype(np.int64) - low, minlength=len(counts))

@@ -234,17 +234,14 @@ class SliceGrid:
         `outside` is the value of channel 0 outside the canvas; the other channels are 0 there. The result has the axis
         order of the volume: (K, X, Y, n) axial, (K, X, n, Z) coronal, (K, n, Y, Z) sagittal.
         """
-        planes = self._to_planes(maps)
-        covered = (self._rows.covered[:, None] & self._columns.covered[None]).to(planes.device)
-        planes[:, 0].masked_fill_(~covered, outside)
-        return planes.permute(1, *self._to_volume())
-
-    def _to_planes(self, maps: torch.Tensor) -> torch.Tensor:
-        """(n, K, rows, columns) on the canvas -> on the in-plane grid of the volume."""
         if maps.ndim != 4 or tuple(maps.shape[2:]) != self.canvas:
             rows, columns = self.canvas
             raise InputError(f"maps must be (n, K, {rows}, {columns}), got {tuple(maps.shape)}")
-        return _resample(maps.float(), self._rows.backward, self._columns.backward)
+        planes = _resample(maps.float(), self._rows.backward, self._columns.backward)
+        covered = (self._rows.covered[:, None] & self._columns.covered[None]).to(planes.device)
+        planes[:, 0].masked_fill_(~covered, outside)
+        place = {axis: dimension for axis, dimension in zip(self.axes, (0, 2, 3), strict=True)}
+        return planes.permute(1, place[0], place[1], place[2])
 
     def _planes(self, volume: torch.Tensor, index: int | slice | Iterable[int]) -> torch.Tensor:
         """Slices (n, C, rows, columns) on the grid of the volume, a view if possible."""
@@ -264,11 +261,6 @@ class SliceGrid:
         if isinstance(index, slice):
             return list(range(*index.indices(self.num_slices)))
         return [index] if isinstance(index, int) else [int(i) for i in index]
-
-    def _to_volume(self) -> tuple[int, int, int]:
-        """Dimensions of (n, K, rows, columns) in the axis order of the volume."""
-        place = {self.axes[0]: 0, self.axes[1]: 2, self.axes[2]: 3}
-        return place[0], place[1], place[2]
 
 
 def with_neighbors(indices: Iterable[int], first: int, end: int) -> list[tuple[int, int, int]]:

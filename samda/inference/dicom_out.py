@@ -25,6 +25,7 @@ from pydicom.uid import ImplicitVRLittleEndian, RTStructureSetStorage, generate_
 
 from samda.data.dicom import Frame, series_frames
 from samda.data.dicom_files import is_dicom, is_series, quiet
+from samda.data.labels import count_ids
 from samda.errors import InputError, SamdaError, UsageError, nearest, one_line
 from samda.inference.codes import ClassCode, class_code
 from samda.inference.contours import mask_contours
@@ -113,11 +114,8 @@ def write_dicom(kind: str, path: str | Path, labels: np.ndarray, task: Task, sca
         InputError: the scan is no DICOM series or lacks an identifier, or no class has voxels.
     """
     source = check_series(scan)
-    counts = np.zeros(task.num_classes, np.int64)
-    for plane in np.moveaxis(labels, 2, 0):
-        counts += np.bincount(plane.ravel(), minlength=task.num_classes)
-    found = [k for k in range(1, task.num_classes) if counts[k]]
-    missing = [name for k, name in enumerate(task.classes) if k and not counts[k]]
+    found = [k for k in count_ids(labels, str(source)) if k]
+    missing = [name for k, name in enumerate(task.classes) if k and k not in found]
     if not found:
         raise InputError(f"{source}: no class was found, and a {kind} of nothing cannot be written; use nifti")
     if missing:

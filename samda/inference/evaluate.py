@@ -88,8 +88,7 @@ class Evaluation:
         rows: list[list[Any]] = [["case", "class", *COLUMNS]]
         for case, scores in self.cases.items():
             for name, score in zip(self.classes, scores, strict=True):
-                values = [getattr(score, column) for column in COLUMNS]
-                rows.append([case, name, *("" if _is_nan(v) else v for v in values)])
+                rows.append([case, name, *plain([getattr(score, column) for column in COLUMNS])])
         return csv_text(rows)
 
     def save(self, folder: str | Path) -> None:
@@ -245,7 +244,3 @@ def format_table(evaluation: Evaluation) -> str:
 
 def _number(value: float, key: str) -> str:
     return "-" if math.isnan(value) else f"{value:.1f}" if key == "hd95_mm" else f"{value:.3f}"
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)

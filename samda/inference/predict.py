@@ -20,6 +20,7 @@ from nibabel.spatialimages import SpatialImage
 from samda.data.datalists import Case, find_cases
 from samda.data.folders import join_channels
 from samda.data.formats import name_of, scan_path, source_of
+from samda.data.labels import count_ids
 from samda.data.transforms import build_preprocessing
 from samda.errors import InputError, SamdaError, UsageError, is_disk_full, log_failed
 from samda.expected_dice import Calibration, CaseQuality, ExpectedDice
@@ -88,11 +89,9 @@ class Prediction(DicomOutput):
 
     def volumes_ml(self) -> dict[str, float]:
         """Volume of each foreground class in ml."""
-        counts = np.zeros(len(self.classes), np.int64)
-        for plane in np.moveaxis(self.labels, -1, 0):  # by plane: counting needs 8 bytes per voxel
-            counts += np.bincount(plane.ravel(), minlength=len(counts))
+        counts = count_ids(self.labels, self.case)
         voxel_ml = abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000.0
-        return {name: int(counts[k]) * voxel_ml for k, name in enumerate(self.classes) if k}
+        return {name: counts.get(k, 0) * voxel_ml for k, name in enumerate(self.classes) if k}
 
     @phase("writing")
     def save(self, folder: str | Path, formats: str | Sequence[str] = NIFTI) -> Path:
@@ -182,18 +181,12 @@ class Predictor:
             scan=source_of(scan),
             probabilities=None if kept is None else self._restore(data, kept).as_tensor().numpy(),
             task=self.task,
-            quality=self._quality(),
+            quality=self.calibration.expected(self.meter.features()) if self.calibration and self.meter else None,
         )
 
     def _run(self, slices: torch.Tensor) -> torch.Tensor:
         """Logits; the meter sees the first pass."""
-        measured = self.meter is not None and self.inferer.first_pass
-        return self.meter(slices) if measured and self.meter is not None else self.network(slices)
-
-    def _quality(self) -> CaseQuality | None:
-        if self.meter is None or self.calibration is None:
-            return None
-        return self.calibration.expected(self.meter.features())
+        return self.network(slices) if self.meter is None or not self.inferer.first_pass else self.meter(slices)
 
     def _restore(self, data: Mapping[str, Any], result: torch.Tensor) -> MetaTensor:
         return own_grid(self.preprocessing)({"image": data["image"], "pred": MetaTensor(result[0])})["pred"]
