@@ -123,13 +123,17 @@ def _label_problems(report: DataReport, task: Task | None) -> Iterator[Problem]:
         text = f"{rare[0].label} is one of {len(rare)} masks of 0 and {max(rare[0].label_ids)}, unlike the others"
         yield rare[0].problem("label ids", f"{text}; save all masks with one id")
     for case in report.cases:
-        unknown = sorted(i for i in case.label_ids if known is not None and i not in known.ids)
-        refusal = known.refusal(case.label_ids) if known is not None else ""
-        if refusal:
+        if known is None:
+            if any(i < 0 for i in case.label_ids):
+                text = f"{case.label} contains ids below 0; name them under `labels` in the task, or they become"
+                yield case.problem("label ids", f"{text} background", False)
+            continue
+        unknown = sorted(i for i in case.label_ids if i not in known.ids)
+        if refusal := known.refusal(case.label_ids):
             yield case.problem("label ids", f"{case.label} {refusal}")
-        elif known is not None and known.warning(case.label_ids):
-            yield case.problem("label ids", f"{case.label}: {known.warning(case.label_ids)}", False)
-        elif known is not None and known.rest is None and unknown:
+        elif warning := known.warning(case.label_ids):
+            yield case.problem("label ids", f"{case.label}: {warning}", False)
+        elif known.rest is None and unknown:
             shown = ", ".join(f"{i} ({case.label_ids[i]} voxels)" for i in unknown[:8]) + ", ..." * (len(unknown) > 8)
             text = f"{case.label} contains ids that {known.source} does not name: {shown}; "
             if task is None:  # the suggested task lists ids, so these become background
@@ -137,9 +141,6 @@ def _label_problems(report: DataReport, task: Task | None) -> Iterator[Problem]:
             else:
                 text += "list the ids of each class under `labels` in the task, and the others become background"
             yield case.problem("label ids", text, task is not None)
-        elif known is None and any(i < 0 for i in case.label_ids):
-            text = f"{case.label} contains ids below 0; name them under `labels` in the task, or they become background"
-            yield case.problem("label ids", text, False)
     held = {i for case in report.cases for i in case.label_ids}
     absent = [name for name, ids in labels.items() if held and not held & set(ids) and name != IGNORE]
     if absent:

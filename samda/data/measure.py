@@ -242,7 +242,9 @@ def structure_widths(label: np.ndarray, sides_mm: Sequence[float], ids: Iterable
     for k, places in found.items():
         chosen = np.unique(np.linspace(0, len(places) - 1, SLICES).round().astype(int))
         discs = [_discs(planes[places[i][0]][_middle(places[i][1])] == k, plane_sides) for i in chosen]
-        widths[k] = _weighted_median(np.concatenate(discs))
+        diameters = np.sort(np.concatenate(discs))
+        areas = np.cumsum(diameters**2)
+        widths[k] = float(diameters[np.searchsorted(areas, areas[-1] / 2)])
     return widths
 
 
@@ -263,9 +265,3 @@ def _discs(mask: np.ndarray, sides_mm: Sequence[float]) -> np.ndarray:
     distance = ndimage.distance_transform_edt(np.pad(mask, 1), sampling=sides_mm)  # to the next center outside
     ridge = (distance > 0) & (distance == ndimage.maximum_filter(distance, 3))
     return np.asarray(2 * distance[ridge] - np.mean(sides_mm))
-
-
-def _weighted_median(diameters: np.ndarray) -> float:
-    diameters = np.sort(diameters)
-    areas = np.cumsum(diameters**2)
-    return float(diameters[np.searchsorted(areas, areas[-1] / 2)])

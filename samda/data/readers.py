@@ -25,13 +25,7 @@ from nibabel.spatialimages import HeaderDataError
 from samda.data.dicom import read_dicom
 from samda.data.dicom_files import is_dicom, is_series
 from samda.data.dicom_labels import Grid, is_dicom_label, read_dicom_label
-from samda.data.formats import (
-    NIBABEL_SUFFIXES,
-    PICTURE_SUFFIXES,
-    not_a_scan,
-    read_itk,
-    read_picture,
-)
+from samda.data.formats import NIBABEL_SUFFIXES, PICTURE_SUFFIXES, not_a_scan, read_itk, read_picture
 from samda.data.headers import INFLATION, check_file, check_request, text_fields
 from samda.data.labels import whole_ids
 from samda.errors import InputError, SamdaError

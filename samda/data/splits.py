@@ -37,13 +37,7 @@ class Split:
         return not {patient_of(case) for case in self.training} & {patient_of(case) for case in self.validation}
 
 
-def split(
-    cases: Sequence[Case],
-    task: Task,
-    fraction: float = 0.2,
-    fold: int | None = None,
-    seed: int = 0,
-) -> Split:
+def split(cases: Sequence[Case], task: Task, fraction: float = 0.2, fold: int | None = None, seed: int = 0) -> Split:
     """Split the labeled cases of one section into training and validation.
 
     * `fold` and cases that state a fold: those of this fold validate (MONAI's convention).

@@ -195,7 +195,12 @@ class LoadScand(MapTransform):
             if not path:
                 name = d.get("id") or d.get("image") or "without a name"
                 raise InputError(f"case {str(name)!r} has no {key}; {nearest(str(key), map(str, d))}")
-            scan = read_label(path, self._image_of(d), self.wanted) if self.labels else read_scan(path, self.channels)
+            if self.labels:
+                image = d.get("image")  # to its series a DICOM label belongs
+                image = image.meta["filename_or_obj"] if isinstance(image, MetaTensor) else image
+                scan = read_label(path, image, self.wanted)
+            else:
+                scan = read_scan(path, self.channels)
             affine = torch.from_numpy(scan.affine.copy())
             meta = {
                 "affine": affine,
@@ -207,11 +212,6 @@ class LoadScand(MapTransform):
             }
             d[key] = MetaTensor(torch.from_numpy(np.ascontiguousarray(scan.array)), meta=meta)
         return d
-
-    def _image_of(self, data: Mapping[Hashable, Any]) -> Any:
-        """The path of the image, to whose series a DICOM label belongs."""
-        image = data.get("image")
-        return image.meta["filename_or_obj"] if isinstance(image, MetaTensor) else image
 
 
 class CheckSameGridd(MapTransform):

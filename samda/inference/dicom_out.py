@@ -29,7 +29,7 @@ from samda.data.labels import count_ids
 from samda.errors import InputError, SamdaError, UsageError, nearest, one_line
 from samda.inference.codes import ClassCode, class_code
 from samda.inference.contours import mask_contours
-from samda.inference.writer import PURPOSE, file_name
+from samda.inference.writer import PURPOSE, file_name, label_image
 from samda.io import Image, files_of, replacing
 from samda.report import class_color
 from samda.task import Task
@@ -162,11 +162,17 @@ def _known_task(task: Task | None) -> Task:
 
 
 class DicomOutput:
-    """Adds DICOM output to results with `labels` (X, Y, Z), `task` and `scan`."""
+    """A label map `labels` (X, Y, Z) of a `scan` as a nibabel image or as DICOM, with the classes of `task`."""
 
     labels: np.ndarray
+    affine: np.ndarray
     task: Task | None
     scan: Path | SpatialImage | None
+
+    @property
+    def image(self) -> SpatialImage:
+        """The label map as a nibabel image with affine and form codes of the scan."""
+        return label_image(self.labels, self.scan, self.affine)
 
     def to_dicom_seg(self, path: str | Path, labelmap: bool = False) -> Path:
         """Write the label map as a DICOM SEG: BINARY, or with `labelmap` a LABELMAP; see `write_dicom`."""

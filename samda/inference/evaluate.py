@@ -21,7 +21,7 @@ from samda.data.labels import MapLabelsd, partial_labels
 from samda.data.readers import Scan, read_label, refuse_other_grid, turned, uncropped
 from samda.errors import InputError, SamdaError, UsageError, is_disk_full, log_failed, reason_of
 from samda.inference.predict import CaseEvaluator
-from samda.io import csv_text, plain, write_json, write_text
+from samda.io import csv_text, plain, text_table, write_json, write_text
 from samda.metrics import COUNTED, DEFINITIONS, SCORES, ClassScores, score_case, summarize
 from samda.output import open_output
 from samda.processes import is_main
@@ -233,13 +233,8 @@ def format_table(evaluation: Evaluation) -> str:
     for name, entry in [*summary["classes"].items(), ("all", summary["all"])]:
         means = [f"{_number(entry[key]['mean'], key)} ({entry[key]['n']})" for key in SCORES]
         rows.append([name, *means, _number(entry["pooled_dice"], "dice"), *(str(entry[what]) for what in COUNTED)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *cells in rows:
-        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *right]))
     failed = [f"not scored: {case}: {reason}" for case, reason in evaluation.failed.items()]
-    return "\n".join([*(f"# {line}" for line in header), *lines, *failed])
+    return "\n".join([*(f"# {line}" for line in header), *text_table(rows), *failed])
 
 
 def _number(value: float, key: str) -> str:

@@ -76,10 +76,7 @@ class KeepLargestd(MapTransform):
 
 
 def override(
-    task: Task,
-    classes: bool | str | Sequence[str] | None = None,
-    modality: str | None = None,
-    axes: str | None = None,
+    task: Task, classes: bool | str | Sequence[str] | None = None, modality: str | None = None, axes: str | None = None
 ) -> Task:
     """The task with another `keep_largest`, modality or axes; None leaves the task's.
 

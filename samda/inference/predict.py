@@ -30,7 +30,6 @@ from samda.inference.volume import VolumeInferer
 from samda.inference.writer import (
     QUALITY,
     TABLE,
-    label_image,
     label_path,
     probability_path,
     write_labels,
@@ -78,11 +77,6 @@ class Prediction(DicomOutput):
         return {} if self.quality is None else self.quality.dice
 
     @property
-    def image(self) -> SpatialImage:
-        """The label map as a nibabel image with affine and form codes of the scan."""
-        return label_image(self.labels, self.scan, self.affine)
-
-    @property
     def empty(self) -> bool:
         """Is everything background?"""
         return not self.labels.any()
@@ -101,7 +95,7 @@ class Prediction(DicomOutput):
         "rtstruct", each in a folder of this name.
         """
         formats = parse_formats(formats)
-        files = label_files(self.case, self.scan, formats)
+        files = result_files(self.case, self.scan, formats)
         with open_output(folder, [*files, f"{self.case}.json"]) as output:
             if self.probabilities is not None:
                 place = probability_path(output.path, self.case)
@@ -302,9 +296,8 @@ def run_cases(
     result = FolderResult()
     with open_output(output, written, part) as place, Cases("predicting", len(mine), shown=shown) as progress:
         for case in mine:
-            outcome = _run_case(
-                case, place.path, one, partial(result_files, case, save_probabilities, formats), skip_finished, result
-            )
+            files = partial(result_files, case["id"], case["image"], formats, save_probabilities)
+            outcome = _run_case(case, place.path, one, files, skip_finished, result)
             if on_case:
                 on_case(case["id"], outcome)
             progress.next()
@@ -376,15 +369,10 @@ def refuse_own_folder(cases: Sequence[Case], folder: Path) -> None:
             raise UsageError(f"output {folder} is the folder of the scan {image.name}; choose another output folder")
 
 
-def label_files(case: str, image: Any, formats: Sequence[str] = (NIFTI,)) -> list[Path]:
-    """The label maps of a case, relative to their folder; UsageError if its id cannot name a file."""
-    return [label_path("", case, image) if kind == NIFTI else dicom_path("", case, kind) for kind in formats]
-
-
-def result_files(case: Case, probabilities: bool = False, formats: Sequence[str] = (NIFTI,)) -> list[Path]:
+def result_files(case: str, image: Any, formats: Sequence[str] = (NIFTI,), probabilities: bool = False) -> list[Path]:
     """The results of a case, relative to their folder; UsageError if its id cannot name a file."""
-    files = label_files(case["id"], case["image"], formats)
-    return files + ([probability_path("", case["id"])] if probabilities else [])
+    files = [label_path("", case, image) if kind == NIFTI else dicom_path("", case, kind) for kind in formats]
+    return [*files, *([probability_path("", case)] if probabilities else [])]
 
 
 def written_files(cases: Sequence[Case], probabilities: bool = False, formats: Sequence[str] = (NIFTI,)) -> list[Path]:
@@ -392,7 +380,8 @@ def written_files(cases: Sequence[Case], probabilities: bool = False, formats: S
     written = []
     for case in cases:
         with contextlib.suppress(UsageError):
-            written += [*result_files(case, probabilities, formats), Path(f"{case['id']}.json")]
+            files = result_files(case["id"], case["image"], formats, probabilities)
+            written += [*files, Path(f"{case['id']}.json")]
     return written
 
 

@@ -84,7 +84,9 @@ def write_labels(
     try:
         with replacing(path) as temporary:  # after the names: it marks the case as finished
             if path.suffix.lower() == ".png":
-                _save_png(labels, temporary)
+                if labels.ndim != 3 or labels.shape[2] != 1:
+                    raise UsageError(f"a PNG holds one slice, got a map of {labels.shape}; write a .nii.gz")
+                sitk.WriteImage(sitk.GetImageFromArray(np.ascontiguousarray(labels[:, :, 0].T)), str(temporary))
             else:
                 label_image(labels, image, affine).to_filename(temporary)
             write_json(names, about)
@@ -160,12 +162,6 @@ def _nifti_of(image: str | Path | SpatialImage | None) -> Any:
     return None
 
 
-def _save_png(labels: np.ndarray, path: Path) -> None:
-    if labels.ndim != 3 or labels.shape[2] != 1:
-        raise UsageError(f"a PNG holds one slice, got a map of {labels.shape}; write a .nii.gz")
-    sitk.WriteImage(sitk.GetImageFromArray(np.ascontiguousarray(labels[:, :, 0].T)), str(path))
-
-
 def _case(path: Path) -> str:
     if not path.name.lower().endswith((*NIFTI_SUFFIXES, ".png")):
         raise UsageError(f"{path}: label maps are written as .nii.gz, .nii or .png; rename the output")
@@ -176,10 +172,7 @@ def _case(path: Path) -> str:
 
 
 def write_table(
-    folder: str | Path,
-    cases: Sequence[Case],
-    quality: Mapping[str, CaseQuality],
-    site: Mapping[str, Any] | None = None,
+    folder: str | Path, cases: Sequence[Case], quality: Mapping[str, CaseQuality], site: Mapping[str, Any] | None = None
 ) -> dict[str, CaseQuality]:
     """Write `predictions.csv`; returns what it holds, in its order.
 
