@@ -105,8 +105,7 @@ def _shows_image(header: Dataset) -> bool:
 
 def dicom_modality(path: Path) -> str | None:
     """The modality in the header of a DICOM file or series: "CT", "MR", "PT", ..."""
-    headers = [path] if path.is_file() else series_files(path)
-    return next((str(dicom_header(file).get("Modality", "")).strip() or None for file in headers), None)
+    return next((str(dicom_header(file).get("Modality", "")).strip() or None for file in series_files(path)), None)
 
 
 # --------------------------------------------------------------------------------------------------------------- series
@@ -148,7 +147,9 @@ def is_series(path: Path) -> bool:
 
 
 def series_files(path: Path) -> list[Path]:
-    """The DICOM files of a folder or of FOLDER/UID."""
+    """The DICOM files of a folder or of FOLDER/UID; a file itself."""
+    if path.is_file():
+        return [path]
     return [file for file in _files(path) if is_dicom(file)] if path.is_dir() else _files_of_uid(path)
 
 

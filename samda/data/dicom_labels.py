@@ -42,7 +42,7 @@ CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 def is_dicom_label(path: Path) -> bool:
     """Is this a DICOM SEG or RTSTRUCT?"""
     try:
-        return is_dicom(path) and _kind(dicom_header(path)) in (*SEGMENTATIONS, STRUCTURES)
+        return is_dicom(path) and dicom_header(path).get("SOPClassUID") in (*SEGMENTATIONS, STRUCTURES)
     except InputError:
         return False
 
@@ -66,9 +66,8 @@ def referenced_series(path: Path) -> set[str]:
 
 def series_uid(path: Path) -> str:
     """SeriesInstanceUID of a series."""
-    files = [path] if path.is_file() else series_files(path)
-    headers = (dicom_header(file) for file in files)
-    return next((str(h.get("SeriesInstanceUID", "")) for h in headers if _kind(h) not in SEGMENTATIONS), "")
+    headers = (dicom_header(file) for file in series_files(path))
+    return next((str(h.get("SeriesInstanceUID", "")) for h in headers if h.get("SOPClassUID") not in SEGMENTATIONS), "")
 
 
 def read_dicom_label(
@@ -103,7 +102,7 @@ def _painted(path: Path, frames: list[Frame], wanted: Collection[int] | None, pa
     rows, columns = frames[0].shape
     ids = np.zeros((len(frames), rows, columns), np.int32)
     names: dict[int, str] = {0: "background"}
-    structures = _kind(dicom_header(path)) == STRUCTURES
+    structures = dicom_header(path).get("SOPClassUID") == STRUCTURES
     masks = _contours(path, frames, passed) if structures else _segments(path, frames)
     for place, name, mask in masks:
         number = name_id(name)
@@ -123,13 +122,9 @@ def _painted(path: Path, frames: list[Frame], wanted: Collection[int] | None, pa
     return ids
 
 
-def _kind(header: Dataset) -> str:
-    return str(header.get("SOPClassUID", ""))
-
-
 def _names(header: Dataset, path: Path) -> dict[int, str]:
     """Number -> name of segments (without that of the background) or ROIs."""
-    if _kind(header) == STRUCTURES:
+    if header.get("SOPClassUID") == STRUCTURES:
         outline = {
             int(about.ReferencedROINumber)
             for about in header.get("RTROIObservationsSequence", [])
@@ -166,7 +161,7 @@ def _source(path: Path, image: Path | None) -> Path:
 def _grid_frames(path: Path, shape: Sequence[int], affine: np.ndarray) -> tuple[list[Frame], np.ndarray]:
     """The slices of a grid, its axes turned to those of a SEG's frames (as stored for an RTSTRUCT), and affine."""
     header = dicom_header(path)
-    if _kind(header) != STRUCTURES:
+    if header.get("SOPClassUID") != STRUCTURES:
         own, like = frames_of(header, path)[0], np.eye(4)
         like[:3, :3] = np.stack([own.rows, own.columns, np.cross(own.rows, own.columns)], 1)
         turn = ornt_transform(io_orientation(affine), io_orientation(LPS_TO_RAS @ like))

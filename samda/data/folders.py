@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -247,9 +247,11 @@ def _scans(root: Path, report: Report, labels: bool = False) -> list[tuple[str, 
 
     Files that are labels by their names, and links that lead nowhere, are left out unless `labels`.
     """
-    passed: dict[str, list[Path]] = {}
+    passed: dict[str, list[Path]] = defaultdict(list)
     found = _walk(root, passed, DEPTH, set(), labels)
-    for reason, paths in ((reason, paths) for reason, paths in passed.items() if paths):
+    for reason, paths in passed.items():
+        if not paths:
+            continue
         names = ", ".join(str(path.relative_to(root)) for path in paths[:SHOWN]) + ", ..." * (len(paths) > SHOWN)
         report(Problem("not used", f"{root}: not used, {reason} ({len(paths)}): {names}", stops=False))
     return [(_name_below(path, root), path) for path in found]
@@ -267,7 +269,7 @@ def _walk(folder: Path, passed: dict[str, list[Path]], depth: int, seen: set[Pat
         files = [path for path in files if path.suffix != ".img" or path.with_suffix(".hdr") not in files]
         series = has_dicom(folder)
     except OSError:
-        passed.setdefault("folders that cannot be opened", []).append(folder)
+        passed["folders that cannot be opened"].append(folder)
         return found
     if series:
         own, others = series_in(folder)
@@ -276,27 +278,25 @@ def _walk(folder: Path, passed: dict[str, list[Path]], depth: int, seen: set[Pat
             own += [path for path in others if path.name.lower().endswith(".dcm") and not is_dicom(path)]
         found += own
         others = [path for path in others if path not in own]
-        passed.setdefault("beside a DICOM series", []).extend(others)
+        passed["beside a DICOM series"] += others
     else:
         scans = [path for path in files if path.name.lower().endswith(SCAN_SUFFIXES)]
         names = {stem(path) for path in scans}
         labels = [] if keep else [path for path in scans if _is_label_beside(stem(path), names)]
         found += [path for path in scans if path not in labels]
-        passed.setdefault("labels by their names", []).extend(labels)
-        passed.setdefault("no scans of a known format", []).extend(p for p in files if p not in scans)
+        passed["labels by their names"] += labels
+        passed["no scans of a known format"] += [path for path in files if path not in scans]
     if keep:  # they are missing files of cases
         found += [path for path in broken if path.name.lower().endswith(SCAN_SUFFIXES)]
     else:
-        passed.setdefault("links that lead nowhere (git annex get, datalad get or dvc pull may help)", []).extend(
-            broken
-        )
+        passed["links that lead nowhere (git annex get, datalad get or dvc pull may help)"] += broken
     for path in folders:
         if path.name.lower() in LABEL_FOLDERS or path.name in ("labelsTr", "labelsTs"):
-            passed.setdefault("folders of labels", []).append(path)
+            passed["folders of labels"].append(path)
         elif (path / HIDDEN).is_dir():
-            passed.setdefault("folders that samda wrote", []).append(path)
+            passed["folders that samda wrote"].append(path)
         elif depth == 0 or path.resolve() in seen:
-            passed.setdefault("folders too deep or met twice", []).append(path)
+            passed["folders too deep or met twice"].append(path)
         else:
             found += _walk(path, passed, depth - 1, seen, keep)
     return found

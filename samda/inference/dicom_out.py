@@ -99,7 +99,9 @@ def check_cases(cases: Sequence[Mapping[str, Any]], formats: Sequence[str]) -> N
         raise reasons[0]
 
 
-def write_dicom(kind: str, path: str | Path, labels: np.ndarray, task: Task, scan: Image | SpatialImage | None) -> Path:
+def write_dicom(
+    kind: str, path: str | Path, labels: np.ndarray, task: Task | None, scan: Image | SpatialImage | None
+) -> Path:
     """Write a label map as a DICOM object; returns its path. Classes without voxels are left out, with a warning.
 
     Args:
@@ -112,7 +114,10 @@ def write_dicom(kind: str, path: str | Path, labels: np.ndarray, task: Task, sca
 
     Raises:
         InputError: the scan is no DICOM series or lacks an identifier, or no class has voxels.
+        UsageError: no task, as of a result that was made without.
     """
+    if task is None:
+        raise UsageError("a result without task has no names of classes; use samda.Predictor or samda.load")
     source = check_series(scan)
     found = [k for k in count_ids(labels, str(source)) if k]
     missing = [name for k, name in enumerate(task.classes) if k and k not in found]
@@ -149,16 +154,10 @@ def write_formats(
             continue
         path = dicom_path(folder, case, kind)
         if labels.any():
-            write_dicom(kind, path, labels, _known_task(task), scan)
+            write_dicom(kind, path, labels, task, scan)
         else:
             path.unlink(missing_ok=True)
             logger.warning("case %s: no foreground, so no %s is written", case, kind)
-
-
-def _known_task(task: Task | None) -> Task:
-    if task is None:
-        raise UsageError("a result without task has no names of classes; use samda.Predictor or samda.load")
-    return task
 
 
 class DicomOutput:
@@ -184,7 +183,7 @@ class DicomOutput:
 
     def _to(self, kind: str, path: str | Path) -> Path:
         parse_formats([kind])
-        return write_dicom(kind, path, self.labels, _known_task(self.task), self.scan)
+        return write_dicom(kind, path, self.labels, self.task, self.scan)
 
 
 # -------------------------------------------------------------------------------------------------------------- series

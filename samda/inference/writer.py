@@ -23,6 +23,10 @@ from samda.version import __version__
 
 LONGEST_NAME = 200  # bytes of a case id: file systems allow 255, suffixes and the prefix of hidden files included
 PURPOSE = "research use only, not for clinical decisions"
+EMPTIED = {  # texts of a header, and numbers that NIfTI does not use and that may be anything, or are those of the scan
+    **dict.fromkeys(("aux_file", "db_name", "data_type", "unused_str"), b""),
+    **dict.fromkeys(("extents", "session_error", "glmax", "glmin", "cal_min", "cal_max"), 0),
+}
 TABLE = "predictions.csv"
 HEAD = ("case", "class", "dice", "low", "high", "flags")
 QUALITY = "quality"  # key of `<case>.json`
@@ -136,14 +140,10 @@ def label_image(
     if array.ndim == 3 and array.size == int(np.prod(shape)):  # the scan may be (X, Y), or (X, Y, Z, 1)
         array = array.reshape(shape)
     header.extensions.clear()  # extensions and the texts below may contain patient data
-    for key in ("aux_file", "db_name", "data_type", "unused_str"):
+    for key, empty in EMPTIED.items():
         if key in header:  # NIfTI-1 and 2 differ
-            header[key] = b""
+            header[key] = empty
     header["descrip"] = PURPOSE.encode()
-    for key in ("extents", "session_error", "glmax", "glmin"):
-        if key in header:  # not used by NIfTI, and free for any content
-            header[key] = 0
-    header["cal_min"] = header["cal_max"] = 0
     header.set_intent("none")  # clears its name, too
     header.set_data_dtype(array.dtype)
     header.set_slope_inter(1, 0)
