@@ -133,7 +133,7 @@ def find_cases(inputs: str | Path, section: str | None = None) -> list[Case]:
 
 def is_labeled(path: str | Path) -> bool:
     """Is this, by its layout, a data set of images with labels (not a folder of scans or label files)?"""
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_file():
         return path.suffix.lower() in (".json", *LISTS)
     if (path / "dataset.json").is_file() or _pair_list(path) is not None:
