@@ -24,7 +24,7 @@ from samda.adaptation.engine import Adaptation
 from samda.adaptation.folder import adapt_folder, details_folder
 from samda.data.datalists import Case, read_datalist
 from samda.data.folders import join_channels
-from samda.data.labels import MapLabelsd
+from samda.data.labels import MapLabelsd, partial_labels
 from samda.errors import InputError, SamdaError, log_failed
 from samda.expected_dice import CaseQuality
 from samda.inference.evaluate import score_files
@@ -86,7 +86,7 @@ def commission(
     if len(cases) < FEWEST:
         raise InputError(f"{data} has {len(cases)} labeled cases; commissioning needs at least {FEWEST} of the site")
     cases = join_channels(cases, task.in_channels)
-    mapping = MapLabelsd("label", task, datalist.labels)
+    mapping = MapLabelsd("label", task, datalist.labels, partial_labels(cases, task, datalist.labels))
     output = Path(output)
     with open_output(output, ["commission.html", "commission.json"]):
         run = adapt_folder(adaptation, cases, output / "cases", keep_names=keep_names, on_case=on_case)
@@ -128,7 +128,7 @@ def _score(
             if source is None:
                 raise InputError(records[name]["error"] or "no prediction")
             paths = details_folder(folder, name) / source, label_path(folder, name, case["image"])
-            both = [score_files(path, case["label"], task, task.nsd_tolerance, mapping) for path in paths]
+            both = [score_files(path, case["label"], task, task.nsd_tolerance, mapping, case) for path in paths]
             scores[name] = dict(zip(("plain", "adapted"), both, strict=True))
         except SamdaError as error:  # a case with another grid, say, must not stop the others
             log_failed(name, error)

@@ -16,7 +16,7 @@ import numpy as np
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.folder import AdaptRun, details_folder
 from samda.adaptation.record import CURVES
-from samda.data.datalists import Case, find_pairs
+from samda.data.datalists import Case, match_cases
 from samda.data.labels import MapLabelsd, partial_labels
 from samda.errors import SamdaError
 from samda.expected_dice import TRUSTED, CaseQuality
@@ -49,22 +49,22 @@ CaseScores = dict[str, dict[str, tuple[float, float]]]  # case -> class -> Dice 
 
 def score_run(run: AdaptRun, labels: str | Path, task: Task) -> CaseScores:
     """Dice before and after of every case with a label, per foreground class; InputError where no case has one."""
-    pairs, dataset_labels = find_pairs(run.output, labels)
-    mapping = MapLabelsd("label", task, dataset_labels, partial_labels([{}], task, dataset_labels))
+    pairs, dataset_labels = match_cases(run.output, labels)
+    gaps = partial_labels([case for _, case in pairs.values()], task, dataset_labels)
+    mapping = MapLabelsd("label", task, dataset_labels, gaps)
     scores: CaseScores = {}
-    for case, (final, label) in pairs.items():
-        record = run.records.get(case)
+    for name, (final, case) in pairs.items():
+        record = run.records.get(name)
         if final is None or record is None or "source" not in record["output_files"]:
             continue
-        source = details_folder(run.output, case) / record["output_files"]["source"]
+        paths = details_folder(run.output, name) / record["output_files"]["source"], final
         try:
-            both = [score_files(path, label, task, task.nsd_tolerance, mapping) for path in (source, final)]
+            both = [score_files(path, case["label"], task, task.nsd_tolerance, mapping, case) for path in paths]
         except SamdaError as error:  # an invalid label must not prevent the report of a finished run
-            logger.error("case %s was not scored: %s", case, error)
+            logger.error("case %s was not scored: %s", name, error)
             continue
-        scores[case] = {
-            name: (before.dice, after.dice) for name, before, after in zip(task.classes[1:], *both, strict=True)
-        }
+        classes = zip(task.classes[1:], *both, strict=True)
+        scores[name] = {label: (before.dice, after.dice) for label, before, after in classes}
     return scores
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from samda.data.datalists import find_pairs, unlabeled_classes
+from samda.data.datalists import match_cases
 from samda.data.dicom_labels import is_dicom_label
 from samda.data.formats import PICTURE_SUFFIXES
 from samda.data.labels import MapLabelsd, partial_labels
@@ -162,22 +162,21 @@ def _score_pairs(
     section: str | None,
     on_case: Callable[[str, str], None] | None,
 ) -> Evaluation:
-    pairs, dataset_labels = find_pairs(predictions, labels, section)
-    lacking = {case: {"id": case, "unlabeled": names} for case, names in unlabeled_classes(labels).items()}
-    gaps = partial_labels([lacking.get(case, {}) for case in pairs], task, dataset_labels)
+    pairs, dataset_labels = match_cases(predictions, labels, section)
+    gaps = partial_labels([case for _, case in pairs.values()], task, dataset_labels)
     mapping = MapLabelsd("label", task, dataset_labels, gaps)
     result = Evaluation(task.classes[1:], {}, {}, tolerance)
     progress = bar("scoring", len(pairs), "case")
-    for case, (prediction, label) in pairs.items():
+    for name, (prediction, case) in pairs.items():
         outcome = "done"
         try:
             if prediction is None:
-                raise InputError(f"missing prediction for label {label}; predict this case")
-            result.cases[case] = score_files(prediction, label, task, tolerance, mapping, lacking.get(case))
+                raise InputError(f"missing prediction for label {case['label']}; predict this case")
+            result.cases[name] = score_files(prediction, case["label"], task, tolerance, mapping, case)
         except Exception as error:  # any failure of a pair must not stop the others
-            result.failed[case] = outcome = log_failed(case, error)
+            result.failed[name] = outcome = log_failed(name, error)
         if on_case:
-            on_case(case, outcome)
+            on_case(name, outcome)
         progress.update()
     progress.close()
     return result

@@ -15,12 +15,17 @@ import pytest
 import torch
 from scipy.special import expit, logit
 
+from samda.adaptation.commission import _score as score_cases
 from samda.adaptation.commission import bootstrap, recalibration
 from samda.adaptation.engine import Adaptation
+from samda.adaptation.folder import AdaptRun, details_folder
 from samda.adaptation.loop import load as load_parameters
 from samda.adaptation.loop import restoring
+from samda.adaptation.page import score_run
 from samda.adaptation.record import schema
 from samda.cli.main import main
+from samda.data.datalists import read_datalist
+from samda.data.labels import MapLabelsd, partial_labels
 from samda.errors import InputError
 from samda.expected_dice import Calibration
 from samda.inference.evaluate import evaluate
@@ -28,6 +33,7 @@ from samda.inference.writer import read_site_report
 from samda.model import load
 from samda.models.versions import COMMISSION
 from samda.quality import FEATURES, QualityMeter
+from samda.task import Task
 from tests.adaptation.conftest import ALWAYS, save, scan
 
 CALIBRATION = Calibration(
@@ -201,3 +207,24 @@ def test_intervals_and_recalibration() -> None:
 def test_a_foreign_file_is_no_report(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no report of samda commission"):
         read_site_report(tmp_path / "missing.json")
+
+
+def test_classes_that_a_label_lacks_are_not_scored(tmp_path: Path) -> None:
+    task = Task(classes=("background", "liver", "aorta"))
+    labels = np.zeros((4, 5, 6), np.uint8)
+    labels[1], labels[2] = 1, 2
+    save(tmp_path / "a.nii.gz", labels)
+    save(tmp_path / "a_label.nii.gz", labels * (labels < 2))
+    case = {"id": "a", "image": "a.nii.gz", "label": "a_label.nii.gz", "unlabeled": ["aorta"]}
+    (tmp_path / "l.json").write_text(json.dumps({"training": [case]}))
+    out = tmp_path / "out"
+    details_folder(out, "a").mkdir(parents=True)
+    for path in (out / "a.nii.gz", details_folder(out, "a") / "source.nii.gz"):
+        save(path, labels)
+    records = {"a": {"output_files": {"source": "source.nii.gz"}}}
+    liver, aorta = score_run(AdaptRun(out, records), tmp_path / "l.json", task)["a"].values()
+    assert liver == (1.0, 1.0) and np.isnan(aorta).all()
+    cases = read_datalist(tmp_path / "l.json").cases["training"]
+    mapping = MapLabelsd("label", task, None, partial_labels(cases, task))
+    scores, failed = score_cases(out, cases, records, task, mapping)
+    assert not failed and scores["a"]["adapted"][0].dice == 1 and scores["a"]["adapted"][1].status == "unlabeled"
