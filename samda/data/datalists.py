@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -351,10 +351,12 @@ def _exists(path: Path) -> bool:
 
 def _report_doubled(cases: Sequence[Case], layout: str, report: Report) -> set[int]:
     """Report duplicate ids; return their cases except the first."""
-    doubled = [name for name, count in Counter(case["id"] for case in cases).items() if count > 1]
+    groups: dict[str, list[Case]] = defaultdict(list)
+    for case in cases:
+        groups[case["id"]].append(case)
+    doubled = {name: same for name, same in groups.items() if len(same) > 1}
     left_out: set[int] = set()
-    for name in doubled:
-        same = [case for case in cases if case["id"] == name]
+    for name, same in doubled.items():
         paths = " and ".join(dict.fromkeys(str(files_of(case["image"])[0]) for case in same))
         is_list = layout in ("datalist", "csv")
         remedy = 'give each a unique "id", or keep one' if is_list else "rename or move all but one"

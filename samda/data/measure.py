@@ -223,10 +223,7 @@ def structure_widths(label: np.ndarray, sides_mm: Sequence[float], ids: Iterable
     A place on the ridge of the distance transform is the center of the largest disc around it. The width is the median
     of the discs' diameters, weighted by their areas, so that small ends and frayed borders do not count.
 
-    Args:
-        label: (X, Y, Z) ids, in RAS order.
-        sides_mm: (3,) voxel sides.
-        ids: every id that the label map holds; those above 0 are measured.
+    `label` is (X, Y, Z), RAS, with voxel sides `sides_mm` (3,), and holds `ids`; those above 0 are measured.
     """
     across = slice_axis(sides_mm)
     plane_sides = [float(side) for axis, side in enumerate(sides_mm) if axis != across]

@@ -44,12 +44,8 @@ def interpolation_matrix(positions: np.ndarray, size: int, width: float = 1.0) -
 
     Row k has the weights max(0, 1 - |j - positions[k]| / width) over the samples j, divided by their sum. With
     `width` > 1 the triangle spans more samples (anti-aliasing). Positions up to half a sample beyond the ends take the
-    value of the end; rows of positions further out are zero.
-
-    Args:
-        positions: (m,) in units of samples; sample j is at j.
-        size: number of samples n; the matrix is (m, n) float32.
-        width: half width of the triangle in samples, at least 1.
+    value of the end; rows of positions further out are zero. `positions` (m,) and `width` (at least 1) are in samples,
+    sample j is at j; the matrix for `size` samples is (m, size) float32.
     """
     inside = (positions > -0.5 - 1e-6) & (positions < size - 0.5 + 1e-6)
     clipped = np.clip(positions, 0, size - 1)
@@ -240,7 +236,7 @@ class SliceGrid:
         planes = _resample(maps.float(), self._rows.backward, self._columns.backward)
         covered = (self._rows.covered[:, None] & self._columns.covered[None]).to(planes.device)
         planes[:, 0].masked_fill_(~covered, outside)
-        place = {axis: dimension for axis, dimension in zip(self.axes, (0, 2, 3), strict=True)}
+        place = dict(zip(self.axes, (0, 2, 3), strict=True))  # dimension of each axis of the volume
         return planes.permute(1, place[0], place[1], place[2])
 
     def _planes(self, volume: torch.Tensor, index: int | slice | Iterable[int]) -> torch.Tensor:

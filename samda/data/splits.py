@@ -105,7 +105,8 @@ def _by_slices(cases: Sequence[Case], task: Task, folds: int, fold: int) -> Spli
         ranges = case.get("slices") or [(0, _slice_count(case["image"], task))]
         own = [i for first, end in ranges for i in range(first, end)]
         edges = [round(len(own) * i / (2 * folds)) for i in range(2 * folds + 1)]
-        held, rest = [], []
+        held: list[int] = []
+        rest: list[int] = []
         for number, (first, end) in enumerate(itertools.pairwise(edges)):
             (held if number % folds == fold else rest).extend(own[first:end])
         training.append(case | {"slices": _ranges(rest)})

@@ -126,11 +126,10 @@ class ScaleBodyIntensityd(MapTransform):
         channels, x, y, z = image.shape
         scaled = torch.empty((channels, z, y, x), dtype=torch.float32).permute(0, 3, 2, 1)
         scaled.copy_(image)
-        parts = range(channels) if self.task.modality == "MR" else [slice(None)]  # MR sequences differ in scale
-        for part in parts:
-            what = f"channel {part} of {name}" if channels > 1 and isinstance(part, int) else name
-            values = image[part : part + 1] if isinstance(part, int) else image
-            low, high = self._limits(values, spacing_mm, what)
+        each = self.task.modality == "MR" and channels > 1  # MR sequences differ in scale
+        for part in [slice(k, k + 1) for k in range(channels)] if each else [slice(None)]:
+            what = f"channel {part.start} of {name}" if each else name
+            low, high = self._limits(image[part], spacing_mm, what)
             scaled[part].sub_(low).div_(high - low).clamp_(0, 1)  # in place: scans are large
         return scaled
 
@@ -173,13 +172,8 @@ class Preprocessing(Compose):
 class LoadScand(MapTransform):
     """Paths -> MetaTensors of scans, or of label files, with affine and geometry of the file.
 
-    MONAI's LoadImaged falls back to other readers where a file is refused.
-
-    Args:
-        keys: keys of paths: a file, a DICOM folder, or a list of one file per channel.
-        channels: required number of channels of scans.
-        labels: read label files, see :func:`samda.data.readers.read_label`.
-        wanted: ids of the label files that are classes.
+    MONAI's LoadImaged falls back to other readers where a file is refused. For the arguments, see `read_scan` and, with
+    `labels`, `read_label` of :mod:`samda.data.readers`.
     """
 
     def __init__(

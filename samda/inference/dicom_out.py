@@ -238,10 +238,9 @@ class _Series:
 def _completed(header: Dataset, path: Path) -> Dataset:
     """A header with empty values for what may be missing; without an identifier it is refused."""
     meta = getattr(header, "file_meta", {})
-    for tag, stated in (("SOPInstanceUID", "MediaStorageSOPInstanceUID"), ("SOPClassUID", "MediaStorageSOPClassUID")):
-        if not header.get(tag) and meta.get(stated):
-            setattr(header, tag, meta[stated].value)
     for tag in NEEDED:
+        if not header.get(tag) and meta.get(f"MediaStorage{tag}"):
+            setattr(header, tag, meta[f"MediaStorage{tag}"].value)
         if not header.get(tag):
             raise InputError(f"{path} states no {tag}, to which DICOM output must refer; repair it or use nifti")
     for tag in COPIED:
