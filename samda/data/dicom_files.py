@@ -193,7 +193,7 @@ def one_series(folder: Path) -> dict[Path, Dataset]:
             raise InputError(f"{path} is a damaged DICOM file or not an image; replace or remove it")
         warnings.warn(f"{path} is no image ({_kind(header)}) and is passed over", stacklevel=2)
     endings = {path.suffix.lower() for path in images}
-    for path in _files(folder) if folder.is_dir() else ():
+    for path in _files(folder):
         if path not in found and path.suffix.lower() in endings:
             raise InputError(f"{path} is a damaged DICOM file or not an image; replace or remove it")
     series: dict[str, dict[Path, Dataset]] = {}
@@ -213,8 +213,8 @@ def _series_name(files: dict[Path, Dataset]) -> str:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What a folder holds, sorted, without hidden files and folders."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    """What a folder holds, sorted, without hidden files and folders; nothing if it is none."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
 
 
 def _files(folder: Path) -> list[Path]:

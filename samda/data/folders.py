@@ -143,7 +143,7 @@ def find_series(folder: Path) -> Series:
         return found if any(labels for _, labels in found.values()) else {}
     beside = _volumes(folder)
     found = {}
-    for case in _inside(folder):
+    for case in visible(folder):
         series = _series_below(case, DEPTH) if case.is_dir() and case.name.lower() not in LABEL_FOLDERS else []
         referring = _referring(series, objects)
         if referring:
@@ -157,7 +157,7 @@ def find_series(folder: Path) -> Series:
 def _dicom_labels(folder: Path, depth: int) -> dict[Path, set[str]]:
     """The DICOM labels in a folder and the folders in it, with the series that they refer to."""
     found = {path: referenced_series(path) for path in no_images(folder) if is_dicom_label(path)}
-    for path in _inside(folder):
+    for path in visible(folder):
         if path.is_dir() and depth and not (path / HIDDEN).is_dir():
             found |= _dicom_labels(path, depth - 1)
     return found
@@ -191,7 +191,7 @@ def dicom_cases(folder: Path, series: Series, report: Report) -> dict[str, list[
 def _series_below(folder: Path, depth: int) -> list[Path]:
     if has_dicom(folder):
         return series_in(folder)[0]
-    below = [path for path in _inside(folder) if path.is_dir()] if depth else []
+    below = [path for path in visible(folder) if path.is_dir()] if depth else []
     return [series for path in below for series in _series_below(path, depth - 1)]
 
 
@@ -261,7 +261,7 @@ def _walk(folder: Path, passed: dict[str, list[Path]], depth: int, seen: set[Pat
     """The scans in a folder and the folders in it; `passed` gets all other files and folders by reason."""
     found: list[Path] = []
     try:
-        inside = _inside(folder)
+        inside = visible(folder)
         seen.add(folder.resolve())
         broken = [path for path in inside if path.is_symlink() and not path.exists()]
         folders = [path for path in inside if path.is_dir()]
@@ -320,7 +320,7 @@ def _name_below(path: Path, root: Path) -> str:
 
 def files_in(folder: Path, suffixes: Sequence[str] = SCAN_SUFFIXES) -> list[Path]:
     """The files of a folder with one of the suffixes, sorted, without hidden ones; links to missing files are kept."""
-    named = [path for path in _inside(folder) if path.name.lower().endswith(tuple(s.lower() for s in suffixes))]
+    named = [path for path in visible(folder) if path.name.lower().endswith(tuple(s.lower() for s in suffixes))]
     return [path for path in named if path.is_file() or (path.is_symlink() and not path.exists())]
 
 
@@ -334,9 +334,5 @@ def by_name(paths: Iterable[tuple[str, Path]], report: Report) -> dict[str, Path
     return found
 
 
-def _inside(folder: Path) -> list[Path]:
-    return visible(folder) if folder.is_dir() else []
-
-
 def _subfolders(folder: Path, names: Sequence[str]) -> list[Path]:
-    return [path for path in _inside(folder) if path.is_dir() and path.name.lower() in names]
+    return [path for path in visible(folder) if path.is_dir() and path.name.lower() in names]
