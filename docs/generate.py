@@ -272,13 +272,14 @@ def python() -> Iterator[str]:
 
 
 def describe(value: Any, name: str, module: str) -> Iterator[str]:
-    """Signature, docstring, and of a class its public methods."""
+    """Signature, docstring, and of a class its public methods, also of its bases in samda."""
     yield f"```py\n{signature(value, name)}\n```"
     yield markdown(value.__doc__)
     if not inspect.isclass(value):
         return
-    members = [(key, member) for key, member in vars(value).items() if is_public(key, member)]
-    for key, member in members:
+    own = [kind for kind in value.__mro__ if kind.__module__.split(".")[0] == "samda"]
+    members = {key: member for kind in own[::-1] for key, member in vars(kind).items() if is_public(key, member)}
+    for key, member in members.items():
         function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
         if not function.__doc__:
             continue

@@ -235,6 +235,16 @@ def _no_formula(cell: Any) -> Any:
     return f"'{printable(cell)}" if FORMULA.match(cell) else printable(cell)
 
 
+def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines with aligned columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells in rows:
+        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *right]).rstrip())
+    return lines
+
+
 def plain(value: Any) -> Any:
     """JSON types: arrays become lists, numpy numbers numbers, paths strings, and NaN and infinity None."""
     if isinstance(value, Mapping):

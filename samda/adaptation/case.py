@@ -24,7 +24,6 @@ from samda.expected_dice import Calibration, CaseQuality
 from samda.inference.dicom_out import DicomOutput
 from samda.inference.postprocessing import keep_largest
 from samda.inference.volume import VolumeInferer, largest
-from samda.inference.writer import label_image
 from samda.networks.head import IMAGE, Pyramid, cat_levels, map_levels, split_levels
 from samda.networks.segmenter import SamSegmenter
 from samda.progress import share
@@ -124,11 +123,6 @@ class AdaptedCase(DicomOutput):
     tensors: dict[str, torch.Tensor] | None = None
     task: Task | None = None
     quality: CaseQuality | None = None
-
-    @property
-    def image(self) -> SpatialImage:
-        """The map to use as a nibabel image; affine and form codes are the scan's own."""
-        return label_image(self.labels, self.scan, self.affine)
 
     @property
     def difference(self) -> np.ndarray:

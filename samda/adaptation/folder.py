@@ -29,7 +29,7 @@ from samda.adaptation.record import failed_record, read_record, validate_record,
 from samda.data.datalists import Case
 from samda.errors import InputError, SamdaError, UsageError, disk_trouble, is_disk_full, one_line
 from samda.inference.dicom_out import NIFTI, check_cases, parse_formats, write_formats
-from samda.inference.predict import label_files, refuse_own_folder, written_files
+from samda.inference.predict import refuse_own_folder, result_files, written_files
 from samda.inference.writer import file_name, label_path, write_labels, write_probabilities
 from samda.io import copy_file, csv_text, files_of, new_folder, replacing, write_json, write_text
 from samda.output import OutputFolder, open_output, remove
@@ -244,7 +244,7 @@ class _Job:
             return None
         files = [details_folder("", case["id"]) / file for file in record["output_files"].values()]
         if not self.dry_run and any(kept for _, kept in record["volumes_ml"].values()):  # no DICOM of an empty map
-            files += label_files(case["id"], case["image"], self.formats)
+            files += result_files(case["id"], case["image"], self.formats)
         return record if all((self.folder / file).exists() for file in files) else None
 
     def do(self, case: Mapping[str, Any]) -> dict[str, Any]:

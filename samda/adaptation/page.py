@@ -16,7 +16,7 @@ import numpy as np
 from samda.adaptation.engine import Adaptation
 from samda.adaptation.folder import AdaptRun, details_folder
 from samda.adaptation.record import CURVES
-from samda.data.datalists import Case, find_pairs, unlabeled_classes
+from samda.data.datalists import Case, match_cases
 from samda.data.labels import MapLabelsd, partial_labels
 from samda.errors import InputError, SamdaError
 from samda.expected_dice import TRUSTED, CaseQuality
@@ -70,19 +70,18 @@ def mean_dice(scores: Sequence[ClassScores]) -> float:
 
 def score_run(run: AdaptRun, labels: str | Path, task: Task) -> Scores:
     """Scores of every case with a label; InputError where no case has one."""
-    pairs, dataset_labels = find_pairs(run.output, labels)
-    lacks = unlabeled_classes(labels)
-    labeled = {case: {"id": case, "label": pairs[case][1], "unlabeled": lacks.get(case, ())} for case in pairs}
-    mapping = MapLabelsd("label", task, dataset_labels, partial_labels(labeled.values(), task, dataset_labels))
+    pairs, dataset_labels = match_cases(run.output, labels)
+    gaps = partial_labels([case for _, case in pairs.values()], task, dataset_labels)
+    mapping = MapLabelsd("label", task, dataset_labels, gaps)
     scores: Scores = {}
-    for case, (final, _) in pairs.items():
-        record = run.records.get(case)
+    for name, (final, case) in pairs.items():
+        record = run.records.get(name)
         if final is None or record is None or "source" not in record["output_files"]:
             continue
         try:
-            scores[case] = score_maps(run.output, labeled[case], final, record, task, mapping)
+            scores[name] = score_maps(run.output, case, final, record, task, mapping)
         except SamdaError as error:  # an invalid label must not prevent the report of a finished run
-            logger.error("case %s was not scored: %s", case, error)
+            logger.error("case %s was not scored: %s", name, error)
     return scores
 
 

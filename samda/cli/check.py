@@ -21,7 +21,8 @@ from samda.cli.options import add_shared, check_file, existing, pick_device, pri
 from samda.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from samda.data.inspect import CaseFacts, DataReport
+    from samda.data.inspect import DataReport
+    from samda.data.measure import CaseFacts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

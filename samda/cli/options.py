@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from samda.errors import InputError, UsageError, nearest
-from samda.io import shipped_tasks
+from samda.io import shipped_tasks, text_table
 from samda.processes import launched, local_device
 
 # names of options in other tools and commands, for which the nearest spelling would be a wrong suggestion
@@ -197,13 +197,7 @@ def print_json(value: Any) -> None:
 def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print aligned columns: the first left-aligned, the others right-aligned."""
     cells = [list(head), *([f"{v:,}" if isinstance(v, int) else str(v) for v in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    for row in cells:
-        print(
-            "  ".join(
-                text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-        )
+    print("\n".join(text_table(cells)))
 
 
 def say(line: str) -> None:

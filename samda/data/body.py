@@ -44,14 +44,20 @@ def body_mask(values: np.ndarray, spacing_mm: np.ndarray, threshold: float) -> n
     """
     mask = values > threshold
     mask = np.stack([ndimage.binary_fill_holes(mask[:, :, k]) for k in range(mask.shape[2])], axis=2)
-    disc = _disc(spacing_mm)
+    a, b = (int(BRIDGE // size) for size in spacing_mm[:2])
+    x, y = np.ogrid[-a : a + 1, -b : b + 1]
+    disc = ((x * spacing_mm[0]) ** 2 + (y * spacing_mm[1]) ** 2 <= BRIDGE**2)[:, :, None]  # axial
     opened = ndimage.binary_dilation(ndimage.binary_erosion(mask, disc, border_value=1), disc)
     parts, count = ndimage.label(opened & mask if opened.any() else mask)
-    if count == 0:
-        return np.ones(values.shape, bool)
-    sizes = np.bincount(parts.ravel())
-    sizes[0] = 0
-    return parts == sizes.argmax()
+    return parts == np.bincount(parts[parts > 0]).argmax() if count else np.ones(values.shape, bool)
+
+
+def coarse_body(
+    volume: np.ndarray, spacing_mm: np.ndarray, task: Task, scaled: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A volume (X, Y, Z), RAS, on the coarse grid, the body there, and the strides (3,); see the functions above."""
+    values, strides = coarse(volume, spacing_mm)
+    return values, body_mask(values, spacing_mm * strides, body_threshold(values, task, scaled)), strides
 
 
 def body_box(volume: np.ndarray, spacing_mm: np.ndarray, task: Task) -> np.ndarray:
@@ -62,15 +68,7 @@ def body_box(volume: np.ndarray, spacing_mm: np.ndarray, task: Task) -> np.ndarr
     shape = np.asarray(volume.shape)
     if task.modality == "image":
         return np.stack([np.zeros(3, int), shape], axis=1)
-    values, strides = coarse(volume, spacing_mm)
-    mask = body_mask(values, np.asarray(spacing_mm) * strides, body_threshold(values, task, scaled=True))
+    _, mask, strides = coarse_body(volume, np.asarray(spacing_mm), task, scaled=True)
     found = ndimage.find_objects(mask.astype(np.uint8))[0]
     # the body may end up to one step after its last voxel on the coarse grid
     return np.array([[s.start * n, min(s.stop * n, size)] for s, n, size in zip(found, strides, shape, strict=True)])
-
-
-def _disc(spacing_mm: np.ndarray) -> np.ndarray:
-    """An axial disc of radius `BRIDGE` as a (2a + 1, 2b + 1, 1) footprint."""
-    reach = [int(BRIDGE // size) for size in spacing_mm[:2]]
-    x, y = np.ogrid[-reach[0] : reach[0] + 1, -reach[1] : reach[1] + 1]
-    return ((x * spacing_mm[0]) ** 2 + (y * spacing_mm[1]) ** 2 <= BRIDGE**2)[:, :, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ def find_cases(inputs: str | Path, section: str | None = None) -> list[Case]:
 
 def is_labeled(path: str | Path) -> bool:
     """Is this, by its layout, a data set of images with labels (not a folder of scans or label files)?"""
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_file():
         return path.suffix.lower() in (".json", *LISTS)
     if (path / "dataset.json").is_file() or _pair_list(path) is not None:
@@ -205,7 +205,15 @@ def _is_id(value: Any) -> bool:
 def find_pairs(
     predictions: str | Path, labels: str | Path, section: str | None = None
 ) -> tuple[dict[str, tuple[Path | None, Path]], Mapping[str, tuple[int, ...]] | None]:
-    """Prediction (None if missing) and label of each case, sorted by case, and the label ids of the data set, if any.
+    """Prediction (None if missing) and label of each case, and the label ids of the data set; see `match_cases`."""
+    found, dataset_labels = match_cases(predictions, labels, section)
+    return {name: (prediction, Path(case["label"])) for name, (prediction, case) in found.items()}, dataset_labels
+
+
+def match_cases(
+    predictions: str | Path, labels: str | Path, section: str | None = None
+) -> tuple[dict[str, tuple[Path | None, Case]], Mapping[str, tuple[int, ...]] | None]:
+    """Prediction (None if missing) and labeled case of each id, sorted, and the label ids of the data set, if any.
 
     Cases are matched by name; `CASE_0000` of a prediction is CASE, as in nnU-Net. Two single files always match.
 
@@ -219,15 +227,15 @@ def find_pairs(
     if not root.exists():
         raise InputError(f"predictions {root} do not exist; check the path")
     if root.is_file() and path.is_file() and not is_labeled(path):
-        return {stem(path): (root, path)}, dataset_labels
+        return {stem(path): (root, {"id": stem(path), "label": str(path)})}, dataset_labels
     found = {stem(root): root} if root.is_file() else _label_maps(root)
     if not found:
         raise InputError(f"{root} has no label maps ({', '.join(SCAN_SUFFIXES)}); give the output folder of predict")
-    pairs: dict[str, tuple[Path | None, Path]] = {}
+    pairs: dict[str, tuple[Path | None, Case]] = {}
     for group in groups:
-        chosen = {case: _prediction_of(case, found) for case in group}
+        chosen = {name: _prediction_of(name, found) for name in group}
         if any(chosen.values()):
-            pairs |= {case: (chosen[case], label) for case, label in group.items()}
+            pairs |= {name: (chosen[name], case) for name, case in group.items()}
     if not pairs:
         names = [", ".join(sorted(group)[:3]) for group in (found, {case for group in groups for case in group})]
         raise InputError(f"no prediction ({names[0]}, ...) matches a label ({names[1]}, ...); use the same names")
@@ -238,31 +246,24 @@ def find_pairs(
     return dict(sorted(pairs.items())), dataset_labels
 
 
-def unlabeled_classes(labels: str | Path) -> dict[str, list[str]]:
-    """Case -> classes that its label lacks, of a data set whose list says so."""
-    if not is_labeled(labels):
-        return {}
-    cases = [case for section in read_datalist(labels).cases.values() for case in section]
-    return {case["id"]: case["unlabeled"] for case in cases if case.get("unlabeled")}
-
-
 def _prediction_of(label: str, found: Mapping[str, Path]) -> Path | None:
     """The prediction of a label named CASE (also as CASE_mask and the like): CASE or CASE_0000."""
     names = [label, f"{label}_0000", *(name for name in found if is_label_of(label, name))]
     return next((found[name] for name in names if name in found), None)
 
 
-def _labels(path: Path, section: str | None) -> tuple[list[dict[str, Path]], Mapping[str, tuple[int, ...]] | None]:
-    """Case -> label file, for each section of a data set; and the data set's ids."""
+def _labels(path: Path, section: str | None) -> tuple[list[dict[str, Case]], Mapping[str, tuple[int, ...]] | None]:
+    """The labeled cases by id, for each section of a data set; and the data set's ids."""
     if path.exists() and not is_labeled(path):
         found = {stem(path): path} if path.is_file() else _label_maps(path)
         if not found:
             raise InputError(f"{path} contains no label files; give a folder of label files, or a data set")
         listing = path.parent / "dataset.json"  # of nnU-Net's labelsTr
         named = path.is_dir() and listing.is_file() and read_json(listing).get("labels")
-        return [found], read_labels(named, listing) if named else None
+        cases = {name: {"id": name, "label": str(file)} for name, file in found.items()}
+        return [cases], read_labels(named, listing) if named else None
     data = read_datalist(path)
-    groups = {name: {c["id"]: Path(c["label"]) for c in cases if c.get("label")} for name, cases in data.cases.items()}
+    groups = {name: {case["id"]: case for case in cases if case.get("label")} for name, cases in data.cases.items()}
     chosen = [group for name, group in groups.items() if group and section in (None, name)]
     if not chosen:
         counts = ", ".join(f"{name} ({len(group)})" for name, group in groups.items())
@@ -350,10 +351,12 @@ def _exists(path: Path) -> bool:
 
 def _report_doubled(cases: Sequence[Case], layout: str, report: Report) -> set[int]:
     """Report duplicate ids; return their cases except the first."""
-    doubled = [name for name, count in Counter(case["id"] for case in cases).items() if count > 1]
+    groups: dict[str, list[Case]] = defaultdict(list)
+    for case in cases:
+        groups[case["id"]].append(case)
+    doubled = {name: same for name, same in groups.items() if len(same) > 1}
     left_out: set[int] = set()
-    for name in doubled:
-        same = [case for case in cases if case["id"] == name]
+    for name, same in doubled.items():
         paths = " and ".join(dict.fromkeys(str(files_of(case["image"])[0]) for case in same))
         is_list = layout in ("datalist", "csv")
         remedy = 'give each a unique "id", or keep one' if is_list else "rename or move all but one"

@@ -21,13 +21,7 @@ import SimpleITK as sitk
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from samda.data.dicom_files import (
-    SEGMENTATIONS,
-    dicom_header,
-    one_series,
-    read_dataset,
-    refusing_damage,
-)
+from samda.data.dicom_files import SEGMENTATIONS, dicom_header, one_series, read_dataset, refusing_damage
 from samda.data.formats import LPS_TO_RAS, itk_image
 from samda.data.headers import check_request
 from samda.errors import InputError

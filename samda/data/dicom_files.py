@@ -105,8 +105,7 @@ def _shows_image(header: Dataset) -> bool:
 
 def dicom_modality(path: Path) -> str | None:
     """The modality in the header of a DICOM file or series: "CT", "MR", "PT", ..."""
-    headers = [path] if path.is_file() else series_files(path)
-    return next((str(dicom_header(file).get("Modality", "")).strip() or None for file in headers), None)
+    return next((str(dicom_header(file).get("Modality", "")).strip() or None for file in series_files(path)), None)
 
 
 # --------------------------------------------------------------------------------------------------------------- series
@@ -148,7 +147,9 @@ def is_series(path: Path) -> bool:
 
 
 def series_files(path: Path) -> list[Path]:
-    """The DICOM files of a folder or of FOLDER/UID."""
+    """The DICOM files of a folder or of FOLDER/UID; a file itself."""
+    if path.is_file():
+        return [path]
     return [file for file in _files(path) if is_dicom(file)] if path.is_dir() else _files_of_uid(path)
 
 
@@ -192,7 +193,7 @@ def one_series(folder: Path) -> dict[Path, Dataset]:
             raise InputError(f"{path} is a damaged DICOM file or not an image; replace or remove it")
         warnings.warn(f"{path} is no image ({_kind(header)}) and is passed over", stacklevel=2)
     endings = {path.suffix.lower() for path in images}
-    for path in _files(folder) if folder.is_dir() else ():
+    for path in _files(folder):
         if path not in found and path.suffix.lower() in endings:
             raise InputError(f"{path} is a damaged DICOM file or not an image; replace or remove it")
     series: dict[str, dict[Path, Dataset]] = {}
@@ -200,7 +201,7 @@ def one_series(folder: Path) -> dict[Path, Dataset]:
         with refusing_damage(path, "its header cannot be read"):
             series.setdefault(str(header.get("SeriesInstanceUID", "")), {})[path] = header
     if len(series) > 1:
-        names = ", ".join(f"{_series_name(found)!r} ({len(found)} files, UID {uid})" for uid, found in series.items())
+        names = ", ".join(f"{_series_name(files)!r} ({len(files)} files, UID {uid})" for uid, files in series.items())
         remedy = f"use one folder per series, or give one as {folder}/UID"
         raise InputError(f"{folder} contains {len(series)} DICOM series: {names}; {remedy}")
     return images
@@ -211,6 +212,10 @@ def _series_name(files: dict[Path, Dataset]) -> str:
     return str(header.get("SeriesDescription", "")).strip() or path.name
 
 
+def visible(folder: Path) -> list[Path]:
+    """What a folder holds, sorted, without hidden files and folders; nothing if it is none."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+
+
 def _files(folder: Path) -> list[Path]:
-    inside = sorted(folder.iterdir())
-    return [p for p in inside if p.name not in OTHER_FILES and not p.name.startswith(".") and p.is_file()]
+    return [path for path in visible(folder) if path.name not in OTHER_FILES and path.is_file()]

@@ -25,6 +25,7 @@ from samda.data.dicom_files import (
     refusing_damage,
     series_files,
     series_in,
+    visible,
 )
 from samda.data.formats import LPS_TO_RAS
 from samda.errors import InputError
@@ -41,7 +42,7 @@ CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 def is_dicom_label(path: Path) -> bool:
     """Is this a DICOM SEG or RTSTRUCT?"""
     try:
-        return is_dicom(path) and _kind(dicom_header(path)) in (*SEGMENTATIONS, STRUCTURES)
+        return is_dicom(path) and dicom_header(path).get("SOPClassUID") in (*SEGMENTATIONS, STRUCTURES)
     except InputError:
         return False
 
@@ -65,9 +66,8 @@ def referenced_series(path: Path) -> set[str]:
 
 def series_uid(path: Path) -> str:
     """SeriesInstanceUID of a series."""
-    files = [path] if path.is_file() else series_files(path)
-    headers = (dicom_header(file) for file in files)
-    return next((str(h.get("SeriesInstanceUID", "")) for h in headers if _kind(h) not in SEGMENTATIONS), "")
+    headers = (dicom_header(file) for file in series_files(path))
+    return next((str(h.get("SeriesInstanceUID", "")) for h in headers if h.get("SOPClassUID") not in SEGMENTATIONS), "")
 
 
 def read_dicom_label(
@@ -102,7 +102,7 @@ def _painted(path: Path, frames: list[Frame], wanted: Collection[int] | None, pa
     rows, columns = frames[0].shape
     ids = np.zeros((len(frames), rows, columns), np.int32)
     names: dict[int, str] = {0: "background"}
-    structures = _kind(dicom_header(path)) == STRUCTURES
+    structures = dicom_header(path).get("SOPClassUID") == STRUCTURES
     masks = _contours(path, frames, passed) if structures else _segments(path, frames)
     for place, name, mask in masks:
         number = name_id(name)
@@ -122,13 +122,9 @@ def _painted(path: Path, frames: list[Frame], wanted: Collection[int] | None, pa
     return ids
 
 
-def _kind(header: Dataset) -> str:
-    return str(header.get("SOPClassUID", ""))
-
-
 def _names(header: Dataset, path: Path) -> dict[int, str]:
     """Number -> name of segments (without that of the background) or ROIs."""
-    if _kind(header) == STRUCTURES:
+    if header.get("SOPClassUID") == STRUCTURES:
         outline = {
             int(about.ReferencedROINumber)
             for about in header.get("RTROIObservationsSequence", [])
@@ -154,8 +150,8 @@ def _source(path: Path, image: Path | None) -> Path:
         if wanted and series_uid(image) not in {*wanted, ""}:  # none where pseudonymization has emptied it
             raise InputError(f"{path} refers to another series than {image}; give the series it was drawn on")
         return image
-    folders = [path.parent, *_folders(path.parent), path.parent.parent, *_folders(path.parent.parent)]
-    for folder in dict.fromkeys(folders):
+    places = [place for above in (path.parent, path.parent.parent) for place in (above, *visible(above))]
+    for folder in dict.fromkeys(place for place in places if place.is_dir()):
         for series in series_in(folder)[0]:
             if series_uid(series) in wanted:
                 return series
@@ -165,7 +161,7 @@ def _source(path: Path, image: Path | None) -> Path:
 def _grid_frames(path: Path, shape: Sequence[int], affine: np.ndarray) -> tuple[list[Frame], np.ndarray]:
     """The slices of a grid, its axes turned to those of a SEG's frames (as stored for an RTSTRUCT), and affine."""
     header = dicom_header(path)
-    if _kind(header) != STRUCTURES:
+    if header.get("SOPClassUID") != STRUCTURES:
         own, like = frames_of(header, path)[0], np.eye(4)
         like[:3, :3] = np.stack([own.rows, own.columns, np.cross(own.rows, own.columns)], 1)
         turn = ornt_transform(io_orientation(affine), io_orientation(LPS_TO_RAS @ like))
@@ -176,10 +172,6 @@ def _grid_frames(path: Path, shape: Sequence[int], affine: np.ndarray) -> tuple[
     about = (steps[0] / columns_mm, steps[1] / rows_mm, (rows_mm, columns_mm), slices_mm, (1.0, 0.0))
     size = (shape[1], shape[0])
     return [Frame(path, k, size, first + k * steps[2], *about) for k in range(shape[2])], affine
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 class _Slices:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samda.data.dicom_files import has_dicom, is_dicom, no_images, series_in
+from samda.data.dicom_files import has_dicom, is_dicom, no_images, series_in, visible
 from samda.data.dicom_labels import is_dicom_label, referenced_series, series_uid
 from samda.data.formats import SCAN_SUFFIXES, VOLUME_SUFFIXES, stem
 from samda.errors import InputError
@@ -143,7 +143,7 @@ def find_series(folder: Path) -> Series:
         return found if any(labels for _, labels in found.values()) else {}
     beside = _volumes(folder)
     found = {}
-    for case in _inside(folder):
+    for case in visible(folder):
         series = _series_below(case, DEPTH) if case.is_dir() and case.name.lower() not in LABEL_FOLDERS else []
         referring = _referring(series, objects)
         if referring:
@@ -157,7 +157,7 @@ def find_series(folder: Path) -> Series:
 def _dicom_labels(folder: Path, depth: int) -> dict[Path, set[str]]:
     """The DICOM labels in a folder and the folders in it, with the series that they refer to."""
     found = {path: referenced_series(path) for path in no_images(folder) if is_dicom_label(path)}
-    for path in _inside(folder):
+    for path in visible(folder):
         if path.is_dir() and depth and not (path / HIDDEN).is_dir():
             found |= _dicom_labels(path, depth - 1)
     return found
@@ -191,7 +191,7 @@ def dicom_cases(folder: Path, series: Series, report: Report) -> dict[str, list[
 def _series_below(folder: Path, depth: int) -> list[Path]:
     if has_dicom(folder):
         return series_in(folder)[0]
-    below = [path for path in _inside(folder) if path.is_dir()] if depth else []
+    below = [path for path in visible(folder) if path.is_dir()] if depth else []
     return [series for path in below for series in _series_below(path, depth - 1)]
 
 
@@ -219,12 +219,8 @@ def scan_cases(path: Path, report: Report) -> dict[str, list[Case]]:
     if doubled:
         names = ", ".join(path.name for path in doubled[:SHOWN]) + ", ..." * (len(doubled) > SHOWN)
         report(Problem("id", f"{path}: scans of one name ({names}) get ids with their endings", stops=False))
-    return {"test": [{"id": _with_ending(n, p) if p in doubled else n, "image": str(p)} for n, p in found]}
-
-
-def _with_ending(name: str, path: Path) -> str:
-    """`a.nii.gz` -> `a_nii_gz`; a folder is named as it is."""
-    return name + path.name.removeprefix(stem(path)).replace(".", "_")
+    endings = {path: path.name.removeprefix(stem(path)).replace(".", "_") for path in doubled}  # a.nii.gz -> _nii_gz
+    return {"test": [{"id": name + endings.get(path, ""), "image": str(path)} for name, path in found]}
 
 
 def join_channels(cases: Sequence[Case], count: int) -> list[Case]:
@@ -251,9 +247,11 @@ def _scans(root: Path, report: Report, labels: bool = False) -> list[tuple[str, 
 
     Files that are labels by their names, and links that lead nowhere, are left out unless `labels`.
     """
-    passed: dict[str, list[Path]] = {}
+    passed: dict[str, list[Path]] = defaultdict(list)
     found = _walk(root, passed, DEPTH, set(), labels)
-    for reason, paths in ((reason, paths) for reason, paths in passed.items() if paths):
+    for reason, paths in passed.items():
+        if not paths:
+            continue
         names = ", ".join(str(path.relative_to(root)) for path in paths[:SHOWN]) + ", ..." * (len(paths) > SHOWN)
         report(Problem("not used", f"{root}: not used, {reason} ({len(paths)}): {names}", stops=False))
     return [(_name_below(path, root), path) for path in found]
@@ -263,7 +261,7 @@ def _walk(folder: Path, passed: dict[str, list[Path]], depth: int, seen: set[Pat
     """The scans in a folder and the folders in it; `passed` gets all other files and folders by reason."""
     found: list[Path] = []
     try:
-        inside = _inside(folder)
+        inside = visible(folder)
         seen.add(folder.resolve())
         broken = [path for path in inside if path.is_symlink() and not path.exists()]
         folders = [path for path in inside if path.is_dir()]
@@ -271,7 +269,7 @@ def _walk(folder: Path, passed: dict[str, list[Path]], depth: int, seen: set[Pat
         files = [path for path in files if path.suffix != ".img" or path.with_suffix(".hdr") not in files]
         series = has_dicom(folder)
     except OSError:
-        passed.setdefault("folders that cannot be opened", []).append(folder)
+        passed["folders that cannot be opened"].append(folder)
         return found
     if series:
         own, others = series_in(folder)
@@ -280,27 +278,25 @@ def _walk(folder: Path, passed: dict[str, list[Path]], depth: int, seen: set[Pat
             own += [path for path in others if path.name.lower().endswith(".dcm") and not is_dicom(path)]
         found += own
         others = [path for path in others if path not in own]
-        passed.setdefault("beside a DICOM series", []).extend(others)
+        passed["beside a DICOM series"] += others
     else:
         scans = [path for path in files if path.name.lower().endswith(SCAN_SUFFIXES)]
         names = {stem(path) for path in scans}
         labels = [] if keep else [path for path in scans if _is_label_beside(stem(path), names)]
         found += [path for path in scans if path not in labels]
-        passed.setdefault("labels by their names", []).extend(labels)
-        passed.setdefault("no scans of a known format", []).extend(p for p in files if p not in scans)
+        passed["labels by their names"] += labels
+        passed["no scans of a known format"] += [path for path in files if path not in scans]
     if keep:  # they are missing files of cases
         found += [path for path in broken if path.name.lower().endswith(SCAN_SUFFIXES)]
     else:
-        passed.setdefault("links that lead nowhere (git annex get, datalad get or dvc pull may help)", []).extend(
-            broken
-        )
+        passed["links that lead nowhere (git annex get, datalad get or dvc pull may help)"] += broken
     for path in folders:
         if path.name.lower() in LABEL_FOLDERS or path.name in ("labelsTr", "labelsTs"):
-            passed.setdefault("folders of labels", []).append(path)
+            passed["folders of labels"].append(path)
         elif (path / HIDDEN).is_dir():
-            passed.setdefault("folders that samda wrote", []).append(path)
+            passed["folders that samda wrote"].append(path)
         elif depth == 0 or path.resolve() in seen:
-            passed.setdefault("folders too deep or met twice", []).append(path)
+            passed["folders too deep or met twice"].append(path)
         else:
             found += _walk(path, passed, depth - 1, seen, keep)
     return found
@@ -324,7 +320,7 @@ def _name_below(path: Path, root: Path) -> str:
 
 def files_in(folder: Path, suffixes: Sequence[str] = SCAN_SUFFIXES) -> list[Path]:
     """The files of a folder with one of the suffixes, sorted, without hidden ones; links to missing files are kept."""
-    named = [path for path in _inside(folder) if path.name.lower().endswith(tuple(s.lower() for s in suffixes))]
+    named = [path for path in visible(folder) if path.name.lower().endswith(tuple(s.lower() for s in suffixes))]
     return [path for path in named if path.is_file() or (path.is_symlink() and not path.exists())]
 
 
@@ -338,9 +334,5 @@ def by_name(paths: Iterable[tuple[str, Path]], report: Report) -> dict[str, Path
     return found
 
 
-def _inside(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
-
-
 def _subfolders(folder: Path, names: Sequence[str]) -> list[Path]:
-    return [path for path in _inside(folder) if path.is_dir() and path.name.lower() in names]
+    return [path for path in visible(folder) if path.is_dir() and path.name.lower() in names]

@@ -94,18 +94,15 @@ def itk_image(path: Path) -> sitk.Image:
     return _refusing_warnings(path, lambda: sitk.ReadImage(str(path)))
 
 
-def itk_geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
-    """Size and affine of a NRRD or MetaImage from its header."""
+def read_itk(path: Path, pixels: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels (X, Y, Z[, C]) and affine of a NRRD or MetaImage; zeros (X, Y[, Z ...]) without `pixels`."""
+    if pixels:
+        image = itk_image(path)
+        return _itk_array(image), _itk_affine(image)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     _refusing_warnings(path, reader.ReadImageInformation)
-    return reader.GetSize(), _itk_affine(reader)
-
-
-def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels (X, Y, Z[, C]) and affine of a NRRD or MetaImage."""
-    image = itk_image(path)
-    return _itk_array(image), _itk_affine(image)
+    return np.broadcast_to(np.int16(0), reader.GetSize()), _itk_affine(reader)
 
 
 def _itk_array(image: sitk.Image) -> np.ndarray:
@@ -141,9 +138,7 @@ def read_picture(path: Path, indices: bool = False) -> tuple[np.ndarray, np.ndar
         with any_size(), warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # remarks on damaged files
             image: Any = PIL.Image.open(path)
-            if getattr(image, "n_frames", 1) > 1:
-                pages = f"{path} contains {image.n_frames} pages"
-                raise InputError(f"{pages}; save each as a 2-D image, or the stack as NIfTI")
+            _refuse_pages(path, getattr(image, "n_frames", 1))
             wide = image.mode.startswith("RGB") and any("16" in str(tile[3]) for tile in image.tile)
             ends = [(tile[1][2], tile[1][3]) for tile in image.tile if tile[0] == "raw"]
             if image.format == "TIFF" and ends and max(ends) == image.size[::-1]:
@@ -159,16 +154,18 @@ def read_picture(path: Path, indices: bool = False) -> tuple[np.ndarray, np.ndar
         raise not_a_scan(path, error) from error
     if array is None:  # Pillow has no colors of 16 bits
         volume = _itk_array(itk_image(path))
-        if volume.shape[2] > 1:
-            raise InputError(
-                f"{path} contains {volume.shape[2]} pages; save each as a 2-D image, or the stack as NIfTI"
-            )
+        _refuse_pages(path, volume.shape[2])
         array = volume[:, :, 0].swapaxes(0, 1)
     if orientation in range(5, 9):
         array = array.swapaxes(0, 1)
     flips = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}.get(orientation, ())
     array = np.flip(array, flips)
     return np.ascontiguousarray(array.swapaxes(0, 1)[:, :, None]), LPS_TO_RAS.copy()
+
+
+def _refuse_pages(path: Path, count: int) -> None:
+    if count > 1:
+        raise InputError(f"{path} contains {count} pages; save each as a 2-D image, or the stack as NIfTI")
 
 
 def _pixels(image: Any, path: Path, indices: bool) -> np.ndarray:

@@ -1,88 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inspect a data set before training: facts and problems of its cases.
+"""Inspect a data set before training: facts and problems of its cases, see :mod:`samda.data.measure`.
 
-Every case is read completely: grid, intensities and label ids. All problems are collected, each with case and remedy.
+Every case is read completely. All problems are collected, each with case and remedy.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
-
-from samda.data.body import body_mask, body_threshold, coarse
 from samda.data.datalists import LARGEST_CHANNELS, LAYOUTS, DataList, read_datalist
-from samda.data.dicom_files import dicom_modality, is_dicom, is_series
-from samda.data.folders import Case, Problem, Report
-from samda.data.formats import PICTURE_SUFFIXES
-from samda.data.labels import IGNORE, IGNORED, SCALES, LabelMap, id_range, label_map
-from samda.data.readers import Scan, read_label, read_scan, refuse_other_grid, uncropped
+from samda.data.folders import Problem
+from samda.data.labels import IGNORE, IGNORED, SCALES, LabelMap, label_map
+from samda.data.measure import ENDS, CaseFacts, inspect_case
 from samda.data.slices import refuse_other_scale, sides_mm
 from samda.data.splits import patient_of, split
-from samda.data.widths import structure_widths
-from samda.errors import InputError, SamdaError, UsageError, one_line, reason_of
+from samda.errors import InputError, SamdaError, UsageError
 from samda.io import files_of
 from samda.progress import Cases
 from samda.task import Task
-
-QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
-AIR = -500.0  # HU: a CT with air has values below
-SAMPLES = 20_000  # foreground voxels kept per case, evenly spaced
-MANY_IDS = 256  # a file with more different values is not a label map
-COARSEST, SMALLEST, LARGEST = 30.0, 5.0, 3000.0  # mm: of a voxel side; of the longest side of a scan
-CHUNK = 1 << 22  # voxels counted at once
-ENDS = ("LR", "PA", "IS")  # letters of an orientation, of each RAS axis
-MOST_VALUES = 1 << 21  # voxels used for quantiles, evenly spaced
-
-
-@dataclasses.dataclass
-class CaseFacts:
-    """Facts of a case. Shapes, spacings and directions are those of the image file, unless marked RAS."""
-
-    id: str
-    section: str
-    image: list[str]
-    label: str | None
-    shape: tuple[int, int, int] | None = None  # (X, Y, Z); None if the image cannot be read
-    spacing_mm: tuple[float, ...] = ()  # (3,)
-    orientation: str = ""  # directions of the axes, for example "LPS"
-    channels: int = 0
-    picture: bool = False  # is it a 2-D image?
-    dicom: str | None = None  # modality of a DICOM series, for example "CT" or "MR"
-    smallest: float = float("nan")  # intensity, without NaN and infinity
-    largest: float = float("nan")
-    quantiles: list[list[float]] = dataclasses.field(default_factory=list)  # `QUANTILES`, one row per channel
-    extent_mm: tuple[float, ...] = ()  # (3,) size of the body along the RAS axes; of a 2-D image, all of it
-    sides_mm: tuple[float, ...] = ()  # (3,) voxel sides along the RAS axes
-    label_ids: dict[int, int] = dataclasses.field(default_factory=dict)  # id -> voxels
-    widths_mm: dict[int, float] = dataclasses.field(default_factory=dict)  # id above 0 -> width within slices
-    offsets: dict[int, float] = dataclasses.field(default_factory=dict)  # in a 2-D image: id above 0 -> its mean
-    # position along the RAS x axis, -0.5 to 0.5
-    foreground: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 1), np.float32), repr=False)
-    foreground_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, int), repr=False)
-    # at most `SAMPLES` labeled voxels: (n, C) intensities and (n,) ids
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.name.startswith("foreground")}
-
-    @property
-    def scan_mm(self) -> tuple[float, ...]:
-        """Size of the whole scan along the RAS axes."""
-        along = {axis: place for place, end in enumerate(self.orientation) for axis in range(3) if end in ENDS[axis]}
-        return tuple((self.shape or (0, 0, 0))[along[axis]] * self.sides_mm[axis] for axis in range(3))
-
-    def problem(self, kind: str, text: str, stops: bool = True) -> Problem:
-        """A problem of this case; problems of test cases do not stop a training."""
-        return Problem(kind, text, self.id, stops and self.section != "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,154 +106,6 @@ def check_data(path: str | Path, task: Task | None = None) -> DataReport:
     return report
 
 
-# --------------------------------------------------------------------------------------------------------- of one case
-
-Tell = Callable[..., None]  # (kind, text, stops=True)
-
-
-def inspect_case(case: Case, section: str, report: Report, wanted: Collection[int] | None = None) -> CaseFacts:
-    """Read a case completely; `report` is called with its problems. `wanted` are ids that must not overlap."""
-    facts = CaseFacts(str(case["id"]), section, [str(p) for p in files_of(case["image"])], case.get("label"))
-
-    def tell(kind: str, text: str, stops: bool = True) -> None:
-        report(facts.problem(kind, text, stops))
-
-    image = label = None
-    with _collect("unreadable", tell):
-        scan = read_scan(case["image"], None)
-        _describe(scan, facts, tell)
-        image = _in_ras(scan)
-    if image is not None:
-        with _collect("image", tell):
-            _measure(image, facts, tell)
-    if facts.label is not None:
-        with _collect("unreadable", tell):
-            label = _in_ras(read_label(facts.label, case["image"], wanted))
-            facts.label_ids = _count_ids(label.array, facts.label, tell)
-    if image is not None and label is not None:
-        with _collect("grid", tell):
-            grid = image.array.shape[:3], image.affine
-            label = uncropped(label, grid, facts.label)
-            refuse_other_grid(label.array.shape, label.affine, grid, (facts.label, "its image"))
-            if facts.label_ids:
-                facts.foreground, facts.foreground_ids = _foreground(image.array, label.array)
-                sides = np.linalg.norm(label.affine[:3, :3], axis=0)
-                facts.widths_mm = structure_widths(label.array, sides, facts.label_ids)
-                if facts.picture:
-                    facts.offsets = _offsets(label.array, facts.label_ids)
-    return facts
-
-
-@contextmanager
-def _collect(kind: str, tell: Tell) -> Iterator[None]:
-    """Report errors and warnings of the block instead of raising them."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        try:
-            yield
-        except Exception as error:
-            tell(kind, reason_of(error))
-    for warning in caught:
-        if issubclass(warning.category, UserWarning):
-            tell("header", one_line(warning.message), stops=False)
-
-
-def _in_ras(scan: Scan) -> Scan:
-    """The scan with its axes in RAS order, a view."""
-    turn = nib.io_orientation(scan.affine)
-    affine = scan.affine @ nib.orientations.inv_ornt_aff(turn, scan.array.shape[:3])
-    return Scan(nib.orientations.apply_orientation(scan.array, turn), affine)
-
-
-def _describe(scan: Scan, facts: CaseFacts, tell: Tell) -> None:
-    """Grid of the file, and problems if it is implausible."""
-    first = Path(facts.image[0])
-    x, y, z = scan.array.shape[:3]
-    sides = np.linalg.norm(scan.affine[:3, :3], axis=0)
-    facts.shape, facts.channels = (x, y, z), scan.array.shape[3] if scan.array.ndim == 4 else 1
-    facts.spacing_mm = tuple(float(f"{s:.5g}") for s in sides)
-    facts.orientation = "".join(nib.aff2axcodes(scan.affine))
-    facts.picture = first.name.lower().endswith(PICTURE_SUFFIXES)
-    facts.dicom = dicom_modality(first) if is_series(first) or is_dicom(first) else None
-    if facts.picture:
-        return
-    extent, shown = float((sides * facts.shape).max()), " x ".join(f"{s:g}" for s in facts.spacing_mm)
-    if sides.max() > COARSEST or not SMALLEST <= extent <= LARGEST:
-        text = f"{first} has voxels of {shown} mm and a longest side of {extent:.4g} mm"
-        tell("spacing", f"{text}; the unit of its header may be m or micrometers: convert it to mm")
-    elif np.allclose(np.abs(scan.affine), np.eye(4)) and 1 not in facts.shape:
-        text = f"{first} has voxels of 1 x 1 x 1 mm at the origin: the geometry may be lost"
-        tell("spacing", f"{text}; check it against the original", stops=False)
-
-
-def _measure(image: Scan, facts: CaseFacts, tell: Tell) -> None:
-    """Intensities and size of the body."""
-    values = image.array if image.array.ndim == 4 else image.array[..., None]
-    spacing_mm = np.linalg.norm(image.affine[:3, :3], axis=0)
-    facts.sides_mm = tuple(float(f"{s:.5g}") for s in spacing_mm)
-    name = facts.image[0]
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        bad = int((~np.isfinite(values)).sum())
-        tell("NaN", f"{name} contains {bad} NaN or infinite values; replace them")
-        values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-    facts.smallest, facts.largest = float(values.min()), float(values.max())
-    for channel in range(values.shape[3]):
-        part = values[..., channel]
-        if part.min() == part.max():
-            what = f"channel {channel} of {name}" if values.shape[3] > 1 else name
-            tell("constant", f"{what} is constant ({float(part.min()):g} everywhere); check the file")
-        flat = part.reshape(-1)[:: max(1, part.size // MOST_VALUES)]
-        facts.quantiles.append([float(f"{q:.5g}") for q in np.quantile(flat, QUANTILES)])
-    facts.extent_mm = _extent_mm(values[..., 0], spacing_mm, facts)
-
-
-def _extent_mm(values: np.ndarray, spacing_mm: np.ndarray, facts: CaseFacts) -> tuple[float, ...]:
-    """Size of the body along the RAS axes."""
-    shape = np.asarray(values.shape)
-    if facts.picture:
-        return tuple(float(n) for n in shape)
-    task = Task(modality="CT" if facts.smallest <= AIR else "MR")
-    small, strides = coarse(values, spacing_mm)
-    mask = body_mask(small, spacing_mm * strides, body_threshold(small, task, scaled=False))
-    sides = [np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
-    counts = [min((side[-1] - side[0] + 1) * strides[a], shape[a]) for a, side in enumerate(sides)]
-    return tuple(round(float(n * s), 1) for n, s in zip(counts, spacing_mm, strict=True))
-
-
-def _count_ids(array: np.ndarray, name: str, tell: Tell) -> dict[int, int]:
-    """id -> voxels."""
-    low, high = id_range(array, name)
-    flat = array.reshape(-1)
-    counts = np.zeros(high - low + 1, np.int64)
-    for start in range(0, len(flat), CHUNK):
-        counts += np.bincount(flat[start : start + CHUNK].astype(np.int64) - low, minlength=len(counts))
-    ids = {int(k) + low: int(counts[k]) for k in np.flatnonzero(counts)}
-    if len(ids) > MANY_IDS:
-        raise InputError(f"{name} contains {len(ids)} different values from {low} to {high}; give a label map")
-    if set(ids) == {0}:
-        text = f"{name} contains only background; leave the case out if it was not labeled"
-        tell("empty label", text, stops=False)
-    return ids
-
-
-def _foreground(image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(n, C) intensities and (n,) ids of labeled voxels, evenly spaced."""
-    places = np.flatnonzero(label.reshape(-1))
-    places = places[:: max(1, len(places) // SAMPLES)][:SAMPLES]
-    index = np.unravel_index(places, label.shape)
-    values = image[index]
-    return np.asarray(values if values.ndim == 2 else values[:, None], np.float32), label[index].astype(int)
-
-
-def _offsets(label: np.ndarray, ids: Iterable[int]) -> dict[int, float]:
-    """id above 0 -> mean position of its voxels along the first axis, from -0.5 to 0.5."""
-    columns = {i: np.nonzero(label == i)[0] for i in ids if i > 0}
-    return {i: round(float((found.mean() + 0.5) / len(label) - 0.5), 4) for i, found in columns.items()}
-
-
-# ------------------------------------------------------------------------------------------------------ of all cases
-
-
 def _label_problems(report: DataReport, task: Task | None) -> Iterator[Problem]:
     """Ids with several names, ids without a name, and names without voxels."""
     labels = report.data.labels or {}
@@ -331,14 +123,17 @@ def _label_problems(report: DataReport, task: Task | None) -> Iterator[Problem]:
         text = f"{rare[0].label} is one of {len(rare)} masks of 0 and {max(rare[0].label_ids)}, unlike the others"
         yield rare[0].problem("label ids", f"{text}; save all masks with one id")
     for case in report.cases:
-        unknown = sorted(i for i in case.label_ids if known is not None and i not in known.ids)
-        refusal = known.refusal(case.label_ids) if known is not None else ""
-        if refusal:
+        if known is None:
+            if any(i < 0 for i in case.label_ids):
+                text = f"{case.label} contains ids below 0; name them under `labels` in the task, or they become"
+                yield case.problem("label ids", f"{text} background", False)
+            continue
+        unknown = sorted(i for i in case.label_ids if i not in known.ids)
+        if refusal := known.refusal(case.label_ids):
             yield case.problem("label ids", f"{case.label} {refusal}")
-        elif known is not None and known.rest == 0 and set(unknown) - {0} == set(case.label_ids) - {0} != set():
-            text = f"{case.label}: all of it is background, as {known.source} lists none of its ids"
-            yield case.problem("label ids", f"{text}: {', '.join(map(str, unknown[:8]))}", False)
-        elif known is not None and known.rest is None and unknown:
+        elif warning := known.warning(case.label_ids):
+            yield case.problem("label ids", f"{case.label}: {warning}", False)
+        elif known.rest is None and unknown:
             shown = ", ".join(f"{i} ({case.label_ids[i]} voxels)" for i in unknown[:8]) + ", ..." * (len(unknown) > 8)
             text = f"{case.label} contains ids that {known.source} does not name: {shown}; "
             if task is None:  # the suggested task lists ids, so these become background
@@ -346,9 +141,6 @@ def _label_problems(report: DataReport, task: Task | None) -> Iterator[Problem]:
             else:
                 text += "list the ids of each class under `labels` in the task, and the others become background"
             yield case.problem("label ids", text, task is not None)
-        elif known is None and any(i < 0 for i in case.label_ids):
-            text = f"{case.label} contains ids below 0; name them under `labels` in the task, or they become background"
-            yield case.problem("label ids", text, False)
     held = {i for case in report.cases for i in case.label_ids}
     absent = [name for name, ids in labels.items() if held and not held & set(ids) and name != IGNORE]
     if absent:

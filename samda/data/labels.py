@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ from samda.task import NAMED, Task, name_id
 
 OPEN = 192  # values of label maps from here on are sets of classes, see :class:`PartialLabels`
 IGNORED = 254  # the set of all classes
-UNKNOWN = 255  # class index of an id without a name
-CHUNK = 1 << 22  # voxels mapped at once
+CHUNK = 1 << 22  # voxels counted or mapped at once
+SHOWN = 8  # ids in a message
 IGNORE = "ignore"  # nnU-Net's name of voxels without a label
 SCALES = {1, 255}  # ids of a binary mask, one of which becomes the other in some programs
 NEAR_ID = 1e-3  # largest distance of a value to the id that it stands for
@@ -47,6 +47,14 @@ class LabelMap:
         if len(own) == 1 and own | other == SCALES:
             return f"is a mask of 0 and {min(other)}, {self.source} has id {min(own)}; save all masks with one id"
         return ""
+
+    def warning(self, found: Collection[int]) -> str:
+        """A warning if all of these ids become background though some are not 0; else empty."""
+        others = [i for i in found if i]
+        if self.rest != 0 or not others or any(i in self.ids for i in others):
+            return ""
+        shown = ", ".join(map(str, others[:SHOWN]))
+        return f"all of it is background, as {self.source} lists none of its ids: {shown}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +197,16 @@ def id_range(array: np.ndarray, name: str) -> tuple[int, int]:
     return round(low), round(high)
 
 
+def count_ids(array: np.ndarray, name: str) -> dict[int, int]:
+    """id -> voxels of a label map, in order of the ids."""
+    low, high = id_range(array, name)
+    flat = array.ravel(order="K")  # a view of a dense array, whatever the order of its axes
+    counts = np.zeros(high - low + 1, np.int64)
+    for start in range(0, len(flat), CHUNK):
+        counts += np.bincount(flat[start : start + CHUNK].astype(np.int64) - low, minlength=len(counts))
+    return {int(k) + low: int(counts[k]) for k in np.flatnonzero(counts)}
+
+
 def whole_ids(array: np.ndarray, name: str) -> np.ndarray:
     """The ids of a label file as integers.
 
@@ -242,42 +260,29 @@ class MapLabelsd(MapTransform):
     def _map(self, label: MetaTensor, name: str, background: int) -> torch.Tensor:
         values = label.as_tensor() if isinstance(label, MetaTensor) else label
         values = torch.from_numpy(whole_ids(values.numpy(), name))
-        first, last = id_range(values.numpy(), name)
-        self._check(values.reshape(-1), first, last, name)
-        table = torch.full((last - first + 1,), UNKNOWN if self.map.rest is None else self.map.rest)
-        table[max(0, NAMED - first) :] = 0  # names that are no classes
-        for i, index in self.map.ids.items():
-            if 0 <= i - first < len(table):
-                table[i - first] = index
-        table = torch.where(table == 0, background, table).to(torch.uint8)
+        found = list(count_ids(values.numpy(), name))
+        self._check(found, name)
+        first = found[0]
+        table = torch.zeros(found[-1] - first + 1, dtype=torch.uint8)
+        for i in found:
+            table[i - first] = self.map.ids.get(i, 0) or background
         flat = values.reshape(-1)
         mapped = torch.empty(flat.shape, dtype=torch.uint8)
         for start in range(0, len(flat), CHUNK):  # indices are int64, eight times the memory of a label
             mapped[start : start + CHUNK] = table[flat[start : start + CHUNK].long() - first]
-        if self.map.rest is None and (mapped == UNKNOWN).any():
-            self._refuse(flat[mapped == UNKNOWN], name)
         return mapped.reshape(values.shape)
 
-    def _check(self, values: torch.Tensor, first: int, last: int, name: str) -> None:
-        """Refuse ids that must not become background; warn if all do."""
-        counts = np.zeros(last - first + 1, np.int64)
-        for part in values.split(CHUNK):
-            counts += np.bincount(part.numpy().astype(np.int64) - first, minlength=len(counts))
-        found = [int(i) + first for i in np.flatnonzero(counts)]
-        refusal = self.map.refusal(found)
+    def _check(self, found: Sequence[int], name: str) -> None:
+        """Refuse ids that must not become background; warn if all do. Names that are not classes may."""
+        refusal, warning = self.map.refusal(found), self.map.warning(found)
         if refusal:
             raise InputError(f"{name} {refusal}")
-        others = [i for i in found if i]
-        if self.map.rest == 0 and others and not any(i in self.map.ids for i in others):
-            shown = ", ".join(map(str, others[:8]))
-            warnings.warn(
-                f"{name}: all of it is background, as {self.map.source} lists none of its ids: {shown}", stacklevel=2
+        if warning:
+            warnings.warn(f"{name}: {warning}", stacklevel=2)
+        unknown = [i for i in found if self.map.rest is None and i not in self.map.ids and i < NAMED]
+        if unknown:
+            known = ", ".join(map(str, sorted(self.map.ids)[:16]))
+            raise InputError(
+                f"{name} has ids that {self.map.source} does not name: {', '.join(map(str, unknown[:SHOWN]))} (known: "
+                f"{known}); list the ids of each class under `labels` in the task, and the others become background"
             )
-
-    def _refuse(self, values: torch.Tensor, name: str) -> None:
-        unknown = ", ".join(str(int(i)) for i in values.unique()[:8])
-        known = ", ".join(map(str, sorted(self.map.ids)[:16]))
-        raise InputError(
-            f"{name} has ids that {self.map.source} does not name: {unknown} (known: {known}); list the ids of each "
-            "class under `labels` in the task, and the others become background"
-        )

@@ -203,15 +203,12 @@ def _case(entry: Any, section: str, where: str, folder: Path) -> Case:
 
 def _check_ranges(value: Any, where: str) -> None:
     pairs = value if isinstance(value, list) else []
-    if not pairs or not all(_is_range(pair) for pair in pairs):
+    whole = all(isinstance(pair, list) and len(pair) == 2 and all(type(i) is int for i in pair) for pair in pairs)
+    if not pairs or not whole or not all(first < end for first, end in pairs):
         raise InputError(f"{where}: slices must be pairs [[first, end], ...] of whole numbers, got {value!r}")
     for before, after in itertools.pairwise(sorted(pairs)):
         if after[0] < before[1]:  # a duplicate slice could be used for training and validation
             raise InputError(f"{where}: slices {before} and {after} overlap; join them")
-
-
-def _is_range(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(i) is int for i in value) and value[0] < value[1]
 
 
 # ----------------------------------------------------------------------------------------------------------- nnU-Net

@@ -13,24 +13,19 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 
 from samda.data.dicom import read_dicom
 from samda.data.dicom_files import is_dicom, is_series
 from samda.data.dicom_labels import Grid, is_dicom_label, read_dicom_label
-from samda.data.formats import (
-    NIBABEL_SUFFIXES,
-    PICTURE_SUFFIXES,
-    itk_geometry,
-    not_a_scan,
-    read_itk,
-    read_picture,
-)
+from samda.data.formats import NIBABEL_SUFFIXES, PICTURE_SUFFIXES, not_a_scan, read_itk, read_picture
 from samda.data.headers import INFLATION, check_file, check_request, text_fields
 from samda.data.labels import whole_ids
 from samda.errors import InputError, SamdaError
@@ -38,6 +33,7 @@ from samda.io import Image, files_of
 from samda.progress import phase
 
 PACKED = (".gz", ".mgz")
+MOST_NOTES = 1000  # of nibabel about one header
 LONGEST_REST = 64  # MiB behind the voxels of a compressed NIfTI
 VOXEL_SIDES = 1e-6, 1e6  # mm
 NRRD_SPACES = ("right anterior superior", "left anterior superior", "left posterior superior", "ras", "las", "lps")
@@ -92,16 +88,7 @@ def read_label(path: Image, image: Image | Grid | None = None, wanted: Collectio
         source = image if image is None or isinstance(image, tuple) else files_of(image)[0]
         return Scan(*read_dicom_label(path, source, wanted))
     array, affine = _load(path.expanduser(), label=True)
-    if path.name.lower().endswith(PICTURE_SUFFIXES):
-        array = _without_alpha(array, path, 1)
-        remedy = "save the mask as PNG with a palette or in gray"
-    else:
-        remedy = "merge them into one label map (3D Slicer: export the segmentation as a labelmap)"
-    if array.ndim == 4 and array.shape[3] == 1:
-        array = array[..., 0]
-    if array.ndim > 3:
-        size = " x ".join(map(str, array.shape))
-        raise InputError(f"{path} ({size}) has {array.shape[3]} channels or layers, not one id per voxel; {remedy}")
+    array = _fit_channels(array, 1, path, label=True)
     return Scan(whole_ids(_native(array, path), str(path)), affine)
 
 
@@ -110,19 +97,20 @@ def _read_file(path: Path, channels: int | None) -> Scan:
     return Scan(_native(_fit_channels(array, channels, path), path), affine)
 
 
-def _load(path: Path, label: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels (X, Y, Z[, C]) and affine as the file states them."""
+def _load(path: Path, label: bool = False, pixels: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels (X, Y, Z[, C]) and affine as the file states them; without `pixels`, zeros if the header has the shape."""
     name = path.name.lower()
     try:
         if is_series(path) or is_dicom(path):
-            array, affine = read_dicom(path)
+            array, affine = read_dicom(path, pixels)
         elif name.endswith(NIBABEL_SUFFIXES):
-            array, affine = _read_nifti(path)
+            array, affine = _read_nifti(path, pixels)
         elif name.endswith(PICTURE_SUFFIXES):
             array, affine = read_picture(path, indices=label)
         else:
-            array, affine = read_itk(path)
-            _warn_of_no_geometry(path)
+            array, affine = read_itk(path, pixels)
+            if pixels:
+                _warn_of_no_geometry(path)
     except (SamdaError, OSError):
         raise
     except Exception as error:  # damaged files raise of any kind
@@ -145,21 +133,15 @@ def _stack(scans: Sequence[Scan], paths: Sequence[Path]) -> Scan:
 
 def read_geometry(image: Image) -> tuple[tuple[int, int, int], np.ndarray]:
     """Shape (X, Y, Z) and affine of a scan or its first channel, from the header if the format allows it."""
-    path = _existing(files_of(image)[0])
-    name = path.name.lower()
-    if is_series(path) or is_dicom(path):
-        voxels, affine = read_dicom(path, pixels=False)
-        shape = voxels.shape[:3]
-    elif name.endswith(NIBABEL_SUFFIXES):
-        header = load_nifti(path)
-        shape, affine = (*header.shape, 1, 1)[:3], header.affine
-    elif name.endswith(PICTURE_SUFFIXES):
-        picture, affine = read_picture(path)
-        shape = picture.shape[:3]
-    else:
-        size, affine = itk_geometry(path)
-        shape = (*size, 1)[:3]
-    return tuple(int(n) for n in shape), np.asarray(affine, float)  # type: ignore[return-value]
+    array, affine = _load(_existing(files_of(image)[0]), pixels=False)
+    x, y, z = (*array.shape, 1, 1)[:3]
+    return (x, y, z), affine
+
+
+def turned(scan: Scan, affine: np.ndarray) -> Scan:
+    """The scan with its axes in the order and direction of an affine, a view: one grid may be stored in several."""
+    turn = ornt_transform(io_orientation(scan.affine), io_orientation(affine))
+    return Scan(apply_orientation(scan.array, turn), scan.affine @ inv_ornt_aff(turn, scan.array.shape[:3]))
 
 
 def uncropped(label: Scan, grid: tuple[Sequence[int], np.ndarray], path: Any) -> Scan:
@@ -208,26 +190,14 @@ def _existing(path: str | Path) -> Path:
 # ------------------------------------------------------------------------------------------------------------- NIfTI
 
 
-class _Notes(logging.Handler):
-    """Collects what nibabel logs about a header."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Collect a note."""
-        self.texts.append(record.getMessage())
-
-
 @contextmanager
-def _noted() -> Iterator[list[str]]:
-    """What nibabel logs in the block; it does not say of which file."""
-    logger, notes = nib.imageglobals.logger, _Notes()
+def _noted() -> Iterator[list[logging.LogRecord]]:
+    """What nibabel logs about a header in the block; it does not say of which file."""
+    logger, notes = nib.imageglobals.logger, BufferingHandler(MOST_NOTES)
     handlers, propagate = logger.handlers, logger.propagate
     logger.handlers, logger.propagate = [notes], False
     try:
-        yield notes.texts
+        yield notes.buffer
     finally:
         logger.handlers, logger.propagate = handlers, propagate
 
@@ -248,15 +218,17 @@ def load_nifti(path: str | Path) -> Any:
     if not data.is_file():
         raise not_a_scan(path, FileNotFoundError(f"{data.name} is missing"))
     check_request(data, shape, image.get_data_dtype().itemsize, INFLATION if packed else 1)
-    if any("pixdim" in note for note in notes) and not image.header.get("sform_code", 1):
-        raise InputError(f"{path} states no voxel size ({notes[0]}); repair its header")
+    if any("pixdim" in note.getMessage() for note in notes) and not image.header.get("sform_code", 1):
+        raise InputError(f"{path} states no voxel size ({notes[0].getMessage()}); repair its header")
     if unit in ("meter", "micron"):
         raise InputError(f"{path} has voxel sizes in {unit}; convert the header to mm")
     return image
 
 
-def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_nifti(path: Path, pixels: bool) -> tuple[np.ndarray, np.ndarray]:
     image = load_nifti(path)
+    if not pixels:
+        return np.broadcast_to(np.int16(0), image.shape), np.asarray(image.affine, float)
     _warn_of_form_codes(image, path)
     try:
         if path.name.lower().endswith(PACKED):
@@ -332,31 +304,33 @@ def _warn_of_no_geometry(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-def _without_alpha(array: np.ndarray, path: Path, channels: int | None) -> np.ndarray:
-    """A 2-D image without its alpha channel and, unless colors are asked for, without equal channels."""
-    if array.ndim == 4 and array.shape[3] in (2, 4):
-        if np.ptp(array[..., -1]):
-            raise InputError(f"{path} is partly transparent; save it without an alpha channel")
-        array = array[..., :-1]
-    if array.ndim == 4 and channels in (1, None) and (array == array[..., :1]).all():
-        array = array[..., 0]
-    return array
+def _fit_channels(array: np.ndarray, channels: int | None, path: Path, label: bool = False) -> np.ndarray:
+    """The array, refused if it does not have `channels` channels; None accepts any number.
 
-
-def _fit_channels(array: np.ndarray, channels: int | None, path: Path) -> np.ndarray:
-    """The array, refused if it does not have `channels` channels; None accepts any number."""
-    if path.name.lower().endswith(PICTURE_SUFFIXES):
-        array = _without_alpha(array, path, channels)
+    A 2-D image is without its alpha channel and, unless colors are asked for, without equal channels.
+    """
+    picture = path.name.lower().endswith(PICTURE_SUFFIXES)
+    if picture and array.ndim == 4:
+        if array.shape[3] in (2, 4):
+            if np.ptp(array[..., -1]):
+                raise InputError(f"{path} is partly transparent; save it without an alpha channel")
+            array = array[..., :-1]
+        if channels in (1, None) and (array == array[..., :1]).all():
+            array = array[..., :1]
     if array.ndim == 4 and array.shape[3] == 1:
         array = array[..., 0]
     found = array.shape[3] if array.ndim == 4 else 1
-    if array.ndim > 4 or channels not in (found, None):
-        size = " x ".join(map(str, array.shape))
-        raise InputError(
-            f"{path} ({size}) has {found if array.ndim <= 4 else 'several'} channel(s) or time points where "
-            f"{_number_of(channels)} declared; select channels, or set in_channels of the task"
-        )
-    return array
+    if array.ndim <= 4 and channels in (found, None):
+        return array
+    name = f"{path} ({' x '.join(map(str, array.shape))})"
+    if label:
+        remedy = "merge them into one label map (3D Slicer: export the segmentation as a labelmap)"
+        remedy = "save the mask as PNG with a palette or in gray" if picture else remedy
+        raise InputError(f"{name} has {array.shape[3]} channels or layers, not one id per voxel; {remedy}")
+    raise InputError(
+        f"{name} has {found if array.ndim <= 4 else 'several'} channel(s) or time points where {_number_of(channels)} "
+        "declared; select channels, or set in_channels of the task"
+    )
 
 
 def _number_of(channels: int | None) -> str:

@@ -44,12 +44,8 @@ def interpolation_matrix(positions: np.ndarray, size: int, width: float = 1.0) -
 
     Row k has the weights max(0, 1 - |j - positions[k]| / width) over the samples j, divided by their sum. With
     `width` > 1 the triangle spans more samples (anti-aliasing). Positions up to half a sample beyond the ends take the
-    value of the end; rows of positions further out are zero.
-
-    Args:
-        positions: (m,) in units of samples; sample j is at j.
-        size: number of samples n; the matrix is (m, n) float32.
-        width: half width of the triangle in samples, at least 1.
+    value of the end; rows of positions further out are zero. `positions` (m,) and `width` (at least 1) are in samples,
+    sample j is at j; the matrix for `size` samples is (m, size) float32.
     """
     inside = (positions > -0.5 - 1e-6) & (positions < size - 0.5 + 1e-6)
     clipped = np.clip(positions, 0, size - 1)
@@ -234,17 +230,14 @@ class SliceGrid:
         `outside` is the value of channel 0 outside the canvas; the other channels are 0 there. The result has the axis
         order of the volume: (K, X, Y, n) axial, (K, X, n, Z) coronal, (K, n, Y, Z) sagittal.
         """
-        planes = self._to_planes(maps)
-        covered = (self._rows.covered[:, None] & self._columns.covered[None]).to(planes.device)
-        planes[:, 0].masked_fill_(~covered, outside)
-        return planes.permute(1, *self._to_volume())
-
-    def _to_planes(self, maps: torch.Tensor) -> torch.Tensor:
-        """(n, K, rows, columns) on the canvas -> on the in-plane grid of the volume."""
         if maps.ndim != 4 or tuple(maps.shape[2:]) != self.canvas:
             rows, columns = self.canvas
             raise InputError(f"maps must be (n, K, {rows}, {columns}), got {tuple(maps.shape)}")
-        return _resample(maps.float(), self._rows.backward, self._columns.backward)
+        planes = _resample(maps.float(), self._rows.backward, self._columns.backward)
+        covered = (self._rows.covered[:, None] & self._columns.covered[None]).to(planes.device)
+        planes[:, 0].masked_fill_(~covered, outside)
+        place = dict(zip(self.axes, (0, 2, 3), strict=True))  # dimension of each axis of the volume
+        return planes.permute(1, place[0], place[1], place[2])
 
     def _planes(self, volume: torch.Tensor, index: int | slice | Iterable[int]) -> torch.Tensor:
         """Slices (n, C, rows, columns) on the grid of the volume, a view if possible."""
@@ -264,11 +257,6 @@ class SliceGrid:
         if isinstance(index, slice):
             return list(range(*index.indices(self.num_slices)))
         return [index] if isinstance(index, int) else [int(i) for i in index]
-
-    def _to_volume(self) -> tuple[int, int, int]:
-        """Dimensions of (n, K, rows, columns) in the axis order of the volume."""
-        place = {self.axes[0]: 0, self.axes[1]: 2, self.axes[2]: 3}
-        return place[0], place[1], place[2]
 
 
 def with_neighbors(indices: Iterable[int], first: int, end: int) -> list[tuple[int, int, int]]:

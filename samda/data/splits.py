@@ -37,13 +37,7 @@ class Split:
         return not {patient_of(case) for case in self.training} & {patient_of(case) for case in self.validation}
 
 
-def split(
-    cases: Sequence[Case],
-    task: Task,
-    fraction: float = 0.2,
-    fold: int | None = None,
-    seed: int = 0,
-) -> Split:
+def split(cases: Sequence[Case], task: Task, fraction: float = 0.2, fold: int | None = None, seed: int = 0) -> Split:
     """Split the labeled cases of one section into training and validation.
 
     * `fold` and cases that state a fold: those of this fold validate (MONAI's convention).
@@ -108,17 +102,18 @@ def _by_stated_fold(cases: Sequence[Case], fold: int, stated: set[int]) -> Split
 def _by_slices(cases: Sequence[Case], task: Task, folds: int, fold: int) -> Split:
     training, validation = [], []
     for case in cases:
-        own = case.get("slices") or [(0, _slice_count(case["image"], task))]
-        count = sum(end - first for first, end in own)
-        edges = [round(count * i / (2 * folds)) for i in range(2 * folds + 1)]
-        blocks = [_within(own, *block) for block in itertools.pairwise(edges)]
-        held = [piece for i, block in enumerate(blocks) if i % folds == fold for piece in block]
-        rest = [piece for i, block in enumerate(blocks) if i % folds != fold for piece in block]
-        training.append(case | {"slices": _join(rest)})
-        validation.append(case | {"slices": _join(held)})
+        ranges = case.get("slices") or [(0, _slice_count(case["image"], task))]
+        own = [i for first, end in ranges for i in range(first, end)]
+        edges = [round(len(own) * i / (2 * folds)) for i in range(2 * folds + 1)]
+        held: list[int] = []
+        rest: list[int] = []
+        for number, (first, end) in enumerate(itertools.pairwise(edges)):
+            (held if number % folds == fold else rest).extend(own[first:end])
+        training.append(case | {"slices": _ranges(rest)})
+        validation.append(case | {"slices": _ranges(held)})
     number = sum(end - first for case in validation for first, end in case["slices"])
     if number == 0:
-        few = "1 slice leaves" if count == 1 else f"{count} slices leave"
+        few = "1 slice leaves" if len(own) == 1 else f"{len(own)} slices leave"
         raise UsageError(f"{few} none for validation; add a patient")
     note = (
         f"one patient only: {number} {task.axis} slices in contiguous blocks validate, the rest of the scan trains; "
@@ -134,23 +129,12 @@ def _slice_count(path: str, task: Task) -> int:
     return shape[int(np.flatnonzero(axes == task.slice_axis)[0])]
 
 
-def _within(ranges: Sequence[tuple[int, int]], first: int, end: int) -> list[tuple[int, int]]:
-    """Slices `first` to `end` (exclusive), counted along `ranges`, as ranges of the scan."""
-    found, before = [], 0
-    for low, high in ranges:
-        a, b = max(first - before, 0), min(end - before, high - low)
-        if a < b:
-            found.append((low + a, low + b))
-        before += high - low
-    return found
-
-
-def _join(blocks: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Adjacent ranges as one; empty ones dropped."""
-    joined: list[tuple[int, int]] = []
-    for first, end in blocks:
-        if joined and joined[-1][1] == first:
-            joined[-1] = (joined[-1][0], end)
-        elif end > first:
-            joined.append((first, end))
-    return joined
+def _ranges(slices: Sequence[int]) -> list[tuple[int, int]]:
+    """Slices as ranges (first, end) of successive ones."""
+    ranges: list[tuple[int, int]] = []
+    for i in slices:
+        if ranges and ranges[-1][1] == i:
+            ranges[-1] = (ranges[-1][0], i + 1)
+        else:
+            ranges.append((i, i + 1))
+    return ranges

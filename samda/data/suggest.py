@@ -13,9 +13,9 @@ import numpy as np
 import yaml
 
 from samda.data.folders import Problem
-from samda.data.inspect import AIR, CaseFacts, DataReport, check_data, task_problems
+from samda.data.inspect import DataReport, check_data, task_problems
 from samda.data.labels import IGNORE
-from samda.data.widths import ANISOTROPIC
+from samda.data.measure import AIR, ANISOTROPIC, CaseFacts
 from samda.errors import InputError, one_line, printable
 from samda.task import AXES, Task, name_id, names_side
 

@@ -34,7 +34,7 @@ from monai.transforms import (
 )
 from scipy import ndimage
 
-from samda.data.body import body_mask, body_threshold, coarse
+from samda.data.body import coarse_body
 from samda.data.labels import OPEN, MapLabelsd, PartialLabels
 from samda.data.readers import Scan, read_label, read_scan, refuse_other_grid, uncropped
 from samda.errors import InputError, UsageError, cause_of, nearest
@@ -54,27 +54,25 @@ class RandTissueContrastd(RandomizableTransform):
     with the identity and need not be monotonic, because the order of tissues in MR differs from CT. Offsets simulate
     contrast media. Compare the location-scale augmentation of SLAug, arXiv 2211.11514.
 
+    It takes "image" (C, H, W) in [0, 1], with the same curve for all channels, and "label" (1, H, W), class indices; or
+    (C, H, W) for neighboring slices as channels, with the same offset of an organ in all of them.
+
     Args:
         prob: probability of a change.
         curve: largest weight of the random curve, 0 (identity) to 1; the weight is uniform from 0.
         offset: largest offset of an organ, in either direction.
-        image_key: {image_key: (C, H, W) in [0, 1]}; all channels have the same curve.
-        label_key: {label_key: (1, H, W) class indices, background 0}; or (C, H, W) for neighboring slices as channels:
-            an organ has the same offset in all channels.
     """
 
-    def __init__(
-        self, prob: float, curve: float, offset: float, image_key: str = "image", label_key: str = "label"
-    ) -> None:
+    def __init__(self, prob: float, curve: float, offset: float) -> None:
         super().__init__(prob)
-        self.curve, self.offset, self.image_key, self.label_key = curve, offset, image_key, label_key
+        self.curve, self.offset = curve, offset
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         self.randomize(None)
         if not self._do_transform:
             return d
-        image, label = np.asarray(d[self.image_key], np.float32), np.asarray(d[self.label_key])
+        image, label = np.asarray(d["image"], np.float32), np.asarray(d["label"])
         identity = np.linspace(0, 1, POINTS)
         weight = self.R.uniform(0, self.curve)
         curve = (1 - weight) * identity + weight * self.R.uniform(0, 1, POINTS)
@@ -84,7 +82,7 @@ class RandTissueContrastd(RandomizableTransform):
         for k in np.unique(label[(label > 0) & (label < OPEN)]):
             offsets[label == k] = self.R.uniform(-self.offset, self.offset)
         changed = changed + ndimage.gaussian_filter(offsets, (0, EDGE, EDGE))
-        d[self.image_key] = torch.from_numpy(np.clip(changed, 0, 1).astype(np.float32))
+        d["image"] = torch.from_numpy(np.clip(changed, 0, 1).astype(np.float32))
         return d
 
 
@@ -100,8 +98,8 @@ def intensity_range(image: np.ndarray, spacing_mm: np.ndarray, task: Task) -> tu
         return task.window
     samples = image
     if task.modality == "MR":
-        values, strides = coarse(image[0], spacing_mm)
-        samples = values[body_mask(values, spacing_mm * strides, body_threshold(values, task, scaled=False))]
+        values, mask, _ = coarse_body(image[0], spacing_mm, task, scaled=False)
+        samples = values[mask]
     low, high = np.percentile(samples, task.percentiles)
     return float(low), float(high)
 
@@ -128,11 +126,10 @@ class ScaleBodyIntensityd(MapTransform):
         channels, x, y, z = image.shape
         scaled = torch.empty((channels, z, y, x), dtype=torch.float32).permute(0, 3, 2, 1)
         scaled.copy_(image)
-        parts = range(channels) if self.task.modality == "MR" else [slice(None)]  # MR sequences differ in scale
-        for part in parts:
-            what = f"channel {part} of {name}" if channels > 1 and isinstance(part, int) else name
-            values = image[part : part + 1] if isinstance(part, int) else image
-            low, high = self._limits(values, spacing_mm, what)
+        each = self.task.modality == "MR" and channels > 1  # MR sequences differ in scale
+        for part in [slice(k, k + 1) for k in range(channels)] if each else [slice(None)]:
+            what = f"channel {part.start} of {name}" if each else name
+            low, high = self._limits(image[part], spacing_mm, what)
             scaled[part].sub_(low).div_(high - low).clamp_(0, 1)  # in place: scans are large
         return scaled
 
@@ -145,18 +142,15 @@ class ScaleBodyIntensityd(MapTransform):
             raise InputError(f"{name} is constant ({smallest:g} everywhere); check the file")
         low, high = intensity_range(image.numpy(), spacing_mm, self.task)
         if largest <= low or smallest >= high or low >= high:
+            what = f"the range {low:g} to {high:g} of percentiles {self.task.percentiles}"
+            what = f"the window {low:g} to {high:g} HU" if self.task.modality == "CT" else what
             raise InputError(
-                f"{name} has values {smallest:g} to {largest:g}, which {self._range(low, high)} maps to one value; "
-                "check the units of the file and the modality, window and percentiles of the task"
+                f"{name} has values {smallest:g} to {largest:g}, which {what} maps to one value; check the units of "
+                "the file and the modality, window and percentiles of the task"
             )
         if self.task.modality == "CT" and smallest >= 0:
             warnings.warn(f"{name} has no value below 0; a CT in Hounsfield units has air near -1000", stacklevel=2)
         return low, high
-
-    def _range(self, low: float, high: float) -> str:
-        if self.task.modality == "CT":
-            return f"the window {low:g} to {high:g} HU"
-        return f"the range {low:g} to {high:g} of percentiles {self.task.percentiles}"
 
 
 RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
@@ -178,13 +172,8 @@ class Preprocessing(Compose):
 class LoadScand(MapTransform):
     """Paths -> MetaTensors of scans, or of label files, with affine and geometry of the file.
 
-    MONAI's LoadImaged falls back to other readers where a file is refused.
-
-    Args:
-        keys: keys of paths: a file, a DICOM folder, or a list of one file per channel.
-        channels: required number of channels of scans.
-        labels: read label files, see :func:`samda.data.readers.read_label`.
-        wanted: ids of the label files that are classes.
+    MONAI's LoadImaged falls back to other readers where a file is refused. For the arguments, see `read_scan` and, with
+    `labels`, `read_label` of :mod:`samda.data.readers`.
     """
 
     def __init__(
@@ -200,7 +189,12 @@ class LoadScand(MapTransform):
             if not path:
                 name = d.get("id") or d.get("image") or "without a name"
                 raise InputError(f"case {str(name)!r} has no {key}; {nearest(str(key), map(str, d))}")
-            scan = read_label(path, self._image_of(d), self.wanted) if self.labels else read_scan(path, self.channels)
+            if self.labels:
+                image = d.get("image")  # to its series a DICOM label belongs
+                image = image.meta["filename_or_obj"] if isinstance(image, MetaTensor) else image
+                scan = read_label(path, image, self.wanted)
+            else:
+                scan = read_scan(path, self.channels)
             affine = torch.from_numpy(scan.affine.copy())
             meta = {
                 "affine": affine,
@@ -213,22 +207,13 @@ class LoadScand(MapTransform):
             d[key] = MetaTensor(torch.from_numpy(np.ascontiguousarray(scan.array)), meta=meta)
         return d
 
-    def _image_of(self, data: Mapping[Hashable, Any]) -> Any:
-        """The path of the image, to whose series a DICOM label belongs."""
-        image = data.get("image")
-        return image.meta["filename_or_obj"] if isinstance(image, MetaTensor) else image
-
 
 class CheckSameGridd(MapTransform):
-    """Refuse a label that is not on the grid of its image, see :func:`samda.data.readers.refuse_other_grid`."""
-
-    def __init__(self, keys: KeysCollection, image_key: str = "image") -> None:
-        super().__init__(keys)
-        self.image_key = image_key
+    """Refuse a label that is not on the grid of "image", see :func:`samda.data.readers.refuse_other_grid`."""
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        image = d[self.image_key]
+        image = d["image"]
         grid = tuple(image.shape[1:]), image.affine.numpy()
         for key in self.key_iterator(d):
             name = d[key].meta.get("filename_or_obj", key)

@@ -21,10 +21,7 @@ LISTS = {  # context group of property types -> category (CID 7150)
     7194: Code("49755003", "SCT", "Morphologically Abnormal Structure"),
     7197: Code("91720002", "SCT", "Body Substance"),
 }
-SIDES = {
-    "left": Code("7771000", "SCT", "Left"),
-    "right": Code("24028007", "SCT", "Right"),
-}
+SIDES = {"left": Code("7771000", "SCT", "Left"), "right": Code("24028007", "SCT", "Right")}
 ALIASES = {  # usual names of classes -> names of the standard
     "adrenal": "adrenalgland",
     "atrialappendage": "leftauricularappendage",

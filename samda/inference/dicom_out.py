@@ -25,10 +25,11 @@ from pydicom.uid import ImplicitVRLittleEndian, RTStructureSetStorage, generate_
 
 from samda.data.dicom import Frame, series_frames
 from samda.data.dicom_files import is_dicom, is_series, quiet
+from samda.data.labels import count_ids
 from samda.errors import InputError, SamdaError, UsageError, nearest, one_line
 from samda.inference.codes import ClassCode, class_code
 from samda.inference.contours import mask_contours
-from samda.inference.writer import PURPOSE, file_name
+from samda.inference.writer import PURPOSE, file_name, label_image
 from samda.io import Image, files_of, replacing
 from samda.report import class_color
 from samda.task import Task
@@ -98,7 +99,9 @@ def check_cases(cases: Sequence[Mapping[str, Any]], formats: Sequence[str]) -> N
         raise reasons[0]
 
 
-def write_dicom(kind: str, path: str | Path, labels: np.ndarray, task: Task, scan: Image | SpatialImage | None) -> Path:
+def write_dicom(
+    kind: str, path: str | Path, labels: np.ndarray, task: Task | None, scan: Image | SpatialImage | None
+) -> Path:
     """Write a label map as a DICOM object; returns its path. Classes without voxels are left out, with a warning.
 
     Args:
@@ -111,13 +114,13 @@ def write_dicom(kind: str, path: str | Path, labels: np.ndarray, task: Task, sca
 
     Raises:
         InputError: the scan is no DICOM series or lacks an identifier, or no class has voxels.
+        UsageError: no task, as of a result that was made without.
     """
+    if task is None:
+        raise UsageError("a result without task has no names of classes; use samda.Predictor or samda.load")
     source = check_series(scan)
-    counts = np.zeros(task.num_classes, np.int64)
-    for plane in np.moveaxis(labels, 2, 0):
-        counts += np.bincount(plane.ravel(), minlength=task.num_classes)
-    found = [k for k in range(1, task.num_classes) if counts[k]]
-    missing = [name for k, name in enumerate(task.classes) if k and not counts[k]]
+    found = [k for k in count_ids(labels, str(source)) if k]
+    missing = [name for k, name in enumerate(task.classes) if k and k not in found]
     if not found:
         raise InputError(f"{source}: no class was found, and a {kind} of nothing cannot be written; use nifti")
     if missing:
@@ -151,24 +154,24 @@ def write_formats(
             continue
         path = dicom_path(folder, case, kind)
         if labels.any():
-            write_dicom(kind, path, labels, _known_task(task), scan)
+            write_dicom(kind, path, labels, task, scan)
         else:
             path.unlink(missing_ok=True)
             logger.warning("case %s: no foreground, so no %s is written", case, kind)
 
 
-def _known_task(task: Task | None) -> Task:
-    if task is None:
-        raise UsageError("a result without task has no names of classes; use samda.Predictor or samda.load")
-    return task
-
-
 class DicomOutput:
-    """Adds DICOM output to results with `labels` (X, Y, Z), `task` and `scan`."""
+    """A label map `labels` (X, Y, Z) of a `scan` as a nibabel image or as DICOM, with the classes of `task`."""
 
     labels: np.ndarray
+    affine: np.ndarray
     task: Task | None
     scan: Path | SpatialImage | None
+
+    @property
+    def image(self) -> SpatialImage:
+        """The label map as a nibabel image with affine and form codes of the scan."""
+        return label_image(self.labels, self.scan, self.affine)
 
     def to_dicom_seg(self, path: str | Path, labelmap: bool = False) -> Path:
         """Write the label map as a DICOM SEG: BINARY, or with `labelmap` a LABELMAP; see `write_dicom`."""
@@ -180,7 +183,7 @@ class DicomOutput:
 
     def _to(self, kind: str, path: str | Path) -> Path:
         parse_formats([kind])
-        return write_dicom(kind, path, self.labels, _known_task(self.task), self.scan)
+        return write_dicom(kind, path, self.labels, self.task, self.scan)
 
 
 # -------------------------------------------------------------------------------------------------------------- series
@@ -235,10 +238,9 @@ class _Series:
 def _completed(header: Dataset, path: Path) -> Dataset:
     """A header with empty values for what may be missing; without an identifier it is refused."""
     meta = getattr(header, "file_meta", {})
-    for tag, stated in (("SOPInstanceUID", "MediaStorageSOPInstanceUID"), ("SOPClassUID", "MediaStorageSOPClassUID")):
-        if not header.get(tag) and meta.get(stated):
-            setattr(header, tag, meta[stated].value)
     for tag in NEEDED:
+        if not header.get(tag) and meta.get(f"MediaStorage{tag}"):
+            setattr(header, tag, meta[f"MediaStorage{tag}"].value)
         if not header.get(tag):
             raise InputError(f"{path} states no {tag}, to which DICOM output must refer; repair it or use nifti")
     for tag in COPIED:

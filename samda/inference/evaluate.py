@@ -10,19 +10,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from samda.data.datalists import find_pairs, unlabeled_classes
+from samda.data.datalists import match_cases
 from samda.data.dicom_labels import is_dicom_label
 from samda.data.formats import PICTURE_SUFFIXES
 from samda.data.labels import MapLabelsd, partial_labels
-from samda.data.readers import Scan, read_label, refuse_other_grid, uncropped
+from samda.data.readers import Scan, read_label, refuse_other_grid, turned, uncropped
 from samda.errors import InputError, SamdaError, UsageError, is_disk_full, log_failed, reason_of
 from samda.inference.predict import CaseEvaluator
-from samda.io import csv_text, plain, write_json, write_text
+from samda.io import csv_text, plain, text_table, write_json, write_text
 from samda.metrics import COUNTED, DEFINITIONS, SCORES, ClassScores, score_case, summarize
 from samda.output import open_output
 from samda.processes import is_main
@@ -89,8 +88,7 @@ class Evaluation:
         rows: list[list[Any]] = [["case", "class", *COLUMNS]]
         for case, scores in self.cases.items():
             for name, score in zip(self.classes, scores, strict=True):
-                values = [getattr(score, column) for column in COLUMNS]
-                rows.append([case, name, *("" if _is_nan(v) else v for v in values)])
+                rows.append([case, name, *plain([getattr(score, column) for column in COLUMNS])])
         return csv_text(rows)
 
     def save(self, folder: str | Path) -> None:
@@ -164,22 +162,21 @@ def _score_pairs(
     section: str | None,
     on_case: Callable[[str, str], None] | None,
 ) -> Evaluation:
-    pairs, dataset_labels = find_pairs(predictions, labels, section)
-    lacking = {case: {"id": case, "unlabeled": names} for case, names in unlabeled_classes(labels).items()}
-    gaps = partial_labels([lacking.get(case, {}) for case in pairs], task, dataset_labels)
+    pairs, dataset_labels = match_cases(predictions, labels, section)
+    gaps = partial_labels([case for _, case in pairs.values()], task, dataset_labels)
     mapping = MapLabelsd("label", task, dataset_labels, gaps)
     result = Evaluation(task.classes[1:], {}, {}, tolerance)
     progress = bar("scoring", len(pairs), "case")
-    for case, (prediction, label) in pairs.items():
+    for name, (prediction, case) in pairs.items():
         outcome = "done"
         try:
             if prediction is None:
-                raise InputError(f"missing prediction for label {label}; predict this case")
-            result.cases[case] = score_files(prediction, label, task, tolerance, mapping, lacking.get(case))
+                raise InputError(f"missing prediction for label {case['label']}; predict this case")
+            result.cases[name] = score_files(prediction, case["label"], task, tolerance, mapping, case)
         except Exception as error:  # any failure of a pair must not stop the others
-            result.failed[case] = outcome = log_failed(case, error)
+            result.failed[name] = outcome = log_failed(name, error)
         if on_case:
-            on_case(case, outcome)
+            on_case(name, outcome)
         progress.update()
     progress.close()
     return result
@@ -205,7 +202,7 @@ def score_files(
     predicted = read_label(prediction, (true.array.shape, true.affine), own.map.wanted)
     if is_dicom_label(Path(prediction)):  # its segments have names
         predicted = Scan(_classes(predicted, prediction, own), predicted.affine)
-    predicted = _turned(predicted, true)
+    predicted = turned(predicted, true.affine)
     pictures = any(str(path).lower().endswith(PICTURE_SUFFIXES) for path in (prediction, label))
     affine = true.affine if pictures else predicted.affine  # 2-D images have no position
     true = uncropped(true, (predicted.array.shape, affine), label)
@@ -222,15 +219,6 @@ def _classes(scan: Scan, path: str | Path, mapping: MapLabelsd, case: Mapping[st
     return mapping({**(case or {}), "label": ids})["label"].as_tensor().numpy()
 
 
-def _turned(scan: Scan, like: Scan) -> Scan:
-    """`scan` with axes in the order and direction of `like`: one grid may be stored in several orders."""
-    turn = nib.orientations.ornt_transform(
-        nib.orientations.io_orientation(scan.affine), nib.orientations.io_orientation(like.affine)
-    )
-    array = nib.orientations.apply_orientation(scan.array, turn)
-    return Scan(array, scan.affine @ nib.orientations.inv_ornt_aff(turn, scan.array.shape))
-
-
 # -------------------------------------------------------------------------------------------------------------- output
 
 
@@ -244,18 +232,9 @@ def format_table(evaluation: Evaluation) -> str:
     for name, entry in [*summary["classes"].items(), ("all", summary["all"])]:
         means = [f"{_number(entry[key]['mean'], key)} ({entry[key]['n']})" for key in SCORES]
         rows.append([name, *means, _number(entry["pooled_dice"], "dice"), *(str(entry[what]) for what in COUNTED)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *cells in rows:
-        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *right]))
     failed = [f"not scored: {case}: {reason}" for case, reason in evaluation.failed.items()]
-    return "\n".join([*(f"# {line}" for line in header), *lines, *failed])
+    return "\n".join([*(f"# {line}" for line in header), *text_table(rows), *failed])
 
 
 def _number(value: float, key: str) -> str:
     return "-" if math.isnan(value) else f"{value:.1f}" if key == "hd95_mm" else f"{value:.3f}"
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)

@@ -76,21 +76,11 @@ class KeepLargestd(MapTransform):
 
 
 def override(
-    task: Task,
-    classes: bool | str | Sequence[str] | None = None,
-    modality: str | None = None,
-    axes: str | None = None,
+    task: Task, classes: bool | str | Sequence[str] | None = None, modality: str | None = None, axes: str | None = None
 ) -> Task:
-    """The task with another `keep_largest`, modality or axes; None leaves the task's.
+    """The task with another modality, axes or `keep_largest`; None leaves the task's, UsageError refuses others.
 
-    Args:
-        task: of the model.
-        classes: of which the largest piece stays: names, true or "all", false or "none".
-        modality: of the scans, where it differs from that of the training.
-        axes: "one" or "all".
-
-    Raises:
-        UsageError: a name that is not a foreground class, or an unknown modality or axes.
+    `classes`, of which the largest piece stays, are names, true or "all", false or "none".
     """
     task = dataclasses.replace(task, modality=modality or task.modality, axes=axes or task.axes)
     if classes is None:

@@ -20,19 +20,21 @@ from nibabel.spatialimages import SpatialImage
 from samda.data.datalists import Case, find_cases
 from samda.data.folders import join_channels
 from samda.data.formats import name_of, scan_path, source_of
+from samda.data.labels import count_ids
 from samda.data.transforms import build_preprocessing
 from samda.errors import InputError, SamdaError, UsageError, is_disk_full, log_failed
 from samda.expected_dice import Calibration, CaseQuality, ExpectedDice
 from samda.inference.dicom_out import NIFTI, DicomOutput, check_cases, dicom_path, parse_formats, write_formats
-from samda.inference.expected import QUALITY, TABLE, write_table
 from samda.inference.postprocessing import keep_largest, override, own_grid, warn_empty
 from samda.inference.volume import VolumeInferer
 from samda.inference.writer import (
-    label_image,
+    QUALITY,
+    TABLE,
     label_path,
     probability_path,
     write_labels,
     write_probabilities,
+    write_table,
 )
 from samda.io import files_of
 from samda.networks.segmenter import SamSegmenter
@@ -75,22 +77,15 @@ class Prediction(DicomOutput):
         return {} if self.quality is None else self.quality.dice
 
     @property
-    def image(self) -> SpatialImage:
-        """The label map as a nibabel image with affine and form codes of the scan."""
-        return label_image(self.labels, self.scan, self.affine)
-
-    @property
     def empty(self) -> bool:
         """Is everything background?"""
         return not self.labels.any()
 
     def volumes_ml(self) -> dict[str, float]:
         """Volume of each foreground class in ml."""
-        counts = np.zeros(len(self.classes), np.int64)
-        for plane in np.moveaxis(self.labels, -1, 0):  # by plane: counting needs 8 bytes per voxel
-            counts += np.bincount(plane.ravel(), minlength=len(counts))
+        counts = count_ids(self.labels, self.case)
         voxel_ml = abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000.0
-        return {name: int(counts[k]) * voxel_ml for k, name in enumerate(self.classes) if k}
+        return {name: counts.get(k, 0) * voxel_ml for k, name in enumerate(self.classes) if k}
 
     @phase("writing")
     def save(self, folder: str | Path, formats: str | Sequence[str] = NIFTI) -> Path:
@@ -100,7 +95,7 @@ class Prediction(DicomOutput):
         "rtstruct", each in a folder of this name.
         """
         formats = parse_formats(formats)
-        files = label_files(self.case, self.scan, formats)
+        files = result_files(self.case, self.scan, formats)
         with open_output(folder, [*files, f"{self.case}.json"]) as output:
             if self.probabilities is not None:
                 place = probability_path(output.path, self.case)
@@ -180,18 +175,12 @@ class Predictor:
             scan=source_of(scan),
             probabilities=None if kept is None else self._restore(data, kept).as_tensor().numpy(),
             task=self.task,
-            quality=self._quality(),
+            quality=self.calibration.expected(self.meter.features()) if self.calibration and self.meter else None,
         )
 
     def _run(self, slices: torch.Tensor) -> torch.Tensor:
         """Logits; the meter sees the first pass."""
-        measured = self.meter is not None and self.inferer.first_pass
-        return self.meter(slices) if measured and self.meter is not None else self.network(slices)
-
-    def _quality(self) -> CaseQuality | None:
-        if self.meter is None or self.calibration is None:
-            return None
-        return self.calibration.expected(self.meter.features())
+        return self.network(slices) if self.meter is None or not self.inferer.first_pass else self.meter(slices)
 
     def _restore(self, data: Mapping[str, Any], result: torch.Tensor) -> MetaTensor:
         return own_grid(self.preprocessing)({"image": data["image"], "pred": MetaTensor(result[0])})["pred"]
@@ -299,7 +288,7 @@ def run_cases(
     finish: Callable[[Path], Any] | None = None,
 ) -> FolderResult:
     """:func:`predict_folder` with any predictor: `one` writes a case into the folder and tells whether it is empty,
-    `finish` writes :data:`samda.inference.expected.TABLE`.
+    `finish` writes :data:`samda.inference.writer.TABLE`.
     """
     mine = part.of(cases) if part else cases
     written = written_files(mine, save_probabilities, formats) + ([] if finish is None else [Path(TABLE)])
@@ -307,9 +296,8 @@ def run_cases(
     result = FolderResult()
     with open_output(output, written, part) as place, Cases("predicting", len(mine), shown=shown) as progress:
         for case in mine:
-            outcome = _run_case(
-                case, place.path, one, partial(result_files, case, save_probabilities, formats), skip_finished, result
-            )
+            files = partial(result_files, case["id"], case["image"], formats, save_probabilities)
+            outcome = _run_case(case, place.path, one, files, skip_finished, result)
             if on_case:
                 on_case(case["id"], outcome)
             progress.next()
@@ -381,15 +369,10 @@ def refuse_own_folder(cases: Sequence[Case], folder: Path) -> None:
             raise UsageError(f"output {folder} is the folder of the scan {image.name}; choose another output folder")
 
 
-def label_files(case: str, image: Any, formats: Sequence[str] = (NIFTI,)) -> list[Path]:
-    """The label maps of a case, relative to their folder; UsageError if its id cannot name a file."""
-    return [label_path("", case, image) if kind == NIFTI else dicom_path("", case, kind) for kind in formats]
-
-
-def result_files(case: Case, probabilities: bool = False, formats: Sequence[str] = (NIFTI,)) -> list[Path]:
+def result_files(case: str, image: Any, formats: Sequence[str] = (NIFTI,), probabilities: bool = False) -> list[Path]:
     """The results of a case, relative to their folder; UsageError if its id cannot name a file."""
-    files = label_files(case["id"], case["image"], formats)
-    return files + ([probability_path("", case["id"])] if probabilities else [])
+    files = [label_path("", case, image) if kind == NIFTI else dicom_path("", case, kind) for kind in formats]
+    return [*files, *([probability_path("", case)] if probabilities else [])]
 
 
 def written_files(cases: Sequence[Case], probabilities: bool = False, formats: Sequence[str] = (NIFTI,)) -> list[Path]:
@@ -397,7 +380,8 @@ def written_files(cases: Sequence[Case], probabilities: bool = False, formats: S
     written = []
     for case in cases:
         with contextlib.suppress(UsageError):
-            written += [*result_files(case, probabilities, formats), Path(f"{case['id']}.json")]
+            files = result_files(case["id"], case["image"], formats, probabilities)
+            written += [*files, Path(f"{case['id']}.json")]
     return written
 
 

@@ -87,7 +87,7 @@ class VolumeInferer(Inferer):
         self.memory_budget_mb, self.amp, self.device, self.progress = memory_budget_mb, amp, device, progress
         self._turn = 0, 1  # number of the axis that is looked along, and how many there are
         if device is not None:
-            self._check_precision(torch.device(device))
+            self.precision(torch.device(device))
 
     def __call__(  # type: ignore[override]
         self,
@@ -244,18 +244,14 @@ class VolumeInferer(Inferer):
 
     def _device(self, network: Callable, volume: torch.Tensor) -> torch.device:
         parameter = next(network.parameters(), None) if isinstance(network, torch.nn.Module) else None
-        device = torch.device(self.device) if self.device is not None else getattr(parameter, "device", volume.device)
-        self._check_precision(device)
-        return device
+        return torch.device(self.device) if self.device is not None else getattr(parameter, "device", volume.device)
 
     def precision(self, device: torch.device | str) -> torch.dtype:
         """Of the network call on `device`."""
+        if torch.device(device).type == "cpu" and self.amp == "fp16":
+            raise UsageError("amp 'fp16' needs a GPU; on a CPU use bf16 or off")
         amp = self.amp if self.amp != "auto" or not computes_bf16(device) else "bf16"
         return PRECISIONS.get(amp or "off", torch.float32)
-
-    def _check_precision(self, device: torch.device) -> None:
-        if device.type == "cpu" and self.amp == "fp16":
-            raise UsageError("amp 'fp16' needs a GPU; on a CPU use bf16 or off")
 
 
 def window_overlap(side: int, size: int, least: float) -> float:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write label maps and probabilities on the grid of the scan."""
+"""Write label maps and probabilities on the grid of the scan, and the table of predicted Dice."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,23 @@ import numpy as np
 import SimpleITK as sitk
 from nibabel.spatialimages import SpatialImage
 
-from samda.data.formats import NIFTI_SUFFIXES, PICTURE_SUFFIXES, copy_of
+from samda.data.folders import Case
+from samda.data.formats import NIFTI_SUFFIXES, PICTURE_SUFFIXES, copy_of, stem
 from samda.data.readers import load_nifti, qform_of
 from samda.errors import InputError, UsageError
-from samda.io import Image, files_of, replacing, write_json
+from samda.expected_dice import TRUSTED, CaseQuality
+from samda.io import Image, csv_text, files_of, parse_json, regular_file, replacing, write_json, write_text
 from samda.version import __version__
 
 LONGEST_NAME = 200  # bytes of a case id: file systems allow 255, suffixes and the prefix of hidden files included
 PURPOSE = "research use only, not for clinical decisions"
+EMPTIED = {  # texts of a header, and numbers that NIfTI does not use and that may be anything, or are those of the scan
+    **dict.fromkeys(("aux_file", "db_name", "data_type", "unused_str"), b""),
+    **dict.fromkeys(("extents", "session_error", "glmax", "glmin", "cal_min", "cal_max"), 0),
+}
+TABLE = "predictions.csv"
+HEAD = ("case", "class", "dice", "low", "high", "flags")
+QUALITY = "quality"  # key of `<case>.json`
 
 
 def file_name(case: str) -> str:
@@ -78,7 +88,9 @@ def write_labels(
     try:
         with replacing(path) as temporary:  # after the names: it marks the case as finished
             if path.suffix.lower() == ".png":
-                _save_png(labels, temporary)
+                if labels.ndim != 3 or labels.shape[2] != 1:
+                    raise UsageError(f"a PNG holds one slice, got a map of {labels.shape}; write a .nii.gz")
+                sitk.WriteImage(sitk.GetImageFromArray(np.ascontiguousarray(labels[:, :, 0].T)), str(temporary))
             else:
                 label_image(labels, image, affine).to_filename(temporary)
             write_json(names, about)
@@ -128,14 +140,10 @@ def label_image(
     if array.ndim == 3 and array.size == int(np.prod(shape)):  # the scan may be (X, Y), or (X, Y, Z, 1)
         array = array.reshape(shape)
     header.extensions.clear()  # extensions and the texts below may contain patient data
-    for key in ("aux_file", "db_name", "data_type", "unused_str"):
+    for key, empty in EMPTIED.items():
         if key in header:  # NIfTI-1 and 2 differ
-            header[key] = b""
+            header[key] = empty
     header["descrip"] = PURPOSE.encode()
-    for key in ("extents", "session_error", "glmax", "glmin"):
-        if key in header:  # not used by NIfTI, and free for any content
-            header[key] = 0
-    header["cal_min"] = header["cal_max"] = 0
     header.set_intent("none")  # clears its name, too
     header.set_data_dtype(array.dtype)
     header.set_slope_inter(1, 0)
@@ -154,15 +162,71 @@ def _nifti_of(image: str | Path | SpatialImage | None) -> Any:
     return None
 
 
-def _save_png(labels: np.ndarray, path: Path) -> None:
-    if labels.ndim != 3 or labels.shape[2] != 1:
-        raise UsageError(f"a PNG holds one slice, got a map of {labels.shape}; write a .nii.gz")
-    sitk.WriteImage(sitk.GetImageFromArray(np.ascontiguousarray(labels[:, :, 0].T)), str(path))
-
-
 def _case(path: Path) -> str:
-    name = path.name
-    for suffix in sorted((*NIFTI_SUFFIXES, ".png"), key=len, reverse=True):
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    raise UsageError(f"{path}: label maps are written as .nii.gz, .nii or .png; rename the output")
+    if not path.name.lower().endswith((*NIFTI_SUFFIXES, ".png")):
+        raise UsageError(f"{path}: label maps are written as .nii.gz, .nii or .png; rename the output")
+    return stem(path)
+
+
+# ------------------------------------------------------------------------------------------------------ predicted Dice
+
+
+def write_table(
+    folder: str | Path, cases: Sequence[Case], quality: Mapping[str, CaseQuality], site: Mapping[str, Any] | None = None
+) -> dict[str, CaseQuality]:
+    """Write `predictions.csv`; returns what it holds, in its order.
+
+    Cases of an earlier run, or of another process, are read from their `<case>.json`. `site` is a report of
+    `samda commission`: its recalibration is applied.
+    """
+    found = dict(quality)
+    for case in cases:
+        if case["id"] not in found:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, UsageError):
+                facts = parse_json((Path(folder) / f"{file_name(case['id'])}.json").read_bytes())
+                found[case["id"]] = CaseQuality.from_dict(facts[QUALITY])
+    shift = 0.0 if site is None else site["recalibration"]["shift"]
+    found = {case: one.shifted(shift) for case, one in found.items()} if shift else found
+    rows = []
+    order = look_first(found)
+    for name in order:
+        for label, one in sorted(found[name].dice.items(), key=lambda item: item[1].dice):
+            numbers = [round(value, 3) for value in (one.dice, one.low, one.high)]
+            rows.append([name, label, *numbers, "; ".join(flags(found[name], label, site))])
+    write_text(Path(folder) / TABLE, csv_text([HEAD, *rows]))
+    return {name: found[name] for name in order}
+
+
+def look_first(quality: Mapping[str, CaseQuality]) -> list[str]:
+    """The cases, the lowest mean predicted Dice first."""
+    return sorted(quality, key=lambda case: (quality[case].mean, case))
+
+
+def flags(quality: CaseQuality, name: str, site: Mapping[str, Any] | None = None) -> list[str]:
+    """What to say of a class of a case in a few words; `site` is a report of `samda commission`."""
+    one, found = quality.dice[name], []
+    if not one.predicted:
+        found.append("not predicted")
+    elif one.dice < TRUSTED:
+        found.append(f"below {TRUSTED:g}")
+    if site is not None:
+        accepted = site["accepted"]["classes"].get(name)
+        if one.predicted and accepted is not None and one.dice < accepted:
+            found.append(f"below the site's accepted {accepted:.3f}")
+        farthest = site["accepted"]["distance"]
+        if farthest is not None and quality.distance is not None and quality.distance > farthest:
+            found.append("unlike the site's scans")
+    return found
+
+
+def read_site_report(path: str | Path) -> dict[str, Any]:
+    """The JSON report of `samda commission`; InputError if the file is none."""
+    try:
+        report = parse_json(regular_file(path).read_bytes())
+        accepted = report["accepted"]
+        numbers = [*accepted["classes"].values(), accepted["distance"], report["recalibration"]["shift"]]
+        if "commission_version" not in report or not all(isinstance(n, int | float | None) for n in numbers):
+            raise ValueError("numbers are missing")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no report of samda commission ({error}); give its JSON file") from error
+    return report

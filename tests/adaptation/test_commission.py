@@ -24,7 +24,7 @@ from samda.cli.main import main
 from samda.errors import InputError
 from samda.expected_dice import Calibration
 from samda.inference.evaluate import evaluate
-from samda.inference.expected import read_site_report
+from samda.inference.writer import read_site_report
 from samda.model import load
 from samda.models.versions import COMMISSION
 from samda.quality import FEATURES, QualityMeter

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from samda.data.datalists import DataList
-from samda.data.inspect import CaseFacts, DataReport
+from samda.data.inspect import DataReport
+from samda.data.measure import CaseFacts
 from samda.data.suggest import GRID, LARGEST_SIZE, suggest_task
 from samda.errors import InputError
 from samda.networks.pyramid_head import PyramidHeadConfig

@@ -253,7 +253,7 @@ def test_refuses(tmp_path: Path, task: Task) -> None:
             evaluate(*arguments)
 
 
-def test_partial_labels_do_not_count(tmp_path: Path, task: Task) -> None:
+def test_partial_labels_do_not_count(tmp_path: Path, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     prediction, label = boxes(1, 2, shift=1), boxes(5, 0)
     label[6, 2:6, 2:6] = 9  # what the prediction has beyond the label is left open
     save(tmp_path / "out" / "a.nii.gz", prediction)
@@ -265,3 +265,5 @@ def test_partial_labels_do_not_count(tmp_path: Path, task: Task) -> None:
     liver, aorta = evaluate(tmp_path / "out", tmp_path / "data.json", task).cases["a"]
     assert liver.dice == pytest.approx(2 * 48 / (48 + 64))  # of the cube that is 16 voxels ahead, 48 count
     assert aorta.status == "unlabeled" and math.isnan(aorta.dice)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert evaluate("~/out", "~/data.json", task).cases["a"][1].status == "unlabeled"

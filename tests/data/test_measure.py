@@ -10,10 +10,10 @@ import torch
 from scipy import ndimage
 
 from samda.data.datalists import DataList
-from samda.data.inspect import CaseFacts, DataReport
+from samda.data.inspect import DataReport
+from samda.data.measure import LARGEST_BOX, CaseFacts, structure_widths
 from samda.data.slices import SliceGrid
 from samda.data.suggest import suggest_task
-from samda.data.widths import LARGEST, structure_widths
 
 
 def widths(label: np.ndarray, sides_mm: tuple[float, float, float] = (1, 1, 1)) -> dict[int, float]:
@@ -65,7 +65,7 @@ def test_slices_are_those_across_the_coarsest_axis_and_ids_are_told_apart() -> N
 
 
 def test_a_huge_structure_is_measured_in_its_middle() -> None:
-    label = np.zeros((LARGEST + 500, 40, 1), np.uint8)
+    label = np.zeros((LARGEST_BOX + 500, 40, 1), np.uint8)
     label[:, 10:31] = 1
     assert widths(label)[1] == pytest.approx(21)
     assert widths(np.zeros((8, 8, 8), np.uint8)) == {}
