@@ -42,7 +42,7 @@ class RunReport:
         self.wanted = self.path is not None and launched()[0] == 0  # only the main process writes it
         if self.path is not None:
             check_file(self.path, "--report")
-            if self.path.exists() and '"report_version"' not in self.path.read_text("utf-8", "replace")[:200]:
+            if self.path.exists() and not _is_report(self.path):
                 raise UsageError(f"--report {self.path} exists and is no report of samda; give another file")
         self.names: dict[str, str] = {}  # text that may identify a patient -> replacement
         self.seconds: dict[str, float] = {}
@@ -220,3 +220,9 @@ def peak_memory_mb() -> dict[str, float | None]:
     gpu = [torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())]
     cuda = sum(gpu) / 1e6 if gpu else None
     return {"rss": None if resident is None else round(resident), "cuda": None if cuda is None else math.ceil(cuda)}
+
+
+def _is_report(path: Path) -> bool:
+    """Does the file begin as reports do? It may be of any size."""
+    with path.open("rb") as file:
+        return b'"report_version"' in file.read(200)

