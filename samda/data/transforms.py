@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Hashable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from monai.transforms import (
 from scipy import ndimage
 
 from samda.data.body import coarse_body
+from samda.data.dicom_files import dicom_modality, is_dicom, is_series
 from samda.data.labels import OPEN, MapLabelsd, PartialLabels
 from samda.data.readers import Scan, read_label, read_scan, refuse_other_grid, uncropped
 from samda.errors import InputError, UsageError, cause_of, nearest
@@ -43,6 +45,7 @@ from samda.task import Task
 
 AIR = 0.05  # pixels fade into air below this value; air is dark on every scanner
 POINTS = 6  # of the intensity curve
+SCANNERS = ("CT", "MR", "US", "CR", "DX", "MG", "XA", "RF")  # modalities of DICOM; those of other images are not known
 EDGE = 1.0  # pixels; sigma of the smoothing of offsets at organ borders
 
 
@@ -118,9 +121,23 @@ class ScaleBodyIntensityd(MapTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             image = d[key]
+            if image.meta.get("filename_or_obj"):
+                self._refuse_other_scanner(Path(image.meta["filename_or_obj"]))
             scaled = self._scale(image.as_tensor(), image.pixdim.numpy(), str(image.meta.get("filename_or_obj", key)))
             d[key] = MetaTensor(scaled, meta=image.meta, applied_operations=image.applied_operations)
         return d
+
+    def _refuse_other_scanner(self, path: Path) -> None:
+        """A DICOM series states its modality: HU are those of CT alone, and CT is no MR."""
+        wanted = self.task.modality
+        if wanted == "image" or not (is_series(path) or is_dicom(path)):
+            return
+        stated = dicom_modality(path) or ""
+        if stated in SCANNERS and stated != wanted and "CT" in (stated, wanted):
+            remedy = f", or say that it is {stated} (--modality {stated})" if stated == "MR" else ""
+            raise InputError(
+                f"{path} is of modality {stated}, but the task is for {wanted}; give {wanted} scans{remedy}"
+            )
 
     def _scale(self, image: torch.Tensor, spacing_mm: np.ndarray, name: str) -> torch.Tensor:
         channels, x, y, z = image.shape

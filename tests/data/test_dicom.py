@@ -14,8 +14,10 @@ from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 from samda.data.datalists import find_cases
 from samda.data.dicom_files import has_dicom
 from samda.data.readers import read_geometry, read_scan
+from samda.data.transforms import build_preprocessing
 from samda.errors import InputError
 from samda.provenance import path_sha256
+from samda.task import Task
 
 CT, ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1"
 VALUES = np.random.default_rng(0).integers(-1000, 1000, (4, 6, 5))  # slices, rows, columns
@@ -242,6 +244,26 @@ def test_modalities_without_tasks_are_refused(tmp_path, modality):
     for k in range(4):
         slice_file(tmp_path / "s", k, Modality=modality)
     assert f"modality {modality}" in refusal(tmp_path / "s")
+
+
+OTHERS = [("MR", "CT"), ("CT", "MR"), ("US", "CT")]
+
+
+@pytest.mark.parametrize("stated, wanted", [*OTHERS, ("CT", "CT"), ("OT", "CT")])
+def test_a_series_of_another_modality_than_the_task_is_refused(tmp_path, stated, wanted):
+    for k in range(4):
+        slice_file(tmp_path / "s", k, Modality=stated)
+    read = build_preprocessing(
+        Task(classes=("background", "liver"), modality=wanted, image_size=64, spacing=1.0), labels=False
+    )
+    if (stated, wanted) not in OTHERS:
+        assert read({"image": str(tmp_path / "s")})["image"].shape[0] == 1
+        return
+    with pytest.raises(InputError) as error:
+        read({"image": str(tmp_path / "s")})
+    assert f"{tmp_path / 's'} is of modality {stated}" in str(error.value) and f"give {wanted} scans" in str(
+        error.value
+    )
 
 
 def test_a_tilted_gantry_shears_the_grid(tmp_path):
