@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
             record=record,
         )
         report.add(precision=str(predictor.inferer.precision(device)).removeprefix("torch."))
-        if predictor.calibration is None:
+        if predictor.measured.calibration is None:
             say(NO_CALIBRATION)
         where = f"part {part} of {len(cases)} cases: " if part else ""
         say(f"{where}{total} case{'' if total == 1 else 's'} on {device}, model version {version}")

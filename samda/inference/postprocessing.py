@@ -29,7 +29,7 @@ from scipy import ndimage
 from samda.data.formats import stem
 from samda.errors import UsageError
 from samda.inference.dicom_out import NIFTI, parse_formats, write_formats
-from samda.inference.writer import label_path, write_labels
+from samda.inference.writer import QUALITY, label_path, write_labels
 from samda.output import check_output_folder, open_output
 from samda.task import Task
 
@@ -127,7 +127,8 @@ class SaveLabelMapd(SaveImaged):
     """Save label maps, MetaTensors (1, X, Y, Z) in the axis order of the file, see `writer.write_labels`.
 
     Derived from MONAI's SaveImaged, because MONAI Label removes such transforms and writes the result itself. The file
-    is named after the case ("id"), else after the file of the image. A map without foreground causes a warning.
+    is named after the case ("id"), else after the file of the image. A map without foreground causes a warning. What
+    Dice is to be expected ("quality") goes into `<case>.json`.
     """
 
     def __init__(
@@ -156,7 +157,8 @@ class SaveLabelMapd(SaveImaged):
             with open_output(self.folder):
                 write_formats(self.formats, self.folder, case, array, self.task, image)
                 if NIFTI in self.formats:
-                    write_labels(label_path(self.folder, case, image), array, self.task.classes, image, affine)
+                    facts = {QUALITY: d[QUALITY]} if d.get(QUALITY) else None
+                    write_labels(label_path(self.folder, case, image), array, self.task.classes, image, affine, facts)
         return d
 
 

@@ -108,6 +108,43 @@ class Prediction(DicomOutput):
             return output.path / files[0]
 
 
+class Measured:
+    """A network by slices, (n, C, H, W) -> (n, K, H, W) logits, that measures what Dice is to be expected of a case.
+
+    Without a calibration in the record of the model folder (:mod:`samda.expected_dice`) it is the network alone.
+
+    Args:
+        network, task: as of :class:`Predictor`.
+        record: of the model folder.
+        inferer: what runs it; the first of its passes is measured.
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., torch.Tensor],
+        task: Task,
+        record: Mapping[str, Any] | None,
+        inferer: VolumeInferer,
+    ) -> None:
+        self.network, self.inferer = network, inferer
+        self.calibration = None if record is None else Calibration.from_record(record)
+        self.meter: QualityMeter | None = None
+        if record is not None and self.calibration is not None and isinstance(network, SamSegmenter):
+            self.meter = QualityMeter(network, task, record.get("statistics") or {})
+
+    def begin(self) -> None:
+        """Forget the case before, which may have failed."""
+        if self.meter is not None:
+            self.meter.clear()
+
+    def __call__(self, slices: torch.Tensor) -> torch.Tensor:
+        return self.network(slices) if self.meter is None or not self.inferer.first_pass else self.meter(slices)
+
+    def quality(self) -> CaseQuality | None:
+        """Of the case since :meth:`begin`; None without a calibration."""
+        return self.calibration.expected(self.meter.features()) if self.calibration and self.meter else None
+
+
 class Predictor:
     """A network and its task for the prediction of scans.
 
@@ -147,10 +184,7 @@ class Predictor:
             device=device,
             progress=progress,
         )
-        self.calibration = None if record is None else Calibration.from_record(record)
-        self.meter: QualityMeter | None = None
-        if record is not None and self.calibration is not None and isinstance(network, SamSegmenter):
-            self.meter = QualityMeter(network, self.task, record.get("statistics") or {})
+        self.measured = Measured(network, self.task, record, self.inferer)
 
     def predict(self, image: str | Path | SpatialImage | Mapping[str, Any], probabilities: bool = False) -> Prediction:
         """Segment one scan; with `probabilities`, also return the class probabilities (4 K bytes per voxel).
@@ -162,9 +196,8 @@ class Predictor:
         scan = case["image"]
         with scan_path(scan) as path, phase("preprocessing"):
             data = self.preprocessing(case | {"image": path})
-        if self.meter is not None:
-            self.meter.clear()  # of a scan that failed
-        labels, kept = self.inferer.segment(data["image"][None], self._run, keep_probabilities=probabilities)
+        self.measured.begin()
+        labels, kept = self.inferer.segment(data["image"][None], self.measured, keep_probabilities=probabilities)
         labels = torch.from_numpy(keep_largest(labels[0, 0].cpu().numpy(), self.task.largest_only))[None, None]
         restored = self._restore(data, labels)
         return Prediction(
@@ -175,12 +208,8 @@ class Predictor:
             scan=source_of(scan),
             probabilities=None if kept is None else self._restore(data, kept).as_tensor().numpy(),
             task=self.task,
-            quality=self.calibration.expected(self.meter.features()) if self.calibration and self.meter else None,
+            quality=self.measured.quality(),
         )
-
-    def _run(self, slices: torch.Tensor) -> torch.Tensor:
-        """Logits; the meter sees the first pass."""
-        return self.network(slices) if self.meter is None or not self.inferer.first_pass else self.meter(slices)
 
     def _restore(self, data: Mapping[str, Any], result: torch.Tensor) -> MetaTensor:
         return own_grid(self.preprocessing)({"image": data["image"], "pred": MetaTensor(result[0])})["pred"]
@@ -270,7 +299,7 @@ def predict_folder(
         return prediction.empty
 
     shown = predictor.inferer.progress
-    finish = None if predictor.meter is None else lambda folder: write_table(folder, cases, quality, site)
+    finish = None if predictor.measured.meter is None else lambda folder: write_table(folder, cases, quality, site)
     result = run_cases(cases, output, one, save_probabilities, skip_finished, part, on_case, shown, formats, finish)
     return dataclasses.replace(result, quality=quality)
 
@@ -317,6 +346,7 @@ class CaseEvaluator:
         postprocessing: of a dictionary with "pred" (1, X, Y, Z); writes the label map.
         output_dir: folder of the label maps.
         formats: of the label maps, those of the postprocessing.
+        record: of the model folder; with its calibration, `predictions.csv` is written.
     """
 
     def __init__(
@@ -327,9 +357,11 @@ class CaseEvaluator:
         postprocessing: Callable[[dict[str, Any]], Any],
         output_dir: str | Path,
         formats: str | Sequence[str] = NIFTI,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
         self.formats = parse_formats(formats)
         self.dataset, self.network, self.inferer = dataset, network, inferer
+        self.measured = Measured(network, inferer.task, record, inferer)
         self.postprocessing, self.output_dir = postprocessing, output_dir
         self.result = FolderResult()
 
@@ -338,18 +370,29 @@ class CaseEvaluator:
         cases: list[Case] = list(self.dataset.data)
         check_cases(cases, self.formats)
         index = {case["id"]: i for i, case in enumerate(cases)}
+        quality: dict[str, CaseQuality] = {}
 
         def one(case: Case, _folder: Path) -> bool:
             check_cases([case], self.formats)
             data: Any = self.dataset[index[case["id"]]]
+            self.measured.begin()
             with eval_mode(self.network), torch.no_grad():
-                pred = self.inferer(data["image"][None], self.network)[0]
-            self.postprocessing({**data, "pred": pred})
+                pred = self.inferer(data["image"][None], self.measured)[0]
+            found = self.measured.quality()
+            if found is not None:
+                quality[case["id"]] = found
+            self.postprocessing({**data, "pred": pred, QUALITY: None if found is None else found.to_dict()})
             return False  # the postprocessing has warned of an empty map
 
-        result = run_cases(cases, self.output_dir, one, part=read_part(), formats=self.formats)
-        first, *others = exchange(result)
+        def finish(folder: Path) -> None:
+            write_table(folder, cases, quality)
+
+        table = None if self.measured.meter is None else finish
+        result = run_cases(cases, self.output_dir, one, part=read_part(), formats=self.formats, finish=table)
+        first, *others = exchange(dataclasses.replace(result, quality=quality))
         self.result = sum(others, first)
+        if others and table is not None and is_main():
+            write_table(self.output_dir, cases, self.result.quality)
 
     def check(self) -> None:
         """Say on the main process what was done, and raise InputError if a case failed."""

@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from scipy.special import expit, logit
 
 from samda.adaptation.commission import bootstrap, commission, recalibration
@@ -25,6 +26,7 @@ from samda.errors import InputError
 from samda.expected_dice import Calibration
 from samda.inference.evaluate import evaluate
 from samda.inference.writer import read_site_report
+from samda.io import packaged
 from samda.model import load
 from samda.models.versions import COMMISSION
 from samda.quality import FEATURES, QualityMeter
@@ -190,6 +192,22 @@ def test_the_expected_dice_of_one_scan(calibrated: Path, local: Path) -> None:
     assert {name: one["dice"] for name, one in source.items()} == pytest.approx(
         {name: one.dice for name, one in prediction.expected_dice.items()}, abs=2e-3
     )
+
+
+def test_the_bundle_predicts_the_dice_of_the_command(calibrated: Path, local: Path, tmp_path: Path) -> None:
+    assert main(["predict", "-m", str(calibrated), "-i", str(local / "images"), "-o", str(tmp_path / "command")]) == 0
+    config = ConfigParser()
+    config.read_config(packaged("bundles", "sam_segmentation", "configs", "inference.json"))
+    places = {"model_dir": calibrated, "dataset_dir": local / "images", "output_dir": tmp_path / "bundle"}
+    config.update({key: str(path) for key, path in places.items()} | {"device": "cpu"})
+    config.get_parsed_content("evaluator").run()
+    tables = [rows_of(tmp_path / which / "predictions.csv") for which in ("command", "bundle")]
+    assert [(row["case"], row["class"]) for row in tables[0]] == [(row["case"], row["class"]) for row in tables[1]]
+    for before, after in zip(*tables, strict=True):  # the command merges adapters into the weights
+        assert float(before["dice"]) == pytest.approx(float(after["dice"]), abs=2e-3)
+    facts = json.loads((tmp_path / "bundle" / "case0.json").read_text("utf-8"))
+    (row,) = (row for row in tables[1] if row["case"] == "case0" and row["class"] == "liver")
+    assert facts["quality"]["dice"]["liver"]["dice"] == pytest.approx(float(row["dice"]), abs=1e-3)
 
 
 def test_few_cases_are_refused(calibrated: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
