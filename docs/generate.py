@@ -30,7 +30,7 @@ SECTIONS = ("Args", "Returns", "Raises", "Attributes", "Yields", "Example")
 LISTS = ("Args", "Raises", "Attributes")
 RESULTS = (  # what the public functions return
     "samda.inference.predict.Prediction",
-    "samda.inference.predict.FolderResult",
+    "samda.inference.folder.FolderResult",
     "samda.inference.evaluate.Evaluation",
     "samda.adaptation.AdaptedCase",
     "samda.adaptation.AdaptationSettings",

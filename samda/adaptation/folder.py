@@ -29,7 +29,8 @@ from samda.adaptation.record import failed_record, read_record, validate_record,
 from samda.data.datalists import Case
 from samda.errors import InputError, SamdaError, UsageError, disk_trouble, is_disk_full, one_line
 from samda.inference.dicom_out import NIFTI, check_cases, parse_formats, write_formats
-from samda.inference.predict import refuse_own_folder, result_files, written_files
+from samda.inference.folder import refuse_own_folder, written_files
+from samda.inference.predict import result_files
 from samda.inference.writer import file_name, label_path, write_labels, write_probabilities
 from samda.io import copy_file, csv_text, files_of, new_folder, replacing, write_json, write_text
 from samda.output import OutputFolder, open_output, remove

@@ -70,7 +70,8 @@ def _run(args: argparse.Namespace, output: Path) -> None:
     from samda.adaptation.job import run_adaptation
     from samda.examples import fetch_examples
     from samda.inference.evaluate import evaluate, format_table
-    from samda.inference.predict import Predictor, predict_folder
+    from samda.inference.folder import predict_folder
+    from samda.inference.predict import Predictor
     from samda.models.folder import load_model
     from samda.networks.weights import fetch_weights
     from samda.training import train

@@ -84,8 +84,9 @@ def run(args: argparse.Namespace) -> None:
             from samda.data.folders import join_channels
             from samda.expected_dice import TRUSTED
             from samda.inference.dicom_out import check_cases, parse_formats
+            from samda.inference.folder import predict_folder
             from samda.inference.postprocessing import override
-            from samda.inference.predict import Predictor, predict_folder
+            from samda.inference.predict import Predictor
             from samda.inference.writer import look_first, read_site_report, write_table
             from samda.models.versions import load_version
         report.add(device=device)

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from samda.inference.evaluate import evaluate, score_cases
+from samda.inference.folder import CaseEvaluator, predict_folder
 from samda.inference.postprocessing import SaveLabelMapd, build_postprocessing
-from samda.inference.predict import CaseEvaluator, Prediction, Predictor, predict_folder
+from samda.inference.predict import Prediction, Predictor
 from samda.inference.volume import VolumeInferer
 from samda.receptive_field import ErfMap, area_ratios, body_slices, measure_erf
 

@@ -20,7 +20,7 @@ from samda.data.formats import PICTURE_SUFFIXES
 from samda.data.labels import MapLabelsd, partial_labels
 from samda.data.readers import Scan, read_label, refuse_other_grid, turned, uncropped
 from samda.errors import InputError, SamdaError, UsageError, is_disk_full, log_failed, reason_of
-from samda.inference.predict import CaseEvaluator
+from samda.inference.folder import CaseEvaluator
 from samda.io import csv_text, plain, text_table, write_json, write_text
 from samda.metrics import COUNTED, DEFINITIONS, SCORES, ClassScores, score_case, summarize
 from samda.output import open_output

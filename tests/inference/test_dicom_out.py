@@ -26,7 +26,8 @@ from samda.errors import InputError, UsageError
 from samda.inference.codes import class_code
 from samda.inference.contours import mask_contours
 from samda.inference.dicom_out import write_dicom
-from samda.inference.predict import Prediction, Predictor, predict_folder
+from samda.inference.folder import predict_folder
+from samda.inference.predict import Prediction, Predictor
 from samda.report import class_color
 from samda.task import Task
 

@@ -22,8 +22,9 @@ from scipy import ndimage
 
 from samda.data.transforms import build_preprocessing
 from samda.errors import InputError, SamdaError, UsageError
+from samda.inference.folder import find_cases, predict_folder
 from samda.inference.postprocessing import build_postprocessing
-from samda.inference.predict import Predictor, find_cases, predict_folder
+from samda.inference.predict import Predictor
 from samda.inference.volume import VolumeInferer
 from samda.processes import Shard
 from samda.task import Task

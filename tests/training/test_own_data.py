@@ -21,7 +21,8 @@ from samda.data.suggest import check_and_suggest
 from samda.errors import InputError, UsageError
 from samda.inference.dicom_out import write_dicom
 from samda.inference.evaluate import evaluate
-from samda.inference.predict import Predictor, find_cases, predict_folder
+from samda.inference.folder import find_cases, predict_folder
+from samda.inference.predict import Predictor
 from samda.models.folder import load_model
 from samda.task import Task
 from samda.training import build_task, train
