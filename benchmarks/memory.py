@@ -3,10 +3,12 @@
 
     python benchmarks/memory.py [--network cheap] [--shape 512 512 600] [--classes 7] [--budget 512]
     python benchmarks/memory.py --adapt
+    python benchmarks/memory.py --dicom-seg --shape 512 512 400 --limit 2
 
 Prints the peak resident memory, the time, and the share that Python and torch take before any work. `--network vit_t`
 (the default) is the real segmenter; `cheap` is one convolution, so that what remains is samda's own handling of the
-volume. `--adapt` trains a model for a few steps, and adapts it to the CT with all of its output.
+volume. `--adapt` trains a model for a few steps, and adapts it to the CT with all of its output. `--dicom-seg` writes a
+label map of a series as DICOM SEG.
 """
 
 from __future__ import annotations
@@ -104,6 +106,54 @@ def adapt(scan: Path, output: Path, model: Path, batch_size: int) -> dict:
     return {"peak_gb": peak, "before_gb": round(before, 2), "seconds": seconds, "weights": f"of a model ({reasons})"}
 
 
+def write_series(folder: Path, shape: tuple[int, int, int]) -> None:
+    """A CT series of DICOM, a file per slice, of 0.75 x 0.75 x 1 mm; its values do not matter."""
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    folder.mkdir()
+    series, study, frame = (generate_uid() for _ in range(3))
+    pixels = np.random.default_rng(0).integers(0, 2000, (shape[1], shape[0]), np.uint16).tobytes()
+    for k in range(shape[2]):
+        meta = FileMetaDataset()
+        meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, CTImageStorage
+        meta.MediaStorageSOPInstanceUID = generate_uid()
+        file = FileDataset(str(folder / f"{k}.dcm"), {}, file_meta=meta, preamble=b"\0" * 128)
+        file.SOPClassUID, file.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+        file.SeriesInstanceUID, file.StudyInstanceUID, file.FrameOfReferenceUID = series, study, frame
+        file.Modality, file.PatientID, file.PatientName = "CT", "none", "none"
+        file.PatientBirthDate = file.PatientSex = file.StudyDate = file.StudyTime = file.StudyID = ""
+        file.AccessionNumber = file.ReferringPhysicianName = ""
+        file.SeriesNumber, file.InstanceNumber, file.Rows, file.Columns = 1, k + 1, shape[1], shape[0]
+        file.ImagePositionPatient, file.ImageOrientationPatient = [0.0, 0.0, float(k)], [1, 0, 0, 0, 1, 0]
+        file.PixelSpacing, file.SliceThickness = [0.75, 0.75], 1.0
+        file.SamplesPerPixel, file.PhotometricInterpretation, file.PixelRepresentation = 1, "MONOCHROME2", 0
+        file.BitsAllocated, file.BitsStored, file.HighBit = 16, 16, 15
+        file.RescaleSlope, file.RescaleIntercept, file.PixelData = 1, -1024, pixels
+        file.save_as(folder / f"{k}.dcm")
+
+
+def write_dicom_seg(series: Path, output: Path, shape: tuple[int, int, int], classes: int) -> dict:
+    """Write ellipsoids, one a class, as DICOM SEG of the series in this process; returns what it took."""
+    from samda import Task
+    from samda.data.readers import read_geometry
+    from samda.inference import Prediction
+
+    labels = np.zeros(shape, np.uint8)
+    axes = np.ogrid[tuple(slice(-1, 1, side * 1j) for side in shape)]
+    for k in range(1, classes):
+        angle = 2 * np.pi * k / classes
+        x, y, z = (axes[0] - 0.6 * np.cos(angle)) / 0.28, (axes[1] - 0.6 * np.sin(angle)) / 0.28, axes[2] / 0.9
+        labels[x**2 + y**2 + z**2 < 1] = k
+    task = Task(classes=("background", *(f"class {k}" for k in range(1, classes))))
+    affine = np.asarray(read_geometry(series)[1], float)
+    prediction = Prediction("ct", labels, affine, task.classes, scan=series, task=task)
+    before, start = peak_gb(), time.perf_counter()
+    prediction.to_dicom_seg(output)
+    seconds = round(time.perf_counter() - start, 1)
+    return {"peak_gb": round(peak_gb(), 2), "before_gb": round(before, 2), "seconds": seconds, "weights": "none"}
+
+
 def main() -> int:
     """Run; the exit code is 1 where the peak exceeds the limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,8 +164,12 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--limit", type=float, default=LIMIT, help="largest peak that passes (GB)")
     parser.add_argument("--adapt", action="store_true", help="adapt instead of predicting")
+    parser.add_argument("--dicom-seg", action="store_true", help="write a DICOM SEG instead of predicting")
     parser.add_argument("--scan", type=Path, help=argparse.SUPPRESS)  # the child process
     args = parser.parse_args()
+    if args.scan and args.dicom_seg:
+        print(json.dumps(write_dicom_seg(args.scan, args.scan.parent / "seg.dcm", tuple(args.shape), args.classes)))
+        return 0
     if args.scan:
         folder = args.scan.parent / "labels"
         if args.adapt:
@@ -124,19 +178,21 @@ def main() -> int:
         print(json.dumps(predict(args.scan, folder, args.network, args.classes, args.budget, args.batch_size)))
         return 0
     with tempfile.TemporaryDirectory() as folder:  # in a fresh process
-        scan = Path(folder) / "ct.nii.gz"
-        write_ct(scan, tuple(args.shape))
+        scan = Path(folder) / ("series" if args.dicom_seg else "ct.nii.gz")
+        (write_series if args.dicom_seg else write_ct)(scan, tuple(args.shape))
         if args.adapt:
             write_model(Path(folder), args.network, args.classes)
         command = [sys.executable, __file__, *sys.argv[1:], "--scan", str(scan)]
         result = json.loads(
             subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout.splitlines()[-1]
         )
-        saved = nib.load(Path(folder) / "labels" / "ct.nii.gz")
-        if saved.shape != tuple(args.shape):
-            raise SystemExit(f"the label map has shape {saved.shape}, expected {tuple(args.shape)}")
+        if not args.dicom_seg:
+            saved = nib.load(Path(folder) / "labels" / "ct.nii.gz")
+            if saved.shape != tuple(args.shape):
+                raise SystemExit(f"the label map has shape {saved.shape}, expected {tuple(args.shape)}")
     size = " x ".join(map(str, args.shape))
-    print(f"{args.network}, {size}, {args.classes} classes, weights {result['weights']}:")
+    what = "DICOM SEG" if args.dicom_seg else args.network
+    print(f"{what}, {size}, {args.classes} classes, weights {result['weights']}:")
     print(f"peak {result['peak_gb']} GB ({result['before_gb']} GB before the scan), {result['seconds']} s")
     if result["peak_gb"] > args.limit:
         print(f"above the limit of {args.limit} GB")
