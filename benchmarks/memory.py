@@ -140,11 +140,12 @@ def write_dicom_seg(series: Path, output: Path, shape: tuple[int, int, int], cla
     from samda.inference import Prediction
 
     labels = np.zeros(shape, np.uint8)
-    axes = np.ogrid[tuple(slice(-1, 1, side * 1j) for side in shape)]
-    for k in range(1, classes):
-        angle = 2 * np.pi * k / classes
-        x, y, z = (axes[0] - 0.6 * np.cos(angle)) / 0.28, (axes[1] - 0.6 * np.sin(angle)) / 0.28, axes[2] / 0.9
-        labels[x**2 + y**2 + z**2 < 1] = k
+    x, y = np.ogrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j]
+    for plane, z in zip(np.moveaxis(labels, 2, 0), np.linspace(-1, 1, shape[2]), strict=True):
+        for k in range(1, classes):
+            center = 2 * np.pi * k / classes
+            apart = (x - 0.6 * np.cos(center)) ** 2 + (y - 0.6 * np.sin(center)) ** 2
+            plane[apart / 0.28**2 + (z / 0.9) ** 2 < 1] = k
     task = Task(classes=("background", *(f"class {k}" for k in range(1, classes))))
     affine = np.asarray(read_geometry(series)[1], float)
     prediction = Prediction("ct", labels, affine, task.classes, scan=series, task=task)
