@@ -20,13 +20,7 @@ from samda.expected_dice import Calibration, CaseQuality, ExpectedDice
 from samda.inference.dicom_out import NIFTI, DicomOutput, dicom_path, parse_formats, write_formats
 from samda.inference.postprocessing import keep_largest, override, own_grid
 from samda.inference.volume import VolumeInferer
-from samda.inference.writer import (
-    QUALITY,
-    label_path,
-    probability_path,
-    write_labels,
-    write_probabilities,
-)
+from samda.inference.writer import QUALITY, label_path, probability_path, write_labels, write_probabilities
 from samda.networks.segmenter import SamSegmenter
 from samda.output import open_output
 from samda.progress import phase
@@ -162,7 +156,7 @@ class Predictor:
     ) -> None:
         if isinstance(network, torch.nn.Module):
             network = network.to(device).eval()
-        self.network, self.task = network, override(task, axes=axes)
+        self.task = override(task, axes=axes)
         self.preprocessing = build_preprocessing(task, labels=False)
         self.inferer = VolumeInferer(
             *(self.task, batch_size, overlap),

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from samda.errors import InputError, SamdaError, UsageError, one_line
+from samda.io import refuse_full
 from samda.models.pack import CARD, pack_model, unpack_model
 
 FILE = "model.samda.zip"
@@ -40,13 +41,13 @@ def push_model(
         UsageError: no such name, or a repository with files of others.
         InputError: the Hub refuses or cannot be reached.
     """
-    hub = _client()
+    hub, repository = _client(), _checked(repository)
     with tempfile.TemporaryDirectory() as folder, _plain_errors(repository):
         pack = pack_model(model, Path(folder) / FILE, version, license)
         with zipfile.ZipFile(pack) as archive:
             card = archive.read(CARD)
         api = hub.HfApi(library_name="samda")
-        api.create_repo(_checked(repository), private=not public, exist_ok=True)
+        api.create_repo(repository, private=not public, exist_ok=True)
         present = set(api.list_repo_files(repository)) - {ATTRIBUTES}
         if present and FILE not in present:
             raise UsageError(
@@ -69,11 +70,11 @@ def pull_model(repository: str, folder: str | Path, revision: str | None = None)
         UsageError: no such name.
         InputError: there is no such repository, revision or pack, no access to it, or the Hub cannot be reached.
     """
-    hub = _client()
+    hub, repository = _client(), _checked(repository)
+    refuse_full(Path(folder).expanduser())  # before the download
     with _plain_errors(repository):
-        api = hub.HfApi(library_name="samda")
-        file = api.hf_hub_download(_checked(repository), FILE, revision=revision)
-    return unpack_model(Path(file), folder)
+        file = hub.HfApi(library_name="samda").hf_hub_download(repository, FILE, revision=revision)
+    return unpack_model(file, folder)
 
 
 def _client() -> ModuleType:
@@ -98,7 +99,7 @@ def _plain_errors(repository: str) -> Iterator[None]:
     except SamdaError:
         raise
     except Exception as error:
-        text = one_line(str(error).split("\n\n")[-1] if "\n\n" in str(error) else error)
+        text = one_line(str(error).rpartition("\n\n")[2])  # before it, the client names the request
         raise InputError(
             f"{repository}: {text}; check the name, the connection and your access (`hf auth login`)"
         ) from error

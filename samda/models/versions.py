@@ -31,13 +31,7 @@ FOLDER = "versions"
 POINTER = "active.json"
 COMMISSION = "commission.json"  # report of `samda commission` in the folder of a version
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-SAME = (
-    "from_version",
-    "cases",
-    "input_sha256",
-    "config",
-    "parameters",
-)  # of a version that is made again
+SAME = ("from_version", "cases", "input_sha256", "config", "parameters")  # of a version that is made again
 
 
 def check_name(name: str) -> str:
