@@ -59,6 +59,7 @@ class Example:
 
     @property
     def case(self) -> dict[str, Any]:
+        """The scan as a case."""
         return {"id": self.name, "patient": self.patient, "image": str(self.image), "label": str(self.label)}
 
 

@@ -158,6 +158,7 @@ class Calibration:
 
     @property
     def fit(self) -> Fit:
+        """The regression."""
         mean, std, weights = (np.asarray(part) for part in (self.mean, self.std, self.weights))
         return mean, std, weights, self.bias, self.class_bias
 

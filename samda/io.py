@@ -92,6 +92,7 @@ def _hidden(path: Path) -> Path:
 
 
 def copy_file(source: str | Path, path: str | Path) -> None:
+    """Copy the content of a file."""
     with replacing(path) as temporary:
         shutil.copyfile(source, temporary)
 

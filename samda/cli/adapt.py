@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def tell(case: str, record: Mapping[str, Any]) -> None:
+    """Print the outcome of a case."""
     say(one_line(f"case {case}: {record['reason']} ({record['error'] or record['explanation']})"))
 
 

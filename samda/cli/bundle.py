@@ -13,12 +13,14 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `samda bundle`."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--path", action="store_true", help="print the path of the packaged bundle (default)")
     which.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="copy the bundle to this new folder")
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run `samda bundle`."""
     from samda.io import new_folder, packaged, refuse_full
 
     path = packaged("bundles", "sam_segmentation")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `samda check`."""
     parser.add_argument("data", type=Path, metavar="DATASET", help="data set in any layout that samda train accepts")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the suggested task to this YAML file")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")

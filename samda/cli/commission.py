@@ -20,6 +20,7 @@ from samda.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `samda commission`."""
     add_shared(parser, "--model")
     parser.add_argument(
         "-d", "--data", type=Path, required=True, metavar="CASES", help="data set of labeled cases of the site"

@@ -49,6 +49,7 @@ class Part:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `samda demo`."""
     parser.add_argument("-o", "--output", type=Path, default=Path("demo"), metavar="FOLDER", help="default demo")
     parser.add_argument("--epochs", type=positive, default=100, metavar="N", help="number of epochs; default 100")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed; default 0")
@@ -180,6 +181,7 @@ def ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def write_metrics(path: Path, parts: Iterable[Part], trained: Mapping[str, Any], seconds: float) -> None:
+    """All scores in one JSON file."""
     from samda.io import write_json
 
     content = {
@@ -251,6 +253,7 @@ def score_rows(score: Evaluation) -> list[list[Any]]:
 
 
 def case_pictures(case: Mapping[str, Any], maps: Mapping[str, Path], task: Task) -> list[str]:
+    """Image, label and label maps of some slices."""
     from samda import report
 
     images, labels = report.scan_slices(case["image"], {"label": case["label"], **maps}, task, mapped=("label",))

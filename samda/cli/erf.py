@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `samda erf`."""
     parser.add_argument(
         "-m", "--model", type=Path, nargs="+", required=True, metavar="MODEL", help="model folders of one geometry"
     )
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run `samda erf`."""
     existing(args.input, "input")
     device = pick_device(args.device)
     import torch
@@ -103,6 +105,7 @@ def unadapted(network: SamSegmenter) -> SamSegmenter:
 
 
 def measure(network: SamSegmenter, images: Sequence[torch.Tensor], name: str, version: str | None) -> ModelField:
+    """Both taps of a network."""
     from samda.progress import bar
     from samda.receptive_field import TAPS, ModelField, measure_erf
 

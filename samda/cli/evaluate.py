@@ -18,6 +18,7 @@ from samda.cli.run_report import RunReport
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `samda evaluate`."""
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
         "-m", "--model", type=Path, metavar="MODEL", help="model folder that defines classes and label ids"

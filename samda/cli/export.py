@@ -22,6 +22,7 @@ FORMATS = ("sam", "onnx", "torch")  # as in samda.models.export, without importi
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `samda export`."""
     add_shared(parser, "--model")
     add_shared(parser, "--output", metavar="FOLDER", help="new folder")
     parser.add_argument("--format", choices=FORMATS, required=True, help="format of the files")
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run `samda export`."""
     from samda.models.export import check_folder, export_model
     from samda.models.versions import load_version
 
@@ -45,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def describe(file: dict) -> str:
+    """Difference between the file and the network."""
     if "difference" not in file:
         return f"  {file['tensors']}" if "tensors" in file else ""
     return f"  maximum difference {file['difference']:.1e} (largest value {file['largest']:.3g})"

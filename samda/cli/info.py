@@ -18,11 +18,13 @@ from samda.version import __version__
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `samda info`."""
     add_shared(parser, "--model", required=False)
     add_shared(parser, "--json")
 
 
 def run(args: argparse.Namespace) -> None:
+    """Show it."""
     facts = describe_model(args.model) if args.model else describe_package()
     if args.json:
         print_json(facts)
@@ -76,6 +78,7 @@ def describe_package() -> dict[str, Any]:
 
 
 def print_package(facts: dict[str, Any]) -> None:
+    """The table of :func:`describe_package`."""
     names = list(facts["backbones"])
     sizes = [entry["parameters"] for entry in facts["backbones"].values()]
     counts = [[name, *entry["parameters"].values()] for name, entry in facts["adapters"].items()]
@@ -107,6 +110,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
 
 
 def print_model(facts: dict[str, Any]) -> None:
+    """The main points of :func:`describe_model`."""
     task, record = facts["task"], facts["record"]
     neighbors = ", between its two neighbors" if task.get("context") else ""
     kept = task.get("keep_largest", False)

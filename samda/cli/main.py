@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> Parser:
+    """The parser with all commands."""
     parser = Parser(prog="samda", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"samda {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)

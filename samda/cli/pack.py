@@ -16,6 +16,7 @@ from samda.cli.options import add_shared
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `samda pack`."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="model folder")
     add_shared(parser, "--output", metavar="FILE", help="file to write, such as liver_ct.samda.zip")
     parser.add_argument("--license", metavar="TEXT", help="license of the model, for its card; default: not stated")
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run `samda pack`."""
     from samda.models.pack import pack_model
 
     file = pack_model(args.model, args.output, args.version, args.license)

@@ -31,6 +31,7 @@ SHOWN = 8  # doubtful cases that are named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `samda predict`."""
     add_shared(parser, "--model", "--input")
     add_shared(parser, "--output", metavar="LABELS", help="folder of the label maps")
     add_shared(parser, "--version", "--weights", "--section")

@@ -18,6 +18,7 @@ from samda.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `samda site`."""
     parser.add_argument("action", choices=("list", "activate", "rollback"), help="action")
     parser.add_argument("name", nargs="?", metavar="NAME", help="version to activate")
     add_shared(parser, "--model")
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run `samda site`."""
     if (args.name is None) == (args.action == "activate"):
         want = "needs the name of a version" if args.name is None else "takes no name"
         raise UsageError(f"{args.action} {want}")
@@ -46,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def show(args: argparse.Namespace) -> None:
+    """Print the versions of a model."""
     from samda.models.versions import active_version, describe_versions
 
     rows = describe_versions(args.model, active_version(args.model))

@@ -41,6 +41,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {  # keys of train.json with an option of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `samda train`."""
     parser.add_argument("-d", "--data", type=Path, required=True, metavar="DATASET", help="labeled scans")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL", help="model folder to write")
     parser.add_argument(
@@ -89,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run `samda train`."""
     run_report, out = RunReport(args, "train"), args.output.resolve()
     if args.report is not None and args.report.resolve() in (out, *out.parents):  # outside of the report
         raise UsageError(f"--report {args.report} contains the model folder; give another file")
@@ -143,6 +145,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def add_inputs(report: RunReport, dataset: Path) -> None:
+    """The files of the labeled cases."""
     from samda.data.datalists import read_datalist
 
     for cases in read_datalist(dataset).cases.values():

@@ -15,11 +15,13 @@ from samda.cli.options import add_shared, existing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `samda unpack`."""
     parser.add_argument("file", type=Path, metavar="FILE", help="file of samda pack")
     add_shared(parser, "--output", metavar="MODEL", help="model folder to write")
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run `samda unpack`."""
     from samda.models.pack import unpack_model
 
     folder = unpack_model(existing(args.file, "pack"), args.output)

@@ -16,11 +16,13 @@ from samda.cli.options import add_shared, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `samda weights`."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="vit_t, vit_b, vit_l or vit_h")
     add_shared(parser, "--json")
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run `samda weights`."""
     if args.name is not None:
         from samda.networks.weights import fetch_weights
 

@@ -183,6 +183,7 @@ class Resume:
         self.checkpoint = checkpoint
 
     def attach(self, engine: Engine) -> None:
+        """Register with the training engine."""
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
@@ -200,6 +201,7 @@ class SaveCheckpoint:
         self._saved = 0  # epoch
 
     def attach(self, engine: Engine) -> None:
+        """Register with the training engine."""
         engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self)
         engine.add_event_handler(Events.COMPLETED, self)
 

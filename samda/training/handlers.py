@@ -49,6 +49,7 @@ class CaseDice:
         self.reset()
 
     def reset(self, engine: Engine | None = None) -> None:
+        """Forget everything."""
         self.counts: dict[int, torch.Tensor] = {}  # case -> (4, K): overlap, predicted, true, voxels of lacking labels
 
     def update(self, logits: torch.Tensor, label: torch.Tensor, cases: Sequence[int]) -> None:
@@ -89,6 +90,8 @@ class CaseDice:
         return sum(values) / len(values) if values else math.nan
 
     def attach(self, engine: Engine, name: str) -> None:
+        """Register with an evaluation engine."""
+
         def iteration(engine: Engine) -> None:
             output: Any = engine.state.output
             batch: Any = engine.state.batch
@@ -108,11 +111,13 @@ class ValidationProgress:
     """A bar over a validation on a terminal, lines elsewhere."""
 
     def attach(self, engine: Engine) -> None:
+        """Register with an evaluation engine."""
         engine.add_event_handler(Events.EPOCH_STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: self.bar.update())
         engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: self.bar.close())
 
     def start(self, engine: Engine) -> None:
+        """Open the bar."""
         self.bar = bar("validating", engine.state.epoch_length or 0, "step")
 
 
@@ -158,9 +163,11 @@ class TrainingRecord:
             network.load_state_dict(self.apart_state or self.best_state)
 
     def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, for a checkpoint."""
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
         for key in vars(self):
             setattr(self, key, state.get(key, getattr(self, key)))  # an older samda had fewer
 
@@ -189,6 +196,7 @@ class RecordEpoch:
         self.optimizer, self.patience, self.folder, self.select = optimizer, patience, Path(folder), select
 
     def attach(self, engine: Engine) -> None:
+        """Register with the training engine."""
         engine.add_event_handler(Events.STARTED, self.stop_if_done)
         engine.add_event_handler(Events.EPOCH_STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.add_loss)
@@ -251,6 +259,7 @@ class Progress:
         self.bar: Any = None  # until the training starts, which another handler may prevent
 
     def attach(self, engine: Engine) -> None:
+        """Register with the training engine."""
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.advance)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.show)
@@ -263,9 +272,11 @@ class Progress:
         self.bar = bar("training", total, unit, initial=done)
 
     def advance(self, engine: Engine) -> None:
+        """One step further."""
         self.bar.update(self._progress(engine)[0] - self.bar.n)
 
     def show(self, engine: Engine) -> None:
+        """The newest row."""
         row = self.record.history[-1]
         text = f"loss {row['loss']:.4f}"
         if "mean_dice" in row:
@@ -282,6 +293,7 @@ class Progress:
         return engine.state.iteration, (engine.state.max_epochs or 0) * (engine.state.epoch_length or 0), "step"
 
     def close(self, engine: Engine) -> None:
+        """Close the bar."""
         if self.bar is not None:
             self.bar.close()
 

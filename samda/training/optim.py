@@ -122,6 +122,7 @@ class ClipGradients:
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def attach(self, engine: Engine) -> None:
+        """Register with the training engine."""
         if self.norm:
             engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
@@ -170,6 +171,7 @@ class ParameterAverage:
         self._trained: dict[str, torch.Tensor] = {}  # while the network holds the average
 
     def attach(self, engine: Engine) -> None:
+        """Register with the training engine."""
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.update)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.apply)
 
@@ -200,9 +202,11 @@ class ParameterAverage:
             parameter.copy_(values[name])
 
     def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, for a checkpoint."""
         return {"steps": self.steps, "average": self.average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
         self.steps = state["steps"]
         for name, value in self.average.items():
             value.copy_(state["average"][name])
@@ -215,4 +219,5 @@ class BackToTraining:
         self.average = average
 
     def attach(self, engine: Engine) -> None:
+        """Register with the training engine."""
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.average.back)

@@ -124,6 +124,7 @@ class JoinValidation:
         self.sampler, self.pace, self.after = sampler, pace, after
 
     def attach(self, engine: Engine) -> None:
+        """Register with the training engine."""
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 

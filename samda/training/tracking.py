@@ -83,12 +83,14 @@ class TensorBoard(TensorBoardHandler):
         self.internal_writer = True
 
     def attach(self, engine: Engine) -> None:
+        """Register with the training engine."""
         if is_main():
             engine.add_event_handler(Events.STARTED, self.start)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.write)
             engine.add_event_handler(Events.COMPLETED, self.close)
 
     def start(self, engine: Engine) -> None:
+        """Open the event file."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a training needs it
 
         output = output_of(self.folder)
@@ -104,6 +106,7 @@ class TensorBoard(TensorBoardHandler):
                 output.note(path, None)
 
     def write(self, engine: Engine) -> None:
+        """Write the newest row of the curve."""
         row = self.record.history[-1]
         for name, value in scalars(row).items():
             self._writer.add_scalar(name, value, row["epoch"])
@@ -156,6 +159,7 @@ class MLflow(MLFlowHandler):
         super().__init__(epoch_logger=self.write, close_on_complete=True, **more)
 
     def start(self, engine: Engine) -> None:
+        """Open the run."""
         if engine.state.epoch == 0:  # MONAI would go on with any unfinished run of this name
             self._set_experiment()
             self.cur_run = self.client.create_run(self.experiment.experiment_id, run_name=self.run_name)  # type: ignore
@@ -164,6 +168,7 @@ class MLflow(MLFlowHandler):
         super().start(engine)
 
     def write(self, engine: Engine) -> None:
+        """Log the newest row of the curve."""
         row = self.record.history[-1]
         self._log_metrics({_mlflow_name(name): value for name, value in scalars(row).items()}, step=row["epoch"])
 
