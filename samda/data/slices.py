@@ -211,17 +211,22 @@ class SliceGrid:
         """
         if len(chosen := self._chosen(index)) > MOST:
             return torch.cat([self.extract_labels(label, chosen[i : i + MOST]) for i in range(0, len(chosen), MOST)])
-        planes = self._planes(label, index)[:, 0]
+        planes = self._planes(label, index)[:, 0].contiguous()
         best = torch.zeros((len(planes), *self.canvas), dtype=torch.uint8, device=planes.device)
-        share = _resample((planes == 0).float(), self._rows.forward, self._columns.forward)
+        if not planes.any():
+            return best
+        share = torch.zeros(best.shape, device=planes.device)
+        shown = _extent(planes > 0, 0)
+        share[shown] = _resample((planes[shown] == 0).float(), self._rows.forward, self._columns.forward)
         gaps = planes[planes >= OPEN].unique().tolist()
         for k in (*gaps, *range(1, self.task.num_classes)):
             mask = planes == k
             if not mask.any():
                 continue
-            other = _resample(mask.float(), self._rows.forward, self._columns.forward)
-            best[other > share] = k
-            share = torch.maximum(share, other)
+            n, r, c = (_extent(mask, axis) for axis in range(3))  # a class fills little of the volume
+            other = _resample(mask[n, r, c].float(), self._rows.forward[:, r], self._columns.forward[:, c])
+            best[n][other > share[n]] = k
+            share[n] = torch.maximum(share[n], other)
         return best
 
     def restore(self, maps: torch.Tensor, outside: float = 1.0) -> torch.Tensor:
@@ -272,6 +277,12 @@ def center_channels(slices: Any, task: Task) -> Any:
 def _plain(volume: torch.Tensor) -> torch.Tensor:
     """The tensor without MONAI's metadata, which is copied at every operation."""
     return volume.as_tensor() if hasattr(volume, "as_tensor") else volume
+
+
+def _extent(mask: torch.Tensor, axis: int) -> slice:
+    """From the first to the last index along `axis` of a mask (n, r, c) that is not empty."""
+    held = mask.any([other for other in range(3) if other != axis]).nonzero()
+    return slice(int(held[0]), int(held[-1]) + 1)
 
 
 def _resample(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
