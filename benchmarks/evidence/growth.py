@@ -18,7 +18,7 @@ from ..timing import markdown
 from .datasets import ALL, DATASETS, split, write_list
 from .methods import samda_predict, samda_train
 
-BUDGET = 30  # CPU seconds of a training
+BUDGET = 120  # CPU seconds of a training
 STEPS = 150  # of the trainings that are counted in steps
 HELD_OUT = 10  # volumes, of the test patients in their order
 PICTURES = 2
@@ -67,7 +67,9 @@ def more_patients(root: Path | None, folder: Path) -> Row:
 
 
 def new_site(root: Path | None, folder: Path) -> Row:
-    """Vessels: the model of CHASE goes on with 3 pictures of LES-AV, against itself and against these 3 alone."""
+    """Vessels: the model of CHASE goes on with 3 pictures of LES-AV, against itself and against these 3 alone; at both
+    sites.
+    """
     assert root is not None
     training, test = split("vessels_chase", root, ALL, 0)
     source = write_list("vessels_chase", training, test, folder / "chase.json")
@@ -78,7 +80,10 @@ def new_site(root: Path | None, folder: Path) -> Row:
     _train(source, folder / "parent", task)
     _train(listing, folder / "child", None, "--from", folder / "parent")
     _train(listing, folder / "alone", task)
-    return _scores(folder, listing, task, "alone")
+    row = _scores(folder, listing, task, "alone")
+    for model, scores in _scores(folder, source, task, "alone")["scores"].items():
+        row["scores"][model] |= {f"{name}, old site": value for name, value in scores.items()}
+    return row
 
 
 def exact_class(root: Path | None, folder: Path) -> Row:
@@ -111,9 +116,9 @@ def exact_class(root: Path | None, folder: Path) -> Row:
         old, new = (network(images) for network in networks)
     row["logits_equal"] = torch.equal(old, new[:, : old.shape[1]])
     differing = 0
-    for path in (folder / "predictions" / "parent").glob("*.nii.gz"):
+    for path in (folder / "predictions" / listing.stem / "parent").glob("*.nii.gz"):
         before, after = (
-            np.asarray(nib.load(folder / "predictions" / name / path.name).dataobj) for name in ("parent", "child")
+            np.asarray(nib.load(path.parents[1] / name / path.name).dataobj) for name in ("parent", "child")
         )
         differing += int(((before != after) & (after != len(six["classes"]) - 1)).sum())
     return row | {"voxels_changed": differing}
@@ -176,7 +181,7 @@ def _scores(folder: Path, listing: Path, task: Path, compared: str = "joint") ->
 
     scores = {}
     for name in ("parent", "child", compared):
-        target = folder / "predictions" / name
+        target = folder / "predictions" / listing.stem / name
         samda_predict(folder / name, listing, target)
         classes = evaluate(target, listing, Task.from_file(task), section="test").summary()["classes"]
         dice = {known: classes[known]["dice"] for known in read_adapters(folder / name).task["classes"][1:]}
