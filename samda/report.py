@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from monai.transforms import EnsureChannelFirstd, Orientationd
 
-from samda.data.labels import MapLabelsd
+from samda.data.labels import OPEN, MapLabelsd
 from samda.data.slices import SliceGrid
 from samda.data.transforms import RAS_LABELS, CheckSameGridd, LoadScand, Preprocessing, build_preprocessing
 from samda.errors import InputError
@@ -170,8 +170,7 @@ def scan_slices(
     image: Image,
     maps: Mapping[str, str | Path],
     task: Task,
-    mapped: Sequence[str] = (),
-    dataset_labels: Mapping[str, tuple[int, ...]] | None = None,
+    mapping: MapLabelsd | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Slices (n, C, H, W) of a scan as the network sees them, and (n, H, W) of label maps on its grid.
 
@@ -179,12 +178,10 @@ def scan_slices(
         image: the scan.
         maps: name -> file; their values are class indices.
         task: geometry and intensities.
-        mapped: names of those whose values are ids of the data set instead, see :func:`samda.data.labels.label_map`.
-        dataset_labels: these ids by class, where the data set states them.
+        mapping: of ids of a data set to class indices, for the maps of its keys; open voxels are shown as background.
     """
     keys = list(maps)
     data = build_preprocessing(task, labels=False)({"image": image} | {key: str(path) for key, path in maps.items()})
-    mapping = MapLabelsd(mapped, task, dataset_labels) if mapped else None
     steps: list[Any] = [
         LoadScand(keys, labels=True, wanted=mapping.map.wanted if mapping else None),
         EnsureChannelFirstd(keys),
@@ -194,6 +191,8 @@ def scan_slices(
     grid = SliceGrid.from_volume(data["image"], data["image"].affine, task)
     every = range(grid.num_slices)
     labels = {key: grid.extract_labels(data[key], every).numpy() for key in keys}
+    for key in mapping.keys if mapping else ():
+        labels[key][labels[key] >= OPEN] = 0
     return grid.extract(data["image"], every).numpy(), labels
 
 

@@ -25,7 +25,7 @@ from samda.adaptation.folder import adapt_folder
 from samda.adaptation.page import Scores, mean_dice, score_maps
 from samda.data.datalists import Case, read_datalist
 from samda.data.folders import join_channels
-from samda.data.labels import MapLabelsd, partial_labels
+from samda.data.labels import MapLabelsd, partial_labels, relabeled
 from samda.errors import InputError, SamdaError, log_failed
 from samda.expected_dice import CaseQuality
 from samda.inference.writer import label_path
@@ -82,7 +82,9 @@ def commission(
     if len(cases) < FEWEST:
         raise InputError(f"{data} has {len(cases)} labeled cases; commissioning needs at least {FEWEST} of the site")
     cases = join_channels(cases, task.in_channels)
-    mapping = MapLabelsd("label", task, datalist.labels, partial_labels(cases, task, datalist.labels))
+    labeled = relabeled(task, datalist.labels)
+    gaps = partial_labels(cases, labeled, datalist.labels, task.classes)
+    mapping = MapLabelsd("label", labeled, datalist.labels, gaps)
     output = Path(output)
     with open_output(output, ["commission.html", "commission.json"]):
         run = adapt_folder(adaptation, cases, output / "cases", keep_names=keep_names, on_case=on_case)
@@ -105,7 +107,7 @@ def commission(
         }
         write_json(output / "commission.json", report)
         shown = {case["id"]: case for case in cases}
-        document = _page(plain(report), adaptation, run.output, shown, scores, names, datalist.labels)
+        document = _page(plain(report), adaptation, run.output, shown, scores, names, mapping)
         write_page(output / "commission.html", document)
     if version != SOURCE:
         copy_file(output / "commission.json", version_folder(model, version) / COMMISSION)
@@ -229,7 +231,7 @@ def _page(
     cases: Mapping[str, Case],
     scores: Scores,
     names: Mapping[str, str],
-    labels: Mapping[str, tuple[int, ...]] | None,
+    mapping: MapLabelsd,
 ) -> str:
     rows = []
     for which, classes in report["scores"].items():
@@ -267,17 +269,17 @@ def _page(
     worst = sorted(scores, key=lambda name: mean_dice(scores[name]["plain"]))[: SHOWN // 2]
     surprising = [row[0] for row in rows if row[3] is not None and abs(row[3] - row[1]) > SURPRISE]
     for name in list(dict.fromkeys([*worst, *(n for n in scores if names[n] in surprising)]))[:SHOWN]:
-        parts.append(section(f"Outlier: {names[name]}", _pictures(adaptation, folder, cases[name], labels)))
+        parts.append(section(f"Outlier: {names[name]}", _pictures(adaptation, folder, cases[name], mapping)))
     about = {"model version": report["model_version"], "model": report["model_sha256"][:12], **report["versions"]}
     return page("Commissioning of a model at a site", parts, about)
 
 
-def _pictures(adaptation: Adaptation, folder: Path, case: Case, ids: Mapping[str, tuple[int, ...]] | None) -> list[str]:
+def _pictures(adaptation: Adaptation, folder: Path, case: Case, mapping: MapLabelsd) -> list[str]:
     """Scan, label and final map of two slices."""
     final = label_path(folder, case["id"], case["image"])
     try:
         maps = {"label": case["label"], "prediction": final}
-        slices, labels = scan_slices(case["image"], maps, adaptation.task, ["label"], ids)
+        slices, labels = scan_slices(case["image"], maps, adaptation.task, mapping)
     except (SamdaError, OSError) as error:
         return [paragraph(f"no pictures: {error}")]
     pieces = [legend(adaptation.task.classes)]

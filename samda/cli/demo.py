@@ -255,8 +255,10 @@ def score_rows(score: Evaluation) -> list[list[Any]]:
 def case_pictures(case: Mapping[str, Any], maps: Mapping[str, Path], task: Task) -> list[str]:
     """Image, label and label maps of some slices."""
     from samda import report
+    from samda.data.labels import MapLabelsd
 
-    images, labels = report.scan_slices(case["image"], {"label": case["label"], **maps}, task, mapped=("label",))
+    mapping = MapLabelsd("label", task)
+    images, labels = report.scan_slices(case["image"], {"label": case["label"], **maps}, task, mapping)
     pieces = []
     for i in report.pick_slices(labels["label"], SHOWN if labels["label"].any() else 1):
         columns = {"image": report.paint(images[i])}

@@ -161,6 +161,43 @@ def label_map(
     return _ignoring(LabelMap(known, None, "the data set's labels"), set(dataset_labels.get(IGNORE, ())) - known.keys())
 
 
+def relabeled(task: Task, dataset_labels: Mapping[str, tuple[int, ...]] | None) -> Task:
+    """The task of a trained model for labels of another data set.
+
+    Its ids are those of the training data. Where this data set names its structures, a class has the ids of its name.
+    A class that is not named keeps its ids if they belong to structures that the task does not know, with a warning:
+    these may be parts of it. All other classes are not labeled here.
+
+    Raises:
+        InputError: the data set names structures, none of which is a class of the task or has one of its ids.
+    """
+    if task.labels is None or not dataset_labels:
+        return task
+    structures = {i: name for name, ids in dataset_labels.items() for i in ids}
+    labels: dict[str, tuple[int, ...]] = {}
+    for name in task.classes[1:]:
+        own = task.labels.get(name, ())
+        there = [structures.get(i) for i in own]
+        if name in dataset_labels:
+            labels[name] = tuple(dataset_labels[name])
+        elif own and all(other is not None and other not in task.classes for other in there):
+            shown = ", ".join(f"{i} ({other})" for i, other in zip(own, there, strict=True))
+            warnings.warn(f"the data set has no class {name!r}: its ids {shown} are taken for it", stacklevel=2)
+            labels[name] = own
+        else:
+            labels[name] = ()
+    if not any(labels.values()):
+        named = ", ".join(repr(name) for name in dataset_labels if name not in ("background", IGNORE))
+        raise InputError(
+            f"the data set names {named or 'no structure'}, none of which is a class of task {task.name!r} "
+            f"({', '.join(task.classes[1:])}); rename them"
+        )
+    ignored = [i for i in task.labels.get(IGNORE, ()) if i not in structures]
+    if ignored and IGNORE not in task.classes:
+        labels[IGNORE] = tuple(ignored)
+    return task if labels == dict(task.labels) else dataclasses.replace(task, labels=labels)
+
+
 def _ignoring(known: LabelMap, ids: Collection[int]) -> LabelMap:
     return dataclasses.replace(known, ids={**known.ids, **dict.fromkeys(ids, IGNORED)})
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from samda.data.datalists import Case, DataList, read_datalist
-from samda.data.labels import IGNORE, PartialLabels, partial_labels
+from samda.data.labels import IGNORE, PartialLabels, partial_labels, relabeled
 from samda.data.splits import Split, split
 from samda.data.suggest import check_and_suggest
 from samda.errors import InputError, UsageError, nearest
@@ -35,8 +35,9 @@ def build_task(
         task: a Task, its values, a YAML or JSON file, or the name of a packaged task. None takes and logs what
             :func:`samda.data.suggest.suggest_task` suggests for the scans of `dataset`.
         labels: class name -> ids as the data set states them, or a function that reads them; used where there is
-            neither a task nor a `dataset`.
-        parent: the model that a training starts from: its task is the default, and that of keys which `task` lacks.
+            neither a task nor a `dataset`, and with a `parent`.
+        parent: the model that a training starts from: its task is the default, and that of keys which `task` lacks; but
+            its ids are those of another data set, see :func:`samda.data.labels.relabeled`.
     """
     like = None if parent is None else parent.task
     if task is None and like is not None:
@@ -54,6 +55,8 @@ def build_task(
         task = Task.from_file(path, like)
     elif not isinstance(task, Task):
         task = Task.from_dict(task, like)
+    if like is not None and task.labels is not None and task.labels == like.labels:
+        task = relabeled(task, labels() if callable(labels) else labels)
     changes: dict[str, Any] = {"image_size": image_size, "spacing": spacing}
     return dataclasses.replace(task, **{key: value for key, value in changes.items() if value is not None})
 

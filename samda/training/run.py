@@ -7,6 +7,7 @@ docs/training.md shows the objects that train.json builds.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from samda.output import open_output
 from samda.processes import launched
 from samda.progress import phase
 from samda.task import Task
-from samda.training.cases import build_task
+from samda.training.cases import build_task, dataset_labels
 from samda.training.checkpoint import check_model_folder, check_resume
 from samda.training.config_check import check_config, decoded, literal, refuse_syntax
 from samda.training.parent import read_parent
@@ -167,7 +168,8 @@ def _inherited(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Keys that a training shares with the model that it starts from."""
     parent = read_parent(decoded(settings["parent"]))
     assert parent is not None
-    task = build_task(decoded(settings.get("task")), parent=parent)
+    labels = functools.partial(dataset_labels, decoded(settings["dataset_dir"]))
+    task = build_task(decoded(settings.get("task")), labels, parent=parent)
     return {key: literal(value) for key, value in parent.settings(task, settings.get("keep_classes")).items()}
 
 
