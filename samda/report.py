@@ -191,7 +191,7 @@ def scan_slices(
     grid = SliceGrid.from_volume(data["image"], data["image"].affine, task)
     every = range(grid.num_slices)
     labels = {key: grid.extract_labels(data[key], every).numpy() for key in keys}
-    for key in mapping.keys if mapping else ():
+    for key in map(str, mapping.keys) if mapping else ():
         labels[key][labels[key] >= OPEN] = 0
     return grid.extract(data["image"], every).numpy(), labels
 

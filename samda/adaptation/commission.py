@@ -10,6 +10,7 @@ The report of a site version is also kept in its folder, and `samda site activat
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from samda.data.folders import join_channels
 from samda.data.labels import MapLabelsd, partial_labels, relabeled
 from samda.errors import InputError, SamdaError, log_failed
 from samda.expected_dice import CaseQuality
-from samda.inference.writer import label_path
+from samda.inference.writer import COMMISSION_VERSION, MOST_SHIFT, label_path
 from samda.io import copy_file, plain, write_json
 from samda.metrics import DEFINITIONS
 from samda.models.versions import COMMISSION, SOURCE, load_version, version_folder
@@ -37,6 +38,8 @@ from samda.provenance import now, path_sha256, versions
 from samda.quality import EDGE
 from samda.report import legend, page, paint, paragraph, pick_slices, pictures, scan_slices, section, table, write_page
 from samda.task import Task
+
+logger = logging.getLogger(__name__)
 
 FEWEST = 5  # labeled cases
 SHOWN = 4  # outliers with pictures
@@ -88,12 +91,12 @@ def commission(
     output = Path(output)
     with open_output(output, ["commission.html", "commission.json"]):
         run = adapt_folder(adaptation, cases, output / "cases", keep_names=keep_names, on_case=on_case)
-        scores, failed = _score(run.output, cases, run.records, task, mapping)
+        scores, failed = _score(run.output, _once(cases, run.records), run.records, task, mapping)
         if len(scores) < FEWEST:
             raise InputError(f"{len(scores)} of {len(cases)} cases could be scored; at least {FEWEST} are needed")
         names = {name: run.records[name]["case_id"] for name in scores}
         report = {
-            "commission_version": 1,
+            "commission_version": COMMISSION_VERSION,
             "time": now(),
             **adaptation.describe(),
             "versions": versions(),
@@ -112,6 +115,16 @@ def commission(
     if version != SOURCE:
         copy_file(output / "commission.json", version_folder(model, version) / COMMISSION)
     return report
+
+
+def _once(cases: Sequence[Case], records: Mapping[str, Any]) -> list[Case]:
+    """The cases without copies of a scan: they would make an interval narrow that is not."""
+    found: dict[str, Case] = {}
+    for case in cases:
+        first = found.setdefault(records[case["id"]]["input_sha256"] or case["id"], case)
+        if first is not case:
+            logger.warning("case %s is the scan of case %s again and does not count", case["id"], first["id"])
+    return list(found.values())
 
 
 def _score(
@@ -216,9 +229,9 @@ def recalibration(predicted: np.ndarray, true: np.ndarray) -> float:
     def excess(s: float) -> float:
         return float(expit(z + s).mean() - true.mean())
 
-    if excess(-4.0) >= 0 or excess(4.0) <= 0:
-        return -4.0 if excess(-4.0) >= 0 else 4.0
-    return round(float(brentq(excess, -4.0, 4.0)), 4)
+    if excess(-MOST_SHIFT) >= 0 or excess(MOST_SHIFT) <= 0:
+        return -MOST_SHIFT if excess(-MOST_SHIFT) >= 0 else MOST_SHIFT
+    return round(float(brentq(excess, -MOST_SHIFT, MOST_SHIFT)), 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------- page

@@ -116,7 +116,7 @@ class Adaptation:
         self.settings = dataclasses.replace(self.settings, scope=scope)
         self.hashes = {
             "model_sha256": tensors_sha256(network.full_state()),
-            "adapter_sha256": tensors_sha256(_changed(state_tensors(network))),
+            "adapter_sha256": adapter_sha256(network),
         }
         self.intensity = self._intensity(scope)
         self.parameters = scope_parameters(network, scope)
@@ -431,9 +431,12 @@ class Adaptation:
         return self.calibration.expected(self.meter.features())
 
 
-def _changed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without those of an adapter `intensity` that changes nothing, as an adaptation attaches it."""
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(INPUT) or tensor.any()}
+def adapter_sha256(network: SamSegmenter) -> str:
+    """sha256 of adapters and class head, without an adapter `intensity` that changes nothing, as an adaptation
+    attaches it.
+    """
+    tensors = state_tensors(network)
+    return tensors_sha256({name: t for name, t in tensors.items() if not name.startswith(INPUT) or t.any()})
 
 
 def _check_trained(network: SamSegmenter, parameters: Mapping[str, torch.Tensor]) -> None:

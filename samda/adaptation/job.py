@@ -32,7 +32,7 @@ from samda.adaptation.page import mean_dice, score_run, write_page
 from samda.adapters.adapter_file import read_adapters, save_adapters
 from samda.data.datalists import find_cases
 from samda.data.folders import join_channels
-from samda.errors import InputError, UsageError
+from samda.errors import InputError, SamdaError, UsageError
 from samda.inference.dicom_out import NIFTI
 from samda.io import new_folder
 from samda.models.versions import (
@@ -95,6 +95,8 @@ def run_adaptation(
         check_name(site)
         if dry_run:
             raise UsageError("a site version needs adapted cases; leave out dry_run")
+    if labels is not None and dry_run:
+        raise UsageError("labels are for the adapted maps, which dry_run does not write; leave one of them out")
     network, task, record, version = load_version(model, version, weights)
     adaptation = Adaptation(network, task, record, device=device, version=version, **dict(settings or {}))
     if site is not None:
@@ -120,10 +122,17 @@ def run_adaptation(
             whole = collect(adaptation, cases, output, dry_run) if is_main() else None
         facts: dict[str, Any] = {"page": None, "dice": None, "site": None}
         if whole is not None:
-            scores = score_run(whole, labels, task) if labels is not None and not dry_run else None
+            scores, unscored = None, None
+            if labels is not None:
+                try:
+                    scores = score_run(whole, labels, task)
+                except SamdaError as error:  # the adapted cases keep their report
+                    unscored = error
             if scores is not None:
                 facts["dice"] = {case: tuple(map(mean_dice, both.values())) for case, both in scores.items()}
             facts["page"] = str(write_page(adaptation, whole, cases, scores=scores, keep_names=keep_names))
+            if unscored is not None:
+                raise unscored
             if site is not None:
                 try:
                     facts["site"] = distill(adaptation, model, whole, site)

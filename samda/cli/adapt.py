@@ -113,7 +113,10 @@ def run(args: argparse.Namespace) -> None:
         page = f"report in {result['page']}" if result["page"] else "other parts are not finished"
         print(f"{counts or 'no case'}; {page}")
         if args.site and result["page"]:
-            print(f"candidate version {args.site}; samda site activate {args.site} -m {args.model} makes it active")
+            print(
+                f"candidate version {args.site}; next: samda commission -m {args.model} --version {args.site} -d "
+                "LABELED_CASES -o REPORT, then samda site activate"
+            )
     check_run(result)
 
 

@@ -53,7 +53,10 @@ def run(args: argparse.Namespace) -> None:
     else:
         for name, entry in report["scores"]["plain"].items():
             dice = entry["dice"]
-            print(f"{name}: Dice {dice['mean']:.3f} ({dice['low']:.3f} to {dice['high']:.3f}) of {dice['n']} cases")
+            if dice["n"]:
+                print(f"{name}: Dice {dice['mean']:.3f} ({dice['low']:.3f} to {dice['high']:.3f}) of {dice['n']} cases")
+            else:
+                print(f"{name}: not measured, no case labels it")
         print(f"report in {args.output / 'commission.html'}")
     if report["failed"]:
         total = len(report["failed"]) + len(report["cases"])

@@ -95,11 +95,13 @@ def print_package(facts: dict[str, Any]) -> None:
 
 def describe_model(folder: Path) -> dict[str, Any]:
     """Content of a model folder's JSON and safetensors files; nothing in the folder is executed."""
-    from samda.adapters import read_adapters
+    from samda.models.folder import read_model
+    from samda.models.versions import active_version
 
-    file = read_adapters(folder)
+    file, _ = read_model(folder)
     return {
         "model": str(folder),
+        "active_version": active_version(folder),
         "network": file.network,
         "base": {key: value for key, value in file.base.items() if not isinstance(value, dict | list)},
         "adapters": {name: config.to_dict() for name, config in file.adapters.items()},
@@ -118,6 +120,7 @@ def print_model(facts: dict[str, Any]) -> None:
     dice = metrics.get("mean_dice")
     rows = [
         ("model", facts["model"]),
+        ("active version", facts["active_version"]),
         ("backbone", facts["network"].get("backbone")),
         ("base weights", facts["base"].get("file") or "in the folder"),
         ("class head", facts["network"].get("head", {}).get("type", "sam")),

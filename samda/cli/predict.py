@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
             from samda.inference.folder import predict_folder
             from samda.inference.postprocessing import override
             from samda.inference.predict import Predictor
-            from samda.inference.writer import look_first, read_site_report, write_table
+            from samda.inference.writer import check_site_report, look_first, read_site_report, write_table
             from samda.models.versions import load_version
         report.add(device=device)
         formats = parse_formats(args.output_format)
@@ -98,6 +98,10 @@ def run(args: argparse.Namespace) -> None:
         check_cases(cases, formats)  # before the weights are read
         with report.stage("load"), phase("loading"):
             network, task, record, version = load_version(args.model, args.version, args.weights)
+        if site is not None:
+            from samda.adaptation.engine import adapter_sha256
+
+            check_site_report(site, adapter_sha256(network), version, record.get("calibration") is not None)
         cases = join_channels(cases, task.in_channels)
         mine = part.of(cases) if part else cases
         total = len(mine)

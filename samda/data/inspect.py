@@ -15,7 +15,7 @@ from typing import Any
 
 from samda.data.datalists import LARGEST_CHANNELS, LAYOUTS, DataList, read_datalist
 from samda.data.folders import Problem
-from samda.data.labels import IGNORE, IGNORED, SCALES, LabelMap, label_map
+from samda.data.labels import IGNORE, IGNORED, SCALES, LabelMap, PartialLabels, label_map
 from samda.data.measure import ENDS, CaseFacts, inspect_case
 from samda.data.slices import refuse_other_scale, sides_mm
 from samda.data.splits import patient_of, split
@@ -269,6 +269,10 @@ def task_problems(report: DataReport, task: Task) -> Iterator[Problem]:
     low, high = task.window
     entries = [entry for cases in report.data.cases.values() for entry in cases]
     for case, entry in zip(report.cases, entries, strict=True):
+        try:
+            PartialLabels(task.classes).lacking(entry)
+        except InputError as error:
+            yield case.problem("unlabeled", str(error))
         if not case.shape:
             continue
         try:

@@ -127,9 +127,10 @@ def _classes(report: DataReport, cases: Sequence[CaseFacts]) -> Choices:
     every = [i for ids in named.values() for i in ids]
     if named and len(set(every)) == len(every):
         names = sorted(named, key=lambda name: named[name])
+        ignored = ", those of `ignore` do not count" if IGNORE in (report.data.labels or {}) else ""
         return {
             "classes": (["background", *names], "names of the data set"),
-            "labels": ({name: list(named[name]) for name in names}, "all other ids become background"),
+            "labels": ({name: list(named[name]) for name in names}, f"all other ids become background{ignored}"),
         }
     found = sorted({i for case in cases for i in case.label_ids if i > 0})
     if not found:

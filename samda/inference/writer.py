@@ -29,6 +29,9 @@ EMPTIED = {  # texts of a header, and numbers that NIfTI does not use and that m
 }
 TABLE = "predictions.csv"
 HEAD = ("case", "class", "dice", "low", "high", "flags")
+COMMISSION_VERSION = 1  # of the reports of `samda commission`
+MOST_SHIFT = 4.0  # of the logit, see samda.adaptation.commission.recalibration
+MOST_NUMBER = 1e9
 QUALITY = "quality"  # key of `<case>.json`
 
 
@@ -223,10 +226,33 @@ def read_site_report(path: str | Path) -> dict[str, Any]:
     """The JSON report of `samda commission`; InputError if the file is none."""
     try:
         report = parse_json(regular_file(path).read_bytes())
-        accepted = report["accepted"]
-        numbers = [*accepted["classes"].values(), accepted["distance"], report["recalibration"]["shift"]]
-        if "commission_version" not in report or not all(isinstance(n, int | float | None) for n in numbers):
-            raise ValueError("numbers are missing")
+        version, accepted, shift = report["commission_version"], report["accepted"], report["recalibration"]["shift"]
+        numbers = [*accepted["classes"].values(), accepted["distance"], shift]
+        odd = [n for n in numbers if n is not None and (type(n) not in (int, float) or not abs(n) < MOST_NUMBER)]
+        if odd or not all(isinstance(report[key], str) for key in ("adapter_sha256", "model_version")):
+            raise ValueError(f"{str(odd[0])[:20]} is no number" if odd else "the model's hash is missing")
+        if abs(shift or 0.0) > MOST_SHIFT:
+            raise ValueError(f"a shift of {shift:g}, at most {MOST_SHIFT:g}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no report of samda commission ({error}); give its JSON file") from error
+    if version != COMMISSION_VERSION:
+        raise InputError(f"{path} has version {version!r}, this samda reads {COMMISSION_VERSION}; commission again")
     return report
+
+
+def check_site_report(report: Mapping[str, Any], adapter_sha256: str, version: str, calibrated: bool) -> None:
+    """Refuse a report of another model or version, or of a model that predicts no Dice.
+
+    Args:
+        report: of :func:`read_site_report`.
+        adapter_sha256: hash of the model's adapters and class head.
+        version: of the model.
+        calibrated: has the model a calibration?
+    """
+    if report["adapter_sha256"] != adapter_sha256:
+        raise InputError(
+            f"the site report is of another model (version {report['model_version']!r}), not of this one "
+            f"({version!r}); give its own report, or run samda commission"
+        )
+    if not calibrated:
+        raise InputError("the model has no calibration, so a site report has no effect; leave it out")

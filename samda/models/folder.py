@@ -24,10 +24,11 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -42,6 +43,7 @@ from samda.adapters.adapter_file import (
 )
 from samda.adapters.attach import attach
 from samda.errors import InputError, UsageError, WeightsError, check_keys
+from samda.expected_dice import Calibration
 from samda.io import file_sha256, regular_file, replacing, write_text
 from samda.networks.backbones import BACKBONES
 from samda.networks.fingerprint import check_fingerprint
@@ -53,6 +55,7 @@ from samda.task import Task
 BASE = "base.safetensors"
 PLACE = Path(HIDDEN, "base")  # where the file with the base weights lay; of use on this machine only
 NETWORK_KEYS = ("backbone", "num_classes", "in_channels", "head")
+RECORDED = ("training", "metrics", "versions", "statistics", "calibration", "version")  # mappings in a record
 HEAD = "sam"  # of folders that name none: samda 0.1 had no other, and reads them
 BASE_KEYS = ("file", "sha256", "fingerprint")
 
@@ -119,28 +122,73 @@ def load_model(
         WeightsError: the base weights are missing or not those of the training.
     """
     folder = Path(folder)
+    file, task = read_model(folder)
+    with _describing(folder):
+        network = SamSegmenter(**file.network, weights=base_weights(file, folder, weights))
+        check_fingerprint(network, file.base["fingerprint"])
+    attach(network, file.adapters)
+    load_adapters(network, file)
+    return network.to(device).eval(), task, file.record
+
+
+def read_model(folder: str | Path) -> tuple[AdapterFile, Task]:
+    """Read a model folder without its base weights; nothing is built but modules without memory.
+
+    Raises:
+        AdapterError, InputError: a file of the folder is missing, damaged or contradicts itself.
+    """
+    folder = Path(folder)
     file = read_adapters(folder)
-    file.network.setdefault("head", HEAD)
+    head = file.network.setdefault("head", HEAD)
+    if isinstance(head, str):
+        file.network["head"] = {"type": head}
     for section, keys in (("network", NETWORK_KEYS), ("base", BASE_KEYS)):
         values = getattr(file, section)
         check_keys(values, keys, f"{folder}/adapter.json: {section}")
         missing = [key for key in keys if key not in values]
         if missing:
             raise InputError(f"{folder}/adapter.json: {section} lacks {missing[0]!r}; copy the model folder again")
+    if not isinstance(file.network["head"], Mapping):
+        raise InputError(f"{folder}/adapter.json: head is {head!r}; copy the model folder again")
     task = _task(file.task, folder)
-    try:
+    with _describing(folder):
         _check_task(file.network["num_classes"], file.network["in_channels"], task, str(folder))  # before it is built
         _check_sizes(file)
-        network = SamSegmenter(**file.network, weights=base_weights(file, folder, weights))
-        check_fingerprint(network, file.base["fingerprint"])
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # odd values
+    _check_record(file.record, folder)
+    return file, task
+
+
+@contextlib.contextmanager
+def _describing(folder: Path) -> Iterator[None]:
+    """Odd values in the header are the folder's fault."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]  # PyTorch adds its own traceback
         raise InputError(
             f"{folder}/adapter.json describes no network ({reason}); copy the model folder again"
         ) from error
-    attach(network, file.adapters)
-    load_adapters(network, file)
-    return network.to(device).eval(), task, file.record
+
+
+def _check_record(record: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a record whose entries are not of the form that samda writes; it may lack some."""
+    wrong = [key for key in RECORDED if not isinstance(record.get(key, {}), Mapping)]
+    if wrong:
+        raise InputError(f"{folder}/adapter.json: {wrong[0]} of the record is damaged; copy the model folder again")
+    statistics = record.get("statistics", {})
+    try:
+        for key in ("features", "levels"):
+            for layer in statistics.get(key) or ():
+                rows = [row for moment in ("mean", "std") for row in layer[moment] if row is not None]
+                if not np.isfinite(np.array(rows, float)).all():
+                    raise ValueError("not finite")
+        for entry in (statistics.get("classes") or {}).values():
+            entry.items()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{folder}/adapter.json: the source statistics are damaged ({error}); copy the model folder again"
+        ) from error
+    Calibration.from_record(record)
 
 
 def _check_sizes(file: AdapterFile) -> None:

@@ -16,6 +16,7 @@ Reading one runs no code and writes no other names. The hashes tell a damaged or
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import zipfile
@@ -23,10 +24,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from samda.adapters.adapter_file import HEADER, TENSORS, read_adapters
-from samda.errors import InputError, UsageError, one_line, printable
+from samda.adapters.adapter_file import HEADER, NEXT, TENSORS
+from samda.errors import AdapterError, InputError, UsageError, one_line, printable
 from samda.io import check_room, file_sha256, new_folder, parse_json, plain, refuse_full, replacing
-from samda.models.folder import BASE, own_base
+from samda.models.folder import BASE, own_base, read_model
 from samda.models.versions import version_folder
 from samda.task import Task
 from samda.version import __version__
@@ -41,6 +42,7 @@ RECORD: dict[str, Any] = {
     "purpose": None,
     "versions": None,
     "training": ("epochs", "best_epoch", "seconds", "parameters", "split", "cases", "settings", "parent"),
+    "version": ("name", "from_version", "rule"),
     "metrics": None,
     "statistics": None,
     "calibration": None,
@@ -56,9 +58,11 @@ def pack_model(model: str | Path, file: str | Path, version: str | None = None, 
     file, folder = Path(file), version_folder(model, version)
     if file.exists():
         raise UsageError(f"{file} exists; choose another name")
-    read_adapters(folder)  # a damaged model is not passed on
+    model_file, _ = read_model(folder)  # a damaged model is not passed on
     header = parse_json((folder / HEADER).read_text(encoding="utf-8"))
-    header["record"] = shared_record(header["record"])
+    if header["sha256"] != file_sha256(folder / TENSORS):  # a save was interrupted between the two
+        header = parse_json((folder / NEXT).read_text(encoding="utf-8"))
+    header["record"] = shared_record(model_file.record)
     texts = {
         CARD: model_card(header, license).encode(),
         HEADER: (json.dumps(plain(header), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
@@ -87,6 +91,10 @@ def shared_record(record: Mapping[str, Any]) -> dict[str, Any]:
     for key, inner in RECORD.items():
         if inner is not None and isinstance(shared.get(key), Mapping):
             shared[key] = {name: shared[key][name] for name in inner if name in shared[key]}
+    ancestor = shared.get("training", {})
+    while isinstance(ancestor.get("parent"), Mapping):  # names of folders may tell of whom the scans are
+        ancestor["parent"] = {key: value for key, value in ancestor["parent"].items() if key != "model"}
+        ancestor["parent"]["training"] = ancestor = dict(ancestor["parent"].get("training", {}))
     return shared
 
 
@@ -100,6 +108,8 @@ def unpack_model(file: str | Path, folder: str | Path) -> Path:
     """
     file, folder = Path(file), Path(folder).expanduser()
     refuse_full(folder)
+    folder = folder.resolve() if folder.is_symlink() else folder
+    new = [parent for parent in folder.parents if not parent.exists()]
     try:
         with zipfile.ZipFile(file) as archive:
             about = _checked(archive, file)
@@ -108,11 +118,18 @@ def unpack_model(file: str | Path, folder: str | Path) -> Path:
             with new_folder(folder) as place:
                 for name, entry in about.items():
                     _extract(archive, name, place / name, entry, file)
-                read_adapters(place)
+                try:
+                    read_model(place)
+                except (AdapterError, InputError) as error:
+                    raise InputError(str(error).replace(str(place), str(file))) from error
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, UnicodeError) as error:
         raise InputError(f"{file} is no pack of samda, or damaged ({one_line(error)}); fetch it again") from error
     except OSError as error:
         raise InputError(f"{file} cannot be unpacked to {folder} ({error.strerror or one_line(error)})") from error
+    finally:
+        for parent in new if not folder.exists() else ():
+            with contextlib.suppress(OSError):
+                parent.rmdir()
     return folder
 
 
@@ -137,13 +154,19 @@ def _checked(archive: zipfile.ZipFile, file: Path) -> dict[str, dict[str, Any]]:
     try:
         content = parse_json(archive.read(ABOUT))
         version, members = content["format_version"], content["members"]
-        about = {name: {"bytes": int(entry["bytes"]), "sha256": entry["sha256"]} for name, entry in members.items()}
+        about = {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in members.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: {ABOUT} is damaged ({one_line(error)}); fetch it again") from error
     if version != FORMAT_VERSION:
         raise InputError(f"{file} has format version {version!r}, this samda reads {FORMAT_VERSION}; update samda")
     if {ABOUT, *about} != set(names):
         raise InputError(f"{file}: {ABOUT} lists other members than there are; fetch it again")
+    for info in infos:
+        if info.filename != ABOUT and about[info.filename]["bytes"] != info.file_size:
+            raise InputError(
+                f"{file}: {info.filename} has {info.file_size} bytes, {ABOUT} says {about[info.filename]['bytes']!r}; "
+                "nothing was written, fetch it again"
+            )
     return about
 
 
@@ -161,7 +184,7 @@ def model_card(header: Mapping[str, Any], license: str | None = None) -> str:
     """A model card in Markdown from the content of adapter.json."""
     task, record = Task.from_dict(header["task"]), header["record"]
     training, metrics = record.get("training", {}), record.get("metrics", {})
-    cases = training.get("cases", {})
+    cases, version = training.get("cases", {}), record.get("version")
     network, base = header["network"], header["base"]
     backbone = network["backbone"] if isinstance(network["backbone"], str) else network["backbone"].get("name")
     scores = [f"| {_cell(name)} | {_score(value)} |" for name, value in (metrics.get("dice") or {}).items()]
@@ -173,6 +196,11 @@ def model_card(header: Mapping[str, Any], license: str | None = None) -> str:
         ancestors.append(f"* {_cell(parent.get('task'))} ({_cell(names)}), {count} training cases, "
                          f"sha256 {_cell(str(parent.get('sha256'))[:12])}")  # fmt: skip
         parent = kept.get("parent")
+    adapted = []
+    if version:
+        before, name = _cell(version.get("from_version")), _cell(version.get("name"))
+        adapted = [f"The scores are of the version {before}, from which {name}, the version in this pack, was adapted to "
+                   "the scans of a site without labels.", ""]  # fmt: skip
     lines = [
         "---",
         "library_name: samda",
@@ -205,6 +233,7 @@ def model_card(header: Mapping[str, Any], license: str | None = None) -> str:
         "",
         "## Scores",
         "",
+        *adapted,
         f"Dice, {_cell(metrics.get('where', 'unknown'))}:",
         "",
         "| class | Dice |",

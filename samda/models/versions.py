@@ -116,7 +116,8 @@ def activate(model: str | Path, version: str, force: bool = False) -> str:
         )
     pointer = _pointer(model)
     before = pointer["stack"][-1]
-    _write(model, [*pointer["stack"], version], pointer["history"], before)
+    if version != before:  # else a rollback would lead to the same version
+        _write(model, [*pointer["stack"], version], pointer["history"], before)
     return before
 
 
@@ -153,6 +154,8 @@ def _write(model: str | Path, stack: list[str], log: list[dict[str, str]], befor
 
 def _pointer(model: str | Path) -> dict[str, Any]:
     path = versions_folder(model) / POINTER
+    if Path(model).is_file():
+        raise InputError(f"{model} is a file, not a model folder; a pack is made one by samda unpack {model} -o FOLDER")
     try:
         pointer = parse_json(regular_file(path, path.parent).read_bytes())
         return {"stack": [str(name) for name in pointer["stack"]] or [SOURCE], "history": list(pointer["history"])}

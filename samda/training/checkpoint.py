@@ -174,6 +174,29 @@ def check_resume(folder: str | Path, config: Mapping[str, Any]) -> None:
         _refuse_changes(_read(Path(folder) / LAST)["settings"], now)
 
 
+def resumed_length(folder: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The length of a training to resume, unit -> number, where none is `given`: that of before.
+
+    Raises:
+        UsageError: what is given has another unit than before, or is less.
+    """
+    path = Path(folder) / LAST
+    pace = _read(path).get("pace", {}) if path.exists() else {}
+    if "length" not in pace:  # an older samda did not store it
+        return {}
+    unit, before = pace["length"]
+    chosen = {key: number for key, number in given.items() if number is not None}
+    if not chosen:
+        return {unit: before}
+    if len(chosen) == 1:
+        [(key, number)] = chosen.items()
+        if key != unit:
+            raise UsageError(f"resume: the length was given in {unit} ({before:g}), now it is in {key}; give {unit}")
+        if number < before:
+            raise UsageError(f"resume: the length was {before:g} {unit}, {number:g} is less; give at least that")
+    return {}
+
+
 class Resume:
     """At the start, load the checkpoint. Attach it first. That of a training which is replaced stays until the first
     one of the new training is written.

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from samda.adapters.adapter_file import TENSORS, AdapterFile, load_adapters, read_adapters, state_tensors
+from samda.adapters.adapter_file import TENSORS, AdapterFile, load_adapters, state_tensors
 from samda.adapters.base import trainable_parameters
 from samda.data.labels import PartialLabels
 from samda.errors import UsageError
 from samda.io import file_sha256
-from samda.models.folder import base_weights, own_base
+from samda.models.folder import base_weights, own_base, read_model
 from samda.models.versions import active_version, version_folder
 from samda.networks.fingerprint import check_fingerprint
 from samda.networks.head import Pyramid
@@ -51,8 +51,8 @@ class Parent:
     task: Task
 
     def settings(self, task: Task, keep_classes: str | None) -> dict[str, Any]:
-        """Keys of train.json that its children share; for `task` with further classes."""
-        head = dict(self.file.network.get("head", {"type": "sam"}))
+        """Keys of train.json that its children share, but for the base weights; for `task` with further classes."""
+        head = dict(self.file.network["head"])
         new = task.num_classes - self.task.num_classes
         if new > 0 and head.get("added") and keep_classes != EXACT:
             raise UsageError(f"{self.model} has classes beside frozen ones; add further ones with keep_classes {EXACT}")
@@ -61,14 +61,16 @@ class Parent:
                 raise UsageError(f"keep_classes exact needs the head pyramid, {self.model} has {head['type']!r}")
             head["added"] = [*head.get("added", ()), new]
         adapters = {name: config.to_dict() for name, config in self.file.adapters.items()}
-        weights = base_weights(self.file, self.folder, own_base(self.model))
         return {
             "backbone": self.file.network["backbone"],
             "head": head,
             "adapters": adapters,
-            "weights": str(weights),
             "task": task.to_dict(),
         }
+
+    def weights(self) -> str:
+        """Where its base weights are; WeightsError where they are not to be found."""
+        return str(base_weights(self.file, self.folder, own_base(self.model)))
 
     def descent(self) -> dict[str, Any]:
         """For the record of a child: which model this is, and what it was trained on."""
@@ -95,8 +97,7 @@ def read_parent(model: str | Path | None) -> Parent | None:
         raise UsageError(f"there is no model folder {model} to start from; give the folder of a trained model")
     version = active_version(model)
     folder = version_folder(model, version)
-    file = read_adapters(folder)
-    return Parent(model, version, folder, file, Task.from_dict(file.task))
+    return Parent(model, version, folder, *read_model(folder))
 
 
 def start_from(

@@ -24,7 +24,7 @@ from samda.processes import launched
 from samda.progress import phase
 from samda.task import Task
 from samda.training.cases import build_task, dataset_labels
-from samda.training.checkpoint import check_model_folder, check_resume
+from samda.training.checkpoint import check_model_folder, check_resume, resumed_length
 from samda.training.config_check import check_config, decoded, literal, refuse_syntax
 from samda.training.parent import read_parent
 from samda.training.tracking import mlflow_settings, trackers
@@ -126,6 +126,8 @@ def train(
     given = {key: literal(value) for key, value in arguments.items() if value is not None}
     with _plain_errors():
         settings = _read_settings(given, adapters, dict(overrides or {}))
+        if resume:
+            settings |= resumed_length(output, {unit: settings.get(unit) for unit in ("steps", "minutes", "epochs")})
         workflow = _checked_workflow(settings)
         if resume:
             check_resume(output, workflow.parser.get())
@@ -170,7 +172,17 @@ def _inherited(settings: Mapping[str, Any]) -> dict[str, Any]:
     assert parent is not None
     labels = functools.partial(dataset_labels, decoded(settings["dataset_dir"]))
     task = build_task(decoded(settings.get("task")), labels, parent=parent)
-    return {key: literal(value) for key, value in parent.settings(task, settings.get("keep_classes")).items()}
+    shared = parent.settings(task, settings.get("keep_classes"))
+    for key, kind in (("backbone", "name"), ("head", "type")):
+        names = [
+            value.get(kind) if isinstance(value, Mapping) else value
+            for value in (shared[key], decoded(settings.get(key)))
+        ]
+        if names[1] not in (None, names[0]):
+            raise UsageError(f"{parent.model} has the {key} {names[0]}, not {names[1]}; leave {key} out")
+    if settings.get("weights") is None:
+        shared["weights"] = parent.weights()
+    return {key: literal(value) for key, value in shared.items()}
 
 
 def _checked_workflow(settings: Mapping[str, Any]) -> ConfigWorkflow:

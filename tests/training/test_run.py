@@ -80,7 +80,7 @@ def test_a_training_with_context_is_saved_and_predicts_with_it(datalist: Path, t
     stacked = torch.stack([plain[[max(i - 1, 0), i, min(i + 1, 7)]] for i in range(8)])
     with torch.no_grad():
         expected = grid.restore(network(stacked).softmax(1))
-    inferer = VolumeInferer(task, output="probabilities", batch_size=3)
+    inferer = VolumeInferer(task, output="probabilities", batch_size=3, amp="off")
     torch.testing.assert_close(inferer(data["image"][None], network)[0].as_tensor(), expected, rtol=1e-4, atol=1e-5)
     shutil.rmtree(tmp_path / "model")
 
