@@ -149,10 +149,11 @@ def test_pictures_of_small_things_are_tiled_at_the_usual_size() -> None:
     """Three pictures of 256 pixels and one of 1024: padding all to the largest would cost 16 times as much."""
     sizes = (256.0, 256.0, 256.0, 1024.0)
     for width, expected in (
-        (10.0, (1.0, 256)),
-        (15.0, (1.0, 256)),  # 1.5 would do, but 256 pixels are cheap for one slice
-        (40.0, (3.55, 256)),
-    ):  # 909 pixels, the 95th percentile
+        (10.0, (0.5, 512)),  # the voxels have 1
+        (15.0, (0.64, 400)),  # 15 / 12 / 2, but for a row of padding
+        (40.0, (1.68, 544)),  # 909 pixels, the 95th percentile
+        (100.0, (3.55, 256)),  # 4.17 would do, but 256 pixels are cheap for one slice
+    ):
         pictures = [
             case(str(i), picture=True, sides_mm=(1, 1, 1), extent_mm=(size, size, 1.0), widths_mm={1: width})
             for i, size in enumerate(sizes)
