@@ -46,6 +46,8 @@ def not_a_scan(path: Path, error: BaseException) -> InputError:
     """The error for a file that its reader cannot read."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     reason = lines[-1].replace(str(path), path.name)
+    if reason.startswith("Reason:"):  # of ITK: an error of the system, from any time before
+        reason = "its data are cut short, or not what its header states"
     known = ", ".join(SCAN_SUFFIXES)
     return InputError(f"{path} cannot be read as a scan ({reason}); give a complete file ({known}) or a DICOM folder")
 

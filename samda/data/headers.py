@@ -8,6 +8,8 @@ of MetaImages and on names that are not UTF-8, so these are looked at here.
 from __future__ import annotations
 
 import math
+import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +24,10 @@ INFLATION = 1100  # packed by gzip or as PNG, data are at most about 1030 times 
 WORKING_BYTES = 8  # per value, of a scan at work: the image in float32, and a copy of it in another order
 LARGEST_HEADER = 1 << 16  # bytes of a text header
 LONGEST_LINE, LONGEST_NAME = 500, 250  # of a NRRD, of the field Name of a MetaImage; ITK ends the process above
+LARGEST_LIST = 1 << 22  # bytes of a text header with a list of data files
+PATTERN = re.compile(r"([^%]*%0?\d{0,2}d[^%]*?)((?:\s+-?\d{1,9})*)")  # of names, with numbers
+LIST_LINE = re.compile(rb"(?i)\s*(elementdatafile|data ?file)\s*[:=]\s*LIST")
+TRUE = ("T", "t", "1")
 LARGEST_DIMENSION = 10  # of a MetaImage; ITK aborts above
 FIELDS = ("ndims", "dimsize", "elementnumberofchannels", "sizes")
 METAIMAGE = (".mha", ".mhd")
@@ -74,14 +80,72 @@ def check_request(path: Path, shape: Sequence[int], value_bytes: float, inflatio
         )
 
 
-def _check_text_header(path: Path, shape: Sequence[int], kind: str, data: Path) -> None:
-    if data.exists() and not data.is_file():
-        raise InputError(f"{path}: its data file {data} is no regular file; give a complete scan")
-    value_bytes = next(
-        (size for word, size in VALUE_BYTES.items() if word in kind.lower().replace("longlong", "64")), 4
-    )
-    # lists and patterns of data files are not looked up: only the memory is checked
-    check_request(data if data.is_file() else path, shape, value_bytes, INFLATION if data.is_file() else math.inf)
+def _check_text_header(path: Path, shape: Sequence[int], fields: dict[str, str], files: Sequence[Path]) -> None:
+    kind = fields.get("type", fields.get("elementtype", "")).lower().replace("longlong", "64")
+    value_bytes = next((size for word, size in VALUE_BYTES.items() if word in kind), 4)
+    plain = fields.get("encoding", "raw").lower() == "raw" and fields.get("binarydata", "T")[:1] in TRUE
+    plain = plain and fields.get("compresseddata", "F")[:1] not in TRUE
+    size, needed = " x ".join(map(str, shape)), math.prod(shape) * value_bytes / len(files)
+    for data in files:
+        if not data.is_file():
+            what = "no regular file" if data.exists() else "missing"
+            raise InputError(f"{path}: its data file {data} is {what}; give a complete scan")
+        length = data.stat().st_size
+        if needed > length * (1 if plain else INFLATION):
+            part = "" if len(files) == 1 else f" (in {len(files)} files)"
+            reason = f"{data.name} is cut short: {length:,} bytes, not {needed:,.0f}, for {size} voxels{part}"
+            raise not_a_scan(path, ValueError(reason))
+    check_request(path, shape, value_bytes, math.inf)
+
+
+def _data_files(path: Path, data: str, sizes: Sequence[int]) -> list[Path]:
+    """The files that a text header names: one, a LIST with a line for each, or a pattern with numbers.
+
+    ITK does not count those of a MetaImage: voxels without a name would be whatever is in the memory.
+    """
+    nrrd = path.name.lower().endswith(NRRD)
+    pattern = PATTERN.fullmatch(data)
+    if data.startswith("LIST"):
+        names, rest = _listed(path, b"\r\n" if nrrd else b"\r\n\t "), data[4:]
+    elif pattern or ("%" in data and not nrrd):
+        names, rest = _numbered(pattern, nrrd, sizes) if pattern else ([], "")
+    else:
+        files = [path.parent / f"{os.fsdecode(data.encode('latin-1'))}{packed}" for packed in ("", ".gz", ".Z")]
+        return [next((file for file in files if file.exists()), files[0])]  # ITK looks for these, too
+    axes = int(rest) if rest.strip().isdecimal() else 0  # of one file
+    axes = axes if 0 < axes <= len(sizes) else len(sizes) - 1
+    count = math.prod(sizes[axes:])
+    if not names or (len(names) != count and not (nrrd and axes == len(sizes))):
+        reason = (
+            f"its header names {len(names)} data files by {data!r:.80} where {count} are needed, each in a whole line"
+        )
+        raise not_a_scan(path, ValueError(reason))
+    return [path.parent / name for name in names]
+
+
+def _listed(path: Path, blank: bytes) -> list[str]:
+    """The lines behind that of the LIST; like ITK without a last one that does not end."""
+    with path.open("rb") as file:
+        lines = file.read(LARGEST_LIST).splitlines(keepends=True)
+    start = next((n for n, line in enumerate(lines, 1) if LIST_LINE.match(line)), len(lines))
+    names = [os.fsdecode(line.rstrip(blank)) for line in lines[start:] if line.endswith(b"\n")]
+    while names and not names[-1] and b" " in blank:  # of a MetaImage, lines behind the names do not count
+        names.pop()
+    return names
+
+
+def _numbered(pattern: re.Match[str], nrrd: bool, sizes: Sequence[int]) -> tuple[list[str], str]:
+    """The names of a pattern and its numbers (first, last, step), and what follows these; none where ITK guesses."""
+    words = pattern[2].split()
+    if len(words) < 2 and not nrrd:
+        first = int(words[0]) if words else 1
+        words = [str(first), str(first + sizes[-1] - 1), "1"]
+    if len(words) != 3 and not (nrrd and len(words) == 4):
+        return [], ""
+    first, last, step = map(int, words[:3])
+    numbers = range(first, last + (step > 0) - (step < 0), step) if step > 0 or (nrrd and step) else range(0)
+    names = numbers[: math.prod(sizes) + 1]
+    return [os.fsdecode((pattern[1] % number).encode("latin-1")) for number in names], "".join(words[3:])
 
 
 def text_fields(path: Path) -> dict[str, str]:
@@ -113,8 +177,8 @@ def _numbers(text: str, path: Path, what: str) -> list[int]:
         raise not_a_scan(path, ValueError(f"{what} of its header is {text!r:.80}")) from None
 
 
-def _metaimage(path: Path) -> tuple[list[int], str, Path]:
-    """Shape, type of a value, and data file of a MetaImage."""
+def _metaimage(path: Path) -> tuple[list[int], dict[str, str], list[Path]]:
+    """Shape, fields, and data files of a MetaImage."""
     fields = text_fields(path)
     dimension = _numbers(fields.get("ndims", ""), path, "NDims")
     shape = _numbers(fields.get("dimsize", ""), path, "DimSize")
@@ -124,18 +188,17 @@ def _metaimage(path: Path) -> tuple[list[int], str, Path]:
     if len(channels) != 1 or min(*shape, *channels) < 1:
         raise not_a_scan(path, ValueError(f"its header states sizes of {shape} and {channels} channels"))
     data = fields.get("elementdatafile", "LOCAL")
-    own = data.upper() == "LOCAL"
-    return [*shape, *channels], fields.get("elementtype", ""), path if own else path.parent / data
+    return [*shape, *channels], fields, [path] if data.upper() == "LOCAL" else _data_files(path, data, shape)
 
 
-def _nrrd(path: Path) -> tuple[list[int], str, Path]:
-    """Shape, type of a value, and data file of a NRRD."""
+def _nrrd(path: Path) -> tuple[list[int], dict[str, str], list[Path]]:
+    """Shape, fields, and data files of a NRRD."""
     fields = text_fields(path)
     shape = _numbers(fields.get("sizes", ""), path, "sizes")
     if not shape or min(shape) < 1:
         raise not_a_scan(path, ValueError(f"its header states sizes of {shape}"))
     data = fields.get("data file", fields.get("datafile", ""))
-    return shape, fields.get("type", ""), path.parent / data if data else path
+    return shape, fields, _data_files(path, data, shape) if data else [path]
 
 
 def _check_picture(path: Path) -> None:

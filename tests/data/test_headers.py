@@ -137,6 +137,88 @@ def test_the_memory_of_a_process_is_what_its_limit_leaves() -> None:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+SLICES = np.arange(4 * 5 * 6, dtype="<i2").reshape(6, 5, 4)  # z, y, x
+
+
+def sliced(folder: Path, name: str, data: str, names: str = "") -> Path:
+    """A header with the six files s0.raw to s5.raw."""
+    for k, plane in enumerate(SLICES):
+        (folder / f"s{k}.raw").write_bytes(plane.tobytes())
+    (folder / "half.raw").write_bytes(SLICES[0].tobytes()[:20])
+    os.mkfifo(folder / "pipe")
+    head = "ObjectType = Image\nNDims = 3\nDimSize = 4 5 6\nElementType = MET_SHORT\nElementDataFile = "
+    if name.endswith("nhdr"):
+        head = "NRRD0004\ntype: short\ndimension: 3\nsizes: 4 5 6\nencoding: raw\nendian: little\ndata file: "
+    (folder / name).write_text(f"{head}{data}\n{names}")
+    return folder / name
+
+
+NAMES = [f"s{k}.raw" for k in range(6)]
+LISTS = {
+    "five": ("LIST", NAMES[:5], "5 data files"),
+    "seven": ("LIST", [*NAMES, "s0.raw"], "7 data files"),
+    "missing": ("LIST", [*NAMES[:5], "no.raw"], "no.raw is missing"),
+    "short": ("LIST", [*NAMES[:5], "half.raw"], "half.raw is cut short: 20 bytes, not 40"),
+    "device": ("LIST", [*NAMES[:5], "/dev/zero"], "/dev/zero is no regular file"),
+    "pipe": ("LIST", [*NAMES[:5], "pipe"], "pipe is no regular file"),
+    "pattern of five": ("s%d.raw 0 4 1", [], "5 data files"),
+    "pattern without end": ("s%d.raw 0 5 0", [], "0 data files"),
+    "pattern without step": ("s%d.raw 0 5", [], "0 data files"),
+    "pattern beyond": ("s%d.raw 1 6 1", [], "s6.raw is missing"),
+}
+
+
+@pytest.mark.parametrize("ending", ["mhd", "nhdr"])
+@pytest.mark.parametrize("case", LISTS)
+@pytest.mark.parametrize("read", [read_scan, read_geometry])
+def test_lists_of_data_files_are_looked_up(
+    tmp_path: Path, ending: str, case: str, read: Callable[[Path], object]
+) -> None:
+    data, names, finding = LISTS[case]
+    path = sliced(tmp_path, f"a.{ending}", data, "".join(f"{name}\n" for name in names))
+    with pytest.raises(InputError) as error:
+        read(path)
+    assert str(path) in str(error.value) and finding in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_last_name_without_an_end_of_its_line_is_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="5 data files"):  # ITK passes over it
+        read_scan(sliced(tmp_path, "a.mhd", "LIST", "\n".join(NAMES)))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "end"),
+    [
+        *[
+            (f"a.{ending}", data, end)
+            for ending in ("mhd", "nhdr")
+            for data in ("LIST", "LIST 2")
+            for end in ["\n", "\r\n"]
+        ],
+        *[(f"a.{ending}", "s%d.raw 0 5 1", "") for ending in ("mhd", "nhdr")],
+        *[("a.mhd", "s%d.raw 0", ""), ("a.nhdr", "s%d.raw 0 5 1 2", "")],
+    ],
+)
+def test_complete_lists_of_data_files_are_read(tmp_path: Path, name: str, data: str, end: str) -> None:
+    names = [*NAMES[:5], str(tmp_path / "s5.raw")]
+    path = sliced(tmp_path, name, data, end.join([*names, ""]) if end else "")
+    np.testing.assert_array_equal(read_scan(path).array, SLICES.T)
+
+
+def test_a_data_file_that_is_cut_short_is_said_to_be(tmp_path: Path) -> None:
+    for name in ("a.mha", "b.mhd", "c.nrrd"):
+        sitk.WriteImage(sitk.GetImageFromArray(SLICES), str(tmp_path / name))
+        data = tmp_path / name.replace("mhd", "raw")
+        content = data.read_bytes()
+        for cut in (100, 1):  # more and less than the header is long
+            data.write_bytes(content[:-cut])
+            with pytest.raises(InputError) as error:
+                read_scan(tmp_path / name)
+            assert name[0] in str(error.value) and "No such file" not in str(error.value)
+            if name != "c.nrrd":
+                assert "cut short" in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.nrrd", "a.png", "a.dcm", "folder"])
 def test_pipes_and_devices_are_no_scans(tmp_path: Path, name: str) -> None:
     for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
