@@ -27,6 +27,9 @@ LONGEST_LINE, LONGEST_NAME = 500, 250  # of a NRRD, of the field Name of a MetaI
 LARGEST_LIST = 1 << 22  # bytes of a text header with a list of data files
 PATTERN = re.compile(r"([^%]*%0?\d{0,2}d[^%]*?)((?:\s+-?\d{1,9})*)")  # of names, with numbers
 LIST_LINE = re.compile(rb"(?i)\s*(elementdatafile|data ?file)\s*[:=]\s*LIST")
+OTHER_UNIT = re.compile(r"(?:[kdcun]|[^ -~]+|centi|micro|nano)?(?:m|met(?:er|re)s?)|microns?|in|inch(?:es)?")
+SCALES = {"elementtointensityfunctionslope": 1, "elementtointensityfunctionoffset": 0}
+MIRRORED_SPACES = ("right anterior superior time", "rast", "left anterior superior time", "last")
 TRUE = ("T", "t", "1")
 LARGEST_DIMENSION = 10  # of a MetaImage; ITK aborts above
 FIELDS = ("ndims", "dimsize", "elementnumberofchannels", "sizes")
@@ -50,10 +53,10 @@ def check_file(path: Path) -> None:
     except UnicodeEncodeError:
         raise InputError(f"{path} has a name that is not UTF-8; rename it") from None
     name = path.name.lower()
-    if name.endswith(METAIMAGE):
-        _check_text_header(path, *_metaimage(path))
-    elif name.endswith(NRRD):
-        _check_text_header(path, *_nrrd(path))
+    if name.endswith((*METAIMAGE, *NRRD)):
+        shape, fields, files = (_nrrd if name.endswith(NRRD) else _metaimage)(path)
+        _check_text_header(path, shape, fields, files)
+        _check_meaning(path, fields, len(shape))
     elif name.endswith(PICTURE_SUFFIXES):
         _check_picture(path)
 
@@ -96,6 +99,36 @@ def _check_text_header(path: Path, shape: Sequence[int], fields: dict[str, str],
             reason = f"{data.name} is cut short: {length:,} bytes, not {needed:,.0f}, for {size} voxels{part}"
             raise not_a_scan(path, ValueError(reason))
     check_request(path, shape, value_bytes, math.inf)
+
+
+def _check_meaning(path: Path, fields: dict[str, str], dimension: int) -> None:
+    """Refuse what ITK passes over: units, scales of values, axes without size, and spaces with time."""
+    stated = [fields.get(name, "") for name in ("distanceunits", "space units", "units")]
+    other = [word for word in re.split(r'[\s"]+', " ".join(stated)) if OTHER_UNIT.fullmatch(word.lower())]
+    if other:
+        raise InputError(f"{path} has voxel sizes in {other[0]!a}; convert the header to mm")
+    for name, neutral in SCALES.items():
+        if name in fields and _number(fields[name]) != neutral:
+            raise InputError(f"{path} states {name} {fields[name]!r:.40}; apply it to the voxels and remove it")
+    space = fields.get("space", "").lower().replace("-", " ")
+    if space in MIRRORED_SPACES:
+        raise InputError(f"{path} states the space {space}, of which ITK ignores the directions; state it without time")
+    kinds = (fields.get("kinds", "").lower().split() + [""] * dimension)[:dimension]
+    for name in ("space directions", "spacings"):
+        sizes = re.findall(r"\([^)]*\)|[^\s(]+", fields.get(name, "").lower())
+        axes = [
+            n for n, kind in enumerate(kinds[: len(sizes)]) if kind in ("", "???", "none", "domain", "space", "time")
+        ]
+        unknown = [n for n in axes[:3] if sizes[n] == "none" or "nan" in sizes[n]]
+        if unknown:
+            raise InputError(f"{path} states no size of axis {unknown[0] + 1} in its {name}; repair its header")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _data_files(path: Path, data: str, sizes: Sequence[int]) -> list[Path]:

@@ -37,6 +37,7 @@ MOST_NOTES = 1000  # of nibabel about one header
 LONGEST_REST = 64  # MiB behind the voxels of a compressed NIfTI
 VOXEL_SIDES = 1e-6, 1e6  # mm
 NRRD_SPACES = ("right anterior superior", "left anterior superior", "left posterior superior", "ras", "las", "lps")
+NRRD_TIME_SPACES = ("left posterior superior time", "lpst")  # the others with time are refused
 SAME_PLACE = 0.1  # tolerance between corners of the same grid in two files, relative to the smallest voxel side
 
 
@@ -290,8 +291,9 @@ def _warn_of_no_geometry(path: Path) -> None:
     """Warn if a file states no voxel size or directions: ITK assumes 1 mm and LPS."""
     fields = text_fields(path)
     if path.name.lower().endswith((".nrrd", ".nhdr")):
+        spaces = (*NRRD_SPACES, *NRRD_TIME_SPACES)
         sizes = {"space directions", "spacings"} & fields.keys()
-        axes = "space directions" in fields and fields.get("space", "").lower().replace("-", " ") in NRRD_SPACES
+        axes = "space directions" in fields and fields.get("space", "").lower().replace("-", " ") in spaces
     else:
         sizes = {"elementspacing", "elementsize"} & fields.keys()
         axes = bool({"transformmatrix", "rotation", "orientation"} & fields.keys())

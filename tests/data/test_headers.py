@@ -233,3 +233,58 @@ def test_a_link_to_a_scan_is_followed(tmp_path: Path) -> None:
     nifti(tmp_path / "store" / "object.nii", (4, 5, 5), bytes(200))
     (tmp_path / "a.nii").symlink_to(tmp_path / "store" / "object.nii")
     assert read_scan(tmp_path / "a.nii").array.shape == (4, 5, 5)
+
+
+def directed(size: str = "(0,0,3)", space: str = "left-posterior-superior", **fields: object) -> Callable[[Path], None]:
+    stated = {"type": "uchar", "space": space, "space directions": f"(2,0,0) (0,2,0) {size}"} | fields
+    return nrrd(**{key.replace("_", " "): value for key, value in stated.items()})
+
+
+SCALE, OFFSET = "ElementToIntensityFunctionSlope", "ElementToIntensityFunctionOffset"
+MISREAD = {
+    "a.nrrd": (directed(space_units='"cm" "cm" "cm"'), "voxel sizes in 'cm'"),
+    "b.nrrd": (directed(space_units='"mm" "mm" "m"'), "voxel sizes in 'm'"),
+    "c.nrrd": (directed(space_units='"µm" "µm" "µm"'), "voxel sizes in"),
+    "d.nrrd": (nrrd(type="uchar", spacings="2 2 3", units='"mm" "mm" "micron"'), "voxel sizes in 'micron'"),
+    "e.nrrd": (directed("none"), "axis 3"),
+    "f.nrrd": (nrrd(type="uchar", spacings="nan 2 3"), "axis 1"),
+    "g.nrrd": (directed("(0,0,3,0) (0,0,0,1)", "right-anterior-superior-time", dimension=4, sizes="4 5 5 1"), "time"),
+    "h.mha": (meta(DistanceUnits="um", ElementSpacing="2000 2000 3000"), "voxel sizes in 'um'"),
+    "i.mha": (meta(**{SCALE: "2"}), "'2'"),
+    "j.mha": (meta(**{OFFSET: "-1024"}), "'-1024'"),
+}
+
+
+@pytest.mark.parametrize("name", MISREAD)
+@pytest.mark.parametrize("read", [read_scan, read_geometry])
+def test_fields_that_itk_passes_over_are_refused(tmp_path: Path, name: str, read: Callable[[Path], object]) -> None:
+    write, finding = MISREAD[name]
+    write(tmp_path / name)
+    with pytest.raises(InputError) as error:
+        read(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value) and finding in str(error.value) and "\n" not in str(error.value)
+
+
+PLAIN = {
+    "a.nrrd": directed(space_units='"mm" "mm" "mm"'),
+    "b.nrrd": nrrd(type="uchar", spacings="2 2 3", units='"mm" "" "millimeter"', kinds="domain domain domain"),
+    "c.nrrd": nrrd(type="uchar", sizes="2 5 5 2", dimension=4, spacings="nan 2 2 3", kinds="vector space space space"),
+    "d.nrrd": nrrd(type="uchar", sizes="5 5 2 2", dimension=4, spacings="2 2 3 nan", units='"mm" "mm" "mm" "s"'),
+    "e.mha": meta(DistanceUnits="mm", **{SCALE: "1.0", OFFSET: "0"}),
+    "f.mha": meta(DistanceUnits="?"),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_fields_without_effect_are_accepted(tmp_path: Path, name: str) -> None:
+    PLAIN[name](tmp_path / name)
+    assert read_scan(tmp_path / name, None).array.size == 100
+    read_geometry(tmp_path / name)
+
+
+def test_a_space_with_time_is_an_orientation(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    directions = "(2,0,0,0) (0,2,0,0) (0,0,3,0) (0,0,0,1)"
+    fields = {"space": "left-posterior-superior-time", "space directions": directions, "sizes": "4 5 5 1"}
+    nrrd(type="uchar", dimension=4, **fields)(tmp_path / "a.nrrd")
+    np.testing.assert_array_equal(read_scan(tmp_path / "a.nrrd").affine, np.diag([-2, -2, 3, 1]))
+    assert not recwarn.list
