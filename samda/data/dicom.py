@@ -33,8 +33,9 @@ FUNCTIONAL_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroups
 SAME_DIRECTION = 1e-3  # tolerance between direction cosines of slices
 SAME_SIZE = 1e-3  # tolerance between pixel sizes of slices, relative
 SAME_PLACE = 1e-3  # mm
-FLAT = 1e-3  # sine of the angle between rows and columns
 UNEVEN = 0.1  # tolerance between steps from slice to slice, relative
+DRIFT = 0.25  # tolerance between the places of slices and an even grid, in steps
+COSINES = 0.01  # tolerance of the length of direction cosines, and of their right angle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +118,16 @@ def frames_of(header: Dataset, path: Path) -> list[Frame]:
         shared, each = ([*(header.get(name) or ())] for name in FUNCTIONAL_GROUPS)
         shape = int(header.get("Rows") or 0), int(header.get("Columns") or 0)
         samples = header.get("SamplesPerPixel", 1)
+        bits = [int(header.get(tag) or 0) for tag in ("BitsAllocated", "BitsStored", "HighBit")]
+        stated = "BitsStored" in header and "HighBit" in header
     if "Rows" not in header:
         raise InputError(f"{path} is no DICOM image; give the folder of one series")
     if samples not in (1, 3) or min(shape) < 1 or count < 1:
         size = f"{count} x {shape[0]} x {shape[1]} pixels with {samples} samples"
         raise InputError(f"{path} is a damaged DICOM file: it states {size}; replace or remove it")
+    if stated and (bits[2] != bits[1] - 1 or bits[1] > bits[0]):  # values would be shifted, or have other bits in them
+        text = f"BitsAllocated {bits[0]}, BitsStored {bits[1]}, HighBit {bits[2]}, which do not fit; repair its header"
+        raise InputError(f"{path} states {text}")
     table = "ModalityLUTSequence" in header or header.get("PhotometricInterpretation") == "PALETTE COLOR"
     if table and header.get("SOPClassUID") not in SEGMENTATIONS:
         raise InputError(f"{path} maps its pixels by a table; convert the series to NIfTI")
@@ -143,7 +149,9 @@ def frames_of(header: Dataset, path: Path) -> list[Frame]:
                     f"{path} states no {tag}{' for its frames' if count > 1 else ''}, so the place of its voxels is "
                     "unknown; convert it to NIfTI with the right geometry, or a plain picture to PNG"
                 )
-        if np.linalg.norm(np.cross(directions[:3], directions[3:])) < FLAT or min(spacing) <= 0:
+        rows, columns = np.reshape(directions, (2, 3))
+        off = [rows @ columns, *(np.linalg.norm([rows, columns], axis=1) - 1)]
+        if np.abs(off).max() > COSINES or min(spacing) <= 0:
             raise InputError(f"{path} states orientation {directions}, PixelSpacing {spacing}; repair its header")
         thickness = _stated(places, "SliceThickness", 1, path) or _stated(places, "SpacingBetweenSlices", 1, path)
         slope = _stated(places, "RescaleSlope", 1, path) or (1.0,)
@@ -168,7 +176,7 @@ def _stated(places: Sequence[Dataset], tag: str, count: int, path: Path) -> Any:
                 continue
             numbers = tuple(float(v) for v in ([value] if count == 1 else value))
         if len(numbers) != count or not np.isfinite(numbers).all():
-            raise InputError(f"{path} states {tag} {value!r}; repair its header")
+            raise InputError(f"{path} states {tag} {str(value)!a:.80}; repair its header")
         return numbers
     return None
 
@@ -225,6 +233,12 @@ def _step(positions: np.ndarray, frames: Sequence[Frame], normal: np.ndarray, pa
         else:
             found = f"the slices do not lie in one line, they are shifted by {off.max():.2f} mm {between}"
         raise InputError(f"{path}: {found}; add missing slices or remove others")
+    drift = np.linalg.norm(positions - positions[0] - np.arange(len(positions))[:, None] * mean, axis=1)
+    if drift.max() > DRIFT * np.linalg.norm(mean):
+        raise InputError(
+            f"{path}: the slices are unevenly spaced, {frames[int(drift.argmax())].name} lies {drift.max():.2f} mm off "
+            f"its place in even steps of {np.linalg.norm(mean):.2f} mm; resample the series to even steps"
+        )
     return mean
 
 

@@ -9,6 +9,7 @@ import logging
 import mmap
 import os
 import re
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 STRUCTURES = "1.2.840.10008.5.1.4.1.1.481.3"  # RTSTRUCT
 PREAMBLE = 128  # bytes before the mark "DICM"
 OTHER_FILES = ("DICOMDIR",)
+USED = ("SOPClassUID", "SeriesInstanceUID", "SeriesDescription", "Modality", "Rows", "PhotometricInterpretation")
+CLASS = re.compile(r"\d+(\.\d+)+")
+LONGEST_REASON = 200  # characters; damaged lengths make one value of all that follows, patient data included
 UID_NAME = re.compile(r"[\w-][\w. -]{0,63}")  # anonymizers write letters, too
 
 
@@ -53,7 +57,7 @@ def refusing_damage(path: Path, what: str) -> Iterator[None]:
     except (SamdaError, MemoryError):
         raise
     except Exception as error:  # pydicom raises all kinds of errors for damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder=" ...") or type(error).__name__
         raise InputError(f"{path} is a damaged DICOM file: {what} ({reason}); replace or remove it") from error
 
 
@@ -65,8 +69,24 @@ def read_dataset(path: Path, **settings: Any) -> Dataset:
 
 def dicom_header(path: Path, tags: list[str] | None = None) -> Dataset:
     """The header of a file, or these tags of it; InputError if it is damaged."""
+    header = _header(path, tags)
+    if not _has_class(header):
+        raise InputError(f"{path} is a damaged DICOM file: its SOPClassUID is no UID; replace or remove it")
+    return header
+
+
+def _header(path: Path, tags: list[str] | None = None) -> Dataset:
     with refusing_damage(path, "its header cannot be read"):
-        return read_dataset(path, stop_before_pixels=True, specific_tags=tags)
+        header = read_dataset(path, stop_before_pixels=True, specific_tags=tags)
+        for tag in USED:  # pydicom converts a value, and finds damage, when it is asked for
+            header.get(tag)
+        return header
+
+
+def _has_class(header: Dataset) -> bool:
+    """Is the class of an object a UID, or not stated?"""
+    kind = str(header.get("SOPClassUID") or "")
+    return not kind or (len(kind) <= 64 and CLASS.fullmatch(kind) is not None)
 
 
 def is_dicom(path: Path) -> bool:
@@ -95,7 +115,7 @@ def _kind(header: Dataset) -> str:
 def _claims_image(header: Dataset) -> bool:
     """Should this be an image by its class, or does it state none, as damaged files do?"""
     kind = _kind(header)
-    return not kind or "Image Storage" in kind
+    return not kind or "Image Storage" in kind or not _has_class(header)
 
 
 def _shows_image(header: Dataset) -> bool:
@@ -167,15 +187,17 @@ def _series_uids(folder: Path) -> dict[Path, tuple[str, bool]]:
 
 @functools.lru_cache(maxsize=256)
 def _read_uids(folder: Path, _changed: int) -> dict[Path, tuple[str, bool]]:
-    found = {}
-    for path in _files(folder):
-        if is_dicom(path):
-            found[path] = "", True
-            with contextlib.suppress(InputError), refusing_damage(path, "its header cannot be read"):
-                header = dicom_header(path, ["SeriesInstanceUID", "SOPClassUID", "Rows"])
-                uid = str(header.get("SeriesInstanceUID", ""))
-                found[path] = uid, _shows_image(header) or _claims_image(header)
-    return found
+    found, lost = {}, []
+    for path in filter(is_dicom, _files(folder)):
+        found[path], sound = ("", True), False
+        with contextlib.suppress(InputError):
+            header = _header(path, ["SeriesInstanceUID", "SOPClassUID", "Rows"])
+            image = _shows_image(header) or _claims_image(header)
+            found[path] = str(header.get("SeriesInstanceUID", "")), image
+            sound = not image or (_shows_image(header) and _has_class(header))
+        lost += [] if sound or found[path][0] else [path]
+    uids = {uid for uid, image in found.values() if image and uid}
+    return found | {path: (uid, True) for path in lost for uid in uids if len(uids) == 1}  # a slice of the only series
 
 
 def one_series(folder: Path) -> dict[Path, Dataset]:
@@ -201,7 +223,9 @@ def one_series(folder: Path) -> dict[Path, Dataset]:
         with refusing_damage(path, "its header cannot be read"):
             series.setdefault(str(header.get("SeriesInstanceUID", "")), {})[path] = header
     if len(series) > 1:
-        names = ", ".join(f"{_series_name(files)!r} ({len(files)} files, UID {uid})" for uid, files in series.items())
+        names = ", ".join(
+            f"{_series_name(files)!r} ({len(files)} files, UID {uid:.64})" for uid, files in series.items()
+        )
         remedy = f"use one folder per series, or give one as {folder}/UID"
         raise InputError(f"{folder} contains {len(series)} DICOM series: {names}; {remedy}")
     return images
@@ -209,7 +233,7 @@ def one_series(folder: Path) -> dict[Path, Dataset]:
 
 def _series_name(files: dict[Path, Dataset]) -> str:
     path, header = next(iter(files.items()))
-    return str(header.get("SeriesDescription", "")).strip() or path.name
+    return str(header.get("SeriesDescription", "")).strip()[:64] or path.name
 
 
 def visible(folder: Path) -> list[Path]:

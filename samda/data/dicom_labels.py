@@ -6,6 +6,7 @@ Their segments have names instead of ids; the id of a name is `samda.task.name_i
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -65,9 +66,13 @@ def referenced_series(path: Path) -> set[str]:
 
 
 def series_uid(path: Path) -> str:
-    """SeriesInstanceUID of a series."""
-    headers = (dicom_header(file) for file in series_files(path))
-    return next((str(h.get("SeriesInstanceUID", "")) for h in headers if h.get("SOPClassUID") not in SEGMENTATIONS), "")
+    """SeriesInstanceUID of a series; damaged files, which its reader refuses, are passed over."""
+    for file in series_files(path):
+        with contextlib.suppress(InputError):
+            header = dicom_header(file)
+            if header.get("SOPClassUID") not in SEGMENTATIONS:
+                return str(header.get("SeriesInstanceUID", ""))
+    return ""
 
 
 def read_dicom_label(
@@ -199,7 +204,7 @@ def _segments(path: Path, frames: list[Frame]) -> Iterator[tuple[int, str, np.nd
     names = _names(header, path)
     kind, most = header.get("SegmentationType"), int(header.get("MaximumFractionalValue") or 255)
     if kind not in ("BINARY", "FRACTIONAL", "LABELMAP"):
-        raise InputError(f"{path} states the segmentation type {kind!r}; convert it to BINARY")
+        raise InputError(f"{path} states the segmentation type {str(kind)!a:.40}; convert it to BINARY")
     own, slices = frames_of(header, path), _Slices(frames)
     shared = [*header.get("SharedFunctionalGroupsSequence", [])][:1]
     for frame, group, values in zip(

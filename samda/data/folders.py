@@ -156,11 +156,20 @@ def find_series(folder: Path) -> Series:
 
 def _dicom_labels(folder: Path, depth: int) -> dict[Path, set[str]]:
     """The DICOM labels in a folder and the folders in it, with the series that they refer to."""
-    found = {path: referenced_series(path) for path in no_images(folder) if is_dicom_label(path)}
+    found = {path: _references(path) for path in no_images(folder) if is_dicom_label(path)}
     for path in visible(folder):
         if path.is_dir() and depth and not (path / HIDDEN).is_dir():
             found |= _dicom_labels(path, depth - 1)
     return found
+
+
+def _references(path: Path) -> set[str]:
+    """The series that a DICOM label refers to; none for a damaged label, which does not stop the other cases."""
+    try:
+        return referenced_series(path)
+    except InputError as error:
+        logger.warning("%s", error)
+        return set()
 
 
 def _referring(series: Sequence[Path], objects: Mapping[Path, set[str]]) -> list[Path]:

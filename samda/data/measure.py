@@ -124,6 +124,7 @@ def _collect(kind: str, tell: Tell) -> Iterator[None]:
     """Report errors and warnings of the block instead of raising them."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
+        warnings.filterwarnings("ignore", module=r"pydicom\.")  # they may quote a whole file
         try:
             yield
         except Exception as error:

@@ -143,6 +143,10 @@ def test_one_slice_is_as_thick_as_stated(tmp_path):
         ({"PixelSpacing": [0.3, 0.5]}, "pixels of 0.3 x 0.5 mm, not 0.25 x 0.5"),
         ({"ImagePositionPatient": None}, "states no position"),
         ({"ImageOrientationPatient": [1, 0, 0, 0, 0, 1]}, "another plane"),
+        ({"ImageOrientationPatient": [2, 0, 0, 0, 1, 0]}, "states orientation"),
+        ({"ImageOrientationPatient": [1, 0, 0, 0.3, 0.954, 0]}, "states orientation"),
+        ({"BitsStored": 12}, "BitsStored 12, HighBit 15"),
+        ({"BitsAllocated": 8}, "BitsAllocated 8, BitsStored 16"),
         ({"SamplesPerPixel": 0}, "0 samples"),
         ({"RescaleSlope": 0.0}, "RescaleSlope 0"),
         ({"PixelData": b"12" * 10}, "pixels cannot be read"),
@@ -272,3 +276,51 @@ def test_a_tilted_gantry_shears_the_grid(tmp_path):
     sheared = AFFINE.copy()
     sheared[1, 2] = -0.3
     check(tmp_path / "s", affine=sheared)
+
+
+def test_slices_that_drift_from_an_even_grid_are_refused(tmp_path):
+    steps = [1.9] * 10 + [2.1] * 10  # each within the tolerance; the middle lies 1 mm off
+    heights = np.cumsum([0, *steps])
+    for k, z in enumerate(heights):
+        slice_file(tmp_path / "s", 0, ImagePositionPatient=[-4, -6, z]).rename(tmp_path / "s" / f"{k:03}.dcm")
+    assert "010.dcm lies 1.00 mm off its place" in refusal(tmp_path / "s")
+    rounded = np.round(np.arange(21) * 1.953, 1)  # as some scanners write
+    for k, z in enumerate(rounded):
+        slice_file(tmp_path / "t", 0, ImagePositionPatient=[-4, -6, z]).rename(tmp_path / "t" / f"{k:03}.dcm")
+    assert read_scan(tmp_path / "t").affine[2, 2] == pytest.approx(1.953, abs=0.01)
+
+
+def test_rounded_direction_cosines_are_read(tmp_path):
+    for k in range(4):
+        turned = [0.71, 0.71, 0, -0.71, 0.71, 0]  # the length is 1.004
+        slice_file(tmp_path / "s", k, ImageOrientationPatient=turned)
+    assert read_scan(tmp_path / "s").array.shape == (5, 6, 4)
+
+
+def damaged(path: Path, tag: bytes, place: int, new: bytes) -> None:
+    """Replace bytes of an element, counted from its tag."""
+    content = path.read_bytes()
+    start = content.index(tag, 200) + place  # behind the file meta information
+    path.write_bytes(content[:start] + new + content[start + len(new) :])
+
+
+CLASS_TAG, SERIES_TAG = b"\x08\x00\x16\x00UI", b"\x20\x00\x0e\x00UI"
+DAMAGE = [
+    *[(CLASS_TAG, 4, vr) for vr in (b"U9", b"UM", b"uI", b"]I")],  # 4 bytes of length follow, or 2
+    *[(CLASS_TAG, 8, b"X"), (CLASS_TAG, 6, b"\xff\0"), (SERIES_TAG, 4, b"UM")],
+]
+
+
+@pytest.mark.parametrize(("tag", "place", "new"), DAMAGE)
+@pytest.mark.parametrize("k", [0, 3])
+def test_a_slice_with_a_damaged_class_or_series_is_not_lost(tmp_path, tag, place, new, k):
+    folder = tmp_path / "s"
+    for n in range(4):
+        slice_file(folder, n, PatientName="Secret^Name")
+    damaged(folder / f"{9 - k}.dcm", tag, place, new)
+    assert [case["image"] for case in find_cases(folder)] == [str(folder)]
+    for path in (folder, folder / "1.2.3", folder / f"{9 - k}.dcm"):
+        if path.suffix == ".dcm" and tag == SERIES_TAG:
+            continue
+        message = refusal(path, folder / f"{9 - k}.dcm")
+        assert "damaged" in message and len(message) < len(str(path)) + 350 and "Secret" not in message
