@@ -38,6 +38,7 @@ LONGEST_REST = 64  # MiB behind the voxels of a compressed NIfTI
 VOXEL_SIDES = 1e-6, 1e6  # mm
 NRRD_SPACES = ("right anterior superior", "left anterior superior", "left posterior superior", "ras", "las", "lps")
 NRRD_TIME_SPACES = ("left posterior superior time", "lpst")  # the others with time are refused
+SAME_SIZE = 0.01  # tolerance between voxel sizes in one header, relative
 SAME_PLACE = 0.1  # tolerance between corners of the same grid in two files, relative to the smallest voxel side
 
 
@@ -209,7 +210,7 @@ def load_nifti(path: str | Path) -> Any:
     try:
         with _noted() as notes:
             image: Any = nib.load(path, mmap=False)  # a mapped file could change later
-            unit = image.header.get_xyzt_units()[0] if hasattr(image.header, "get_xyzt_units") else "mm"
+            unit = _unit(image.header)
             shape, packed = image.shape, path.name.lower().endswith(PACKED)
         data = Path(image.file_map["image"].filename)
     except Exception as error:  # damaged headers raise of any kind
@@ -223,7 +224,28 @@ def load_nifti(path: str | Path) -> Any:
         raise InputError(f"{path} states no voxel size ({notes[0].getMessage()}); repair its header")
     if unit in ("meter", "micron"):
         raise InputError(f"{path} has voxel sizes in {unit}; convert the header to mm")
+    offset, header = getattr(image.dataobj, "offset", 0), image.header
+    if isinstance(image, nib.Nifti1Image) and offset < getattr(header, "single_vox_offset", 0):  # 0 is taken literally
+        raise InputError(f"{path} states vox_offset {offset}, within its header; repair its header")
+    if np.isinf(slope := _stated_slope(image)):  # nibabel reads it as none
+        raise InputError(f"{path} states scl_slope {slope}; repair its header")
     return image
+
+
+def _unit(header: Any) -> str:
+    """The unit of the voxel sizes."""
+    try:
+        return str(header.get_xyzt_units()[0]) if hasattr(header, "get_xyzt_units") else "mm"
+    except KeyError:
+        raise ValueError(f"xyzt_units of its header is {int(header['xyzt_units'])}, which is no unit") from None
+
+
+def _stated_slope(image: Any) -> float:
+    """The scl_slope in the file of a NIfTI, which nibabel does not keep; 1 for other formats."""
+    if not isinstance(image, nib.Nifti1Pair):
+        return 1.0
+    with (image.file_map.get("header") or image.file_map["image"]).get_prepare_fileobj("rb") as file:
+        return float(type(image.header).from_fileobj(file, check=False)["scl_slope"])
 
 
 def _read_nifti(path: Path, pixels: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -272,6 +294,13 @@ def _warn_of_form_codes(image: Any, path: Path) -> None:
         shift = np.abs((sform[0] - qform[0]) @ corners).max()
         if shift > 0.5 * min(image.header.get_zooms()[:3]):
             warnings.warn(f"{path}: sform and qform differ by up to {shift:.1f} mm; the sform is used", stacklevel=4)
+    elif sform[1]:
+        pixdim = np.asarray(image.header.get_zooms()[:3], float)
+        sizes = np.linalg.norm(sform[0][:3, : len(pixdim)], axis=0)
+        if np.abs(sizes / pixdim - 1).max() > SAME_SIZE:
+            both = [" x ".join(f"{size:.4g}" for size in values) for values in (sizes, pixdim)]
+            text = f"voxels are {both[0]} mm by the sform, {both[1]} mm by pixdim; the sform is used"
+            warnings.warn(f"{path}: {text}", stacklevel=4)
 
 
 def qform_of(image: Any) -> tuple[np.ndarray | None, int]:

@@ -17,6 +17,7 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
 from samda.data.datalists import read_datalist
+from samda.data.dicom_labels import is_dicom_label
 from samda.data.inspect import check_data
 from samda.data.readers import read_label, read_scan
 from samda.data.suggest import suggest_task
@@ -189,3 +190,32 @@ def test_a_label_beside_its_series_does_not_stop_a_prediction(tmp_path):
     assert read_scan(tmp_path / "ct").array.shape == SHAPE
     with pytest.raises(InputError, match=r"0b\.dcm is a DICOM segmentation"):
         read_scan(tmp_path / "ct" / "0b.dcm")
+
+
+@pytest.mark.parametrize("vr", [b"U9", b"UM"])
+def test_a_damaged_file_in_place_of_a_label_fails_alone(tmp_path, vr):
+    labels = labeled(tmp_path, "dicom-seg")
+    content = (tmp_path / "label.dcm").read_bytes()
+    place = content.index(b"\x08\x00\x16\x00UI", 200) + 4
+    (tmp_path / "bad.dcm").write_bytes(content[:place] + vr + content[place + 2 :])
+    assert not is_dicom_label(tmp_path / "bad.dcm")
+    (tmp_path / "list.csv").write_text("id,image,label\na,ct,label.dcm\nb,ct,bad.dcm\n")
+    report = check_data(tmp_path / "list.csv")
+    found = [problem for problem in report.problems if problem.case == "b" and problem.stops]
+    assert found and str(tmp_path / "bad.dcm") in found[0].line()
+    assert max(len(problem.line()) for problem in report.problems) < 600 + 3 * len(str(tmp_path))
+    np.testing.assert_array_equal(read_label(tmp_path / "label.dcm", tmp_path / "ct").array, NAMES[labels])
+
+
+def test_references_that_cannot_be_read_do_not_stop_other_cases(tmp_path, caplog):
+    for name in ("a", "b"):
+        labeled(tmp_path / name, "dicom-seg")
+    for path in (tmp_path / "b").rglob("*.dcm"):  # another series, whose UIDs have the same length
+        path.write_bytes(path.read_bytes().replace(b"1.2.3", b"1.2.4"))
+    path = tmp_path / "b" / "label.dcm"
+    content = path.read_bytes()
+    place = content.index(b"\x08\x00\x15\x11SQ")  # ReferencedSeriesSequence
+    uid = content.index(b"\x20\x00\x0e\x00UI", place) + 4
+    path.write_bytes(content[:uid] + b"UM" + content[uid + 2 :])
+    assert [case["id"] for case in read_datalist(tmp_path, report=lambda problem: None).cases["training"]] == ["a"]
+    assert str(path) in caplog.text

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import nibabel as nib
@@ -53,6 +54,45 @@ def test_sform_wins_over_a_qform_that_differs_and_this_is_said(tmp_path):
     with pytest.warns(UserWarning, match="sform and qform differ by up to 36.0 mm"):  # 2 * (10 - 1) * 2 mm along x
         scan = read_scan(tmp_path / "a.nii")
     np.testing.assert_allclose(scan.affine, AFFINES["ras"])
+
+
+@pytest.mark.parametrize(("scale", "warns"), [(1.0, False), (1.005, False), (1.1, True)])
+def test_pixdim_that_contradicts_the_only_form_is_said(tmp_path, recwarn, scale, warns):
+    path = Path(save(tmp_path / "a.nii", numbered(), AFFINES["oblique"], 1, 0))
+    content = bytearray(path.read_bytes())
+    content[80:92] = np.array([1.5, 0.8, 4.0 * scale], "<f4").tobytes()
+    path.write_bytes(content)
+    np.testing.assert_allclose(read_scan(path).affine, AFFINES["oblique"], atol=1e-4)
+    assert [str(path) in str(w.message) and "4.4 mm by pixdim" in str(w.message) for w in recwarn] == [True] * warns
+
+
+FIELDS = [  # place, type, value, what is named
+    *[(108, "<f4", 0.0, "vox_offset 0"), (108, "<f4", 100.0, "vox offset 100")],
+    *[(112, "<f4", np.inf, "scl_slope inf"), (112, "<f4", -np.inf, "scl_slope -inf")],
+    (123, "u1", 6, "xyzt_units of its header is 6"),
+]
+
+
+@pytest.mark.parametrize(("place", "kind", "value", "named"), FIELDS)
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_fields_of_nifti_that_cannot_be_meant(tmp_path, place, kind, value, named, ending):
+    content = bytearray(Path(save(tmp_path / "b.nii", numbered(), AFFINES["ras"])).read_bytes())
+    data = np.array([value], kind).tobytes()
+    content[place : place + len(data)] = data
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(gzip.compress(content) if ending == ".nii.gz" else content)
+    assert named in refusal(path)
+    with pytest.raises(InputError, match=named.split()[0]):
+        read_geometry(path)
+
+
+@pytest.mark.parametrize("slope", [0.0, np.nan])
+def test_a_slope_that_the_format_defines_as_none_is_none(tmp_path, slope):
+    path = Path(save(tmp_path / "a.nii", numbered(), AFFINES["ras"]))
+    content = bytearray(path.read_bytes())
+    content[112:116] = np.array([slope], "<f4").tobytes()
+    path.write_bytes(content)
+    np.testing.assert_array_equal(read_scan(path).array, numbered())
 
 
 def test_nifti_without_any_form_code_warns(tmp_path):
