@@ -27,7 +27,7 @@ STRUCTURES = "1.2.840.10008.5.1.4.1.1.481.3"  # RTSTRUCT
 PREAMBLE = 128  # bytes before the mark "DICM"
 OTHER_FILES = ("DICOMDIR",)
 USED = ("SOPClassUID", "SeriesInstanceUID", "SeriesDescription", "Modality", "Rows", "PhotometricInterpretation")
-CLASS = re.compile(r"\d+(\.\d+)+")
+CLASS = re.compile(r"[0-9]+(\.[0-9]+)+")
 LONGEST_REASON = 200  # characters; damaged lengths make one value of all that follows, patient data included
 UID_NAME = re.compile(r"[\w-][\w. -]{0,63}")  # anonymizers write letters, too
 
@@ -85,7 +85,7 @@ def _header(path: Path, tags: list[str] | None = None) -> Dataset:
 
 def _has_class(header: Dataset) -> bool:
     """Is the class of an object a UID, or not stated?"""
-    kind = str(header.get("SOPClassUID") or "")
+    kind = str(header.get("SOPClassUID") or "").strip()
     return not kind or (len(kind) <= 64 and CLASS.fullmatch(kind) is not None)
 
 

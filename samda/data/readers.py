@@ -297,7 +297,7 @@ def _warn_of_form_codes(image: Any, path: Path) -> None:
     elif sform[1]:
         pixdim = np.asarray(image.header.get_zooms()[:3], float)
         sizes = np.linalg.norm(sform[0][:3, : len(pixdim)], axis=0)
-        if np.abs(sizes / pixdim - 1).max() > SAME_SIZE:
+        if np.abs(sizes / pixdim - 1).max(initial=0) > SAME_SIZE:
             both = [" x ".join(f"{size:.4g}" for size in values) for values in (sizes, pixdim)]
             text = f"voxels are {both[0]} mm by the sform, {both[1]} mm by pixdim; the sform is used"
             warnings.warn(f"{path}: {text}", stacklevel=4)
