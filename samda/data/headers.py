@@ -24,11 +24,13 @@ INFLATION = 1100  # packed by gzip or as PNG, data are at most about 1030 times 
 WORKING_BYTES = 8  # per value, of a scan at work: the image in float32, and a copy of it in another order
 LARGEST_HEADER = 1 << 16  # bytes of a text header
 LONGEST_LINE, LONGEST_NAME = 500, 250  # of a NRRD, of the field Name of a MetaImage; ITK ends the process above
-LARGEST_LIST = 1 << 22  # bytes of a text header with a list of data files
+LARGEST_LIST, MOST_FILES = 1 << 22, 1 << 16  # bytes of a text header with a list of data files; files of a pattern
+LONGEST_PATH = 4096
 PATTERN = re.compile(r"([^%]*%0?\d{0,2}d[^%]*?)((?:\s+-?\d{1,9})*)")  # of names, with numbers
 LIST_LINE = re.compile(rb"(?i)\s*(elementdatafile|data ?file)\s*[:=]\s*LIST")
 OTHER_UNIT = re.compile(r"(?:[kdcun]|[^ -~]+|centi|micro|nano)?(?:m|met(?:er|re)s?)|microns?|in|inch(?:es)?")
 SCALES = {"elementtointensityfunctionslope": 1, "elementtointensityfunctionoffset": 0}
+SPATIAL = ("", "???", "none", "domain", "space", "time")  # kinds of axes that ITK takes for those of a volume
 MIRRORED_SPACES = ("right anterior superior time", "rast", "left anterior superior time", "last")
 TRUE = ("T", "t", "1")
 LARGEST_DIMENSION = 10  # of a MetaImage; ITK aborts above
@@ -90,8 +92,8 @@ def _check_text_header(path: Path, shape: Sequence[int], fields: dict[str, str],
     plain = plain and fields.get("compresseddata", "F")[:1] not in TRUE
     size, needed = " x ".join(map(str, shape)), math.prod(shape) * value_bytes / len(files)
     for data in files:
-        if not data.is_file():
-            what = "no regular file" if data.exists() else "missing"
+        if not os.path.isfile(data):  # of names that are too long, too
+            what = "no regular file" if os.path.exists(data) else "missing"
             raise InputError(f"{path}: its data file {data} is {what}; give a complete scan")
         length = data.stat().st_size
         if needed > length * (1 if plain else INFLATION):
@@ -103,22 +105,21 @@ def _check_text_header(path: Path, shape: Sequence[int], fields: dict[str, str],
 
 def _check_meaning(path: Path, fields: dict[str, str], dimension: int) -> None:
     """Refuse what ITK passes over: units, scales of values, axes without size, and spaces with time."""
-    stated = [fields.get(name, "") for name in ("distanceunits", "space units", "units")]
-    other = [word for word in re.split(r'[\s"]+', " ".join(stated)) if OTHER_UNIT.fullmatch(word.lower())]
+    nrrd = path.name.lower().endswith(NRRD)
+    stated = " ".join(fields.get(name, "") for name in (("space units", "units") if nrrd else ("distanceunits",)))
+    other = [word for word in re.split(r'[\s"]+', stated[:LONGEST_LINE]) if OTHER_UNIT.fullmatch(word.lower())]
     if other:
-        raise InputError(f"{path} has voxel sizes in {other[0]!a}; convert the header to mm")
-    for name, neutral in SCALES.items():
+        raise InputError(f"{path} has voxel sizes in {other[0]!a:.40}; convert the header to mm")
+    for name, neutral in () if nrrd else SCALES.items():
         if name in fields and _number(fields[name]) != neutral:
-            raise InputError(f"{path} states {name} {fields[name]!r:.40}; apply it to the voxels and remove it")
+            raise InputError(f"{path} states {name} {fields[name]!a:.40}; apply it to the voxels and remove it")
     space = fields.get("space", "").lower().replace("-", " ")
-    if space in MIRRORED_SPACES:
+    if nrrd and space in MIRRORED_SPACES:
         raise InputError(f"{path} states the space {space}, of which ITK ignores the directions; state it without time")
-    kinds = (fields.get("kinds", "").lower().split() + [""] * dimension)[:dimension]
+    kinds = (fields.get("kinds", "").lower().split() + [""] * dimension)[: dimension if nrrd else 0]
     for name in ("space directions", "spacings"):
         sizes = re.findall(r"\([^)]*\)|[^\s(]+", fields.get(name, "").lower())
-        axes = [
-            n for n, kind in enumerate(kinds[: len(sizes)]) if kind in ("", "???", "none", "domain", "space", "time")
-        ]
+        axes = [n for n, kind in enumerate(kinds[: len(sizes)]) if kind in SPATIAL]
         unknown = [n for n in axes[:3] if sizes[n] == "none" or "nan" in sizes[n]]
         if unknown:
             raise InputError(f"{path} states no size of axis {unknown[0] + 1} in its {name}; repair its header")
@@ -137,15 +138,15 @@ def _data_files(path: Path, data: str, sizes: Sequence[int]) -> list[Path]:
     ITK does not count those of a MetaImage: voxels without a name would be whatever is in the memory.
     """
     nrrd = path.name.lower().endswith(NRRD)
-    pattern = PATTERN.fullmatch(data)
+    pattern = PATTERN.fullmatch(data) if len(data) < LONGEST_PATH else None
     if data.startswith("LIST"):
         names, rest = _listed(path, b"\r\n" if nrrd else b"\r\n\t "), data[4:]
     elif pattern or ("%" in data and not nrrd):
         names, rest = _numbered(pattern, nrrd, sizes) if pattern else ([], "")
     else:
         files = [path.parent / f"{os.fsdecode(data.encode('latin-1'))}{packed}" for packed in ("", ".gz", ".Z")]
-        return [next((file for file in files if file.exists()), files[0])]  # ITK looks for these, too
-    axes = int(rest) if rest.strip().isdecimal() else 0  # of one file
+        return [next((file for file in files if os.path.exists(file)), files[0])]  # ITK looks for these, too
+    axes = int(rest[:9]) if rest[:9].strip().isdecimal() else 0  # of one file
     axes = axes if 0 < axes <= len(sizes) else len(sizes) - 1
     count = math.prod(sizes[axes:])
     if not names or (len(names) != count and not (nrrd and axes == len(sizes))):
@@ -177,8 +178,8 @@ def _numbered(pattern: re.Match[str], nrrd: bool, sizes: Sequence[int]) -> tuple
         return [], ""
     first, last, step = map(int, words[:3])
     numbers = range(first, last + (step > 0) - (step < 0), step) if step > 0 or (nrrd and step) else range(0)
-    names = numbers[: math.prod(sizes) + 1]
-    return [os.fsdecode((pattern[1] % number).encode("latin-1")) for number in names], "".join(words[3:])
+    names = [os.fsdecode((pattern[1] % number).encode("latin-1")) for number in numbers[:MOST_FILES]]
+    return names, "".join(words[3:])
 
 
 def text_fields(path: Path) -> dict[str, str]:

@@ -78,6 +78,10 @@ ASKING = {
     "p2.nrrd": nrrd(**{"space origin": "[" * 3000}),
     "p3.nrrd": nrrd(unknown="x" * 3000),
     "l.mhd": meta(ElementDataFile="/dev/zero"),
+    "l2.mhd": meta(ElementDataFile="x" * 5000),
+    "l3.mhd": meta(ElementDataFile="%d" + " 1" * 20_000 + "x"),
+    "l4.mhd": meta(ElementDataFile="LIST " + "9" * 9000),
+    "l5.mhd": meta(ElementDataFile="s%d 0 999999999 1", DimSize="1000 1000 1000"),
     "m.nrrd": nrrd(sizes="2000 2000 2000"),
     "n.nrrd": nrrd(sizes="99999999999 99999999999 99999999999"),
     "o.nrrd": nrrd(sizes="-1 5 5"),
@@ -271,7 +275,7 @@ PLAIN = {
     "c.nrrd": nrrd(type="uchar", sizes="2 5 5 2", dimension=4, spacings="nan 2 2 3", kinds="vector space space space"),
     "d.nrrd": nrrd(type="uchar", sizes="5 5 2 2", dimension=4, spacings="2 2 3 nan", units='"mm" "mm" "mm" "s"'),
     "e.mha": meta(DistanceUnits="mm", **{SCALE: "1.0", OFFSET: "0"}),
-    "f.mha": meta(DistanceUnits="?"),
+    "f.mha": meta(DistanceUnits="?", Units="cm"),
 }
 
 
