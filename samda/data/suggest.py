@@ -21,8 +21,8 @@ from samda.task import AXES, Task, name_id, names_side
 
 GRID = 2  # pixels: the class head tells apart what lies on every second pixel of a slice, its logits have stride 2
 PER_WIDTH = 5  # places of that grid that the narrowest structure should cover
-# of pictures; inner splits of 3 pictures or patients, 5 and 12 places in the same time: nuclei .909, .916 and (stained) .827, .831, hearts
-# .866, .868
+# of pictures; inner splits of 3 pictures or patients, 5 and 12 places in the same time: nuclei .909, .916 and (stained)
+# .827, .831, hearts .866, .868
 PER_WIDTH_PICTURE = 12
 NARROW = 25  # percent of the cases whose structure is narrower than what counts
 SMALLEST_SIZE = 128  # pixels of a slice; fewer only where more would be finer than the voxels need
@@ -168,9 +168,9 @@ def _modality(report: DataReport, cases: Sequence[CaseFacts]) -> Choices:
 def _geometry(cases: Sequence[CaseFacts], modality: str, labels: Mapping[str, Any]) -> Choices:
     """Slice axis, spacing and image size, and the tolerance that goes with them.
 
-    The spacing is the coarsest at which the class head's grid is not coarser than the voxels or than a fifth (pictures: a
-    twelfth) of the narrowest structure, as coarse slices cost less; but the field of view has at least 128 pixels (pictures: 256) where
-    the voxels are that fine, and at most 256 (pictures: 768), which bounds the cost.
+    The spacing is the coarsest at which the class head's grid is not coarser than the voxels or than a fifth (pictures:
+    a twelfth) of the narrowest structure, as coarse slices cost less; but the field of view has at least 128 pixels
+    (pictures: 256) where the voxels are that fine, and at most 256 (pictures: 768), which bounds the cost.
     """
     axis, across, why = _axis(cases, modality)
     plane = [a for a in range(3) if a != across]

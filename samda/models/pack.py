@@ -199,8 +199,8 @@ def model_card(header: Mapping[str, Any], license: str | None = None) -> str:
     adapted = []
     if version:
         before, name = _cell(version.get("from_version")), _cell(version.get("name"))
-        adapted = [f"The scores are of the version {before}, from which {name}, the version in this pack, was adapted to "
-                   "the scans of a site without labels.", ""]  # fmt: skip
+        adapted = [f"These are of the version {before}, from which the one in this pack, {name}, was adapted to the "
+                   "scans of a site without labels.", ""]  # fmt: skip
     lines = [
         "---",
         "library_name: samda",
