@@ -108,6 +108,8 @@ def unpack_model(file: str | Path, folder: str | Path) -> Path:
     """
     file, folder = Path(file), Path(folder).expanduser()
     refuse_full(folder)
+    if file.exists() and not file.is_file():
+        raise InputError(f"{file} is no file; give a pack of samda")
     folder = folder.resolve() if folder.is_symlink() else folder
     new = [parent for parent in folder.parents if not parent.exists()]
     try:
