@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import glob
 import io
 import itertools
 import json
@@ -21,6 +22,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +43,9 @@ FLOAT = re.compile(r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-
 
 # what spreadsheets take for a formula, behind spaces, too; a plain number is none
 FORMULA = re.compile(r"(?!\s*[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?$)(\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n])")
+
+UNFINISHED = re.compile(r"\.(\d+)-[0-9a-f]{8}-")  # head of the name of an unfinished file: the process that writes it
+UNTOUCHED = 2.0  # seconds after which an unfinished file of no process is left over; another machine may write it
 
 Image = str | Path | Sequence[str | Path]  # one file or DICOM folder, or one file per channel
 
@@ -64,6 +69,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     output = output_of(path)
     if output is not None:
         output.refuse_foreign([path.absolute()])
+    else:
+        _sweep(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _hidden(path)
     try:
@@ -89,6 +96,19 @@ def _hidden(path: Path) -> Path:
     """The name of an unfinished file or folder; long names, which may be at the file system's limit, are cut."""
     head = f".{os.getpid()}-{secrets.token_hex(4)}-"
     return path.with_name(head + path.name[max(0, len(head) + len(path.name.encode()) - 255) :])
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a killed process of this machine left of `path`, unfinished; in an output folder all is removed."""
+    for other in path.parent.glob(f".*-{glob.escape(path.name)}"):
+        found = UNFINISHED.fullmatch(other.name.removesuffix(path.name))
+        if found and time.time() - other.lstat().st_mtime > UNTOUCHED:
+            try:
+                os.kill(int(found[1]), 0)
+            except (ProcessLookupError, OverflowError):
+                remove(other)
+            except OSError:  # of another user
+                continue
 
 
 def copy_file(source: str | Path, path: str | Path) -> None:
@@ -186,6 +206,8 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     output = output_of(path)
     if output is not None:
         output.refuse_foreign([path.absolute()])
+    else:
+        _sweep(path)
     temporary, before = _hidden(path), _hidden(path)
     temporary.mkdir()
     try:

@@ -11,7 +11,9 @@ import importlib
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.meta_path.insert(0, _Spared())
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        with contextlib.redirect_stdout(_Printable(sys.stdout)):
+        with _terminable(), contextlib.redirect_stdout(_Printable(sys.stdout)):
             code = _run(argv)
             sys.stdout.flush()
         return code
@@ -95,6 +97,8 @@ def _run(argv: list[str]) -> int:
         return 0
     except SystemExit as done:  # --help and --version
         return int(done.code or 0)
+    except Terminated:
+        return _report(f"{name}: terminated", 143, debug)
     except KeyboardInterrupt:
         return _report(f"{name}: interrupted", 130, debug)
     except BrokenPipeError:
@@ -106,6 +110,31 @@ def _run(argv: list[str]) -> int:
         elif not (cause_of(error) or disk_trouble(error)):
             hint = " (--debug shows where)"
         return _report(f"{name}: {reason_of(error)}{hint}", 2 if usage else 1, debug)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers and containers send it: everything ends as after Ctrl-C."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise :class:`Terminated` on SIGTERM in this process; torchrun, which restarts or kills, is left alone."""
+    if threading.current_thread() is not threading.main_thread() or "LOCAL_RANK" in os.environ:
+        yield
+        return
+    own = os.getpid()
+
+    def terminate(number: int, _frame: Any) -> None:
+        if os.getpid() == own:
+            raise Terminated
+        signal.signal(number, signal.SIG_DFL)  # a worker of a data loader
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

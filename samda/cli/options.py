@@ -132,6 +132,8 @@ def existing(path: Path, what: str) -> Path:
         if is_series(path):  # FOLDER/UID, one of several in a folder
             return path
         raise InputError(f"{what} {str(path)!r} does not exist; check the path")
+    if not (path.is_file() or path.is_dir()):
+        raise InputError(f"{what} {str(path)!r} is neither a file nor a folder; give one of them")
     return path
 
 
@@ -141,6 +143,8 @@ def check_file(path: Path, option: str) -> None:
 
     if path.is_dir():
         raise UsageError(f"{option} {path} is a folder; give a file")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{option} {path} is a pipe or a device; give a file")
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         try_writing(path.absolute().parent)

@@ -224,5 +224,7 @@ def peak_memory_mb() -> dict[str, float | None]:
 
 def _is_report(path: Path) -> bool:
     """Does the file begin as reports do? It may be of any size."""
+    if not path.is_file():  # a pipe would be waited for
+        return False
     with path.open("rb") as file:
         return b'"report_version"' in file.read(200)

@@ -91,6 +91,8 @@ def _has_class(header: Dataset) -> bool:
 
 def is_dicom(path: Path) -> bool:
     """Does a file begin as a DICOM file, with or without preamble?"""
+    if not path.is_file():  # a pipe would be waited for
+        return False
     try:
         with path.open("rb") as file:
             head = file.read(PREAMBLE + 4)

@@ -215,6 +215,17 @@ def _patient_problems(data: DataList) -> Iterator[Problem]:
         if len(names) > 1:
             text = f"{path} is the image of {len(names)} cases ({', '.join(names)}); keep one"
             yield Problem("same image", text, names[1], False)
+    labeled = [case for case, _ in every if "label" in case and "slices" not in case]
+    labels = _grouped((Path(case["label"]).resolve(), case) for case in labeled)
+    for path, mine in labels.items():
+        if len({files_of(case["image"])[0].resolve() for case in mine}) > 1:
+            text = (
+                f"{path} is the label of {len(mine)} cases ({', '.join(case['id'] for case in mine)}) of other images"
+            )
+            yield Problem("same label", f"{text}; give each its own", mine[1]["id"])
+    for case in labeled:
+        if files_of(case["image"])[0].resolve() == Path(case["label"]).resolve():
+            yield Problem("same file", f"{case['label']} is image and label of one case; give its label", case["id"])
 
 
 def _grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:

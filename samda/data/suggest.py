@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,13 +17,14 @@ from samda.data.folders import Problem
 from samda.data.inspect import DataReport, check_data, task_problems
 from samda.data.labels import IGNORE
 from samda.data.measure import AIR, ANISOTROPIC, CaseFacts
-from samda.errors import InputError, one_line, printable
+from samda.errors import InputError, UsageError, one_line, printable
+from samda.io import load_yaml
 from samda.task import AXES, Task, name_id, names_side
 
 GRID = 2  # pixels: the class head tells apart what lies on every second pixel of a slice, its logits have stride 2
 PER_WIDTH = 5  # places of that grid that the narrowest structure should cover
-# of pictures; inner splits of 3 pictures or patients, 5 and 12 places in the same time: nuclei .909, .916 and (stained) .827, .831, hearts
-# .866, .868
+# of pictures; inner splits of 3 pictures or patients, 5 and 12 places in the same time: nuclei .909, .916 and (stained)
+# .827, .831, hearts .866, .868
 PER_WIDTH_PICTURE = 12
 NARROW = 25  # percent of the cases whose structure is narrower than what counts
 SMALLEST_SIZE = 128  # pixels of a slice; fewer only where more would be finer than the voxels need
@@ -38,6 +40,7 @@ CENTRAL = 0.03  # of a picture's width: how far from its middle a structure may 
 TAIL = 0.5  # percent of the foreground below and above the window
 MARGIN = 1.02  # of the field of view around the body
 WINDOW = 400.0  # HU, the narrowest window; keeps the surroundings of organs visible
+MOST_IDS = {False: 150, True: 32}  # in labels without names, of volumes and of 2-D images: more are gray values
 SINGLE, UNNAMED = "foreground", "class_{}"
 
 
@@ -62,12 +65,16 @@ class Suggestion:
             if key == "labels":
                 value = {name: ids[0] if len(ids) == 1 else ids for name, ids in value.items()}
                 value = {name: name if i == name_id(name) else i for name, i in value.items()}  # of DICOM labels
-            listed = yaml.safe_dump(
-                [_short(value)], default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True
-            )
-            text = f"{key}: {listed.strip()[1:-1]}"
+            text = f"{key}: {_flow(_short(value))}"
             lines.append(f"{text} # {one_line(self.reasons[key])}" if key in self.reasons else text)
         return "\n".join(lines) + "\n"
+
+
+def _flow(value: Any) -> str:
+    """A value as YAML on one line that is read back as it is: texts like 1e3 are quoted."""
+    listed = yaml.safe_dump([value], default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True)
+    same = load_yaml(listed) == [value]
+    return listed.strip()[1:-1] if same else json.dumps(value, ensure_ascii=False)
 
 
 def _short(value: Any) -> Any:
@@ -117,7 +124,11 @@ def suggest_task(report: DataReport) -> Suggestion:
         choices |= _window(cases, [i for ids in labels.values() for i in np.atleast_1d(ids)])
     values = {key: value for key, (value, _) in choices.items()}
     values["in_channels"] = _channels(cases)
-    return Suggestion(Task.from_dict(values), {key: reason for key, (_, reason) in choices.items() if reason})
+    try:
+        task = Task.from_dict(values)
+    except UsageError as error:  # what the data set says cannot be in a task, such as a name with a line break
+        raise InputError(f"{report.path}: {error}") from error
+    return Suggestion(task, {key: reason for key, (_, reason) in choices.items() if reason})
 
 
 Choices = Mapping[str, tuple[Any, str]]  # key -> value and reason
@@ -138,6 +149,12 @@ def _classes(report: DataReport, cases: Sequence[CaseFacts]) -> Choices:
     found = sorted({i for case in cases for i in case.label_ids if i > 0})
     if not found:
         raise InputError(f"{report.path}: no label contains an id above 0, so no task can be suggested")
+    most = MOST_IDS[cases[0].picture]
+    if len(found) > most:
+        raise InputError(
+            f"{report.path}: the labels hold {len(found)} different ids, as gray values do; are images and labels "
+            "swapped, or masks smoothed? Otherwise name the classes in dataset.json"
+        )
     names = [SINGLE] if len(found) == 1 else [UNNAMED.format(i) for i in found]
     return {
         "classes": (["background", *names], "placeholders; rename them here and below"),
@@ -168,9 +185,9 @@ def _modality(report: DataReport, cases: Sequence[CaseFacts]) -> Choices:
 def _geometry(cases: Sequence[CaseFacts], modality: str, labels: Mapping[str, Any]) -> Choices:
     """Slice axis, spacing and image size, and the tolerance that goes with them.
 
-    The spacing is the coarsest at which the class head's grid is not coarser than the voxels or than a fifth (pictures: a
-    twelfth) of the narrowest structure, as coarse slices cost less; but the field of view has at least 128 pixels (pictures: 256) where
-    the voxels are that fine, and at most 256 (pictures: 768), which bounds the cost.
+    The spacing is the coarsest at which the class head's grid is not coarser than the voxels or than a fifth (pictures:
+    a twelfth) of the narrowest structure, as coarse slices cost less; but the field of view has at least 128 pixels
+    (pictures: 256) where the voxels are that fine, and at most 256 (pictures: 768), which bounds the cost.
     """
     axis, across, why = _axis(cases, modality)
     plane = [a for a in range(3) if a != across]

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from samda.inference.dicom_out import NIFTI, check_cases, parse_formats
 from samda.inference.postprocessing import warn_empty
 from samda.inference.predict import Measured, Predictor, result_files
 from samda.inference.volume import VolumeInferer
-from samda.inference.writer import QUALITY, TABLE, write_table
-from samda.io import files_of
+from samda.inference.writer import QUALITY, SOURCE, TABLE, write_table
+from samda.io import files_of, parse_json
 from samda.output import open_output
 from samda.processes import Shard, exchange, is_main, read_part
 from samda.progress import Cases
@@ -89,7 +88,7 @@ def predict_folder(
         cases: cases, or their path, see :func:`samda.find_cases`.
         output: folder of the label maps, one per case, named as the case.
         save_probabilities: also write `probabilities/<case>.nii.gz`.
-        skip_finished: skip cases whose result exists.
+        skip_finished: skip cases whose result exists and is of this model and scan.
         part: share of the cases for this process; None predicts all.
         on_case: called with case and "done", "skipped", "empty" or the reason of its failure.
         formats: of the label maps, see :meth:`Prediction.save`.
@@ -110,14 +109,26 @@ def predict_folder(
     def one(case: Case, folder: Path) -> bool:
         check_cases([case], formats)
         prediction = predictor.predict(case, save_probabilities)
+        prediction = dataclasses.replace(prediction, source=predictor.measured.source(case["image"]))
         prediction.save(folder, formats)
         if prediction.quality is not None:
             quality[case["id"]] = prediction.quality
         return prediction.empty
 
+    def finished(case: Case, folder: Path) -> bool:
+        try:
+            before = parse_json((folder / f"{case['id']}.json").read_bytes()).get(SOURCE)
+        except (OSError, ValueError, AttributeError):  # of DICOM output alone
+            return True
+        if before in (None, predictor.measured.source(case["image"])):  # samda 0.1.0 did not write it
+            return True
+        logger.info("case %s: model or scan are not those of its label map, so it is predicted again", case["id"])
+        return False
+
     shown = predictor.inferer.progress
     finish = None if predictor.measured.meter is None else lambda folder: write_table(folder, cases, quality, site)
-    result = run_cases(cases, output, one, save_probabilities, skip_finished, part, on_case, shown, formats, finish)
+    skip = finished if skip_finished else None
+    result = run_cases(cases, output, one, save_probabilities, skip, part, on_case, shown, formats, finish)
     return dataclasses.replace(result, quality=quality)
 
 
@@ -126,30 +137,61 @@ def run_cases(
     output: str | Path,
     one: Callable[[Case, Path], bool],
     save_probabilities: bool = False,
-    skip_finished: bool = False,
+    finished: Callable[[Case, Path], bool] | None = None,
     part: Shard | None = None,
     on_case: Callable[[str, str], None] | None = None,
     shown: bool = True,
     formats: Sequence[str] = (NIFTI,),
     finish: Callable[[Path], Any] | None = None,
 ) -> FolderResult:
-    """:func:`predict_folder` with any predictor: `one` writes a case into the folder and tells whether it is empty,
-    `finish` writes :data:`samda.inference.writer.TABLE`.
+    """:func:`predict_folder` with any predictor: `one` writes a case into the folder and tells whether it is empty, a
+    case whose results exist is skipped where `finished` says so, and `finish` writes the table of predicted Dice,
+    :data:`samda.inference.writer.TABLE`.
     """
     mine = part.of(cases) if part else cases
-    written = written_files(mine, save_probabilities, formats) + ([] if finish is None else [Path(TABLE)])
+    skipped = _finished(mine, Path(output), finished, save_probabilities, formats)
+    todo = [case for case in mine if case["id"] not in skipped]
+    written = written_files(todo, save_probabilities, formats) + ([] if finish is None else [Path(TABLE)])
     refuse_own_folder(cases, Path(output))
     result = FolderResult()
     with open_output(output, written, part) as place, Cases("predicting", len(mine), shown=shown) as progress:
-        for case in mine:
-            files = partial(result_files, case["id"], case["image"], formats, save_probabilities)
-            outcome = _run_case(case, place.path, one, files, skip_finished, result)
-            if on_case:
-                on_case(case["id"], outcome)
-            progress.next()
+        try:
+            for case in mine:
+                outcome = "skipped"
+                if case["id"] in skipped:
+                    result.skipped.append(case["id"])
+                else:
+                    outcome = _run_case(case, place.path, one, result)
+                if on_case:
+                    on_case(case["id"], outcome)
+                progress.next()
+        except BaseException:  # Ctrl-C, say: the table of what was finished is written, too
+            if finish is not None:
+                with contextlib.suppress(Exception):
+                    finish(place.path)
+            raise
         if finish is not None:
             finish(place.path)
     return result
+
+
+def _finished(
+    cases: Sequence[Case],
+    folder: Path,
+    finished: Callable[[Case, Path], bool] | None,
+    probabilities: bool,
+    formats: Sequence[str],
+) -> set[str]:
+    """Ids of the cases to skip; those whose id cannot name a file fail later, alone."""
+    found: set[str] = set()
+    if finished is None or not folder.is_dir():
+        return found
+    for case in cases:
+        with contextlib.suppress(OSError, UsageError):
+            files = result_files(case["id"], case["image"], formats, probabilities)
+            if all((folder / path).exists() for path in files) and finished(case, folder):
+                found.add(case["id"])
+    return found
 
 
 class CaseEvaluator:
@@ -198,7 +240,9 @@ class CaseEvaluator:
             found = self.measured.quality()
             if found is not None:
                 quality[case["id"]] = found
-            self.postprocessing({**data, "pred": pred, QUALITY: None if found is None else found.to_dict()})
+            facts = {SOURCE: self.measured.source(case["image"])}
+            facts |= {} if found is None else {QUALITY: found.to_dict()}
+            self.postprocessing({**data, "pred": pred, **facts})
             return False  # the postprocessing has warned of an empty map
 
         def finish(folder: Path) -> None:
@@ -239,20 +283,11 @@ def written_files(cases: Sequence[Case], probabilities: bool = False, formats: S
     return written
 
 
-def _run_case(
-    case: Case,
-    folder: Path,
-    one: Callable[[Case, Path], bool],
-    files: Callable[[], list[Path]],
-    skip: bool,
-    result: FolderResult,
-) -> str:
-    """Predict one case unless it is finished and `skip`; returns its outcome and adds it to `result`."""
+def _run_case(case: Case, folder: Path, one: Callable[[Case, Path], bool], result: FolderResult) -> str:
+    """Predict one case; returns its outcome and adds it to `result`."""
     name = case["id"]
     try:
-        if all((folder / path).exists() for path in files()) and skip:
-            result.skipped.append(name)
-            return "skipped"
+        result_files(name, case["image"])  # refuses an id that cannot name a file
         empty = one(case, folder)
     except Exception as error:  # any failure of a scan must not stop the others
         if is_disk_full(error):

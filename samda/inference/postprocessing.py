@@ -29,7 +29,7 @@ from scipy import ndimage
 from samda.data.formats import stem
 from samda.errors import UsageError
 from samda.inference.dicom_out import NIFTI, parse_formats, write_formats
-from samda.inference.writer import QUALITY, label_path, write_labels
+from samda.inference.writer import QUALITY, SOURCE, label_path, write_labels
 from samda.output import check_output_folder, open_output
 from samda.task import Task
 
@@ -157,7 +157,7 @@ class SaveLabelMapd(SaveImaged):
             with open_output(self.folder):
                 write_formats(self.formats, self.folder, case, array, self.task, image)
                 if NIFTI in self.formats:
-                    facts = {QUALITY: d[QUALITY]} if d.get(QUALITY) else None
+                    facts = {key: d[key] for key in (QUALITY, SOURCE) if d.get(key)}
                     write_labels(label_path(self.folder, case, image), array, self.task.classes, image, affine, facts)
         return d
 

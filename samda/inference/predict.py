@@ -13,6 +13,7 @@ import torch
 from monai.data import MetaTensor
 from nibabel.spatialimages import SpatialImage
 
+from samda.adapters.adapter_file import state_tensors
 from samda.data.formats import name_of, scan_path, source_of
 from samda.data.labels import count_ids
 from samda.data.transforms import build_preprocessing
@@ -20,10 +21,12 @@ from samda.expected_dice import Calibration, CaseQuality, ExpectedDice
 from samda.inference.dicom_out import NIFTI, DicomOutput, dicom_path, parse_formats, write_formats
 from samda.inference.postprocessing import keep_largest, override, own_grid
 from samda.inference.volume import VolumeInferer
-from samda.inference.writer import QUALITY, label_path, probability_path, write_labels, write_probabilities
+from samda.inference.writer import QUALITY, SOURCE, label_path, probability_path, write_labels, write_probabilities
+from samda.io import Image
 from samda.networks.segmenter import SamSegmenter
 from samda.output import open_output
 from samda.progress import phase
+from samda.provenance import path_sha256, sha256_of, tensors_sha256
 from samda.quality import QualityMeter
 from samda.task import Task
 
@@ -41,6 +44,7 @@ class Prediction(DicomOutput):
         probabilities: (K, X, Y, Z) float32, if requested.
         task: of the model, for the codes of the classes in DICOM output.
         quality: what Dice is to be expected; None where the model has no calibration.
+        source: hashes of "model" and "scan", see :meth:`Measured.source`.
     """
 
     case: str
@@ -51,6 +55,7 @@ class Prediction(DicomOutput):
     probabilities: np.ndarray | None = None
     task: Task | None = None
     quality: CaseQuality | None = None
+    source: Mapping[str, str] | None = None
 
     @property
     def expected_dice(self) -> dict[str, ExpectedDice]:
@@ -84,7 +89,8 @@ class Prediction(DicomOutput):
             write_formats(formats, output.path, self.case, self.labels, self.task, self.scan)
             if NIFTI in formats:  # last: if it exists, the case is finished
                 path = label_path(output.path, self.case, self.scan)
-                facts = None if self.quality is None else {QUALITY: self.quality.to_dict()}
+                facts = {} if self.quality is None else {QUALITY: self.quality.to_dict()}
+                facts |= {} if self.source is None else {SOURCE: dict(self.source)}
                 write_labels(path, self.labels, self.classes, self.scan, self.affine, facts)
             return output.path / files[0]
 
@@ -108,6 +114,7 @@ class Measured:
         inferer: VolumeInferer,
     ) -> None:
         self.network, self.inferer = network, inferer
+        self.task, self._model = task, ""
         self.calibration = None if record is None else Calibration.from_record(record)
         self.meter: QualityMeter | None = None
         if record is not None and self.calibration is not None and isinstance(network, SamSegmenter):
@@ -124,6 +131,13 @@ class Measured:
     def quality(self) -> CaseQuality | None:
         """Of the case since :meth:`begin`; None without a calibration."""
         return self.calibration.expected(self.meter.features()) if self.calibration and self.meter else None
+
+    def source(self, image: Image) -> dict[str, str]:
+        """What a label map is made of: "model", the sha256 of adapters, class head and task, and "scan"."""
+        if not self._model:
+            tensors = state_tensors(self.network) if isinstance(self.network, torch.nn.Module) else {}
+            self._model = sha256_of([tensors_sha256(tensors), self.task.to_dict()])
+        return {"model": self._model, "scan": path_sha256(image)}
 
 
 class Predictor:

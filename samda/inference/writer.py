@@ -32,7 +32,7 @@ HEAD = ("case", "class", "dice", "low", "high", "flags")
 COMMISSION_VERSION = 1  # of the reports of `samda commission`
 MOST_SHIFT = 4.0  # of the logit, see samda.adaptation.commission.recalibration
 MOST_NUMBER = 1e9
-QUALITY = "quality"  # key of `<case>.json`
+QUALITY, SOURCE = "quality", "source"  # keys of `<case>.json`
 
 
 def file_name(case: str) -> str:

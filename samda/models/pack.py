@@ -108,6 +108,8 @@ def unpack_model(file: str | Path, folder: str | Path) -> Path:
     """
     file, folder = Path(file), Path(folder).expanduser()
     refuse_full(folder)
+    if file.exists() and not file.is_file():
+        raise InputError(f"{file} is no file; give a pack of samda")
     folder = folder.resolve() if folder.is_symlink() else folder
     new = [parent for parent in folder.parents if not parent.exists()]
     try:
@@ -199,8 +201,8 @@ def model_card(header: Mapping[str, Any], license: str | None = None) -> str:
     adapted = []
     if version:
         before, name = _cell(version.get("from_version")), _cell(version.get("name"))
-        adapted = [f"The scores are of the version {before}, from which {name}, the version in this pack, was adapted to "
-                   "the scans of a site without labels.", ""]  # fmt: skip
+        adapted = [f"These are of the version {before}, from which the one in this pack, {name}, was adapted to the "
+                   "scans of a site without labels.", ""]  # fmt: skip
     lines = [
         "---",
         "library_name: samda",

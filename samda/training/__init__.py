@@ -21,7 +21,7 @@ from samda.training.optim import (
     parameter_groups,
 )
 from samda.training.pace import Attach, Ended, Pace
-from samda.training.parent import SoftTargets, read_parent, start_from
+from samda.training.parent import SoftTargets, parent_share, read_parent, start_from
 from samda.training.run import train
 from samda.training.sampler import JoinValidation, SliceSampler, Validate
 from samda.training.tracking import MLflow, TensorBoard

@@ -57,6 +57,7 @@ UNSET = {
     "head_learning_rate": 0.01,
     "parent": "model",
     "keep_classes": "exact",
+    "parent_share": 0.5,
 }  # keys that are null by default; other values are of this type
 TYPES = {
     bool: "true or false",
@@ -79,6 +80,7 @@ RANGES: dict[str, dict[str, float]] = {  # keys whose wrong values PyTorch and i
     "crop": {"at least": 64},
     "gradient_norm": {"at least": 0},
     "average_decay": {"at least": 0, "below": 1},
+    "parent_share": {"at least": 0, "below": 1},
     "val_interval": {"at least": 1},
     "checkpoint_interval": {"at least": 1},
     "patience": {"at least": 0},

@@ -157,17 +157,22 @@ class ParameterAverage:
     The decay of step t is d = min(`decay`, t / (t + 9)), so that the start is soon forgotten. Attach it before the
     ValidationHandler: from the end of a round until :class:`BackToTraining` the network holds the average.
 
+    With a `start_share` s the network holds (1 - s) a + s p_0 instead, p_0 the parameters at the start, those of the
+    parent in a training that starts from a model (WiSE-FT, arXiv 2109.01903).
+
     Args:
         network: whose parameters; frozen ones stay.
         decay: in [0, 1); 0 disables averaging.
+        start_share: in [0, 1).
     """
 
-    def __init__(self, network: nn.Module, decay: float = 0.99) -> None:
-        if not 0 <= decay < 1:
-            raise UsageError(f"the decay of the average must lie in [0, 1), got {decay}")
-        self.decay, self.steps = decay, 0
+    def __init__(self, network: nn.Module, decay: float = 0.99, start_share: float = 0.0) -> None:
+        if not 0 <= decay < 1 or not 0 <= start_share < 1:
+            raise UsageError(f"decay and start_share of the average must lie in [0, 1), got {decay} and {start_share}")
+        self.decay, self.start_share, self.steps = decay, start_share, 0
         self.parameters = trainable_parameters(network)
         self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.start = {name: value.clone() for name, value in self.average.items()} if start_share else {}
         self._trained: dict[str, torch.Tensor] = {}  # while the network holds the average
 
     def attach(self, engine: Engine) -> None:
@@ -189,6 +194,8 @@ class ParameterAverage:
         if self.steps:
             self._trained = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
             self._set(self.average)
+            for name, value in self.start.items():
+                self.parameters[name].lerp_(value, self.start_share)
 
     @torch.no_grad()
     def back(self) -> None:

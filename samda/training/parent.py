@@ -2,8 +2,9 @@
 """A training that starts from a trained model, its parent: same base, adapters and head, perhaps further classes.
 
 By default all parameters train on, and where labels leave open what a voxel is, the parent's prediction is a soft
-target (distillation), so that classes without new labels are not forgotten. With `keep_classes: exact` the parent's
-parameters are frozen and new classes get a branch of the head: the old logits stay bit for bit.
+target (distillation), so that classes without new labels are not forgotten. Without new classes the result is a mean of
+the parameters of both. With `keep_classes: exact` the parent's parameters are frozen and new classes get a branch of
+the head: the old logits stay bit for bit.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch.nn as nn
 from samda.adapters.adapter_file import TENSORS, AdapterFile, load_adapters, state_tensors
 from samda.adapters.base import trainable_parameters
 from samda.data.labels import PartialLabels
+from samda.data.splits import Split
 from samda.errors import UsageError
 from samda.io import file_sha256
 from samda.models.folder import base_weights, own_base, read_model
@@ -148,6 +150,22 @@ def start_from(
         for name, parameter in trainable_parameters(network).items():
             parameter.requires_grad_(name.startswith(branch))
     return network
+
+
+def parent_share(parent: Parent | None, task: Task, cases: Split, given: float | None = None) -> float:
+    """Share of the parent's parameters in those that a training from it gives, see
+    :class:`samda.training.ParameterAverage`; 0 without a parent, or with new classes.
+
+    None takes that of the parent's cases among all cases, at most a half: between two models that share their start the
+    mean of the parameters keeps what both have learned, where more steps on few cases forget the old ones.
+    """
+    if parent is None or task.num_classes != parent.task.num_classes:
+        return 0.0
+    if given is not None:
+        return given
+    before = sum(parent.file.record.get("training", {}).get("cases", {}).values())
+    now = len(cases.training) + len(cases.validation)
+    return min(0.5, before / max(1, before + now))
 
 
 def _grown(network: SamSegmenter, tensors: Mapping[str, torch.Tensor], old: int, new: int) -> dict[str, torch.Tensor]:

@@ -149,7 +149,7 @@ def test_pictures_of_small_things_are_tiled_at_the_usual_size() -> None:
     """Three pictures of 256 pixels and one of 1024: padding all to the largest would cost 16 times as much."""
     sizes = (256.0, 256.0, 256.0, 1024.0)
     for width, expected in (
-        (10.0, (0.5, 512)),  # the voxels have 1
+        (10.0, (0.517, 496)),  # half of a voxel, but for a row of padding
         (15.0, (0.64, 400)),  # 15 / 12 / 2, but for a row of padding
         (40.0, (1.68, 544)),  # 909 pixels, the 95th percentile
         (100.0, (3.55, 256)),  # 4.17 would do, but 256 pixels are cheap for one slice

@@ -115,6 +115,21 @@ def test_the_average_is_the_weighted_sum_of_what_was_trained(make_segmenter: Any
     assert torch.equal(value, trained)
 
 
+def test_a_share_of_the_start_stays_in_what_is_validated(make_segmenter: Any) -> None:
+    network = make_segmenter()
+    average = ParameterAverage(network, decay=0.0, start_share=0.25)
+    parameter = network.head_params()[0]
+    value = average.parameters[parameter]
+    start = value.detach().clone()
+    with torch.no_grad():
+        value.add_(2.0)
+    average.update()
+    average.apply()
+    torch.testing.assert_close(value.detach(), start + 0.75 * 2.0)
+    average.back()
+    torch.testing.assert_close(value.detach(), start + 2.0)
+
+
 def test_a_decay_of_one_is_refused(make_segmenter: Any) -> None:
     with pytest.raises(UsageError, match="got 1"):
         ParameterAverage(make_segmenter(), decay=1)

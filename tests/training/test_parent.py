@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,14 @@ from tiny_scans import TASK, tiny_keys, write_datalist
 
 from samda.adapters.adapter_file import read_adapters, save_adapters
 from samda.data.labels import IGNORED, OPEN, PartialLabels
+from samda.data.splits import Split
 from samda.errors import AdapterError, UsageError, WeightsError
 from samda.io import file_sha256
 from samda.models.folder import load_model
 from samda.networks.backbones import ViTConfig
 from samda.networks.segmenter import SamSegmenter
 from samda.task import Task
-from samda.training import SoftTargets, read_parent, start_from, train
+from samda.training import SoftTargets, parent_share, read_parent, start_from, train
 
 LIVER = TASK | {"classes": ["background", "liver"], "labels": {"liver": 1}}
 
@@ -73,6 +75,28 @@ def test_it_goes_on_where_the_parent_ended(data: Path, parent: Path, tmp_path: P
     assert descent["sha256"] == file_sha256(parent / "adapter.safetensors")
     assert (descent["model"], descent["classes"]) == ("parent", ["background", "liver"])
     assert descent["training"]["cases"] == {"training": 2, "validation": 1}
+
+
+def test_the_result_is_a_mean_of_parent_and_child(data: Path, parent: Path, tmp_path: Path) -> None:
+    """Two trainings that differ in the share alone: p_child = s p_parent + (1 - s) p_new."""
+    for name, share in (("new", 0.0), ("mean", 0.25)):
+        train(data, tmp_path / name, parent=parent, overrides=CHILD | {"parent_share": share}, tracking="none",
+              device="cpu")  # fmt: skip
+    old, new, mean = (read_adapters(folder).tensors for folder in (parent, tmp_path / "new", tmp_path / "mean"))
+    moved = [name for name in old if not torch.equal(old[name], new[name])]
+    assert moved
+    for name in moved:
+        torch.testing.assert_close(mean[name], 0.25 * old[name] + 0.75 * new[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_share_of_the_parent_follows_from_the_cases(parent: Path) -> None:
+    known = read_parent(parent)  # of 2 + 1 cases
+    assert known is not None
+    few, many = (Split([{}] * (n - 1), [{}], "") for n in (2, 9))
+    assert [parent_share(known, known.task, cases) for cases in (few, many)] == [0.5, 0.25]
+    assert parent_share(known, known.task, few, 0.1) == 0.1
+    grown = dataclasses.replace(known.task, classes=(*known.task.classes, "spleen"), labels=None)
+    assert parent_share(known, grown, few) == parent_share(None, known.task, few) == 0.0
 
 
 def test_exactly_kept_classes_have_the_logits_of_the_parent(spleens: Path, parent: Path, tmp_path: Path) -> None:
