@@ -22,6 +22,7 @@ from samda.io import free_memory
 
 INFLATION = 1100  # packed by gzip or as PNG, data are at most about 1030 times as long when unpacked
 WORKING_BYTES = 8  # per value, of a scan at work: the image in float32, and a copy of it in another order
+SEGMENT = re.compile(r"segment(\d+)_labelvalue")  # a field of 3D Slicer
 LARGEST_HEADER = 1 << 16  # bytes of a text header
 LONGEST_LINE, LONGEST_NAME = 500, 250  # of a NRRD, of the field Name of a MetaImage; ITK ends the process above
 LARGEST_LIST, MOST_FILES = 1 << 22, 1 << 16  # bytes of a text header with a list of data files; files of a pattern
@@ -202,6 +203,20 @@ def text_fields(path: Path) -> dict[str, str]:
         if key == "elementdatafile":  # the last line of a MetaImage
             break
     return fields
+
+
+def segment_names(path: str | Path) -> dict[int, str]:
+    """Id -> name of the segments of 3D Slicer (.seg.nrrd), which numbers them anew in each file; else empty."""
+    if not str(path).lower().endswith(".seg.nrrd"):
+        return {}
+    fields = {key: value.removeprefix("=").strip() for key, value in text_fields(Path(path)).items()}
+    names = {}
+    for key, value in fields.items():
+        number = SEGMENT.fullmatch(key)
+        name = fields.get(f"segment{number[1]}_name") if number else ""
+        if name and value.isdecimal():
+            names[int(value)] = name.encode("latin-1").decode(errors="replace")
+    return names
 
 
 def _numbers(text: str, path: Path, what: str) -> list[int]:

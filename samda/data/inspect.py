@@ -141,6 +141,12 @@ def _label_problems(report: DataReport, task: Task | None) -> Iterator[Problem]:
             else:
                 text += "list the ids of each class under `labels` in the task, and the others become background"
             yield case.problem("label ids", text, task is not None)
+    segments = _grouped((i, (name, case)) for case in report.cases for i, name in case.segments.items())
+    for i, named in segments.items():
+        other = [(name, case) for name, case in named if name != named[0][0]]
+        if other:
+            text = f"{other[0][1].label} names id {i} {other[0][0]!r}, {named[0][1].label} {named[0][0]!r}"
+            yield other[0][1].problem("label ids", f"{text}; export them as labelmaps with one color table")
     held = {i for case in report.cases for i in case.label_ids}
     absent = [name for name, ids in labels.items() if held and not held & set(ids) and name != IGNORE]
     if absent:

@@ -14,6 +14,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
+from samda.data.headers import segment_names
 from samda.errors import InputError, UsageError, nearest
 from samda.task import NAMED, Task, name_id
 
@@ -280,7 +281,7 @@ class MapLabelsd(MapTransform):
         partial: PartialLabels | None = None,
     ) -> None:
         super().__init__(keys)
-        self.partial = partial
+        self.partial, self.classes = partial, task.classes
         self.map = label_map(task, dataset_labels, partial.everywhere if partial else ())
 
     def __call__(self, data: Mapping[Any, Any]) -> dict[Hashable, Any]:
@@ -299,6 +300,7 @@ class MapLabelsd(MapTransform):
         values = torch.from_numpy(whole_ids(values.numpy(), name))
         found = list(count_ids(values.numpy(), name))
         self._check(found, name)
+        self._check_names(found, name)
         first = found[0]
         table = torch.zeros(found[-1] - first + 1, dtype=torch.uint8)
         for i in found:
@@ -308,6 +310,17 @@ class MapLabelsd(MapTransform):
         for start in range(0, len(flat), CHUNK):  # indices are int64, eight times the memory of a label
             mapped[start : start + CHUNK] = table[flat[start : start + CHUNK].long() - first]
         return mapped.reshape(values.shape)
+
+    def _check_names(self, found: Sequence[int], name: str) -> None:
+        """Refuse a file of 3D Slicer whose name for an id is that of another class."""
+        for i, segment in segment_names(name).items():
+            index = self.map.ids.get(i, 0)
+            if i in found and segment in self.classes and self.classes.index(segment) != index:
+                here = f"that of {self.classes[index]!r}" if index < len(self.classes) else "without a label"
+                raise InputError(
+                    f"{name} states that id {i} is {segment!r}, but {self.map.source} says it is {here}; export it "
+                    "as a labelmap with the ids of the task"
+                )
 
     def _check(self, found: Sequence[int], name: str) -> None:
         """Refuse ids that must not become background; warn if all do. Names that are not classes may."""

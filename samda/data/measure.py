@@ -22,6 +22,7 @@ from samda.data.body import coarse_body
 from samda.data.dicom_files import dicom_modality, is_dicom, is_series
 from samda.data.folders import Case, Problem, Report
 from samda.data.formats import PICTURE_SUFFIXES
+from samda.data.headers import segment_names
 from samda.data.labels import count_ids
 from samda.data.readers import Scan, read_label, read_scan, refuse_other_grid, turned, uncropped
 from samda.errors import InputError, one_line, reason_of
@@ -64,6 +65,7 @@ class CaseFacts:
     widths_mm: dict[int, float] = dataclasses.field(default_factory=dict)  # id above 0 -> width within slices
     offsets: dict[int, float] = dataclasses.field(default_factory=dict)  # in a 2-D image: id above 0 -> its mean
     # position along the RAS x axis, -0.5 to 0.5
+    segments: dict[int, str] = dataclasses.field(default_factory=dict)  # names of ids, as 3D Slicer's files have them
     foreground: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 1), np.float32), repr=False)
     foreground_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, int), repr=False)
     # at most `SAMPLES` labeled voxels: (n, C) intensities and (n,) ids
@@ -105,6 +107,7 @@ def inspect_case(case: Case, section: str, report: Report, wanted: Collection[in
         with _collect("unreadable", tell):
             label = turned(read_label(facts.label, case["image"], wanted), RAS)
             facts.label_ids = _count_ids(label.array, facts.label, tell)
+            facts.segments = segment_names(facts.label)
     if image is not None and label is not None:
         with _collect("grid", tell):
             grid = image.array.shape[:3], image.affine

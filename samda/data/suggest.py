@@ -155,9 +155,15 @@ def _classes(report: DataReport, cases: Sequence[CaseFacts]) -> Choices:
             f"{report.path}: the labels hold {len(found)} different ids, as gray values do; are images and labels "
             "swapped, or masks smoothed? Otherwise name the classes in dataset.json"
         )
-    names = [SINGLE] if len(found) == 1 else [UNNAMED.format(i) for i in found]
+    segments = {i: name for case in cases for i, name in case.segments.items()}
+    told = [segments.get(i, "") for i in found]
+    if all(told) and len(set(told)) == len(found):
+        names, why = told, "names of the segments"
+    else:
+        names = [SINGLE] if len(found) == 1 else [UNNAMED.format(i) for i in found]
+        why = "placeholders; rename them here and below"
     return {
-        "classes": (["background", *names], "placeholders; rename them here and below"),
+        "classes": (["background", *names], why),
         "labels": (dict(zip(names, found, strict=True)), "ids found in the labels; all others become background"),
     }
 

@@ -306,3 +306,32 @@ def test_masks_of_two_scales_are_no_two_classes(tmp_path: Path) -> None:
     task = Task(classes=("background", "organ"), labels={"organ": 1})
     (stop,) = check_data(tmp_path, task).stops
     assert (stop.kind, stop.case) == ("label ids", "b") and "mask of 0 and 255" in stop.text
+
+
+def test_one_label_of_several_images_and_an_image_as_label_stop_a_training(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        for file, array in zip((f"{name}.nii.gz", f"{name}_label.nii.gz"), volumes(), strict=True):
+            save(tmp_path / file, array)
+    entries = [("a", "a_label"), ("b", "a_label"), ("b", "b")]
+    training = [{"id": str(k), "image": f"{i}.nii.gz", "label": f"{j}.nii.gz"} for k, (i, j) in enumerate(entries)]
+    (tmp_path / "data.json").write_text(json.dumps({"training": training}))
+    found = {problem.kind: problem.text for problem in check_data(tmp_path / "data.json").stops}
+    assert "a_label.nii.gz is the label of 2 cases (0, 1) of other images" in found["same label"]
+    assert "b.nii.gz is image and label of one case" in found["same file"]
+
+
+def test_segments_with_other_names_for_an_id_stop_a_training(tmp_path: Path) -> None:
+    for name, segments in (("a", ("liver", "spleen")), ("b", ("spleen", "liver"))):
+        image = sitk.GetImageFromArray(np.arange(3, dtype=np.uint8).repeat(9).reshape(3, 3, 3))
+        sitk.WriteImage(image, str(tmp_path / f"{name}.nrrd"))
+        for k, segment in enumerate(segments):
+            image.SetMetaData(f"Segment{k}_Name", segment)
+            image.SetMetaData(f"Segment{k}_LabelValue", str(k + 1))
+        sitk.WriteImage(image, str(tmp_path / f"{name}.seg.nrrd"))
+    training = [{"image": f"{name}.nrrd", "label": f"{name}.seg.nrrd"} for name in "ab"]
+    (tmp_path / "data.json").write_text(json.dumps({"training": training[:1]}))
+    _, suggestion = check_and_suggest(tmp_path / "data.json")
+    assert suggestion is not None and suggestion.task.classes == ("background", "liver", "spleen")
+    (tmp_path / "data.json").write_text(json.dumps({"training": training}))
+    text = next(p.text for p in check_data(tmp_path / "data.json").stops if p.kind == "label ids")
+    assert "b.seg.nrrd names id 1 'spleen'" in text and "a.seg.nrrd 'liver'" in text

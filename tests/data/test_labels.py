@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from monai.data import MetaTensor
 
-from samda.data.labels import IGNORED, OPEN, MapLabelsd, label_map, partial_labels
+from samda.data.headers import segment_names
+from samda.data.labels import IGNORED, OPEN, MapLabelsd, label_map, partial_labels, relabeled
 from samda.errors import InputError, UsageError
 from samda.task import Task
 
@@ -150,3 +157,58 @@ def test_an_unknown_unlabeled_class_is_refused() -> None:
         partial_labels([{"id": "a", "unlabeled": ["kidneys"]}], PLAIN)
     with pytest.raises(InputError, match="its case lacks classes"):
         MapLabelsd("label", PLAIN)({"label": MetaTensor(torch.zeros(1, 1, 1, 1)), "unlabeled": ["kidney"]})
+
+
+def segmentation(path: Path, names: Sequence[str]) -> Path:
+    """A segmentation as 3D Slicer writes it: id k + 1 is `names[k]`."""
+    image = sitk.GetImageFromArray(np.arange(len(names) + 1, dtype=np.uint8).reshape(1, 1, -1))
+    for k, name in enumerate(names):
+        image.SetMetaData(f"Segment{k}_Name", name)
+        image.SetMetaData(f"Segment{k}_LabelValue", str(k + 1))
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+def test_names_of_segments_that_contradict_the_task_are_refused(tmp_path: Path) -> None:
+    task = Task(classes=("background", "liver", "spleen"), labels={"liver": (1,), "spleen": (2,)})
+    for names, fits in ((("liver", "spleen"), True), (("spleen", "liver"), False), (("Leber", "Milz"), True)):
+        path = segmentation(tmp_path / "a.seg.nrrd", names)
+        assert segment_names(path) == {1: names[0], 2: names[1]}
+        label = MetaTensor(torch.arange(3).reshape(1, 3, 1, 1), meta={"filename_or_obj": str(path)})
+        mapping = MapLabelsd("label", task)
+        if fits:
+            assert mapping({"label": label})["label"].flatten().tolist() == [0, 1, 2]
+        else:
+            with pytest.raises(
+                InputError, match=r"states that id 1 is 'spleen', but task .* says it is that of 'liver'"
+            ):
+                mapping({"label": label})
+
+
+# ---------------------------------------------------------------------------------------- labels of another data set
+
+
+MODEL = Task(classes=("background", "liver", "spleen", "aorta"), labels={"liver": (), "spleen": (2,), "aorta": (3,)})
+
+
+@pytest.mark.parametrize(
+    ("named", "labels"),
+    [
+        ({"liver": (1,), "spleen": (2,), "aorta": (3,)}, {"liver": (1,), "spleen": (2,), "aorta": (3,)}),
+        ({"liver": (5,), "spleen": (6,)}, {"liver": (5,), "spleen": (6,), "aorta": ()}),
+        ({"liver": (1,), "vessels": (3,)}, {"liver": (1,), "spleen": (), "aorta": (3,)}),  # aorta by its id, see below
+        ({"spleen": (3,)}, {"liver": (), "spleen": (3,), "aorta": ()}),  # not spleen for aorta
+        (None, dict(MODEL.labels or {})),
+    ],
+)
+def test_names_of_another_data_set_win_over_ids(named: Any, labels: Any) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert relabeled(MODEL, named).labels == labels
+    told = ["the data set has no class 'aorta': its ids 3 (vessels) are taken for it"]
+    assert [str(one.message) for one in caught] == (told if "vessels" in (named or {}) else [])
+
+
+def test_a_data_set_of_other_structures_is_refused() -> None:
+    with pytest.raises(InputError, match="names 'heart', none of which is a class of task"):
+        relabeled(MODEL, {"heart": (7,)})
