@@ -147,7 +147,9 @@ class Calibration:
                 continue
             dice = _dice(self.fit, name, values)
             low, high = (float(np.interp(dice, self.heights, side)) for side in (self.low, self.high))
-            if name not in self.class_bias:  # in no row, as of a model that was trained on with labels of other classes
+            if (
+                self.class_bias and name not in self.class_bias
+            ):  # in no row, as of a model that was trained on with labels of other classes
                 low, high = -1.0, 1.0
             result[name] = ExpectedDice(dice, max(0.0, dice + low), min(1.0, dice + high))
             distance = math.exp(-values[-1]) if math.isfinite(values[-1]) else None

@@ -6,6 +6,9 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,19 @@ def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
         raise KeyboardInterrupt
     assert path.read_text("utf-8") == "old"
     assert [file.name for file in path.parent.iterdir()] == ["scan.nii.gz"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for pid, name in ((ended.pid, "a.zip"), (ended.pid, "b.zip"), (os.getpid(), "a.zip")):
+        left = tmp_path / f".{pid}-0123abcd-{name}"
+        left.touch()
+        os.utime(left, (0, 0))
+    with replacing(tmp_path / "a.zip") as temporary:
+        temporary.write_text("new")
+    kept = {f".{ended.pid}-0123abcd-b.zip", f".{os.getpid()}-0123abcd-a.zip", "a.zip"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:

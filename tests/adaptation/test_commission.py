@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +116,29 @@ def test_report_and_flags(calibrated: Path, local: Path, tmp_path: Path, capsys:
         if row["flags"] != "not predicted":
             assert "below the site's accepted 1.100" in found["flags"]
             assert float(found["dice"]) == pytest.approx(expit(logit(float(row["dice"])) - 1.0), abs=2e-3)
+    for change, words in (
+        ({"adapter_sha256": "0" * 64}, "the site report is of another model"),
+        ({"recalibration": {"shift": float("nan")}}, "nan is no number"),
+        ({"recalibration": {"shift": 10**400}}, "is no number"),
+        ({"recalibration": {"shift": 9.0}}, "a shift of 9, at most 4"),
+        ({"commission_version": 9}, "has version 9"),
+    ):
+        site.write_text(json.dumps(content | change))
+        assert main([*again, "--site-report", str(site)]) == 1
+        assert words in capsys.readouterr().err
     site.write_text("{}")
     assert main([*again, "--site-report", str(site)]) == 1
     assert "site.json is no report of samda commission" in capsys.readouterr().err
+
+
+def test_copies_of_a_scan_count_once(calibrated: Path, local: Path, tmp_path: Path, caplog: Any) -> None:
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+        for k in range(5):
+            shutil.copy(local / kind / "case0.nii.gz", tmp_path / kind / f"copy{k}.nii.gz")
+    with pytest.raises(InputError, match="1 of 5 cases could be scored; at least 5"):
+        commission(calibrated, tmp_path, tmp_path / "report")
+    assert "case copy1 is the scan of case copy0 again" in caplog.text
 
 
 def test_the_rise_of_the_predicted_dice_chooses_the_iterate(calibrated: Path, local: Path) -> None:

@@ -226,6 +226,22 @@ def start_extra(folder: Path, body: str) -> subprocess.Popen:
     )
 
 
+def test_a_scheduler_ends_it_cleanly(tmp_path: Path) -> None:
+    body = """
+        import time
+        from samda.io import replacing
+        with replacing('RESULT') as temporary:
+            print('up', flush=True)
+            time.sleep(60)
+    """.replace("RESULT", str(tmp_path / "result"))
+    process = start_extra(tmp_path, body)
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=10) == ("", "samda extra: terminated\n")
+    assert process.returncode == 143
+    assert not [path for path in tmp_path.iterdir() if "result" in path.name]
+
+
 def test_interrupt_ends_cleanly(tmp_path: Path) -> None:
     process = start_extra(tmp_path, "import time; print('up', flush=True); time.sleep(60)")
     assert process.stdout.readline() == "up\n"

@@ -392,6 +392,26 @@ def test_finished_cases_can_be_skipped(tmp_path: Path, phantom: SimpleNamespace,
     assert predict_folder(predictor, folder, tmp_path / "out").done == ["one", "two"]
 
 
+def test_a_case_of_another_scan_or_model_is_not_finished(
+    tmp_path: Path, phantom: SimpleNamespace, predictor: Predictor, band_network: torch.nn.Module, band_task: Task
+) -> None:
+    folder, affine = tmp_path / "in", np.diag([1.0, 1.0, 4.0, 1.0])
+    folder.mkdir()
+    for name in ("one", "two"):
+        phantom.write(folder / f"{name}.nii.gz", phantom.truth((40, 32, 4)), affine)
+    predict_folder(predictor, folder, tmp_path / "out")
+    phantom.write(folder / "one.nii.gz", phantom.truth((40, 32, 6)), affine)
+    corrected = nib.load(tmp_path / "out" / "two.nii.gz")
+    nib.save(nib.Nifti1Image(np.zeros(corrected.shape, np.uint8), corrected.affine), tmp_path / "out" / "two.nii.gz")
+    again = predict_folder(predictor, folder, tmp_path / "out", skip_finished=True)
+    assert (again.done, again.skipped) == (["one"], ["two"])
+    assert nib.load(tmp_path / "out" / "one.nii.gz").shape == (40, 32, 6)
+    assert not np.asarray(nib.load(tmp_path / "out" / "two.nii.gz").dataobj).any(), "corrected by hand, so it stays"
+    other = Predictor(band_network, dataclasses.replace(band_task, keep_largest=True))
+    (tmp_path / "out" / "two.nii.gz").unlink()
+    assert predict_folder(other, folder, tmp_path / "out", skip_finished=True).done == ["one", "two"]
+
+
 # ------------------------------------------------------------------------------------------- inputs, outputs, refusals
 
 

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import os
 import stat
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from samda.adapters.adapter_file import NEXT
 from samda.cli.main import main
-from samda.errors import SamdaError, UsageError
+from samda.errors import InputError, SamdaError, UsageError
 from samda.io import file_sha256
 from samda.models.folder import load_model, save_model
-from samda.models.pack import pack_model, unpack_model
+from samda.models.pack import model_card, pack_model, shared_record, unpack_model
 from samda.networks.segmenter import SamSegmenter
 from samda.task import Task
 
@@ -117,9 +122,39 @@ def newer(members: Members) -> Members:
     return [(members[0][0], json.dumps(about).encode()), *members[1:]]
 
 
+def repacked(members: Members, name: str, content: bytes, **about: Any) -> Members:
+    """With another content of a member, of which pack.json says what is so, but for `about`."""
+    listed = json.loads(members[0][1])
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} | about
+    listed["members"][name] = entry
+    rest = [(i, content if i.filename == name else c) for i, c in members[1:]]
+    return [(members[0][0], json.dumps(listed).encode()), *rest]
+
+
+def resized(members: Members) -> Members:
+    card = next(c for i, c in members if i.filename == "README.md")
+    return repacked(members, "README.md", card, bytes=math.inf)
+
+
+def headless(members: Members) -> Members:
+    """A header that is what pack.json says, but describes no network."""
+    header = json.loads(next(c for i, c in members if i.filename == "adapter.json"))
+    del header["network"]["backbone"]
+    return repacked(members, "adapter.json", json.dumps(header).encode())
+
+
+def torn(members: Members) -> Members:
+    header = json.loads(next(c for i, c in members if i.filename == "adapter.json"))
+    header["record"]["training"] = ["no mapping"]
+    return repacked(members, "adapter.json", json.dumps(header).encode())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (resized, "README.md has [0-9]+ bytes, pack.json says inf"),
+        (headless, r"odd.zip/adapter.json: network lacks 'backbone'"),
+        (torn, r"odd.zip/adapter.json: training of the record is damaged"),
         (altered, "adapter.safetensors was altered"),
         (climbing, "holds '../evil', which is no member"),
         (absolute, "holds '/tmp/evil', which is no member"),
@@ -132,7 +167,7 @@ def newer(members: Members) -> Members:
     ],
 )
 def test_what_is_no_sound_pack_leaves_nothing(pack: Path, tmp_path: Path, change: Callable, message: str) -> None:
-    folder = tmp_path / "got"
+    folder = tmp_path / "new" / "got"
     before = {path.name for path in tmp_path.iterdir()}
     odd = rewritten(pack, tmp_path / "odd.zip", change)
     with pytest.raises(SamdaError, match=message) as caught:
@@ -157,3 +192,34 @@ def test_a_member_that_states_more_bytes_than_the_file_has_is_refused(pack: Path
     (tmp_path / "odd.zip").write_bytes(content)
     with pytest.raises(SamdaError, match="states 2147483648 bytes"):
         unpack_model(tmp_path / "odd.zip", tmp_path / "got")
+
+
+def test_an_interrupted_save_is_packed_as_it_is_read(model: Path, tmp_path: Path) -> None:
+    """New tensors stand, their header is still called .adapter.json.next."""
+    (model / NEXT).write_bytes((model / "adapter.json").read_bytes())
+    header = json.loads((model / "adapter.json").read_text("utf-8")) | {"sha256": "0" * 64}
+    (model / "adapter.json").write_text(json.dumps(header))
+    folder = unpack_model(pack_model(model, tmp_path / "a.zip"), tmp_path / "got")
+    assert file_sha256(folder / "adapter.safetensors") == file_sha256(model / "adapter.safetensors")
+
+
+def test_names_of_ancestors_folders_stay_here_and_an_adapted_version_is_named(model: Path, tmp_path: Path) -> None:
+    grandparent = {"model": "Doe^Jane", "task": "liver", "training": {}}
+    descent = {"model": "Doe^Jane", "task": "liver", "training": {"parent": grandparent}}
+    record = RECORD | {"version": {"name": "clinic-a", "from_version": "source", "input_sha256": ["0"]}}
+    shared = shared_record(record | {"training": {"parent": descent}})
+    assert shared["version"] == {"name": "clinic-a", "from_version": "source"}
+    assert "Jane" not in json.dumps(shared) and descent["model"] == "Doe^Jane"
+    header = json.loads((model / "adapter.json").read_text("utf-8")) | {"record": shared}
+    assert "the version source, from which the one in this pack, clinic-a, was adapted" in model_card(header)
+
+
+def test_a_pipe_is_no_pack(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe is no file"):
+        unpack_model(tmp_path / "pipe", tmp_path / "got")
+
+
+def test_a_pack_is_no_model_folder(pack: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["predict", "-m", str(pack), "-i", str(pack), "-o", "out"]) == 1
+    assert f"samda unpack {pack} -o FOLDER" in capsys.readouterr().err

@@ -29,6 +29,7 @@ def test_source_is_active_until_told_otherwise(model: Path) -> None:
 def test_activate_and_roll_back_step_by_step(model: Path) -> None:
     assert versions.activate(model, "a", force=True) == "source"
     assert versions.activate(model, "b", force=True) == "a"
+    assert versions.activate(model, "b", force=True) == "b", "changes nothing"
     assert versions.version_folder(model) == model / "versions" / "b"
     assert versions.rollback(model) == ("b", "a")
     assert versions.rollback(model) == ("a", "source")

@@ -361,6 +361,11 @@ def test_a_resume_says_what_differs(datalist: Path, tmp_path: Path, keys: Keys) 
 def test_more_epochs_can_be_added_on_resume(datalist: Path, tmp_path: Path, keys: Keys) -> None:
     train(datalist, tmp_path / "model", TASK, overrides=keys)
     assert train(datalist, tmp_path / "model", TASK, overrides=keys | {"epochs": 3}, resume=True)["epochs"] == 3
+    without = {key: value for key, value in keys.items() if key != "epochs"}
+    assert train(datalist, tmp_path / "model", TASK, overrides=without, resume=True)["epochs"] == 3, "as it was"
+    for change, words in (({"epochs": 2}, "the length was 3 epochs, 2 is less"), ({"steps": 9}, "it is in steps")):
+        with pytest.raises(UsageError, match=words):  # before the data are read
+            train(tmp_path / "gone.json", tmp_path / "model", TASK, overrides=without | change, resume=True)
 
 
 @pytest.mark.parametrize("name", ["case#3", "@home", "$HOME", "%x", "it's"])
