@@ -294,7 +294,10 @@ def _walk(folder: Path, passed: dict[str, list[Path]], depth: int, seen: set[Pat
         labels = [] if keep else [path for path in scans if _is_label_beside(stem(path), names)]
         found += [path for path in scans if path not in labels]
         passed["labels by their names"] += labels
-        passed["no scans of a known format"] += [path for path in files if path not in scans]
+        others = [path for path in files if path not in scans]
+        lists = [path for path in others if path.suffix.lower() in (".csv", ".tsv")]
+        passed["lists without the columns image and label"] += lists
+        passed["no scans of a known format"] += [path for path in others if path not in lists]
     if keep:  # they are missing files of cases
         found += [path for path in broken if path.name.lower().endswith(SCAN_SUFFIXES)]
     else:
