@@ -73,7 +73,10 @@ class Suggestion:
 def _flow(value: Any) -> str:
     """A value as YAML on one line that is read back as it is: texts like 1e3 are quoted."""
     listed = yaml.safe_dump([value], default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True)
-    same = load_yaml(listed) == [value]
+    try:
+        same = load_yaml(listed) == [value]
+    except yaml.YAMLError as error:  # longer or deeper than what is read of a task file
+        raise InputError(f"names of the data set do not fit into a task file ({one_line(error)})") from error
     return listed.strip()[1:-1] if same else json.dumps(value, ensure_ascii=False)
 
 

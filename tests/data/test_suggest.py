@@ -14,6 +14,7 @@ from samda.data.inspect import DataReport
 from samda.data.measure import CaseFacts
 from samda.data.suggest import GRID, LARGEST_SIZE, suggest_task
 from samda.errors import InputError
+from samda.io import load_yaml
 from samda.networks.pyramid_head import PyramidHeadConfig
 from samda.task import Task
 
@@ -245,3 +246,19 @@ def test_neighbors_of_close_slices() -> None:
         suggestion = suggest_task(report(case(sides_mm=(1.5, 1.5, apart), channels=channels)))
         assert suggestion.task.context == context
         assert (f"context: 1 # slices are {apart:g} mm apart" in suggestion.to_yaml()) == bool(context)
+
+
+def test_a_name_that_looks_like_a_number_stays_a_text() -> None:
+    suggestion = suggest_task(report(case(), labels={"1e3": (1,), "0x1F": (2,), "yes": (3,)}))
+    values = load_yaml(suggestion.to_yaml())
+    assert values["classes"] == ["background", "1e3", "0x1F", "yes"]
+    assert Task.from_dict(values) == suggestion.task
+
+
+def test_gray_values_are_no_labels() -> None:
+    for most, picture in ((150, False), (32, True)):
+        known = case(picture=picture, label_ids=dict.fromkeys(range(most + 1), 5))
+        assert suggest_task(report(known)).task.num_classes == most + 1
+        gray = dataclasses.replace(known, label_ids=dict.fromkeys(range(most + 2), 5))
+        with pytest.raises(InputError, match=f"hold {most + 1} different ids, as gray values do"):
+            suggest_task(report(gray))
