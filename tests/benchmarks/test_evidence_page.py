@@ -61,16 +61,16 @@ CLAIMS: dict[str, Callable[[Rows], bool]] = {
             )
         )
     ),
-    "Nuclei of three pictures are the one that it lost": lambda rows: (
-        mean(rows.dice("nuclei_fluo", "pyramid", 3)) < mean(rows.dice("nuclei_fluo", "DynUNet 2-D", 3))
+    "Nuclei of three pictures are a draw": lambda rows: (
+        abs(mean(rows.dice("nuclei_fluo", "pyramid", 3)) - mean(rows.dice("nuclei_fluo", "DynUNet 2-D", 3))) < 0.002
     ),
     "The margins say as much about the budget as about the methods": lambda rows: (
-        {38, 45, 77, 158} <= {row.get("steps") for row in rows.trained if row["method"].startswith("DynUNet")}
-        and mean(rows.dice("heart_sunnybrook", "DynUNet 2-D", 3)) < 0.03
-        and mean(rows.dice("hippocampus", "DynUNet 3-D", 30)) < mean(rows.dice("hippocampus", "DynUNet 3-D", 10))
+        {38, 88, 160} <= {row.get("steps") for row in rows.trained if row["method"].startswith("DynUNet")}
+        and mean(rows.dice("heart_sunnybrook", "DynUNet 2-D", 3)) < 0.2
+        and mean(rows.dice("hippocampus", "DynUNet 3-D", 1)) < mean(rows.dice("hippocampus", "DynUNet 3-D", 30)) - 0.1
     ),
-    "All 160 patients of the hippocampus and 1,800 s give .865": lambda rows: (
-        round(mean(rows.dice("hippocampus", "pyramid", 0, None, 1800)), 3) == 0.865
+    "All 160 patients of the hippocampus and 1,800 s give .867": lambda rows: (
+        round(mean(rows.dice("hippocampus", "pyramid", 0, None, 1800)), 3) == 0.867
     ),
     "Vessels of the held-out children reach their goal": lambda rows: (
         mean(rows.dice("vessels_chase", "pyramid", 0))
