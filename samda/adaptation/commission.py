@@ -26,7 +26,7 @@ from samda.adaptation.folder import adapt_folder
 from samda.adaptation.page import Scores, mean_dice, score_maps
 from samda.data.datalists import Case, read_datalist
 from samda.data.folders import join_channels
-from samda.data.labels import MapLabelsd, partial_labels, relabeled
+from samda.data.labels import MapLabelsd, scoring_map
 from samda.errors import InputError, SamdaError, log_failed
 from samda.expected_dice import CaseQuality
 from samda.inference.writer import COMMISSION_VERSION, MOST_SHIFT, label_path
@@ -85,9 +85,7 @@ def commission(
     if len(cases) < FEWEST:
         raise InputError(f"{data} has {len(cases)} labeled cases; commissioning needs at least {FEWEST} of the site")
     cases = join_channels(cases, task.in_channels)
-    labeled = relabeled(task, datalist.labels)
-    gaps = partial_labels(cases, labeled, datalist.labels, task.classes)
-    mapping = MapLabelsd("label", labeled, datalist.labels, gaps)
+    mapping = scoring_map(cases, task, datalist.labels, task.classes)
     output = Path(output)
     with open_output(output, ["commission.html", "commission.json"]):
         run = adapt_folder(adaptation, cases, output / "cases", keep_names=keep_names, on_case=on_case)

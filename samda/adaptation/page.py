@@ -17,7 +17,7 @@ from samda.adaptation.engine import Adaptation
 from samda.adaptation.folder import AdaptRun, details_folder
 from samda.adaptation.record import CURVES
 from samda.data.datalists import Case, match_cases
-from samda.data.labels import MapLabelsd, partial_labels, relabeled
+from samda.data.labels import MapLabelsd, scoring_map
 from samda.errors import InputError, SamdaError
 from samda.expected_dice import TRUSTED, CaseQuality
 from samda.inference.evaluate import score_files
@@ -71,9 +71,7 @@ def mean_dice(scores: Sequence[ClassScores]) -> float:
 def score_run(run: AdaptRun, labels: str | Path, task: Task) -> Scores:
     """Scores of every case with a label; InputError where no case has one."""
     pairs, dataset_labels = match_cases(run.output, labels)
-    task = relabeled(task, dataset_labels)
-    gaps = partial_labels([case for _, case in pairs.values()], task, dataset_labels)
-    mapping = MapLabelsd("label", task, dataset_labels, gaps)
+    mapping = scoring_map([case for _, case in pairs.values()], task, dataset_labels)
     scores: Scores = {}
     for name, (final, case) in pairs.items():
         record = run.records.get(name)

@@ -199,6 +199,19 @@ def relabeled(task: Task, dataset_labels: Mapping[str, tuple[int, ...]] | None) 
     return task if labels == dict(task.labels) else dataclasses.replace(task, labels=labels)
 
 
+def scoring_map(
+    cases: Iterable[Mapping[Any, Any]],
+    task: Task,
+    dataset_labels: Mapping[str, tuple[int, ...]] | None = None,
+    known: Collection[str] = (),
+) -> MapLabelsd:
+    """The map of "label" by which a trained model is scored on the labels of a data set; see :func:`relabeled` and, for
+    `known`, :func:`partial_labels`.
+    """
+    task = relabeled(task, dataset_labels)
+    return MapLabelsd("label", task, dataset_labels, partial_labels(cases, task, dataset_labels, known))
+
+
 def _ignoring(known: LabelMap, ids: Collection[int]) -> LabelMap:
     return dataclasses.replace(known, ids={**known.ids, **dict.fromkeys(ids, IGNORED)})
 

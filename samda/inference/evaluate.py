@@ -17,7 +17,7 @@ from monai.data import MetaTensor
 from samda.data.datalists import match_cases
 from samda.data.dicom_labels import is_dicom_label
 from samda.data.formats import PICTURE_SUFFIXES
-from samda.data.labels import MapLabelsd, partial_labels, relabeled
+from samda.data.labels import MapLabelsd, partial_labels, scoring_map
 from samda.data.readers import Scan, read_label, refuse_other_grid, turned, uncropped
 from samda.errors import InputError, SamdaError, UsageError, is_disk_full, log_failed, reason_of
 from samda.inference.folder import CaseEvaluator
@@ -163,9 +163,7 @@ def _score_pairs(
     on_case: Callable[[str, str], None] | None,
 ) -> Evaluation:
     pairs, dataset_labels = match_cases(predictions, labels, section)
-    task = relabeled(task, dataset_labels)
-    gaps = partial_labels([case for _, case in pairs.values()], task, dataset_labels)
-    mapping = MapLabelsd("label", task, dataset_labels, gaps)
+    mapping = scoring_map([case for _, case in pairs.values()], task, dataset_labels)
     result = Evaluation(task.classes[1:], {}, {}, tolerance)
     progress = bar("scoring", len(pairs), "case")
     for name, (prediction, case) in pairs.items():

@@ -24,6 +24,7 @@ from samda.networks.fingerprint import check_fingerprint
 from samda.output import OutputFolder, hold_output, output_of, try_writing
 from samda.processes import broadcast, is_main, launched, rank_and_world
 from samda.training.config_check import decoded, is_plain, own_settings
+from samda.training.pace import refuse_other_unit
 from samda.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -165,23 +166,28 @@ def _refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], only_in_o
             raise UsageError(f"resume: {key} {words}; keep it, start anew with overwrite, or use another folder")
 
 
-def check_resume(folder: str | Path, config: Mapping[str, Any]) -> None:
-    """Refuse to resume with other plain values in train.json's `config` before anything is read or encoded."""
-    if (Path(folder) / LAST).exists():
+def read_checkpoint(folder: str | Path) -> dict[str, Any]:
+    """What last.pt of a model folder holds; empty without one."""
+    path = Path(folder) / LAST
+    return _read(path) if path.exists() else {}
+
+
+def check_resume(state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Refuse to resume from `state` with other plain values in train.json's `config`, before anything is encoded."""
+    if state:
         stored = config["checkpoint"]["settings"]
         now = {key: decoded(config[key]) for key, value in stored.items() if value == f"@{key}"}
         now = {key: value for key, value in now.items() if is_plain(value)}
-        _refuse_changes(_read(Path(folder) / LAST)["settings"], now)
+        _refuse_changes(state["settings"], now)
 
 
-def resumed_length(folder: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The length of a training to resume, unit -> number, where none is `given`: that of before.
+def resumed_length(state: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The length of a training to resume from `state`, unit -> number, where none is `given`: that of before.
 
     Raises:
         UsageError: what is given has another unit than before, or is less.
     """
-    path = Path(folder) / LAST
-    pace = _read(path).get("pace", {}) if path.exists() else {}
+    pace = state.get("pace", {})
     if "length" not in pace:  # an older samda did not store it
         return {}
     unit, before = pace["length"]
@@ -190,8 +196,7 @@ def resumed_length(folder: str | Path, given: Mapping[str, Any]) -> dict[str, An
         return {unit: before}
     if len(chosen) == 1:
         [(key, number)] = chosen.items()
-        if key != unit:
-            raise UsageError(f"resume: the length was given in {unit} ({before:g}), now it is in {key}; give {unit}")
+        refuse_other_unit(unit, before, key)
         if number < before:
             raise UsageError(f"resume: the length was {before:g} {unit}, {number:g} is less; give at least that")
     return {}

@@ -153,10 +153,7 @@ class Pace:
         stretched = 1.0
         if "length" in state:  # an older samda did not store it
             then, before = state["length"]
-            if then != unit:
-                raise UsageError(
-                    f"resume: the length was given in {then} ({before:g}), now it is in {unit}; give {then}"
-                )
+            refuse_other_unit(then, before, unit)
             stretched = min(1.0, before / length)
         self._before, self._share, self._validated = state["seconds"], state["share"], state["validated"]
         self._share, self._validated = self._share * stretched, self._validated * stretched
@@ -219,6 +216,12 @@ class Ended:
     def __call__(self, engine: Engine) -> None:
         if self.pace.ended:
             engine.terminate()
+
+
+def refuse_other_unit(unit: str, length: float, now: str) -> None:
+    """Refuse to resume a training of `length` in `unit` with a length in another unit."""
+    if now != unit:
+        raise UsageError(f"resume: the length was given in {unit} ({length:g}), now it is in {now}; give {unit}")
 
 
 def check_length(**lengths: float | None) -> None:

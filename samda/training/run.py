@@ -24,7 +24,7 @@ from samda.processes import launched
 from samda.progress import phase
 from samda.task import Task
 from samda.training.cases import build_task, dataset_labels
-from samda.training.checkpoint import check_model_folder, check_resume, resumed_length
+from samda.training.checkpoint import check_model_folder, check_resume, read_checkpoint, resumed_length
 from samda.training.config_check import check_config, decoded, literal, refuse_syntax
 from samda.training.parent import read_parent
 from samda.training.tracking import mlflow_settings, trackers
@@ -126,11 +126,10 @@ def train(
     given = {key: literal(value) for key, value in arguments.items() if value is not None}
     with _plain_errors():
         settings = _read_settings(given, adapters, dict(overrides or {}))
-        if resume:
-            settings |= resumed_length(output, {unit: settings.get(unit) for unit in ("steps", "minutes", "epochs")})
+        before = read_checkpoint(output) if resume else {}
+        settings |= resumed_length(before, {unit: settings.get(unit) for unit in ("steps", "minutes", "epochs")})
         workflow = _checked_workflow(settings)
-        if resume:
-            check_resume(output, workflow.parser.get())
+        check_resume(before, workflow.parser.get())
         if "mlflow" in chosen:
             ConfigWorkflow.patch_bundle_tracking(workflow.parser, mlflow_settings())
         with open_output(output) if launched()[0] == 0 else contextlib.nullcontext():
