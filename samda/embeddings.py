@@ -37,6 +37,7 @@ from samda.progress import bar
 HALF = torch.float16  # of the kept levels
 LEAST = 256 * 256**2  # pixels that are encoded in any case, for the start of the class head: 256 slices of 256 x 256
 GRID = 16  # pixels: cuts begin at places of the coarsest level
+MOST = 4 * 256**2  # pixels that are encoded at once: what comes between the layers still fits into a CPU's caches
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ class EmbeddingDataset(Dataset):
         network: has `encode(image) -> pyramid`; `encoder_adapted` must not be true.
         views: views of each slice that are kept, the unchanged one included.
         seed: of the choice of views.
-        batch_size: slices encoded at once.
+        batch_size: slices encoded at once, also in :meth:`renew`.
         device: where the encoder runs; the pyramids stay in main memory.
         memory_mb: size beyond which the pyramids lie on disk (MB).
         folder: folder of these files; None takes the system's temporary folder.
@@ -276,17 +277,26 @@ class EmbeddingDataset(Dataset):
         return view if view < self.views else 1 + (view - 1) % (self.views - 1)
 
     def renew(self, count: int) -> None:
-        """Encode the next `count` slices in a view that none has seen; every process does so by itself."""
+        """Encode the next `count` slices in a view that none has seen; every process does so by itself.
+
+        A resumed training encodes the same batches, as a slice may round otherwise beside others, if `count` is always
+        a multiple of the batch size.
+        """
         if self.views == 1:
             return
-        for turn in range(self.renewed, self.renewed + count):
-            index = self._turn(turn)
-            self._renew(index, int(self.latest[index]) + 1)
+        for batch in self._batches(self.renewed, self.renewed + count, self.latest.clone()):
+            self._store(*self._encode(batch))
         self.renewed += count
 
-    def _renew(self, index: int, view: int) -> None:
-        """One slice by itself: in a batch with others it would round otherwise."""
-        self._store(*self._encode([(index, view)]))
+    def _batches(self, start: int, end: int, latest: torch.Tensor) -> Iterator[list[tuple[int, int]]]:
+        """Slices and their new views in the turns from `start` to `end`; `latest`, at the start, is counted up."""
+        for first in range(start, end, self.batch_size):
+            batch = []
+            for turn in range(first, min(first + self.batch_size, end)):
+                index = self._turn(turn)
+                latest[index] += 1
+                batch.append((index, int(latest[index])))
+            yield batch
 
     def _turn(self, turn: int) -> int:
         """The slice that is renewed at this turn: all once, in an order of its own, before any again."""
@@ -302,17 +312,22 @@ class EmbeddingDataset(Dataset):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Hold what :meth:`state_dict` noted."""
-        missing = []
-        for index, (latest, wanted) in enumerate(zip(self.latest.tolist(), state["latest"].tolist(), strict=True)):
-            views = [0, *range(max(1, wanted - self.views + 2), wanted + 1)]
-            missing += [(index, view) for view in views if latest < view <= wanted]
-            self.latest[index] = max(latest, wanted)
-        progress = bar("encoding", len(missing), "slice")
-        for index, view in missing:
-            self._renew(index, view)
-            progress.update()
+        end, wanted = state["renewed"], state["latest"]
+        first = wanted.clone()  # newest views before the first turn
+        for turn in range(end):
+            first[self._turn(turn)] -= 1
+        missing = [
+            (index, view) for index in range(len(self)) for view in range(int(self.latest[index]) + 1, first[index] + 1)
+        ]
+        batches = [[one] for one in missing]
+        oldest = wanted - max(self.views - 2, 0)
+        batches += [b for b in self._batches(0, end, first) if any(view >= oldest[index] for index, view in b)]
+        progress = bar("encoding", sum(map(len, batches)), "slice")
+        for batch in batches:
+            self._store(*self._encode(batch))
+            progress.update(len(batch))
         progress.close()
-        self.renewed = state["renewed"]
+        self.renewed = end
 
     def choose(self, turn: int, index: int) -> int:
         """The slot of slice `index` in this pass; pass 0 is the slice itself."""
@@ -347,7 +362,7 @@ class EmbeddingDataset(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"slice {index} of {len(self)}")
         if self.latest[index] < 0:  # there was no time
-            self._renew(index, 0)
+            self._store(*self._encode([(index, 0)]))
         slot = self.choose(turn, index)
         pyramid, label = map_levels(lambda level: level[index], self.pyramids[slot]), self.labels[slot][index]
         if turn and self.crop is not None and max(label.shape[-2:]) > self.crop:

@@ -10,6 +10,7 @@ the command line uses this module before torch. Values of any type are exchanged
 from __future__ import annotations
 
 import atexit
+import ctypes
 import dataclasses
 import datetime
 import logging
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt in malloc.h of the GNU C library
+REUSED = 32 * 2**20  # bytes; the largest blocks that mallopt lets a process keep
 
 CASES_TIMEOUT = datetime.timedelta(days=14)  # of processes that share cases; in practice the limit of the scheduler
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # set by torchrun
@@ -43,6 +47,18 @@ class Shard:
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
+
+
+def keep_freed_memory() -> None:
+    """Let this process use freed blocks of up to 32 MiB again instead of returning them; on Linux with glibc.
+
+    Maps of a network are allocated anew in every call, and the system hands out new pages slowly: encoding takes a
+    tenth less time. What a process needs at most stays the same.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(MMAP_THRESHOLD, REUSED)
+        mallopt(TRIM_THRESHOLD, 2**31 - 1)
 
 
 def read_part(text: str | None = None) -> Shard | None:

@@ -65,6 +65,8 @@ def blocks(name: str) -> dict[str, str]:
     for data in SPLITS:
         found[data] = tables.scores(rows[data], data)
         found[f"{data}_paired"] = tables.compared(rows[data], data)
+    soon = read("soon") + tables.pick(rows["hippocampus"], patients=30, budget=SHORT)
+    found["soon"] = tables.scores([row for row in soon if row["method"] in ("pyramid", "DynUNet 3-D")], "hippocampus")
     found["adaptation"], found["shifts"] = tables.adaptation(read("adaptation")), tables.shifted(read("shifts"))
     found["trusted"] = tables.trusted(read("shifts"))
     found["growth"] = growth.table(read("growth"))

@@ -35,6 +35,7 @@ from .methods import ABLATIONS, ENCODER, METHODS, rivals_of, train_and_predict
 
 RESULTS = Path(__file__).parents[1] / "results" / "evidence"
 SHORT, LONG = 300, 1800  # CPU seconds
+BUDGETS = (45, 90, 180)  # CPU seconds, how soon a model is of use; beside `SHORT`
 SEEDS, DEMO_SEEDS = 3, 5
 BASELINE = "pyramid"  # what adapters are compared with
 SCORES = ("dice", "nsd", "hd95_mm")
@@ -97,9 +98,14 @@ def _ablations() -> list[Run]:
     return [_training("hippocampus", 10, name, seed, SHORT) for seed in range(SEEDS) for name in ABLATIONS]
 
 
+def _soon() -> list[Run]:
+    return [_training("hippocampus", 30, name, 0, n) for n in BUDGETS for name in (BASELINE, "DynUNet 3-D")]
+
+
 PARTS: dict[str, Callable[[], list[Run]]] = {
     **{name: lambda name=name: _trainings(name) for name in DATASETS if name in SPLITS},
     "demo": lambda: [{"demo": "A, B, M", "seed": seed} for seed in range(DEMO_SEEDS)],
+    "soon": _soon,
     "ablations": _ablations,
     "adaptation": real_targets,
     "shifts": site_targets,

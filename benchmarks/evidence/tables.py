@@ -18,7 +18,7 @@ from scipy import stats
 from ..timing import markdown
 from .datasets import ALL, DATASETS, SPLITS
 from .methods import ABLATIONS, METHODS, RIVALS
-from .runs import BASELINE, LONG, SCORES, SHORT
+from .runs import BASELINE, SCORES, SHORT
 
 Row = dict[str, Any]
 HARM = 0.02  # loss of Dice from which a case counts as harmed
@@ -92,7 +92,7 @@ def _methods_of(rows: list[Row]) -> list[str]:
 
 def _columns(rows: list[Row], data: str) -> list[tuple[int, int]]:
     """Training patients and budget of each column that has a row."""
-    columns = [(n, budget) for budget in (SHORT, LONG) for n in DATASETS[data].counts]
+    columns = [(n, budget) for budget in sorted({row["budget"] for row in rows}) for n in DATASETS[data].counts]
     return [(n, budget) for n, budget in columns if pick(rows, patients=n, budget=budget)]
 
 
@@ -101,7 +101,7 @@ def _head(first: str, columns: list[tuple[int, int]], *more: str) -> list[str]:
 
 
 def scores(rows: list[Row], data: str) -> str:
-    """Dice of each method over training patients, in both budgets; NSD and HD95 with the most patients."""
+    """Dice of each method over training patients, in each budget; NSD and HD95 with the most patients."""
     columns = _columns(rows, data)
     if not columns:
         return f"not measured; `python -m benchmarks.evidence --data FOLDER --parts {data}`"

@@ -8,11 +8,11 @@ import math
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
 from samda.adapters.base import Adapter, LinearAdapterConfig, random_uniform, zeros
 from samda.adapters.sites import LinearSite, Site
 from samda.errors import AdapterError, is_finite
+from samda.networks.ops import linear
 
 
 class LoraAdapter(Adapter):
@@ -29,7 +29,7 @@ class LoraAdapter(Adapter):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> x dW^T (..., out)."""
-        return F.linear(self.scaling * F.linear(x, self.down), self.up)
+        return linear(self.scaling * linear(x, self.down), self.up)
 
     def delta(self) -> torch.Tensor:
         wide = torch.promote_types(self.up.dtype, torch.float32)

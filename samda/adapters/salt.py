@@ -27,11 +27,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 
 from samda.adapters.base import Adapter, Choices, LinearAdapterConfig, is_int, random_normal, random_uniform, zeros
 from samda.adapters.sites import LinearSite, Site
 from samda.errors import AdapterError, is_finite
+from samda.networks.ops import linear
 
 # entries of a signature are of order 1; the tolerance covers a copy in bfloat16, but not a rotated vector
 TOLERANCE = 1e-2
@@ -152,15 +152,15 @@ class SaltAdapter(Adapter):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> x dW^T (..., out)."""
-        return F.linear(*self._halves(x, change=True))
+        return linear(*self._halves(x, change=True))
 
     def fused_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         """x (..., in) -> x W~^T + bias (..., out)."""
         if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
             return None
         if self._at_identity():
-            return None if torch.is_grad_enabled() else F.linear(x, weight, bias)
-        return F.linear(*self._halves(x, change=False), bias)
+            return None if torch.is_grad_enabled() else linear(x, weight, bias)
+        return linear(*self._halves(x, change=False), bias)
 
     def _at_identity(self) -> bool:
         """Is dW exactly zero? On a GPU this synchronizes and is checked only until it is not."""
@@ -174,16 +174,16 @@ class SaltAdapter(Adapter):
         top, tail = top.to(x.dtype), None if tail is None else tail.to(x.dtype)
         if tail is not None and self._folds(x.shape[:-1].numel()):
             if len(self.u) >= self.vt.shape[1]:  # V is the square one
-                return F.linear(x, torch.cat([top[:, None] * self.vt[: self.r], tail @ self.vt[self.r :]])), self.u
-            return F.linear(x, self.vt), torch.cat([self.u[:, : self.r] * top, self.u[:, self.r :] @ tail], 1)
-        return self._mix(F.linear(x, self.vt), top, tail, change), self.u
+                return linear(x, torch.cat([top[:, None] * self.vt[: self.r], tail @ self.vt[self.r :]])), self.u
+            return linear(x, self.vt), torch.cat([self.u[:, : self.r] * top, self.u[:, self.r :] @ tail], 1)
+        return self._mix(linear(x, self.vt), top, tail, change), self.u
 
     def _mix(self, p: torch.Tensor, top: torch.Tensor, tail: torch.Tensor | None, change: bool) -> torch.Tensor:
         """p Sigma'^T for p (..., k), or p (Sigma' - diag(s))^T for `change`."""
         p, p_tail = p.split([self.r, self.m], dim=-1)
         if tail is not None:
-            return torch.cat([p * top, F.linear(p_tail, tail)], dim=-1)
-        q_tail = F.linear(F.linear(p_tail, self.right.to(p)), self.left.to(p))
+            return torch.cat([p * top, linear(p_tail, tail)], dim=-1)
+        q_tail = linear(linear(p_tail, self.right.to(p)), self.left.to(p))
         return torch.cat([p * top, q_tail if change else q_tail + p_tail * self.s[self.r :]], dim=-1)
 
     def _folds(self, tokens: int) -> bool:
@@ -209,7 +209,7 @@ class SaltAdapter(Adapter):
 
     def delta(self) -> torch.Tensor:
         wide = torch.promote_types(self.s.dtype, torch.float32)
-        return F.linear(self.u.to(wide), self._mix(self.vt.T.to(wide), *self._core(change=True), change=True))
+        return linear(self.u.to(wide), self._mix(self.vt.T.to(wide), *self._core(change=True), change=True))
 
     def regularizer(self) -> torch.Tensor:
         """|| alpha s[:r] + beta - s[:r] || + || X Y ||, Frobenius norms; 0 with gradient 0 at the start."""

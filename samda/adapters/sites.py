@@ -41,6 +41,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from samda.errors import AdapterError
+from samda.networks.ops import gelu, linear
 
 if TYPE_CHECKING:
     from samda.adapters.base import Adapter
@@ -147,10 +148,13 @@ class LinearSite(WeightSite, nn.Linear):
         nn.Linear.__init__(self, in_features, out_features, bias=bias)
         self._init_site(info)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
+        """x (..., in) -> (..., out), then GELU where `activation` is "gelu"."""
         if self.merged_weight is not None:
-            return F.linear(x, self.merged_weight, self.bias)
+            return linear(x, self.merged_weight, self.bias, activation)
         adapters = list(self.active())
+        if not adapters:
+            return linear(x, self.weight, self.bias, activation)
         y = None
         for index, adapter in enumerate(adapters):
             y = adapter.fused_forward(x, self.weight, self.bias)
@@ -158,10 +162,10 @@ class LinearSite(WeightSite, nn.Linear):
                 del adapters[index]
                 break
         if y is None:
-            y = F.linear(x, self.weight, self.bias)
+            y = linear(x, self.weight, self.bias)
         for adapter in adapters:
             y = y + adapter(x)
-        return y
+        return gelu(y) if activation == "gelu" else y
 
     def sums(self) -> tuple[torch.Tensor, None]:
         """The sum in fp32 or wider, cast once; the bias has no delta."""

@@ -24,6 +24,7 @@ from typing import Any, TextIO
 
 from samda.cli.options import Parser
 from samda.errors import UsageError, cause_of, disk_trouble, one_line, printable, reason_of
+from samda.processes import keep_freed_memory
 from samda.version import __version__
 
 NAMES = "check train predict adapt evaluate commission erf site export pack unpack push pull info weights bundle demo"
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name; None takes the process's own) and return the exit code."""
     if argv is None and sys.argv[1:2] and sys.argv[1] in QUICK:  # another process may need all of MONAI later on
         sys.meta_path.insert(0, _Spared())
+    if argv is None:
+        keep_freed_memory()
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         with _terminable(), contextlib.redirect_stdout(_Printable(sys.stdout)):

@@ -69,7 +69,7 @@ class Mlp(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, H, W, C) -> normalized input and output of the MLP."""
         inputs = self.norm(x)
-        return inputs, self.fc2(gelu(self.fc1(inputs)))
+        return inputs, self.fc2(self.fc1(inputs, "gelu"))
 
 
 class Block(nn.Module):
@@ -102,14 +102,14 @@ class Convolutions(nn.Module):
             nn.init.zeros_(layers[-1].bn.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first, *others = self.children()
-        y = first(x)
+        *others, last = self.children()
+        y = x
         for layer in others:
-            y = layer(gelu(y))
+            y = layer(y, "gelu")
+        y = last(y)
         if not self.residual:
             return y
-        y += x
-        return gelu(y)
+        return gelu(y + x if torch.is_grad_enabled() else y.add_(x))
 
 
 def separable(in_dim: int, dim: int, out_dim: int, stride: int = 1, residual: bool = False) -> Convolutions:

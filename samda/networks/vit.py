@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 from samda.adapters.sites import LinearSite, NormSite, ResidualSites, SiteInfo
 from samda.networks.attention import DerivedTensors, relative_attention, relative_table
 from samda.networks.head import EMBEDDING, Pyramid
-from samda.networks.ops import gelu
 
 PATCH = 16  # pixels per token, both directions
 
@@ -87,7 +86,7 @@ class MLPBlock(nn.Module):
         self.lin2 = LinearSite(hidden, dim, SiteInfo(f"{prefix}.mlp.fc2", "linear", "mlp.fc2", block, hidden))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.lin2(gelu(self.lin1(x)))
+        return self.lin2(self.lin1(x, "gelu"))
 
 
 class Block(nn.Module):

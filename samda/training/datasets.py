@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from samda.data.labels import IGNORE, IGNORED, OPEN, PartialLabels
 from samda.data.slices import SliceGrid, axis_tasks, center_channels, with_neighbors
-from samda.embeddings import EmbeddingDataset, allocate, draw, labeled_batches, split_key
+from samda.embeddings import MOST, EmbeddingDataset, allocate, draw, labeled_batches, split_key
 from samda.errors import InputError, UsageError, nearest
 from samda.io import files_of, free_memory
 from samda.networks.head import Pyramid, map_levels
@@ -103,7 +103,7 @@ def build_dataset(
         network: the segmenter with its adapters attached, on `device`.
         views: augmented views of a slice that are encoded, the unchanged one included; without effect on images.
         embeddings: encode once where possible.
-        batch_size: without effect, configs of saved models name it; slices are encoded eight at once.
+        batch_size: without effect, configs of saved models name it; at most eight slices are encoded at once.
         memory_mb: memory for slices and for embeddings, each (MB); what exceeds it lies on disk.
         amp: encode under bfloat16 autocast where that is faster, see :class:`EmbeddingDataset`.
         renew: views will be renewed during the training, so two are enough to begin with.
@@ -126,7 +126,7 @@ def build_dataset(
         network,
         views if augmentation is not None else 1,
         seed,
-        batch_size=8,
+        batch_size=min(8, max(1, MOST // task.image_size**2)),
         device=device,
         memory_mb=memory_mb,
         amp=amp,
@@ -185,7 +185,8 @@ class RenewViews:
             rate = self.rate * self.dataset.cut_share  # type: ignore[attr-defined]
             due = int(rate * engine.state.iteration) - self.dataset.renewed  # type: ignore[attr-defined]
         else:
-            due = int(self.pace.may_renew(self._seconds))
+            due = self.dataset.batch_size * self.pace.may_renew(self._seconds)  # type: ignore[attr-defined]
+        due -= due % self.dataset.batch_size  # type: ignore[attr-defined]
         if due > 0:
             start = clock()
             self.dataset.renew(due)  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from samda.networks.ops import LARGEST_PRODUCT, computes_bf16, upsample
+from samda.networks.ops import LARGEST_PRODUCT, computes_bf16, linear, upsample
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -40,3 +40,55 @@ def test_values_and_gradients_are_those_of_interpolate(size: tuple[int, int], dt
 def test_four_times_two_pixels() -> None:
     maps = torch.tensor([[[[0.0, 8.0]]]], requires_grad=True)
     assert upsample(maps, 4)[0, 0, 0].tolist() == [0, 0, 1, 3, 5, 7, 8, 8]
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("trained", [(), (0,), (0, 1, 2), (1,)])
+def test_linear_gives_values_and_gradients_of_double_precision(
+    activation: str | None, biased: bool, trained: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 5, 3, 7), (11, 7), (11,)][: 3 if biased else 2]
+    found, expected = ([torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2))
+    found[0] = found[0].permute(0, 2, 1, 3)  # not contiguous
+    expected = [tensor.double() for tensor in found]
+    for tensors in (found, expected):
+        for index in trained[: len(tensors)]:
+            if index < len(tensors):
+                tensors[index].requires_grad_()
+    mine, exact = linear(*found, activation=activation), F.linear(*expected)
+    exact = exact * torch.special.ndtr(exact) if activation else exact  # GELU is x times the normal distribution
+    torch.testing.assert_close(mine, exact.float(), rtol=1e-5, atol=1e-6)
+    assert mine.shape == (2, 3, 5, 11)
+    if trained:
+        upstream = torch.randn(mine.shape, generator=generator)
+        mine.backward(upstream)
+        exact.backward(upstream.double())
+        for one, other in zip(found, expected, strict=True):
+            if one.requires_grad:
+                torch.testing.assert_close(one.grad, other.grad.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_linear_leaves_other_precisions_and_exports_to_pytorch() -> None:
+    x, weight = torch.randn(4, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x.float(), weight.float()).dtype == torch.bfloat16
+    assert linear(torch.empty(0, 6), weight.float()).shape == (0, 3)
+
+    class Layer(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return linear(x, weight.float(), activation="gelu")
+
+    graph = str(torch.export.export(Layer(), (x.float(),), strict=False).graph)
+    assert "aten.linear" in graph and "mkldnn" not in graph
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="PyTorch without MKL multiplies by oneDNN itself")
+def test_products_of_single_precision_are_those_of_onednn() -> None:
+    x, weight = torch.randn(64, 32), torch.randn(16, 32)
+    for enabled in (True, False):
+        with torch.backends.mkldnn.flags(enabled=enabled), torch.profiler.profile() as profile:
+            linear(x, weight)
+        assert any("mkldnn" in event.key for event in profile.key_averages()) == enabled

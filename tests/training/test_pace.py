@@ -244,7 +244,8 @@ def test_one_patient_keeps_the_last_parameters(
     assert "the patient trains and validates" in caplog.text
 
 
-def test_new_views_take_the_places_of_the_oldest() -> None:
+@pytest.mark.parametrize("together", [1, 4])
+def test_new_views_take_the_places_of_the_oldest(together: int) -> None:
     class Slices:
         foreground = torch.ones(5, dtype=torch.bool)
         late = torch.zeros(5, dtype=torch.bool)
@@ -257,9 +258,11 @@ def test_new_views_take_the_places_of_the_oldest() -> None:
 
     class Pool(torch.nn.Module):
         def encode(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+            encoded.append(image[:, 0, 0, 0].tolist())
             return {"embedding": image.mean((2, 3), keepdim=True).expand(-1, 4, 2, 2)}
 
-    dataset = EmbeddingDataset(Slices(), Pool(), views=3, first=2)
+    encoded: list[list[float]] = []  # batches
+    dataset = EmbeddingDataset(Slices(), Pool(), views=3, first=2, batch_size=together)
     assert dataset.latest.tolist() == [1] * 5
     dataset.renew(12)  # everything twice, two slices once more
     assert sorted(dataset.latest.tolist()) == [3, 3, 3, 4, 4]
@@ -268,8 +271,12 @@ def test_new_views_take_the_places_of_the_oldest() -> None:
         assert held == {0, latest - 1, latest}
         values = {float(dataset[turn, index]["pyramid"]["embedding"][0, 0, 0]) for turn in range(1, 9)}
         assert values == {10.0 * index + view for view in held}
-    again = EmbeddingDataset(Slices(), Pool(), views=3, first=2)
+    batches = encoded.copy()
+    assert max(map(len, batches)) == together
+    encoded.clear()
+    again = EmbeddingDataset(Slices(), Pool(), views=3, first=2, batch_size=together)
     again.load_state_dict(dataset.state_dict())
+    assert all(batch in batches for batch in encoded), "a slice may round otherwise beside others"
     for slot in range(3):
         assert torch.equal(again.pyramids[slot]["embedding"], dataset.pyramids[slot]["embedding"])
         assert torch.equal(again.labels[slot], dataset.labels[slot])
