@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 from samda import SamSegmenter, Task, VolumeInferer
 from samda.io import write_json
+from samda.networks.ops import linear
 
 from .timing import command_line, interleave, machine, median, training_step, write_page
 
@@ -45,9 +46,10 @@ KINDS = {  # kind of operation -> parts of the names of PyTorch's operations; th
 
 
 def network(backbone: str, classes: int = 7, device: str = "cpu", **adapters: Any) -> SamSegmenter:
-    """A segmenter with random weights; speed does not depend on them."""
+    """A segmenter with random weights, as speed does not depend on them; the default one if no adapters are named."""
     torch.manual_seed(0)
-    return SamSegmenter(backbone, classes, weights=None, adapters=adapters or {"sam_da": {}}).to(device)
+    head = "sam" if adapters else "pyramid"
+    return SamSegmenter(backbone, classes, weights=None, adapters=adapters or {"ssf": {}}, head=head).to(device)
 
 
 @torch.no_grad()
@@ -115,6 +117,8 @@ class Counter(TorchDispatchMode):
         if func._overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             query, key = args[:2]
             self.flop += 4 * query.numel() * key.shape[-2]
+        elif str(func).startswith("mkldnn._linear_pointwise"):
+            self.flop += 2 * args[0].numel() * len(args[1])
         elif count := flop_registry.get(func._overloadpacket):
             self.flop += count(*args, **kwargs, out_val=out)
         return out
@@ -126,7 +130,7 @@ def peaks(device: str, dtype: torch.dtype) -> dict[str, float]:
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     source = torch.randn(2**26, device=device)
     target = torch.empty_like(source)
-    runs = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
+    runs = {"product": lambda: linear(a, b), "copy": lambda: target.copy_(source)}
     seconds = interleave(runs, 7, device=device)
     return {"flop_per_s": 2 * n**3 / min(seconds["product"]), "bytes_per_s": 2 * source.nbytes / min(seconds["copy"])}
 
@@ -140,7 +144,8 @@ def profiles(device: str, repeats: int) -> dict[str, Any]:
     """Where the time of a step and of a prediction goes, and the floor of both."""
     model = network("vit_t", device=device).eval()
     image = torch.rand(8, 1, 256, 256, device=device)
-    pyramid = {"embedding": torch.rand(8, 256, 16, 16, device=device)}
+    with torch.no_grad():
+        pyramid = model.encode(image)
     label = torch.randint(0, 7, (8, 256, 256), device=device)
     head = network("vit_t", device=device)
 

@@ -38,6 +38,7 @@ from samda.networks import vit
 from samda.networks.backbones import backbone_config
 from samda.training import DiceCELoss, train
 
+from .jobs import disk, processes, runtimes, small
 from .memory import peak_gb
 from .rivals import OriginalTinyViT, RebuiltSalt, SliceBySlice, sam_with_original_encoder, written_out_attention
 from .timing import (
@@ -388,7 +389,22 @@ def start(options: argparse.Namespace) -> Iterator[Row]:
 
 ROWS = {
     row.__name__: row
-    for row in (encoder, training_memory, salt, salt_step, merged, dka, embeddings, predict, adapt, start)
+    for row in (
+        encoder,
+        training_memory,
+        salt,
+        salt_step,
+        merged,
+        dka,
+        embeddings,
+        predict,
+        adapt,
+        start,
+        runtimes,
+        processes,
+        disk,
+        small,
+    )
 }
 
 
@@ -396,6 +412,7 @@ def main() -> None:
     """Measure the chosen rows, print the table, write the JSON and the page."""
     parser = command_line(__doc__, "--rows", ROWS, repeats=5)
     parser.add_argument("--model", type=Path, help="a trained vit_t for the rows predict and adapt; default: train one")
+    parser.add_argument("--data", type=Path, help="folder of the data sets of benchmarks.evidence, for the row disk")
     parser.add_argument("--memory-size", type=int, default=1024, help="pixels, of the row training_memory")
     parser.add_argument("--step", help=argparse.SUPPRESS)  # one candidate of training_memory
     options = parser.parse_args()

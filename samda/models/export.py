@@ -112,7 +112,7 @@ def write_graphs(network: SamSegmenter, size: int, folder: Path, kind: str) -> d
         parts: tuple[Encoder | Decoder, ...] = (Encoder(network), Decoder(network))
         inputs = [[tuple(pyramid[name] for name in part.inputs) for pyramid in pyramids] for part in parts]
         outputs = [[part(*levels) for levels in given] for part, given in zip(parts, inputs, strict=True)]
-        _keep_derived(network)
+        keep_derived(network)
         for part, given, expected in zip(parts, inputs, outputs, strict=True):
             path = folder / f"{type(part).__name__.lower()}{suffix}"
             part.eval()
@@ -183,7 +183,7 @@ class _Kept:
         return self.tensors[key]
 
 
-def _keep_derived(network: nn.Module) -> None:
+def keep_derived(network: nn.Module) -> None:
     """Make resized position tables and the like constants, so that no runtime has to resize them as torch does."""
     for module in network.modules():
         for name, value in list(vars(module).items()):

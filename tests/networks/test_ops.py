@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from samda.networks.ops import LARGEST_PRODUCT, computes_bf16, linear, upsample
+from samda.networks.ops import LARGEST_PRODUCT, computes_bf16, linear, upsample, window_attention
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -92,3 +92,15 @@ def test_products_of_single_precision_are_those_of_onednn() -> None:
         with torch.backends.mkldnn.flags(enabled=enabled), torch.profiler.profile() as profile:
             linear(x, weight)
         assert any("mkldnn" in event.key for event in profile.key_averages()) == enabled
+
+
+def test_attention_in_bfloat16_is_that_of_rounded_inputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(2, 7, 7, 3 * 64, generator=generator).bfloat16()  # one window of 49 tokens, two heads
+    bias = torch.randn(2, 49, 49, generator=generator)
+    with torch.no_grad():
+        found = window_attention(qkv, None, 2, 7, lambda rows, columns: bias)
+    q, k, v = qkv.double().flatten(1, 2).unflatten(-1, (2, 3, 32)).permute(3, 0, 2, 1, 4)
+    scores = q @ k.mT / 32**0.5 + bias.double()
+    expected = (scores.softmax(-1) @ v).permute(0, 2, 1, 3).flatten(2).view_as(found)
+    assert (found.double() - expected).abs().max() < 2**-6 * expected.abs().max()
