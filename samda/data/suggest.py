@@ -36,6 +36,7 @@ NEAR = 1.05  # times the spacing of pictures: how much coarser for one row less 
 ALIKE = 1.1  # pictures whose shorter sides differ less than so many times have one size
 WHOLE = 1.25  # times the body: how large a scan may be to be seen as a whole
 CLOSE = 2.0  # mm: slices so close resemble each other, and neighbors help (hippocampus at 1 mm: Dice .859 to .868)
+MOST_SLICES = 384  # of a scan along three axes together: a prediction takes three times as long
 CENTRAL = 0.03  # of a picture's width: how far from its middle a structure may lie on average to count as central
 TAIL = 0.5  # percent of the foreground below and above the window
 MARGIN = 1.02  # of the field of view around the body
@@ -58,7 +59,13 @@ class Suggestion:
         keys += ["window"] if self.task.modality == "CT" else ["percentiles"]
         keys += ["in_channels", *(["context"] if self.task.context else [])]
         keys += ["spacing", *(["picture_size"] if self.task.picture_size else [])]
-        keys += ["image_size", "axis", *(["mirror"] if self.task.mirror else []), "nsd_tolerance"]
+        keys += [
+            "image_size",
+            "axis",
+            *(["axes"] if self.task.axes != "one" else []),
+            *(["mirror"] if self.task.mirror else []),
+            "nsd_tolerance",
+        ]
         lines = [f"# {' '.join(printable(line).splitlines())}".rstrip() for line in head]
         for key in keys:
             value = values[key]
@@ -120,7 +127,9 @@ def suggest_task(report: DataReport) -> Suggestion:
         raise InputError(f"{report.path}: masks of 0 and 1 and of 0 and 255, so no task can be suggested")
     choices = {**_classes(report, cases), **_modality(report, cases)}
     modality, labels = choices["modality"][0], choices["labels"][0]
-    choices |= _geometry(cases, modality, labels)
+    axes = _axes(cases, modality, labels)
+    choices |= _geometry(cases, modality, labels, every="axes" in axes)
+    choices |= axes
     choices |= _context(cases, modality, AXES[choices["axis"][0]])
     choices |= _mirror(cases, modality, labels)
     if modality == "CT":
@@ -191,8 +200,9 @@ def _modality(report: DataReport, cases: Sequence[CaseFacts]) -> Choices:
     return {"modality": ("MR", f"guess: {len(cases) - airy} of {len(cases)} scans have no values below {AIR:g}")}
 
 
-def _geometry(cases: Sequence[CaseFacts], modality: str, labels: Mapping[str, Any]) -> Choices:
-    """Slice axis, spacing and image size, and the tolerance that goes with them.
+def _geometry(cases: Sequence[CaseFacts], modality: str, labels: Mapping[str, Any], every: bool) -> Choices:
+    """Slice axis, spacing and image size, and the tolerance that goes with them; the field holds slices of the axis, or
+    of `every` one.
 
     The spacing is the coarsest at which the class head's grid is not coarser than the voxels or than a fifth (pictures:
     a twelfth) of the narrowest structure, as coarse slices cost less; but the field of view has at least 128 pixels
@@ -206,7 +216,7 @@ def _geometry(cases: Sequence[CaseFacts], modality: str, labels: Mapping[str, An
         cases = [_scaled(case, scaled["picture_size"][0] / _shorter_side(case, plane)) for case in cases]
     own = 1.0 if picture else float(np.median([np.mean([c.sides_mm[a] for a in plane]) for c in cases]))
     narrow, width = _narrowest(cases, labels)
-    field, holds = _field(cases, plane, picture, width)
+    field, holds = _field(cases, [0, 1, 2] if every else plane, picture, width)
     needed = max(own, width / (PER_WIDTH_PICTURE if picture else PER_WIDTH)) / GRID
     largest = LARGEST_PICTURE if picture else LARGEST_SIZE
     coarsest = field / SMALLEST_SIZE
@@ -307,6 +317,23 @@ def _context(cases: Sequence[CaseFacts], modality: str, across: int) -> Choices:
     if modality == "image" or _channels(cases) > 1 or apart > CLOSE:
         return {}
     return {"context": (1, f"slices are {apart:.3g} mm apart: a slice is seen with the one below and the one above")}
+
+
+def _axes(cases: Sequence[CaseFacts], modality: str, labels: Mapping[str, Any]) -> Choices:
+    """Slices along all three axes, for small volumes of nearly cubic voxels. Sagittal ones do not tell left from right.
+
+    Dice on inner splits of the hippocampus in the same time, one axis and three: 10 patients to train on .859, .873; 30
+    patients .867, .879; 130 patients .885, .893.
+    """
+    if modality == "image" or any(map(names_side, labels)):
+        return {}
+    sides = np.median([case.sides_mm for case in cases], 0)
+    slices = np.median([np.divide(case.extent_mm, case.sides_mm).sum() for case in cases])
+    if max(sides) > ANISOTROPIC * min(sides) or slices > MOST_SLICES:
+        return {}
+    return {
+        "axes": ("all", "voxels are nearly cubes: slices along three axes train, a prediction is the mean of three")
+    }
 
 
 def _mirror(cases: Sequence[CaseFacts], modality: str, labels: Mapping[str, Any]) -> Choices:

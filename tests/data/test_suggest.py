@@ -241,6 +241,22 @@ def test_mirrored_pictures_where_structures_lie_on_both_sides() -> None:
     assert not suggest_task(report(lateral, labels={"eye_left": (1,), "b": (3,)})).task.mirror
 
 
+def test_three_axes_of_small_volumes_of_cubes() -> None:
+    """A crop of 1 mm; not flat voxels, nor a large scan, nor classes that name a side."""
+    crop = {"sides_mm": (1.0, 1.0, 1.0), "extent_mm": (35.0, 51.0, 60.0), "widths_mm": {1: 7.0}, "smallest": 0.0}
+
+    def found(label: str = "anterior", **changes: Any) -> Task:
+        suggestion = suggest_task(report(case(**crop | changes), labels={label: (1,)}))
+        assert ("axes: all # voxels are nearly cubes" in suggestion.to_yaml()) == (suggestion.task.axes == "all")
+        return suggestion.task
+
+    every, one = found(), found(label="hippocampus_left")
+    assert (every.axes, one.axes) == ("all", "one")
+    assert every.image_size * every.spacing >= 60 > one.image_size * one.spacing, "coronal slices are 60 mm high"
+    assert found(sides_mm=(1.0, 1.0, 1.6)).axes == "one"
+    assert found(extent_mm=(130.0, 130.0, 130.0)).axes == "one"
+
+
 def test_neighbors_of_close_slices() -> None:
     for apart, channels, context in ((2.0, 1, 1), (2.5, 1, 0), (1.0, 2, 0)):
         suggestion = suggest_task(report(case(sides_mm=(1.5, 1.5, apart), channels=channels)))
