@@ -122,7 +122,7 @@ def test_modality(changes: dict[str, Any], data: dict[str, Any], modality: str, 
     ],
 )
 def test_field_of_view(side: float, width: float, extent: float, spacing: float, size: int) -> None:
-    one = case(sides_mm=(side, side, side), extent_mm=(extent, extent / 2, 999.0), widths_mm={1: 200.0, 3: width})
+    one = case(sides_mm=(side, side, side), extent_mm=(extent, extent / 2, 9999.0), widths_mm={1: 200.0, 3: width})
     suggestion = suggest_task(report(one))
     task = suggestion.task
     assert (task.spacing, task.image_size) == (spacing, size)
