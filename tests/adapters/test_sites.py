@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn as nn
@@ -21,7 +23,9 @@ def info(kind: str = "linear", role: str = "mlp.fc1", dim: int = 5) -> SiteInfo:
 def test_empty_sites_are_plain() -> None:
     x = noise(2, 3, 4, 5)
     linear, norm = LinearSite(5, 6, info()), NormSite(5, info("norm", "norm"))
-    assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias))
+    torch.testing.assert_close(linear(x), F.linear(x, linear.weight, linear.bias))  # another library multiplies
+    double = copy.deepcopy(linear).double()
+    assert torch.equal(double(x.double()), F.linear(x.double(), double.weight, double.bias))
     assert torch.equal(norm(x), F.layer_norm(x, (5,), norm.weight, norm.bias, 1e-6))
     assert ChainSite(info("tokens"))(x) is x
     assert BranchSite(info("branch"))(x, x) is x
