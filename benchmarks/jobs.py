@@ -23,6 +23,7 @@ import torch
 
 from samda import SamSegmenter, fetch_examples
 from samda.cli.demo import hold_out
+from samda.io import write_json
 from samda.models.export import Encoder, keep_derived
 
 from .evidence.datasets import split, write_list
@@ -98,9 +99,10 @@ def processes(options: argparse.Namespace) -> Iterator[Row]:
     """Slices per second of a training on embeddings: one process with two threads, two with one each (gloo)."""
     example, rates = fetch_examples()["A"], {}
     with tempfile.TemporaryDirectory() as folder:
-        data = hold_out(example, Path(folder) / "data")
+        data, task = hold_out(example, Path(folder) / "data"), Path(folder) / "task.yaml"
+        write_json(task, example.task.to_dict())  # JSON is YAML
         for name, count in (("one process, two threads", 1), ("two processes, one thread each", 2)):
-            words = ["-m", "samda", "train", "-d", data, "--task", example.task, "-o", Path(folder) / str(count)]
+            words = ["-m", "samda", "train", "-d", data, "--task", task, "-o", Path(folder) / str(count)]
             start = (
                 [sys.executable]
                 if count == 1

@@ -36,6 +36,7 @@ from samda.io import write_json
 from samda.models import load_model
 from samda.networks import vit
 from samda.networks.backbones import backbone_config
+from samda.processes import keep_freed_memory
 from samda.training import DiceCELoss, train
 
 from .jobs import disk, processes, runtimes, small
@@ -48,6 +49,7 @@ from .timing import (
     interleave,
     machine,
     median,
+    processor,
     relative_error,
     table,
     training_step,
@@ -419,13 +421,14 @@ def main() -> None:
     if options.step:
         print(json.dumps(measure_step(options.step, options.memory_size, options.device)))
         return
+    keep_freed_memory()  # as the commands do
     path = options.results / f"speed_{options.device}.json"
     measured = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else {}
     for name in options.names:
         rows = []
         for row in ROWS[name](options):
             print(f"{row.what}: {row.result}  [{row.goal}]", file=sys.stderr, flush=True)
-            rows.append(vars(row))
+            rows.append(vars(row) | {"processor": processor()})
         measured[name] = rows
         ordered = {key: measured[key] for key in ROWS if key in measured}
         write_json(path, {"machine": machine(options.device), "repeats": options.repeats, "rows": ordered})

@@ -40,6 +40,7 @@ class Row:
     result: str = "not measured"
     reached: bool | None = None  # None: no goal, or not measured
     notes: str = ""
+    processor: str = ""
 
 
 def names_of(known: Iterable[str]) -> Callable[[str], list[str]]:
@@ -115,12 +116,18 @@ def training_step(model: Any, size: int, batch: int, device: str) -> Callable[[]
     return step
 
 
-def machine(device: str) -> dict[str, Any]:
+def processor() -> str:
+    """Name, and the widest instructions that PyTorch takes."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text("utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or "unknown"
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def machine(device: str) -> dict[str, Any]:
     facts = {
-        "processor": names[0] if names else platform.processor() or "unknown",
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -154,8 +161,8 @@ def table(rows: list[Row]) -> str:
         times = "; ".join(f"{name} {spread(values)}" for name, values in row.seconds.items() if values)
         mark = {True: "", False: " (missed)", None: ""}[row.reached]
         notes = f"{times}. {row.notes}" if row.notes and times else times or row.notes
-        lines.append([row.what, row.rival, row.goal, row.result + mark, notes])
-    return markdown(["what", "rival", "goal", "measured", "times (median, min to max)"], lines, texts=5)
+        lines.append([row.what, row.rival, row.goal, row.result + mark, notes, row.processor])
+    return markdown(["what", "rival", "goal", "measured", "times (median, min to max)", "processor"], lines, texts=6)
 
 
 def fill(text: str, tables: Mapping[str, str]) -> str:
@@ -203,7 +210,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _machine(results: dict[str, Any]) -> str:
     facts = results["machine"]
     return (
-        f"Measured on: {facts['processor']}, {facts['cores']} cores, {facts['threads']} threads of PyTorch "
+        f"Measured last on: {facts['processor']}, {facts['cores']} cores, {facts['threads']} threads of PyTorch "
         f"{facts['torch']}, Python {facts['python']}, {facts['system']}; up to {results['repeats']} repeats; load of "
         f"the machine when it ended, this work included: {facts['load']}."
     )
