@@ -54,6 +54,7 @@ CLAIMS: dict[str, Callable[[Rows], bool]] = {
                 ("hippocampus", 10, None, "nnU-Net 3d_fullres"),
                 ("lungs_montgomery", 3, None, "DynUNet 2-D"),
                 ("lungs_montgomery", 10, None, "DynUNet 2-D"),
+                ("nuclei_fluo", 10, None, "DynUNet 2-D"),
                 ("heart_sunnybrook", 3, None, "DynUNet 2-D"),
                 ("heart_sunnybrook", 10, None, "DynUNet 2-D"),
                 ("vessels_chase", 3, None, "DynUNet 2-D"),
