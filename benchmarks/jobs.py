@@ -24,7 +24,7 @@ import torch
 from samda import SamSegmenter, fetch_examples
 from samda.cli.demo import hold_out
 from samda.io import write_json
-from samda.models.export import Encoder, keep_derived
+from samda.models.export import Encoder, graph_name, keep_derived, write_onnx
 
 from .evidence.datasets import split, write_list
 from .timing import Row, interleave, median, relative_error
@@ -64,13 +64,13 @@ def _ours(encoder: torch.nn.Module, image: torch.Tensor) -> dict[str, Callable[[
     return {"samda fp32": lambda: encoder(image), "samda bf16": half}
 
 
-def _runtimes(encoder: torch.nn.Module, image: torch.Tensor, path: Path) -> dict[str, Callable[[], Any]]:
+def _runtimes(encoder: Encoder, image: torch.Tensor, path: Path) -> dict[str, Callable[[], Any]]:
     """Those that are installed: name -> a call on the image."""
     encoder = copy.deepcopy(encoder)
     encoder(image)
     keep_derived(encoder.network)
     program = torch.export.export(encoder, (image,), strict=False)
-    torch.onnx.export(program, dynamo=True, verbose=False, opset_version=18).save(path)
+    write_onnx(program, path, [["image"], [graph_name(name) for name in encoder.outputs]])
     threads, runs, pixels = torch.get_num_threads(), {}, image.numpy()
     try:
         import onnxruntime
@@ -78,8 +78,7 @@ def _runtimes(encoder: torch.nn.Module, image: torch.Tensor, path: Path) -> dict
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
-        name = session.get_inputs()[0].name
-        runs[f"onnxruntime {onnxruntime.__version__} fp32"] = lambda: session.run(None, {name: pixels})
+        runs[f"onnxruntime {onnxruntime.__version__} fp32"] = lambda: session.run(None, {"image": pixels})
     except ImportError:
         pass
     try:
@@ -103,13 +102,9 @@ def processes(options: argparse.Namespace) -> Iterator[Row]:
         write_json(task, example.task.to_dict())  # JSON is YAML
         for name, count in (("one process, two threads", 1), ("two processes, one thread each", 2)):
             words = ["-m", "samda", "train", "-d", data, "--task", task, "-o", Path(folder) / str(count)]
-            start = (
-                [sys.executable]
-                if count == 1
-                else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-            )
+            launcher = [] if count == 1 else ["-m", "torch.distributed.run", "--nproc-per-node=2"]
             settings = os.environ | {"OMP_NUM_THREADS": str(2 // count)}
-            _train([*start, *words], settings)
+            _train([sys.executable, *launcher, *words], settings)
             rates[name] = count * _rate(Path(folder) / str(count))
     one, two = rates.values()
     notes = "; ".join(f"{name} {rate:.0f} slices/s" for name, rate in rates.items())
@@ -138,17 +133,7 @@ def disk(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def _train(command: list[Any], settings: dict[str, str]) -> None:
-    further = [
-        "--steps",
-        3 * STEPS,
-        "--set",
-        f"val_interval={STEPS}",
-        "--device",
-        "cpu",
-        "--tracking",
-        "none",
-        "--quiet",
-    ]
+    further = f"--steps {3 * STEPS} --set val_interval={STEPS} --device cpu --tracking none --quiet".split()
     subprocess.run(list(map(str, [*command, *further])), env=settings, check=True, stdout=subprocess.DEVNULL)
 
 
@@ -169,39 +154,13 @@ def small(options: argparse.Namespace) -> Iterator[Row]:
         for part, array in (("images", values), ("labels", label)):
             (folder / "data" / part).mkdir(parents=True)
             nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), folder / "data" / part / "case.nii.gz")
-        words = [sys.executable, "-m", "samda"]
-        quiet = ["--quiet", "--device", "cpu"]
-        train = [
-            *words,
-            "train",
-            "-d",
-            folder / "data",
-            "-o",
-            folder / "model",
-            "--steps",
-            "20",
-            "--tracking",
-            "none",
-            *quiet,
-        ]
-        subprocess.run(list(map(str, train)), check=True, stdout=subprocess.DEVNULL)
-        runs = {}
-        for turn in ("samda predict", "import torch"):
-            predict = [
-                *words,
-                "predict",
-                "-m",
-                folder / "model",
-                "-i",
-                folder / "data" / "images",
-                "-o",
-                folder / "out",
-                *quiet,
-            ]
-            command = predict if turn == "samda predict" else [sys.executable, "-c", "import torch"]
-            runs[turn] = functools.partial(
-                subprocess.run, list(map(str, command)), check=True, stdout=subprocess.DEVNULL
-            )
+        quiet = "--quiet --device cpu"
+        train = f"-m samda train -d data -o model --steps 20 --tracking none {quiet}"
+        predict = f"-m samda predict -m model -i data/images -o out {quiet}"
+        run = functools.partial(subprocess.run, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        run([sys.executable, *train.split()])
+        commands = {"samda predict": predict.split(), "import torch": ["-c", "import torch"]}
+        runs = {name: lambda words=words: run([sys.executable, *words]) for name, words in commands.items()}
         seconds = interleave(runs, options.repeats)
     took = median(seconds["samda predict"])
     what = f"`samda predict` of a scan of {' x '.join(map(str, SMALL))}, the whole process"

@@ -55,8 +55,8 @@ def keep_freed_memory() -> None:
     Maps of a network are allocated anew in every call, and the system hands out new pages slowly: encoding takes a
     tenth less time. What a process needs at most stays the same.
     """
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        mallopt = ctypes.CDLL(None).mallopt
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
         mallopt(MMAP_THRESHOLD, REUSED)
         mallopt(TRIM_THRESHOLD, 2**31 - 1)
 

@@ -50,13 +50,12 @@ def test_linear_gives_values_and_gradients_of_double_precision(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 5, 3, 7), (11, 7), (11,)][: 3 if biased else 2]
-    found, expected = ([torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2))
+    found = [torch.randn(shape, generator=generator) for shape in shapes]
     found[0] = found[0].permute(0, 2, 1, 3)  # not contiguous
     expected = [tensor.double() for tensor in found]
     for tensors in (found, expected):
-        for index in trained[: len(tensors)]:
-            if index < len(tensors):
-                tensors[index].requires_grad_()
+        for index, tensor in enumerate(tensors):
+            tensor.requires_grad_(index in trained)
     mine, exact = linear(*found, activation=activation), F.linear(*expected)
     exact = exact * torch.special.ndtr(exact) if activation else exact  # GELU is x times the normal distribution
     torch.testing.assert_close(mine, exact.float(), rtol=1e-5, atol=1e-6)
