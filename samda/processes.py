@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_values: Any = None  # the group that exchanges values; gradients have the default one
+
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt in malloc.h of the GNU C library
 REUSED = 32 * 2**20  # bytes; the largest blocks that mallopt lets a process keep
 
@@ -105,17 +107,21 @@ def join(
 ) -> None:
     """Connect the processes of torchrun (NCCL on GPUs, gloo on CPUs) until :func:`leave`.
 
-    With `rank_zero_only`, only the main process logs. `timeout` is that of collectives.
+    With `rank_zero_only`, only the main process logs. `timeout` is that of collectives. Values are exchanged by a gloo
+    group of their own. :func:`leave` ends its threads, which hold tensors of Python a moment longer than the call and
+    would abort an interpreter that already ends; the default group lives as long as the module of a training.
     """
     import torch
     import torch.distributed as dist
 
+    global _values
     _require_torchrun()
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        _values = dist.new_group(backend="gloo", timeout=timeout)
         atexit.register(leave, wait=False)
     if rank_zero_only and not is_main():
         logging.getLogger("samda").setLevel(logging.ERROR)
@@ -132,8 +138,12 @@ def leave(wait: bool = True) -> None:
     if _connected():
         import torch.distributed as dist
 
+        global _values
         if wait:
             exchange(None)  # wait for the main process, which may still write
+        if _values is not None:
+            dist.destroy_process_group(_values)
+            _values = None
         dist.destroy_process_group()
 
 
@@ -158,7 +168,7 @@ def exchange(value: T) -> list[T]:
     import torch.distributed as dist
 
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_values)
     return values
 
 
@@ -169,7 +179,7 @@ def broadcast(value: T) -> T:
     import torch.distributed as dist
 
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=0, group=_values)
     return values[0]
 
 

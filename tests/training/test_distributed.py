@@ -92,6 +92,27 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
         torch.testing.assert_close(two[key], values, rtol=1e-9, atol=1e-12, msg=key)
 
 
+def test_no_thread_holds_an_exchanged_value_when_the_interpreter_ends(tmp_path: Path) -> None:
+    """A thread of gloo that frees a tensor of Python then would abort the process."""
+    code = """
+import os, sys, torch
+from samda.processes import exchange, join, leave
+from samda.training import distribute
+join("cpu")
+network = distribute(torch.nn.Linear(3, 3))  # holds the default group until the end
+network(torch.ones(2, 3)).sum().backward()
+exchange(torch.ones(2))
+before = len(os.listdir("/proc/self/task"))
+leave()
+open(sys.argv[1] + os.environ["RANK"], "w").write(str(before - len(os.listdir("/proc/self/task"))))
+"""
+    (tmp_path / "script.py").write_text(code)
+    done = torchrun("script.py", "threads", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for rank in "01":
+        assert (tmp_path / f"threads{rank}").read_text() == "3"  # two and the loop of its sockets
+
+
 def test_two_processes_give_the_curve_and_the_model_of_one(
     place: Path, together: subprocess.CompletedProcess, one_process: Path
 ) -> None:
