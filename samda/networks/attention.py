@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 
+from samda.networks.recompute import inside_recompute
+
 T = TypeVar("T")
 
 # of the masks that exist at a time, one head's at least: near the cache of a CPU, in few kernel calls elsewhere
@@ -112,14 +114,18 @@ def relative_attention(
         table_h, table_w: (H, H, d) and (W, W, d) from :func:`relative_table`.
         formulation: "mask" or "channels"; None takes the faster one.
     """
-    height, width = table_h.shape[0], table_w.shape[0]
-    grid = q.unflatten(2, (height, width))
-    bias_h = torch.einsum("nhyxc,ykc->nhyxk", grid, table_h.to(q.dtype)).flatten(2, 3)  # (N, heads, HW, H)
-    bias_w = torch.einsum("nhyxc,xkc->nhyxk", grid, table_w.to(q.dtype)).flatten(2, 3)  # (N, heads, HW, W)
-    formulation = formulation or choose_formulation(q, (height, width))
+    formulation = formulation or choose_formulation(q, (table_h.shape[0], table_w.shape[0]))
     if formulation == "mask":
-        return _with_mask(q, k, v, bias_h, bias_w)
-    return _with_channels(q, k, v, bias_h, bias_w)
+        return _with_mask(q, k, v, *_biases(q, table_h, table_w))
+    return _with_channels(q, k, v, table_h, table_w)
+
+
+def _biases(q: torch.Tensor, table_h: torch.Tensor, table_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """q . Rh and q . Rw: (N, heads, HW, H) and (N, heads, HW, W)."""
+    grid = q.unflatten(2, (table_h.shape[0], table_w.shape[0]))
+    bias_h = torch.einsum("nhyxc,ykc->nhyxk", grid, table_h.to(q.dtype)).flatten(2, 3)
+    bias_w = torch.einsum("nhyxc,xkc->nhyxk", grid, table_w.to(q.dtype)).flatten(2, 3)
+    return bias_h, bias_w
 
 
 def _with_mask(
@@ -142,14 +148,47 @@ def _with_mask(
 
 
 def _with_channels(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias_h: torch.Tensor, bias_w: torch.Tensor
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table_h: torch.Tensor, table_w: torch.Tensor
 ) -> torch.Tensor:
-    height, width, dim = bias_h.shape[-1], bias_w.shape[-1], q.shape[-1]
-    row = torch.eye(height, dtype=q.dtype, device=q.device).repeat_interleave(width, 0)  # (HW, H)
-    column = torch.eye(width, dtype=q.dtype, device=q.device).repeat(height, 1)  # (HW, W)
-    codes = torch.cat([row, column], -1).expand(*k.shape[:2], -1, -1)
-    query = torch.cat([q * dim**-0.5, bias_h, bias_w], -1)
-    key = torch.cat([k, codes], -1)
-    # the fused kernels ask for equal widths of query, key and value
-    out = F.scaled_dot_product_attention(query, key, F.pad(v, (0, height + width)), scale=1.0)
+    dim, height, width = q.shape[-1], table_h.shape[0], table_w.shape[0]
+
+    def query() -> torch.Tensor:
+        return torch.cat([q * dim**-0.5, *_biases(q, table_h, table_w)], -1)
+
+    def key() -> torch.Tensor:
+        row = torch.eye(height, dtype=q.dtype, device=q.device).repeat_interleave(width, 0)  # (HW, H)
+        column = torch.eye(width, dtype=q.dtype, device=q.device).repeat(height, 1)  # (HW, W)
+        return torch.cat([k, torch.cat([row, column], -1).expand(*k.shape[:2], -1, -1)], -1)
+
+    def value() -> torch.Tensor:  # the fused kernels ask for equal widths of query, key and value
+        return F.pad(v, (0, height + width))
+
+    wide = query(), key(), value()
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wide)
+    if not recorded or inside_recompute() or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(*wide, attn_mask=None, dropout_p=0.0, scale=1.0)[..., :dim]
+
+    # The backward pass would keep four tensors of dim + height + width channels, three times q, k and v on a 64 x 64
+    # grid. Three of them are built again from q, k and v, which are kept anyway; the added channels of the fourth, the
+    # result, are zero.
+    builders = {tensor.data_ptr(): build for tensor, build in zip(wide, (query, key, value), strict=True)}
+    shape = wide[0].shape
+
+    def pack(tensor: torch.Tensor) -> Any:
+        if tensor.shape != shape:
+            return tensor
+        return builders.get(tensor.data_ptr()) or (tensor[..., :dim].clone(), tensor.stride())
+
+    def unpack(kept: Any) -> torch.Tensor:
+        if isinstance(kept, torch.Tensor):
+            return kept
+        with torch.no_grad():
+            if callable(kept):
+                return kept()
+            out = torch.empty_strided(shape, kept[1], dtype=q.dtype, device=q.device).zero_()
+            out[..., :dim] = kept[0]
+            return out
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        out = F.scaled_dot_product_attention(*wide, attn_mask=None, dropout_p=0.0, scale=1.0)
     return out[..., :dim]

@@ -16,7 +16,8 @@ from samda.adapters.sites import LinearSite, NormSite, ResidualSites, SiteInfo
 from samda.networks.attention import DerivedTensors
 from samda.networks.head import EMBEDDING, Pyramid
 from samda.networks.ops import ConvNorm, bias_index, gelu, window_attention, window_bias
-from samda.networks.vit import build_neck, run_block
+from samda.networks.recompute import recompute
+from samda.networks.vit import build_neck
 
 NORM_EPS = 1e-5
 
@@ -129,7 +130,7 @@ class Stage(nn.Module):
     def forward(self, x: torch.Tensor, checkpointing: bool) -> torch.Tensor:
         x = self.downsample(x).permute(0, 2, 3, 1)
         for block in self.blocks:
-            x = run_block(block, x, checkpointing)
+            x = recompute(block, x) if checkpointing else block(x)
         return x.permute(0, 3, 1, 2)
 
 
@@ -139,7 +140,7 @@ class TinyViT(nn.Module):
     Sizes are those of :class:`samda.networks.backbones.TinyViTConfig`; images may have any multiple of 16 as sides.
 
     Attributes:
-        checkpointing: see :func:`samda.networks.vit.run_block`.
+        checkpointing: as in :class:`samda.networks.vit.ImageEncoderViT`.
     """
 
     checkpointing = False

@@ -18,11 +18,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.image_encoder import PatchEmbed, window_partition, window_unpartition
-from torch.utils.checkpoint import checkpoint
 
 from samda.adapters.sites import LinearSite, NormSite, ResidualSites, SiteInfo
 from samda.networks.attention import DerivedTensors, relative_attention, relative_table
 from samda.networks.head import EMBEDDING, Pyramid
+from samda.networks.recompute import is_large, recompute
 
 PATCH = 16  # pixels per token, both directions
 
@@ -86,7 +86,10 @@ class MLPBlock(nn.Module):
         self.lin2 = LinearSite(hidden, dim, SiteInfo(f"{prefix}.mlp.fc2", "linear", "mlp.fc2", block, hidden))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.lin2(self.lin1(x, "gelu"))
+        return self.lin2(recompute(self._hidden, x) if is_large(x) else self._hidden(x))
+
+    def _hidden(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lin1(x, "gelu")
 
 
 class Block(nn.Module):
@@ -95,6 +98,7 @@ class Block(nn.Module):
     def __init__(self, block: int, dim: int, num_heads: int, mlp_ratio: float, window: int, table_size: int) -> None:
         super().__init__()
         prefix = f"encoder.{block}"
+        self.windowed = window > 0
         self.norm1 = NormSite(dim, SiteInfo(f"{prefix}.norm1", "norm", "norm", block, dim), eps=1e-6)
         self.attn = Attention(prefix, block, dim, num_heads, window, table_size)
         self.attn_sites = ResidualSites(prefix, "attn", block, dim)
@@ -113,7 +117,7 @@ class ImageEncoderViT(nn.Module):
     """SAM's image encoder; sizes as in :class:`samda.networks.backbones.ViTConfig`.
 
     Attributes:
-        checkpointing: see :func:`run_block`.
+        checkpointing: keep the input of each block alone for the backward pass, and compute the rest again.
     """
 
     checkpointing = False
@@ -152,7 +156,9 @@ class ImageEncoderViT(nn.Module):
         x = self.patch_embed(x)
         x = (x + self._position_embedding(x.shape[1], x.shape[2])).contiguous()
         for index, block in enumerate(self.blocks):
-            x = run_block(block, x, self.checkpointing)
+            # attention over the whole grid is too expensive to compute twice; see also MLPBlock
+            again = self.checkpointing or (is_large(x) and block.windowed)
+            x = recompute(block, x) if again else block(x)
             if f"block_{index}" in names:
                 levels[f"block_{index}"] = x.permute(0, 3, 1, 2)
         if EMBEDDING in names:
@@ -172,13 +178,6 @@ class ImageEncoderViT(nn.Module):
             return resized.permute(0, 2, 3, 1).to(self.pos_embed.dtype)
 
         return self._positions(self.pos_embed, (height, width), resize)
-
-
-def run_block(block: nn.Module, x: torch.Tensor, checkpointing: bool) -> torch.Tensor:
-    """A block of an encoder; with `checkpointing` only its input is kept for the backward pass, the rest is redone."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, x, use_reentrant=False)
-    return block(x)
 
 
 def build_neck(dim: int, out_channels: int) -> nn.Sequential:

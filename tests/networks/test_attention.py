@@ -13,6 +13,7 @@ from segment_anything.modeling.image_encoder import get_rel_pos
 
 from samda.networks import attention
 from samda.networks.attention import DerivedTensors, choose_formulation, relative_attention, relative_table
+from samda.networks.recompute import recompute
 
 FORMULATIONS = ["mask", "channels"]
 
@@ -56,6 +57,21 @@ def test_formulations_have_equal_gradients() -> None:
         gradients.append(torch.autograd.grad(out.square().sum(), inputs))
     for first, second in zip(*gradients, strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=1e-11)
+
+
+def test_tensors_that_are_built_again_give_the_same_gradients() -> None:
+    """Within a recomputation the widened query, key, value and result are kept as they are."""
+    gradients = []
+    for keep in (False, True):
+        inputs = [tensor.requires_grad_() for tensor in random_inputs(2, 2, 4, 3, 8)]
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+            return relative_attention(q, k, v, relative_table(tables[0], 4), relative_table(tables[1], 3), "channels")
+
+        out = recompute(attend, *inputs) if keep else attend(*inputs)
+        gradients.append(torch.autograd.grad(out.square().sum(), inputs))
+    for first, second in zip(*gradients, strict=True):
+        assert torch.equal(first, second)
 
 
 def test_heads_in_portions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
