@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +118,20 @@ def training_cases(
     return result
 
 
-def label_gaps(datalist: DataList, task: Task, parent: Parent | None = None) -> PartialLabels | None:
-    """What the labels of the data set leave open, None if nothing; see :func:`samda.data.labels.partial_labels`."""
+def label_gaps(
+    datalist: DataList, task: Task, parent: Parent | None = None, training: Sequence[Case] = ()
+) -> PartialLabels | None:
+    """What the labels of the data set leave open, None if nothing; see :func:`samda.data.labels.partial_labels`.
+
+    Where scans train but for some of their slices, these are open in slices along other axes, see
+    :class:`samda.training.SliceDataset`.
+    """
     labeled = [case for cases in datalist.cases.values() for case in cases if "label" in case]
     gaps = partial_labels(labeled, task, datalist.labels, parent.task.classes if parent else ())
     if gaps is not None and gaps.everywhere:
         logger.info("no case labels %s: unknown there, not background", ", ".join(gaps.everywhere))
+    if gaps is None and task.axes == "all" and any(case.get("slices") for case in training):
+        return PartialLabels(task.classes)
     return gaps
 
 

@@ -18,7 +18,7 @@ from monai.networks.utils import eval_mode
 from monai.transforms import Compose
 from torch.utils.data import Dataset
 
-from samda.data.labels import IGNORE, IGNORED, OPEN, PartialLabels
+from samda.data.labels import IGNORED, OPEN, PartialLabels
 from samda.data.slices import SliceGrid, axis_tasks, center_channels, with_neighbors
 from samda.embeddings import MOST, EmbeddingDataset, allocate, draw, labeled_batches, split_key
 from samda.errors import InputError, UsageError, nearest
@@ -208,6 +208,14 @@ def prepare_batch(
     return inputs, batch["label"].to(device, non_blocking=non_blocking)
 
 
+def _opened(label: torch.Tensor, axis: int, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """A label map (1, X, Y, Z) that is open outside the ranges of slices along an axis."""
+    inside = torch.zeros(label.shape[axis + 1], dtype=torch.bool)
+    for first, end in ranges:
+        inside[first:end] = True
+    return torch.where(inside.view([-1 if n == axis + 1 else 1 for n in range(4)]), label, IGNORED)
+
+
 def tile_starts(length: int, size: int) -> list[int]:
     """Starts of the fewest windows of `size` that cover `length` pixels, evenly spread."""
     count = -(-length // size)
@@ -218,11 +226,11 @@ class SliceDataset(Dataset):
     """All slices of some cases with their labels: {"image": (C, H, W), "label": (1, H, W), "case": number of the case}.
 
     The cases are read once. A case may limit itself to ranges of slices, `"slices": [(first, end), ...]`. Where a body
-    exceeds the field of view, a slice gives several tiles. Where the task's `axes` are "all", training cases without
-    ranges give slices along all three axes; validation looks along the task's own. With `context` the image holds the
-    neighboring slices, too (see :meth:`samda.data.slices.SliceGrid.inputs`); a range is a scan of its own then, so that
-    slices which are held out stay unseen. `dataset[index]` is the slice without augmentation;
-    `dataset[epoch, index]` is augmented as (seed, epoch, index) say, whatever was drawn before.
+    exceeds the field of view, a slice gives several tiles. Where the task's `axes` are "all", training cases give
+    slices along all three axes, in which labels out of the ranges are open; validation looks along the task's own. With
+    `context` the image holds the neighboring slices, too (see :meth:`samda.data.slices.SliceGrid.inputs`); a range is a
+    scan of its own then, so that slices which are held out stay unseen. `dataset[index]` is the slice without
+    augmentation; `dataset[epoch, index]` is augmented as (seed, epoch, index) say, whatever was drawn before.
 
     Args:
         data: cases: {"image", "label"} and optionally "id" and "slices".
@@ -283,7 +291,7 @@ class SliceDataset(Dataset):
             raise InputError(f"{part} labels have voxels without a label; build_dataset and the loss need `partial`")
         if counts[IGNORED]:
             share = 100 * int(counts[IGNORED]) / int(counts.sum())
-            logger.info("%s: %.3g %% of the %s labels, which count in no loss or score", IGNORE, share, part)
+            logger.info("%.3g %% of the %s labels are open and count in no loss or score", share, part)
         self.present = self.counts > 0
         self._check_foreground()
 
@@ -295,12 +303,15 @@ class SliceDataset(Dataset):
             scan = transform(dict(case))
         image, label = scan["image"], scan["label"]
         tasks = [self.task]
-        if self.part == "training" and not case.get("slices"):  # those held out would show in slices of another axis
+        if self.part == "training":
             tasks = axis_tasks(self.task, image.shape[1:], image.pixdim.tolist(), f"case {name!r}")
         images: list[torch.Tensor] = []
         labels: list[torch.Tensor] = []
         around: list[tuple[int, int, int]] = []
         for task in tasks:
+            if len(images) == 1 and case.get("slices"):  # along the other axes
+                label = _opened(label, self.task.slice_axis, case["slices"])
+                case = {key: value for key, value in case.items() if key != "slices"}
             start = sum(len(slices) for slices in images)
             one, other, triples = self._slices(case, name, image, label, task)
             images.append(one)

@@ -13,7 +13,7 @@ from samda.data.datalists import DataList, read_datalist
 from samda.errors import InputError, UsageError
 from samda.io import packaged
 from samda.task import Task
-from samda.training import build_task, labeled_cases, training_cases
+from samda.training import build_task, label_gaps, labeled_cases, training_cases
 
 
 def test_a_task_comes_as_object_values_or_file(tmp_path: Path) -> None:
@@ -57,6 +57,16 @@ def test_only_patients_that_samda_chose_join(datalist: Path, task: Task) -> None
     split = training_cases(data, task, join=True)
     assert split.late == split.validation != []
     assert training_cases(data, task).late == []
+
+
+def test_labels_of_held_out_slices_are_open_along_other_axes(datalist: Path, task: Task) -> None:
+    cases = read_datalist(datalist)
+    part = [case | {"slices": [(0, 4)]} for case in cases.cases["training"]]
+    every = dataclasses.replace(task, axes="all")
+    assert label_gaps(cases, task, training=part) is None
+    assert label_gaps(cases, every, training=cases.cases["training"]) is None
+    gaps = label_gaps(cases, every, training=part)
+    assert gaps is not None and gaps.possible()[254].all() and gaps.sets == gaps.everywhere == ()
 
 
 def test_a_data_set_without_labels_is_one_line() -> None:
