@@ -87,6 +87,8 @@ def _has_onednn() -> bool:
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none") -> torch.Tensor:
     algorithm = "none" if activation == "gelu" else ""  # exact, not by tanh
+    if weight.stride() not in ((weight.shape[1], 1), (1, weight.shape[0])):
+        weight = weight.contiguous()  # part of a larger matrix: oneDNN's kernel for that takes 1000 times as long
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
 
 
@@ -106,7 +108,7 @@ class _OneDnnLinear(torch.autograd.Function):
         flat = gradient.flatten(0, -2)
         return (
             _onednn(gradient, weight.T, None) if of_x else None,
-            _onednn(flat.T, x.flatten(0, -2).T, None) if of_weight else None,
+            _onednn(flat.T, x.flatten(0, -2).contiguous().T, None) if of_weight else None,
             flat.sum(0) if of_bias else None,
         )
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,20 @@ def test_attention_in_bfloat16_is_that_of_rounded_inputs() -> None:
     scores = q @ k.mT / 32**0.5 + bias.double()
     expected = (scores.softmax(-1) @ v).permute(0, 2, 1, 3).flatten(2).view_as(found)
     assert (found.double() - expected).abs().max() < 2**-6 * expected.abs().max()
+
+
+def test_parts_of_matrices_take_no_slow_kernel() -> None:
+    """oneDNN takes 1000 times as long where the second matrix of a product is a part of a larger one."""
+
+    def seconds(x: torch.Tensor, weight: torch.Tensor) -> float:
+        found = []
+        for _ in range(3):
+            start = time.perf_counter()
+            linear(x, weight).sum().backward()
+            found.append(time.perf_counter() - start)
+        return min(found)
+
+    x, weight = torch.randn(400, 300), torch.randn(256, 300)
+    whole = seconds(x[:, :256].contiguous(), weight[:, :256].clone().requires_grad_())
+    assert seconds(x[:, 44:], weight[:, :256].clone().requires_grad_()) < 30 * whole
+    assert seconds(x[:, :256].contiguous().requires_grad_(), weight[:, 44:]) < 30 * whole
