@@ -112,7 +112,7 @@ def training_memory(options: argparse.Namespace) -> Iterator[Row]:
     """Peak memory of a training step with SALT + DKA + SAM-DA, each candidate in a process of its own."""
     size, device = options.memory_size, options.device
     what = f"training step, ViT-B {size} px, SALT + DKA + SAM-DA: peak memory"
-    rival, goal = "the same adapters on segment_anything's own attention", "<= 1/2" if device == "cuda" else "report"
+    rival, goal = "the same adapters on segment_anything's own attention", "<= 1/2" if device == "cuda" else "<= 4 GB"
     peaks = {}
     for name in ("segment_anything", "samda", "samda, checkpointing"):
         command = [sys.executable, "-m", "benchmarks.speed", "--step", name, "--memory-size", str(size)]
@@ -126,7 +126,7 @@ def training_memory(options: argparse.Namespace) -> Iterator[Row]:
     took = "; ".join(f"{name} {peak['seconds']:.1f} s" for name, peak in peaks.items())
     notes = f"{peaks['samda']['before_gb']:.2f} GB of it before the step; with activation checkpointing {saving:.2f} GB"
     result = f"{ours / theirs:.2f}x ({ours:.2f} against {theirs:.2f} GB)"
-    reached = ours / theirs <= 0.5 if device == "cuda" else None
+    reached = ours / theirs <= 0.5 if device == "cuda" else ours <= 4
     yield Row(f"{what}, {kind}", rival, goal, {}, result, reached, f"{notes}. The step took: {took}")
     if device != "cuda":
         yield Row(f"{what}, CUDA, bf16", rival, "<= 1/2", notes="`python -m benchmarks.speed --rows training_memory`")
