@@ -16,6 +16,7 @@ with one learned table per axis (MViTv2, arXiv 2112.01526). Two formulations giv
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -171,24 +172,30 @@ def _with_channels(
     # The backward pass would keep four tensors of dim + height + width channels, three times q, k and v on a 64 x 64
     # grid. Three of them are built again from q, k and v, which are kept anyway; the added channels of the fourth, the
     # result, are zero.
-    builders = {tensor.data_ptr(): build for tensor, build in zip(wide, (query, key, value), strict=True)}
-    shape = wide[0].shape
+    builders: dict[int, Any] = {wide[0].data_ptr(): query, wide[1].data_ptr(): key, wide[2].data_ptr(): value}
+    shape = wide[0].shape  # `pack` lives as long as what it keeps and must not refer to `wide`
+    others: list[list[Any]] = []
 
-    def pack(tensor: torch.Tensor) -> Any:
-        if tensor.shape != shape:
-            return tensor
-        return builders.get(tensor.data_ptr()) or (tensor[..., :dim].clone(), tensor.stride())
+    def pack(tensor: torch.Tensor) -> list[Any]:
+        kept: list[Any] = [tensor]
+        if tensor.shape == shape and tensor.dtype == q.dtype:
+            kept[0] = builders.get(tensor.data_ptr(), tensor)
+            others.append(kept)
+        return kept
 
-    def unpack(kept: Any) -> torch.Tensor:
-        if isinstance(kept, torch.Tensor):
-            return kept
+    def unpack(kept: list[Any]) -> torch.Tensor:
         with torch.no_grad():
-            if callable(kept):
-                return kept()
-            out = torch.empty_strided(shape, kept[1], dtype=q.dtype, device=q.device).zero_()
-            out[..., :dim] = kept[0]
-            return out
+            return kept[0] if isinstance(kept[0], torch.Tensor) else kept[0]()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         out = F.scaled_dot_product_attention(*wide, attn_mask=None, dropout_p=0.0, scale=1.0)
+    for kept in others:
+        if isinstance(kept[0], torch.Tensor) and kept[0].data_ptr() == out.data_ptr():
+            kept[0] = functools.partial(_widened, out.detach()[..., :dim].clone(), shape, out.stride())
     return out[..., :dim]
+
+
+def _widened(out: torch.Tensor, shape: torch.Size, stride: tuple[int, ...]) -> torch.Tensor:
+    wide = torch.empty_strided(shape, stride, dtype=out.dtype, device=out.device).zero_()
+    wide[..., : out.shape[-1]] = out
+    return wide

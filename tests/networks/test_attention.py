@@ -59,17 +59,19 @@ def test_formulations_have_equal_gradients() -> None:
         torch.testing.assert_close(first, second, rtol=0, atol=1e-11)
 
 
-def test_tensors_that_are_built_again_give_the_same_gradients() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_tensors_that_are_built_again_give_the_same_gradients(autocast: bool) -> None:
     """Within a recomputation the widened query, key, value and result are kept as they are."""
     gradients = []
     for keep in (False, True):
-        inputs = [tensor.requires_grad_() for tensor in random_inputs(2, 2, 4, 3, 8)]
+        inputs = [tensor.float().requires_grad_() for tensor in random_inputs(2, 2, 4, 3, 8)]
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
             return relative_attention(q, k, v, relative_table(tables[0], 4), relative_table(tables[1], 3), "channels")
 
-        out = recompute(attend, *inputs) if keep else attend(*inputs)
-        gradients.append(torch.autograd.grad(out.square().sum(), inputs))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = recompute(attend, *inputs) if keep else attend(*inputs)
+        gradients.append(torch.autograd.grad(out.float().square().sum(), inputs))
     for first, second in zip(*gradients, strict=True):
         assert torch.equal(first, second)
 
