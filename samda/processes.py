@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_values: Any = None  # the group that exchanges values; gradients have the default one
+_values: Any = None  # the group of gloo that exchanges values; None is the default one, which gradients have
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt in malloc.h of the GNU C library
 REUSED = 32 * 2**20  # bytes; the largest blocks that mallopt lets a process keep
@@ -107,9 +107,9 @@ def join(
 ) -> None:
     """Connect the processes of torchrun (NCCL on GPUs, gloo on CPUs) until :func:`leave`.
 
-    With `rank_zero_only`, only the main process logs. `timeout` is that of collectives. Values are exchanged by a gloo
-    group of their own. :func:`leave` ends its threads, which hold tensors of Python a moment longer than the call and
-    would abort an interpreter that already ends; the default group lives as long as the module of a training.
+    With `rank_zero_only`, only the main process logs. `timeout` is that of collectives. With gloo, values are exchanged
+    by a group of their own. :func:`leave` ends its threads, which hold tensors of Python a moment longer than the call
+    and would abort an interpreter that already ends; the default group lives as long as the module of a training.
     """
     import torch
     import torch.distributed as dist
@@ -121,7 +121,8 @@ def join(
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-        _values = dist.new_group(backend="gloo", timeout=timeout)
+        if device.type != "cuda":
+            _values = dist.new_group(timeout=timeout)
         atexit.register(leave, wait=False)
     if rank_zero_only and not is_main():
         logging.getLogger("samda").setLevel(logging.ERROR)

@@ -229,7 +229,7 @@ class SliceDataset(Dataset):
     exceeds the field of view, a slice gives several tiles. Where the task's `axes` are "all", training cases give
     slices along all three axes, in which labels out of the ranges are open; validation looks along the task's own. With
     `context` the image holds the neighboring slices, too (see :meth:`samda.data.slices.SliceGrid.inputs`); a range is a
-    scan of its own then, so that slices which are held out stay unseen. `dataset[index]` is the slice without
+    scan of its own then, and slices which are held out are no neighbors. `dataset[index]` is the slice without
     augmentation; `dataset[epoch, index]` is augmented as (seed, epoch, index) say, whatever was drawn before.
 
     Args:

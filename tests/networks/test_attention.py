@@ -64,7 +64,8 @@ def test_tensors_that_are_built_again_give_the_same_gradients(autocast: bool) ->
     """Within a recomputation the widened query, key, value and result are kept as they are."""
     gradients = []
     for keep in (False, True):
-        inputs = [tensor.float().requires_grad_() for tensor in random_inputs(2, 2, 4, 3, 8)]
+        dtype = torch.bfloat16 if autocast else torch.float32  # as linear layers give them
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in random_inputs(2, 2, 4, 3, 8)]
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
             return relative_attention(q, k, v, relative_table(tables[0], 4), relative_table(tables[1], 3), "channels")

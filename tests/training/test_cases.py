@@ -64,6 +64,8 @@ def test_labels_of_held_out_slices_are_open_along_other_axes(datalist: Path, tas
     part = [case | {"slices": [(0, 4)]} for case in cases.cases["training"]]
     every = dataclasses.replace(task, axes="all")
     assert label_gaps(cases, task, training=part) is None
+    config = json.loads(packaged("bundles", "sam_segmentation", "configs", "train.json").read_text("utf-8"))
+    assert config["label_gaps"]["training"] == "$[*@cases.training, *@cases.late]", "those that train later on, too"
     assert label_gaps(cases, every, training=cases.cases["training"]) is None
     gaps = label_gaps(cases, every, training=part)
     assert gaps is not None and gaps.possible()[254].all() and gaps.sets == gaps.everywhere == ()
