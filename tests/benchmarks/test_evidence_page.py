@@ -12,6 +12,8 @@ import pytest
 
 ENCODER = ("bottleneck", "bottleneck_16", "lora", "salt", "s_sam", "lka", "dka", "dka_51", "dka_5")
 COUNTS = ("2", "8", "0")
+TEN = ("pyramid, head alone", "pyramid", "pyramid + SAM-DA", "pyramid + LoRA", "pyramid + SALT", "pyramid + DKA")
+OTHERS = ("pyramid + SALT + DKA + SAM-DA", "pyramid, full fine-tuning", "sam + SAM-DA")
 DATA = ("hippocampus", "vessels_chase", "lungs_montgomery", "heart_sunnybrook", "nuclei_fluo")
 
 
@@ -80,6 +82,10 @@ CLAIMS: dict[str, Callable[[Rows], bool]] = {
         [round(mean(rows.dice("hippocampus", "pyramid", 30, None, seconds)), 3) for seconds in (45, 90)]
         == [0.796, 0.841]
         and round(mean(rows.dice("hippocampus", "DynUNet 3-D", 30)), 3) == 0.805
+    ),
+    "On top of the class head no adapter gains within 300 CPU seconds": lambda rows: (
+        [round(mean(rows.dice("hippocampus", name, 10)), 3) for name in TEN] == [0.86, 0.86, 0.856, 0.845, 0.843, 0.843]
+        and [round(mean(rows.dice("hippocampus", name, 10)), 3) for name in OTHERS] == [0.839, 0.827, 0.765]
     ),
     "Vessels of the held-out children reach their goal": lambda rows: (
         mean(rows.dice("vessels_chase", "pyramid", 0))
