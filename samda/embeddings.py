@@ -37,9 +37,7 @@ from samda.progress import bar
 HALF = torch.float16  # of the kept levels
 LEAST = 256 * 256**2  # pixels that are encoded in any case, for the start of the class head: 256 slices of 256 x 256
 GRID = 16  # pixels: cuts begin at places of the coarsest level
-MOST = (
-    4 * 256**2
-)  # pixels that are encoded at once: vit_t's widest maps are then 16 MiB, see `processes.keep_freed_memory`
+MOST = 4 * 256**2  # pixels that are encoded at once: vit_t's widest maps take 16 MiB, see `keep_freed_memory`
 
 logger = logging.getLogger(__name__)
 

@@ -108,7 +108,7 @@ class _OneDnnLinear(torch.autograd.Function):
         flat = gradient.flatten(0, -2)
         return (
             _onednn(gradient, weight.T, None) if of_x else None,
-            _onednn(flat.T, x.flatten(0, -2).contiguous().T, None) if of_weight else None,
+            _onednn(flat.T, x.flatten(0, -2).T, None) if of_weight else None,
             flat.sum(0) if of_bias else None,
         )
 

@@ -40,7 +40,7 @@ def inside_recompute() -> bool:
 def is_large(x: torch.Tensor) -> bool:
     """Is it worth the time to keep less of a transformer block with this input? Kept are 20 times as many bytes.
 
-    ViT-B with SALT, DKA and SAM-DA, one image of 1024 pixels on a CPU: 3.8 GB instead of 6.3 GB, and the step takes
-    1.08 of the time; with all blocks computed again (`checkpointing`) 3.1 GB and 1.3.
+    A training step of ViT-B with SALT, DKA and SAM-DA at 1024 pixels on a CPU then needs 3.9 GB, with all blocks
+    computed again (`checkpointing`) 3.1 GB and 1.2 times the time; see docs/performance.md.
     """
     return x.numel() * x.element_size() > LARGE

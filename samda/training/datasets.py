@@ -210,10 +210,10 @@ def prepare_batch(
 
 def _opened(label: torch.Tensor, axis: int, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
     """A label map (1, X, Y, Z) that is open outside the ranges of slices along an axis."""
-    inside = torch.zeros(label.shape[axis + 1], dtype=torch.bool)
+    opened = torch.full_like(label, IGNORED)
     for first, end in ranges:
-        inside[first:end] = True
-    return torch.where(inside.view([-1 if n == axis + 1 else 1 for n in range(4)]), label, IGNORED)
+        opened.narrow(axis + 1, first, end - first).copy_(label.narrow(axis + 1, first, end - first))
+    return opened
 
 
 def tile_starts(length: int, size: int) -> list[int]:
@@ -301,7 +301,7 @@ class SliceDataset(Dataset):
             raise InputError(f"case {name!r} has no label; training needs one for every case")
         with phase("preprocessing"):
             scan = transform(dict(case))
-        image, label = scan["image"], scan["label"]
+        image, label, ranges = scan["image"], scan["label"], case.get("slices") or []
         tasks = [self.task]
         if self.part == "training":
             tasks = axis_tasks(self.task, image.shape[1:], image.pixdim.tolist(), f"case {name!r}")
@@ -309,11 +309,10 @@ class SliceDataset(Dataset):
         labels: list[torch.Tensor] = []
         around: list[tuple[int, int, int]] = []
         for task in tasks:
-            if len(images) == 1 and case.get("slices"):  # along the other axes
-                label = _opened(label, self.task.slice_axis, case["slices"])
-                case = {key: value for key, value in case.items() if key != "slices"}
             start = sum(len(slices) for slices in images)
-            one, other, triples = self._slices(case, name, image, label, task)
+            own = task is self.task
+            known = label if own or not ranges else _opened(label, self.task.slice_axis, ranges)
+            one, other, triples = self._slices(ranges if own else [], name, image, known, task)
             images.append(one)
             labels.append(other)
             around += [(a + start, b + start, c + start) for a, b, c in triples]
@@ -321,16 +320,17 @@ class SliceDataset(Dataset):
         return torch.cat(images), torch.cat(labels)
 
     def _slices(
-        self, case: Mapping[str, Any], name: str, image: torch.Tensor, label: torch.Tensor, task: Task
+        self, ranges: Sequence[tuple[int, int]], name: str, image: torch.Tensor, label: torch.Tensor, task: Task
     ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int, int]]]:
-        """Tiles along the axis of `task`: (n, C, H, W), (n, 1, H, W), and of each the places of its neighbors."""
+        """Tiles along the axis of `task`, of all slices without ranges: (n, C, H, W), (n, 1, H, W), and of each the
+        places of its neighbors."""
         try:
             grid = SliceGrid.from_volume(image, image.affine, task)  # type: ignore[attr-defined]
         except InputError as error:
             raise InputError(f"case {name!r}: {error}") from error
         chosen: list[int] = []
         around: list[tuple[int, int, int]] = []
-        for first, end in case.get("slices") or [(0, grid.num_slices)]:
+        for first, end in ranges or [(0, grid.num_slices)]:
             if not 0 <= first < end <= grid.num_slices:
                 raise InputError(
                     f"case {name!r}: slices {first} to {end} do not lie within its {grid.num_slices} slices; "
