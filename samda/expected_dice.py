@@ -25,7 +25,8 @@ FARTHEST = 3.0  # standard deviations from the mean; beyond, the calibration has
 COVERAGE = 0.9  # of the interval
 BINS = 3  # heights of the prediction with residuals of their own
 FEWEST = 12  # rows below which nothing is fitted
-SURE = 0.98  # share of the predicted gains that do not overestimate the true one by more than the margin
+HARM = 0.02  # loss of the mean Dice that counts as harm; a gain that is predicted to be smaller changes nothing
+RISK = 0.03  # share of scans that may be harmed
 TRUSTED = 0.6  # cases below this predicted Dice are listed first
 
 
@@ -104,6 +105,7 @@ class Row:
     name: str  # of the class
     features: list[float] | None
     dice: float
+    shifted: bool = False  # is the image changed, as another site would?
 
 
 Fit = tuple[np.ndarray, np.ndarray, np.ndarray, float, dict[str, float]]  # mean, std, weights, bias, bias of classes
@@ -124,6 +126,7 @@ class Calibration:
         margin: predicted gain of the mean Dice from which a prediction replaces another one; None where the rows were
             of plain predictions alone.
         about: numbers of patients and rows, where they are from, and the error on patients left out.
+        usual: median of the predicted mean Dice of the scans as they are.
     """
 
     mean: list[float]
@@ -136,6 +139,7 @@ class Calibration:
     high: list[float]
     margin: float | None
     about: dict[str, Any]
+    usual: float = 1.0
 
     def expected(self, features: Mapping[str, list[float] | None]) -> CaseQuality:
         """Predicted Dice of each class from :meth:`QualityMeter.features`."""
@@ -156,11 +160,6 @@ class Calibration:
         return CaseQuality(result, distance)
 
     @property
-    def highest(self) -> float:
-        """Upper end of the interval of good predictions: no Dice above it is to be expected."""
-        return min(1.0, self.heights[-1] + self.high[-1])
-
-    @property
     def fit(self) -> Fit:
         """The regression."""
         mean, std, weights = (np.asarray(part) for part in (self.mean, self.std, self.weights))
@@ -179,7 +178,7 @@ class Calibration:
         try:
             result = cls(**values)
             numbers = [*result.mean, *result.std, *result.weights, result.bias, *result.heights]
-            numbers += [*result.low, *result.high, *result.class_bias.values(), result.margin or 0.0]
+            numbers += [*result.low, *result.high, *result.class_bias.values(), result.margin or 0.0, result.usual]
             sizes = {len(part) for part in (result.mean, result.std, result.weights)}
             if sizes != {len(FEATURES)} or not np.isfinite(numbers).all() or min(result.std) <= 0:
                 raise ValueError("numbers are missing or out of range")
@@ -212,7 +211,8 @@ def fit_calibration(rows: Sequence[Row], about: Mapping[str, Any] | None = None)
     heights, low, high = _residuals(found[plain], (true - found)[plain])
     mean, std, weights, bias, class_bias = model
     error = float(np.abs(true - found).mean())
-    margin = _margin(rows, predicted)
+    scans = _scans(rows, predicted)
+    usual = {row.scan for row in rows if not row.shifted} or set(scans)
     numbers = {"patients": len(patients), "rows": len(known), "mean_absolute_error": round(error, 4)}
     return Calibration(
         mean=_short(mean),
@@ -223,7 +223,8 @@ def fit_calibration(rows: Sequence[Row], about: Mapping[str, Any] | None = None)
         heights=_short(heights),
         low=_short(low),
         high=_short(high),
-        margin=margin,
+        margin=_margin(list(scans.values())),
+        usual=_short([float(np.median([scans[scan][0][0] for scan in usual if 0 in scans[scan]]))])[0],
         about=dict(about or {}) | numbers,
     )
 
@@ -281,23 +282,27 @@ def _residuals(found: np.ndarray, residuals: np.ndarray) -> tuple[list[float], l
     return heights, low, high
 
 
-def _margin(rows: Sequence[Row], predicted: Mapping[int, float]) -> float | None:
-    """Quantile :data:`SURE` of predicted minus true gain of the mean Dice, between predictions of the same scan.
-
-    Only pairs with a predicted gain count, as no other is ever taken; a gain that was predicted to be larger was one.
-    """
+def _scans(rows: Sequence[Row], predicted: Mapping[int, float]) -> dict[str, dict[int, np.ndarray]]:
+    """Scan -> variant -> mean over the classes of predicted and true Dice."""
     scans: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for row in rows:
         scans.setdefault(row.scan, {}).setdefault(row.variant, []).append((predicted[id(row)], row.dice))
-    excess, pairs = [0.0], 0
-    for variants in scans.values():
-        means = {key: np.mean(values, 0) for key, values in variants.items()}
-        for key, values in means.items():
-            if key and 0 in means:
-                pairs += 1
-                gain, true = values - means[0]
-                excess += [gain - true] if gain > 0 else []
-    return round(max(0.0, float(np.quantile(excess, SURE, method="higher"))), 5) if pairs else None
+    return {scan: {key: np.mean(v, 0) for key, v in variants.items()} for scan, variants in scans.items()}
+
+
+def _margin(scans: Sequence[Mapping[int, np.ndarray]]) -> float | None:
+    """The least predicted gain above which replacing the plain prediction harms at most a share :data:`RISK`.
+
+    By conformal risk control (arXiv 2208.02814): of n pairs of predictions of the same scan, (k + 1) / (n + 1) <= RISK,
+    with k harmful ones above the margin. An overestimated gain that costs nothing is none of them. With too few pairs
+    for that it is the highest gain that was predicted, as nothing is known above.
+    """
+    pairs = [values - variants[0] for variants in scans for key, values in variants.items() if key and 0 in variants]
+    if not pairs:
+        return None
+    allowed = math.floor(RISK * (len(pairs) + 1)) - 1
+    harmful = sorted((float(gain) for gain, true in pairs if true < -HARM or allowed < 0), reverse=True)
+    return round(max([HARM, *harmful[max(allowed, 0) :][:1]]), 5)
 
 
 def _short(values: Sequence[float] | np.ndarray) -> list[float]:

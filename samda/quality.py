@@ -30,10 +30,20 @@ from scipy.special import logit
 from samda.data.slices import center_channels
 from samda.errors import InputError
 from samda.networks.head import IMAGE, Pyramid, map_levels
+from samda.networks.ops import argmax
 from samda.networks.pyramid_head import PyramidHead
 from samda.networks.segmenter import SamSegmenter
 from samda.source_statistics import FEATURES as SHAPES
-from samda.source_statistics import LEAST_VARIANCE, ClassFeatures, Sums, added, body_boxes, level_sums, shape_features
+from samda.source_statistics import (
+    LEAST_VARIANCE,
+    ClassFeatures,
+    Sums,
+    added,
+    body_masks,
+    box_of,
+    level_sums,
+    shape_features,
+)
 from samda.task import Task
 
 # of a score: least width of the fall-off, as one patient's slices do not show how far patients differ
@@ -128,7 +138,7 @@ class QualityMeter:
 
     def _add(self, images: torch.Tensor, pyramid: Pyramid, coarse: torch.Tensor, logits: torch.Tensor) -> None:
         k = self.task.num_classes
-        maps, labels = coarse.softmax(1), coarse.argmax(1)
+        maps, labels = coarse.softmax(1), argmax(coarse, 1).long()
         sizes = _counts(labels, k)
         confident = torch.stack([maps[:, c][labels == c].sum() for c in range(k)])
         self.soft += torch.stack([confident, maps.sum((0, 2, 3)) + sizes]).double().cpu().numpy()
@@ -136,20 +146,19 @@ class QualityMeter:
         if not shown.any():
             return
         pyramid, labels = map_levels(lambda level: level[shown].to(coarse), pyramid), labels[shown]
-        others = [self.network.decode(self._noisy(pyramid)).argmax(1)]
+        bodies = body_masks(center_channels(images[shown].float().cpu(), self.task).numpy(), self.task)
+        others = [self.network.decode(self._noisy(pyramid))]
         if self.pyramid_head is not None:
             height, width = pyramid[IMAGE].shape[-2:]
             levels = self.pyramid_head.standardized(pyramid)
-            others.append(
-                self.pyramid_head.linear_logits(levels, (height // 4, width // 4), labels.shape[-2:]).argmax(1)
-            )
-            self.levels = added(self.levels, level_sums(self.network, pyramid, self.task))
-        for sums, other in zip(self.overlaps, others, strict=False):
+            others.append(self.pyramid_head.linear_logits(levels, (height // 4, width // 4), labels.shape[-2:]))
+            self.levels = added(self.levels, level_sums(self.network, pyramid, bodies))
+        for sums, logits_ in zip(self.overlaps, others, strict=False):
+            other = argmax(logits_, 1).long()
             both = _counts(torch.where(labels == other, labels, 0), k)
             sums += torch.stack([both, sizes + _counts(other, k)]).double().cpu().numpy()
-        full = logits[shown].argmax(1).cpu().numpy()
-        boxes = body_boxes(center_channels(images[shown].float().cpu(), self.task), self.task)
-        for kept, found in zip(self.shapes, shape_features(full, boxes, self.task), strict=True):
+        full = argmax(logits[shown], 1).cpu().numpy()
+        for kept, found in zip(self.shapes, shape_features(full, list(map(box_of, bodies)), self.task), strict=True):
             for name, values in found.items():
                 kept[name] += values
 
@@ -161,7 +170,7 @@ class QualityMeter:
             if key not in self._noise:
                 generator = torch.Generator().manual_seed(zlib.crc32(str(key).encode()))
                 self._noise[key] = torch.randn(key[1], generator=generator)
-            spread = PIXEL_NOISE if name == IMAGE else NOISE * level.std((2, 3), keepdim=True)
+            spread = PIXEL_NOISE if name == IMAGE else NOISE * _deviation(level)
             noisy[name] = level + spread * self._noise[key].to(level)
         return noisy
 
@@ -194,6 +203,11 @@ class QualityMeter:
             mean0, std0 = (np.asarray(source[key][0]) for key in ("mean", "std"))
             distances.append(np.mean(np.abs(mean - mean0) / std0) + np.mean(np.abs(np.log(std / std0))))
         return -math.log(max(float(np.mean(distances)), EDGE)) if distances else math.nan
+
+
+def _deviation(level: torch.Tensor) -> torch.Tensor:
+    """Standard deviation over the places of a level (B, C, h, w) -> (B, C, 1, 1); `std` takes 20 times as long."""
+    return (level - level.mean((2, 3), keepdim=True)).square().mean((2, 3), keepdim=True).sqrt()
 
 
 def _counts(labels: torch.Tensor, num_classes: int) -> torch.Tensor:

@@ -42,6 +42,7 @@ MOST = 256  # slices whose features are measured: enough for moments of 256 chan
 EPS = 1e-6
 LEAST_VARIANCE = 1e-8
 MOST_GAIN = 4.0  # by which the alignment may change a channel's spread
+STRENGTHS = (0.5, 1.0)  # of the alignments that are tried
 
 FEATURES = {
     "area_mm2": "area in a slice",
@@ -85,7 +86,7 @@ class SliceStatistics:
             whole = np.ones(len(labels), bool)
         self._check(images, labels)
         bodies = body_masks(images, self.task)
-        measured = shape_features(labels * whole[:, None, None], [_box(body) for body in bodies], self.task)
+        measured = shape_features(labels * whole[:, None, None], [box_of(body) for body in bodies], self.task)
         for features, added in zip(self.features, measured, strict=True):
             for name, values in added.items():
                 features[name] += values
@@ -156,7 +157,7 @@ def body_masks(images: np.ndarray, task: Task) -> np.ndarray:
 
 def body_boxes(images: torch.Tensor, task: Task) -> list[Box]:
     """The box of the body in each of the neighboring slices (n, C, H, W)."""
-    return [_box(mask) for mask in body_masks(np.asarray(images), task)]
+    return [box_of(mask) for mask in body_masks(np.asarray(images), task)]
 
 
 def shape_features(labels: np.ndarray, boxes: Sequence[Box], task: Task) -> list[ClassFeatures]:
@@ -192,7 +193,7 @@ def ellipse_moments(rows: np.ndarray, columns: np.ndarray) -> tuple[float, float
     return len(rows) / (4 * np.pi * np.sqrt(small * large)), float(np.sqrt(large / small))
 
 
-def _box(mask: np.ndarray) -> Box:
+def box_of(mask: np.ndarray) -> Box:
     """Bounding box of a mask, or the whole of it where it is empty."""
     found = ndimage.find_objects(mask.astype(np.uint8))
     return found[0] if found else (slice(0, mask.shape[0]), slice(0, mask.shape[1]))
@@ -321,7 +322,9 @@ def feature_statistics(
             found = [list(class_sums(torch.cat(kept).double(), shares)) for kept in tap.features]
             features = added(features, found)
             if isinstance(network.head, PyramidHead):
-                levels = added(levels, level_sums(network, pyramid, task))
+                images = pyramid[IMAGE].float().cpu().numpy()  # of many patients
+                bodies = np.concatenate([body_masks(image[None], task) for image in images])
+                levels = added(levels, level_sums(network, pyramid, bodies))
     features = [[_one_background(part, layer[0]) for part in layer] for layer in features]
     return {"features": [_moments(*layer) for layer in features], "levels": [_moments(*level) for level in levels]}
 
@@ -332,14 +335,16 @@ def _one_background(part: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([background, part[1:-1]])
 
 
-def level_sums(network: SamSegmenter, pyramid: Pyramid, task: Task) -> Sums:
-    """Per level of slices weight (1,), sum and sum of squares (1, C) of its standardized channels in the body."""
-    images = np.asarray(pyramid[IMAGE].float().cpu())
-    bodies = torch.from_numpy(np.concatenate([body_masks(image[None], task) for image in images])).float()
+def level_sums(network: SamSegmenter, pyramid: Pyramid, bodies: np.ndarray) -> Sums:
+    """Per level of slices weight (1,), sum and sum of squares (1, C) of its standardized channels in the body.
+
+    `bodies` are the masks (n, H, W) of :func:`body_masks`.
+    """
+    shown = torch.from_numpy(bodies)[:, None].float()
     sums = []
     pyramid = map_levels(lambda level: level.to(network.pixel_mean), pyramid)
     for maps in network.head.standardized(pyramid):  # type: ignore[operator]
-        inside = F.interpolate(bodies[:, None], size=maps.shape[-2:], mode="area").to(maps)
+        inside = F.interpolate(shown, size=maps.shape[-2:], mode="area").to(maps)
         values, shares = (part.flatten(2).transpose(1, 2).double() for part in (maps, inside))
         sums.append(list(class_sums(values, shares)))
     return sums

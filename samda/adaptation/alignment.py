@@ -27,7 +27,6 @@ from samda.quality import class_plausibility
 from samda.source_statistics import LEAST_VARIANCE, Box, FeatureTap, class_shares, class_sums, shape_features
 from samda.task import Task
 
-STRENGTHS = (0.5, 1.0)  # of the alignment of levels
 FEW = 8.0  # places of the grid that a class must fill to be aligned by itself
 
 

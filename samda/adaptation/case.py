@@ -23,8 +23,9 @@ from samda.data.slices import SliceGrid, center_channels
 from samda.expected_dice import Calibration, CaseQuality
 from samda.inference.dicom_out import DicomOutput
 from samda.inference.postprocessing import keep_largest
-from samda.inference.volume import VolumeInferer, largest
+from samda.inference.volume import VolumeInferer
 from samda.networks.head import IMAGE, Pyramid, cat_levels, map_levels, split_levels
+from samda.networks.ops import argmax
 from samda.networks.segmenter import SamSegmenter
 from samda.progress import share
 from samda.quality import QualityMeter
@@ -68,6 +69,7 @@ class PreparedCase:
     seconds: dict[str, float]  # by stage
     scan: Path | SpatialImage | None = None  # file, DICOM folder or nibabel image
     intensity: dict[str, float] = dataclasses.field(default_factory=dict)  # chosen, see samda.adapters.intensity
+    quality: CaseQuality | None = None  # of the source model in the chosen slices; None where it was not measured
 
     @property
     def grid(self) -> SliceGrid:
@@ -220,10 +222,17 @@ def prepare_case(
     areas = slice_areas(source.labels, task.num_classes, grid.axes[0])
     slices = choose_slices(areas, source.uncertainty.sum(axis=grid.axes[1:], dtype=np.float32), settings.slices)
     seed = seed_of(input_sha256, settings.seed)
+    assert settings.views is not None
     views = make_views(settings.views, seed, settings.families, settings.strength, settings.flips)
     labels = torch.from_numpy(source.labels)[None]
     images = cut_windows(grid.inputs(volume, slices), grid.extract_labels(labels, slices), task.image_size)
-    encode = None if replay.memory_mb is None else replay.network.encode
+
+    def encode(images: torch.Tensor) -> Pyramid:
+        if replay.memory_mb is None:
+            return {IMAGE: images}
+        with inferer.autocast(images.device):
+            return map_levels(lambda level: level.float(), replay.network.encode(images))
+
     return PreparedCase(
         name=name,
         input_sha256=input_sha256,
@@ -253,7 +262,7 @@ def segment(
     uncertainty = np.zeros(volume.shape[1:], np.float16)  # there are two of them, as large as the scan
     replay.rewind()
     for place, maps in inferer.slabs(volume, grids, lambda images: replay(images, inferer.first_pass)):
-        labels[place] = largest(maps).cpu().numpy()
+        labels[place] = argmax(maps).cpu().numpy()
         entropy = -(maps * maps.clamp_min(1e-12).log()).sum(0) / np.log(len(maps))
         uncertainty[place] = entropy.clamp(0.0, 1.0).cpu().numpy()
     return Segmentation(keep_largest(labels, inferer.task.largest_only), uncertainty, replay.expected())
@@ -318,18 +327,15 @@ def encode_views(
     images: torch.Tensor,
     indices: Sequence[int],
     views: Sequence[View],
-    encode: Callable[[torch.Tensor], Pyramid] | None,
+    encode: Callable[[torch.Tensor], Pyramid],
     batch_size: int,
     device: torch.device | str | None,
 ) -> Pyramid:
-    """Every view of every chosen slice: levels (V, m, C, h, w), of the images alone where `encode` is None."""
+    """Every view of every chosen slice: levels (V, m, C, h, w)."""
     stacks = []
     for view in views:
         changed = apply_view(view, images, indices).to(device)
-        if encode is None:
-            stacks.append({IMAGE: changed})
-        else:
-            stacks.append(cat_levels([encode(part) for part in changed.split(batch_size)]))
+        stacks.append(cat_levels([encode(part) for part in changed.split(batch_size)]))
     return map_levels(lambda *levels: torch.stack(levels), *stacks)
 
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adaptation of a trained model to one scan: built once, then `adapt` a case at a time.
 
-Per case: the source model predicts all slices; a few slices are encoded once in several photometric views; a few
-optimizer steps move the scope's parameters; the guard compares the adapted prediction with the source's; the parameters
-get their values back, bit for bit. Cases are independent of each other and of their order.
+Per case: the source model predicts all slices. Where the predicted Dice can choose, gray values of the input and
+alignments of the levels are tried on a few slices. Otherwise, or where steps are asked for, these slices are encoded in
+several photometric views, and a few optimizer steps move the scope's parameters. What is best there predicts all slices;
+the guard compares both predictions; the parameters get their values back, bit for bit. Cases are independent of each
+other and of their order.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 from monai.data import MetaTensor
 from nibabel.spatialimages import SpatialImage
 
-from samda.adaptation.alignment import STRENGTHS, CaseAlignment, Judge
+from samda.adaptation.alignment import CaseAlignment, Judge
 from samda.adaptation.case import (
     AdaptedCase,
     EmbeddingReplay,
@@ -48,11 +50,13 @@ from samda.adaptation.loop import (
 )
 from samda.adaptation.objectives import check_settings
 from samda.adaptation.record import Outcome, case_record
+from samda.adaptation.settings import VIEWS
 from samda.adapters.adapter_file import state_tensors
 from samda.adapters.attach import attach, check_scope, default_scope, scope_parameters
 from samda.adapters.base import changes_encoder, modules, sites, unmerge
 from samda.adapters.intensity import Values, search
 from samda.data.formats import name_of, scan_path
+from samda.data.slices import center_channels
 from samda.data.transforms import build_preprocessing
 from samda.errors import AdapterError, InputError
 from samda.expected_dice import Calibration, CaseQuality
@@ -63,7 +67,7 @@ from samda.networks.segmenter import SamSegmenter
 from samda.progress import phase
 from samda.provenance import now, path_sha256, sha256_of, tensors_sha256
 from samda.quality import QualityMeter
-from samda.source_statistics import FeatureTap, align_levels, level_sums
+from samda.source_statistics import STRENGTHS, FeatureTap, align_levels, body_masks, level_sums
 from samda.task import Task
 from samda.views import mirrored_classes
 
@@ -113,7 +117,10 @@ class Adaptation:
         self.judge = Judge(task, record)
         self.calibration = Calibration.from_record(record)
         scope = self.settings.scope or self._scope()
-        self.settings = dataclasses.replace(self.settings, scope=scope)
+        choosing = self.objective.gradient_free and not math.isnan(self.margin)
+        steps = self.settings.steps if self.settings.steps is not None else 0 if choosing else self.objective.steps
+        views = self.settings.views or (1 if choosing and not steps else VIEWS)
+        self.settings = dataclasses.replace(self.settings, scope=scope, steps=steps, views=views)
         self.hashes = {
             "model_sha256": tensors_sha256(network.full_state()),
             "adapter_sha256": adapter_sha256(network),
@@ -168,8 +175,8 @@ class Adaptation:
 
     @property
     def least(self) -> float:
-        """Predicted Dice from which no gain is to be expected: the margin below the highest that the model reaches."""
-        return math.nan if self.calibration is None else self.calibration.highest - self.margin
+        """Predicted Dice from which a scan is like those of the training: it has that of the middle one of them."""
+        return math.nan if self.calibration is None else self.calibration.usual
 
     def describe(self) -> dict[str, Any]:
         """Model and settings as a record has them."""
@@ -228,10 +235,11 @@ class Adaptation:
         try:
             outcome.run = self.optimize(case)
             outcome.source = dataclasses.replace(outcome.source, drift=outcome.run.drift[0])
-            if outcome.run.best_step > 0 or case.intensity:
+            outcome.decision = self.too_little(case, outcome.run)
+            if outcome.decision is None:
                 outcome.adapted = self.predict(case, outcome.run.tensors)
                 outcome.evidence = self.judge.evidence(case, outcome.adapted, *outcome.run.measures())
-            outcome.decision = self.compare(case, outcome)
+                outcome.decision = self.compare(case, outcome)
         except Exception as error:
             outcome.adapted = None
             outcome.decision, outcome.error = decision_of(error), f"{type(error).__name__}: {error}"
@@ -298,7 +306,7 @@ class Adaptation:
             with self._with_intensity(case):
                 return self._expected([(batch, None) for batch in case.images.split(self.settings.batch_size)])
 
-        plain = judge({})
+        plain = case.quality = judge({})
         found = search(lambda values: judge(values).gain_over(plain), self.task.modality != "CT", self.margin)
         case.seconds["intensities"] = time.perf_counter() - begin
         return found
@@ -346,33 +354,44 @@ class Adaptation:
         return run
 
     def _merit(self, case: PreparedCase) -> Merit:
-        """What decides which iterates may be kept: with a calibration, the rise of the predicted Dice."""
+        """What decides which iterates may be kept: with a calibration, the predicted Dice less the source model's."""
         if self.settings.keep == "last":
             return keep_last
         if self.meter is None:
             return functools.partial(self.judge.merit, case, self.guard.absent)
-        first: list[CaseQuality] = []
 
         def gain(logits: torch.Tensor, by_class: Mapping[int, float]) -> float:
             plain = split_levels(map_levels(lambda level: level[0], case.inputs), self.settings.batch_size)
             images = case.images.split(self.settings.batch_size)
             now_ = self._expected(zip(images, plain if self.embedded else [None] * len(images), strict=True))
-            first.append(now_) if not first else None
-            return now_.gain_over(first[0])
+            case.quality = case.quality or now_  # of the first iterate, where gray values were not searched
+            return now_.gain_over(case.quality)
 
         return gain
 
     @torch.no_grad()
     def aligned_levels(self, case: PreparedCase) -> list[dict[str, torch.Tensor]]:
         """Values of the adapter `ssf` by strength of the alignment; none without it, its statistics or a step."""
-        if not (self.objective.gradient_free and self.settings.steps and self.judge.levels):
+        moving = self.settings.steps or not math.isnan(self.margin)
+        if not (self.objective.gradient_free and moving and self.judge.levels):
             return []
         shown = case.shown(self.task.num_classes)
         pyramid = map_levels(lambda level: level[0][shown], case.inputs)  # of the slices themselves
         pyramid = pyramid if self.embedded else self.network.encode(pyramid[IMAGE])
-        found = level_sums(self.network, pyramid, self.task)
+        bodies = body_masks(center_channels(case.images[shown], self.task).numpy(), self.task)
+        found = level_sums(self.network, pyramid, bodies)
         pairs = [align_levels(self.network, self.parameters, self.judge.levels, found, a) for a in STRENGTHS]
         return [tensors for tensors in pairs if tensors]
+
+    def too_little(self, case: PreparedCase, run: Trajectory) -> Decision | None:
+        """The decision where nothing changed, or where the chosen slices gain too little to predict the scan again."""
+        if not (run.best_step or case.intensity):
+            return Decision.of("accepted_unchanged", "no iterate was better than the source model")
+        gain = run.merit[run.best_step]
+        if self.meter is not None and self.settings.keep != "last" and gain <= self.margin:
+            text = f"predicted Dice {gain:+.3f} in the chosen slices, margin {self.margin:.3f}"
+            return Decision.of("fallback_expected", text)
+        return None
 
     def predict(self, case: PreparedCase, tensors: Mapping[str, torch.Tensor]) -> Segmentation:
         """Predict all slices of a prepared case with other values of the scope's parameters."""
@@ -388,8 +407,7 @@ class Adaptation:
     def compare(self, case: PreparedCase, outcome: Outcome) -> Decision:
         """The guard's decision on what was adapted."""
         run, adapted, evidence = outcome.run, outcome.adapted, outcome.evidence
-        if run is None or adapted is None or evidence is None:
-            return Decision.of("accepted_unchanged", "no iterate was better than the source model")
+        assert run is not None and adapted is not None and evidence is not None
         if np.array_equal(adapted.labels, case.source.labels):
             return Decision.of("accepted_unchanged", "the adapted prediction is equal in every voxel")
         was, now_, last = run.agreements()
@@ -426,8 +444,9 @@ class Adaptation:
         """Predicted Dice of slices (images, and their levels if they are known) at the present parameters."""
         assert self.meter is not None and self.calibration is not None
         self.meter.clear()
-        for images, levels in batches:
-            self.meter(images.to(self.device), levels)
+        with self.inferer.autocast(self.device):
+            for images, levels in batches:
+                self.meter(images.to(self.device), levels)
         return self.calibration.expected(self.meter.features())
 
 

@@ -119,13 +119,13 @@ class Decision:
 
 
 def good_enough(source: Evidence, settings: GuardSettings, least: float) -> Decision | None:
-    """The decision for a case whose predicted Dice is `least` or more, from which no gain is to be expected.
+    """The decision for a case whose predicted Dice is `least` or more, as that of scans like the training's.
 
     `least` is NaN without a calibration.
     """
     if source.expected is None or not source.expected.mean >= least or settings.skip_agreement > 1:
         return None
-    return Decision.of("skipped_quality", f"predicted Dice {source.expected.mean:.3f}, which no gain would raise")
+    return Decision.of("skipped_quality", f"predicted Dice {source.expected.mean:.3f}, usual are {least:.3f}")
 
 
 def before(source: Evidence, shown: bool, settings: GuardSettings, calibrated: bool = False) -> Decision | None:

@@ -167,7 +167,7 @@ def optimize(
         load(parameters, kept[first])
     rates = lr if isinstance(lr, Mapping) else dict.fromkeys(parameters, lr)
     optimizer = torch.optim.Adam([{"params": [tensor], "lr": rates[name]} for name, tensor in parameters.items()])
-    for step in range(steps + 1):
+    for step in range(steps + 1 if steps or not starts else 0):
         loss = pass_(gradients=step < steps, record=step > 0 or not starts)
         if step < steps:
             optimizer.zero_grad(set_to_none=True)

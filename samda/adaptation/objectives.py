@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from samda.adaptation.settings import AdaptationSettings
 from samda.adapters.attach import check_scope
 from samda.errors import UsageError, check_numbers, from_mapping, nearest
-from samda.inference.volume import largest
+from samda.networks.ops import argmax
 
 CLASS_DIM = -3  # of (..., K, h, w)
 
@@ -36,7 +36,7 @@ def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
 
 def most_likely(p: torch.Tensor) -> torch.Tensor:
     """The class of highest probability or logit, (..., K, h, w) -> (..., h, w), int16; the first of equal values."""
-    return largest(p.movedim(CLASS_DIM, 0))
+    return argmax(p, CLASS_DIM)
 
 
 def entropy(log_p: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ class Objective:
     """Base: a subclass sets its defaults of `steps` and `lr` and overrides `loss`."""
 
     name: ClassVar[str] = ""
-    gradient_free: ClassVar[bool] = False  # begin with the search of intensities and the alignment of levels?
+    gradient_free: ClassVar[bool] = False  # search intensities and align levels, first or instead of steps?
 
     steps: int = 8  # optimizer steps, where the settings name none
     lr: float = 1e-3  # learning rate of Adam, where the settings name none
@@ -229,15 +229,17 @@ def build_objective(name: str, settings: Mapping[str, Any] | None = None) -> Obj
 def check_settings(settings: Mapping[str, Any] | None = None) -> tuple[AdaptationSettings, Objective]:
     """Check settings before a model is loaded (also `initialize` of adapt.json); returns settings and objective.
 
-    Missing steps and learning rate are those of the objective, a missing scope follows from the model; scopes are
-    sorted as :data:`samda.adapters.attach.SCOPES`. Modality and keep_largest depend on the task and are checked later.
+    Missing steps and learning rate are those of the objective, but where a predicted Dice can choose, the model decides
+    how many steps; missing views and scope follow from it, too. Scopes are sorted as
+    :data:`samda.adapters.attach.SCOPES`. Modality and keep_largest depend on the task and are checked later.
     """
     given = AdaptationSettings.from_values(settings or {})
     objective = build_objective(given.method, given.objective)
+    steps = objective.steps if not objective.gradient_free or "steps" in (given.objective or {}) else None
     resolved = dataclasses.replace(
         given,
         scope=None if given.scope is None else "+".join(check_scope(given.scope)),
-        steps=objective.steps if given.steps is None else given.steps,
+        steps=steps if given.steps is None else given.steps,
         lr=objective.lr if given.lr is None else given.lr,
     )
     return resolved, objective

@@ -25,6 +25,7 @@ METHODS = (  # of samda.adaptation.objectives
     "default",
 )
 REMOVED = ("tpt", "pseudo_label", "anchored")  # objectives of samda 0.1
+VIEWS = 6  # of each slice, where steps are taken
 SCOPES = ("intensity", "ssf", "gate", "decoder", "norm", "encoder")  # of samda.adapters.attach
 
 
@@ -75,14 +76,19 @@ class AdaptationSettings:
         flag="--scope",
         metavar="NAME[+NAME]",
     )
-    steps: int | None = _whole(None, 0, "optimizer steps; default: the objective's", flag="--steps")
+    steps: int | None = _whole(
+        None,
+        0,
+        "optimizer steps; default: the objective's, and none where a predicted Dice can choose",
+        flag="--steps",
+    )
     lr: float | None = _number(
         None,
         "learning rate, of ssf 10 times as high; default: the objective's",
         flag="--learning-rate",
         words="the learning rate (lr)",
     )
-    views: int = _whole(6, 1, "views of each slice; default 6", flag="--views")
+    views: int | None = _whole(None, 1, "views of each slice; default 6, or 1 without steps", flag="--views")
     slices: int = _whole(8, 1, "slices to adapt on; default 8", flag="--slices")
     seed: int = _whole(0, 0, "random seed of the views; default 0", flag="--seed")
     families: str | Sequence[str] | None = None
@@ -145,7 +151,7 @@ def _check(field: dataclasses.Field, value: Any) -> None:
         raise UsageError(f"{rule.get('words', name)} must be positive, got {value!r}")
 
 
-def _families(value: Any, views: int) -> tuple[str, ...]:
+def _families(value: Any, views: int | None) -> tuple[str, ...]:
     """The families of views, given as a list or a single name."""
     from samda.views import FAMILIES  # imports PyTorch, which `samda adapt --help` must not
 
@@ -155,6 +161,6 @@ def _families(value: Any, views: int) -> tuple[str, ...]:
     for family in families:
         if family not in FAMILIES:
             raise UsageError(f"unknown view family {family!r}; {nearest(family, FAMILIES)}")
-    if views > 1 and not families:
-        raise UsageError(f"{views} views need at least one family of {', '.join(FAMILIES)}")
+    if views != 1 and not families:
+        raise UsageError(f"{views or VIEWS} views need at least one family of {', '.join(FAMILIES)}")
     return tuple(families)

@@ -17,7 +17,7 @@ from monai.inferers import Inferer, sliding_window_inference
 from samda.data.slices import SliceGrid, axis_tasks
 from samda.embeddings import allocate
 from samda.errors import InputError, SamdaError, UsageError, nearest
-from samda.networks.ops import computes_bf16
+from samda.networks.ops import argmax, computes_bf16
 from samda.progress import bar, share
 from samda.task import Task
 
@@ -130,7 +130,7 @@ class VolumeInferer(Inferer):
         labels = torch.empty(shape, dtype=kind, device=volume.device)
         kept = torch.empty((classes, *shape), device=volume.device) if keep_probabilities else None
         for place, maps in self.slabs(volume, self.grids(volume, geometry), network, *args, **kwargs):
-            labels[place] = largest(maps).to(kind).to(labels.device)
+            labels[place] = argmax(maps).to(kind).to(labels.device)
             if kept is not None:
                 kept[(slice(None), *place)] = maps.to(kept.device)
         return labels[None, None], None if kept is None else kept[None]
@@ -219,10 +219,9 @@ class VolumeInferer(Inferer):
         self, slices: torch.Tensor, network: Callable[..., torch.Tensor], args: tuple, kwargs: Mapping[str, Any]
     ) -> torch.Tensor:
         """(n, C, rows, columns) -> (n, K, rows, columns), float32; in windows if the canvas is larger."""
-        precision = self.precision(slices.device)
 
         def call(windows: torch.Tensor) -> torch.Tensor:
-            with torch.autocast(windows.device.type, precision, enabled=precision != torch.float32):
+            with self.autocast(windows.device):
                 logits = network(windows, *args, **kwargs)
             return logits.to(torch.float32, copy=True)  # blending multiplies in place
 
@@ -246,6 +245,11 @@ class VolumeInferer(Inferer):
         parameter = next(network.parameters(), None) if isinstance(network, torch.nn.Module) else None
         return torch.device(self.device) if self.device is not None else getattr(parameter, "device", volume.device)
 
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context of the network call on `device`."""
+        precision = self.precision(device)
+        return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
     def precision(self, device: torch.device | str) -> torch.dtype:
         """Of the network call on `device`."""
         if torch.device(device).type == "cpu" and self.amp == "fp16":
@@ -263,15 +267,6 @@ def window_overlap(side: int, size: int, least: float) -> float:
         return least
     steps = 2 * math.ceil((side - size) / (2 * size * (1 - least)))
     return max(0.0, 1 - (math.ceil((side - size) / steps) + 0.5) / size)  # MONAI rounds the step down
-
-
-def largest(maps: torch.Tensor) -> torch.Tensor:
-    """`maps.argmax(0)` of (K, ...), the first of equal values, as int16; about ten times faster on contiguous maps."""
-    best, index = maps[0], torch.zeros_like(maps[0], dtype=torch.int16)
-    for k in range(1, len(maps)):
-        index.masked_fill_(maps[k] > best, k)
-        best = torch.maximum(best, maps[k])
-    return index
 
 
 def _geometry(inputs: torch.Tensor, spacing_mm: Sequence[float] | None) -> Any:

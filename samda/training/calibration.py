@@ -3,7 +3,7 @@
 
 Validation patients are predicted by parameters that had not seen them, as they are and under intensity changes of
 several strengths (:mod:`samda.views`); also after what an adaptation tries first, other gray values of the input and
-the alignment of levels, which shows how gains are predicted. The cost is bounded: at most so many patients and slices,
+the alignments of levels, which shows how gains are predicted. The cost is bounded: at most so many patients and slices,
 and a share of the training's time.
 """
 
@@ -20,15 +20,18 @@ from monai.networks.utils import eval_mode
 from samda.adapters.attach import scope_parameters
 from samda.adapters.intensity import IntensityAdapter, tried
 from samda.data.labels import OPEN
+from samda.data.slices import center_channels
 from samda.data.splits import Split, patient_of
 from samda.errors import AdapterError
 from samda.expected_dice import Row, fit_calibration
 from samda.metrics import confusion_matrix
 from samda.networks.head import Pyramid, cat_levels, map_levels, split_levels
+from samda.networks.ops import argmax, computes_bf16
 from samda.networks.segmenter import SamSegmenter
 from samda.progress import bar
 from samda.quality import QualityMeter
-from samda.source_statistics import align_levels, level_sums
+from samda.source_statistics import STRENGTHS as ALIGNMENTS
+from samda.source_statistics import align_levels, body_masks, level_sums
 from samda.training import pace
 from samda.training.datasets import SliceDataset
 from samda.views import FAMILIES, View, apply_view, make_views, seed_of
@@ -65,7 +68,9 @@ def calibrate(
     changes = tried(inversion=slices.task.modality != "CT")
     rows: list[Row] = []
     progress = bar("calibrating", (ROUNDS + 1) * len(chosen), "scan")
-    with torch.no_grad(), eval_mode(network):
+    device = network.pixel_mean.device
+    cast = torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device))  # as `samda predict` does
+    with torch.no_grad(), eval_mode(network), cast:
         for turn in range(ROUNDS + 1):
             for number, (case, indices) in enumerate(chosen.items()):
                 if pace.clock() < end:
@@ -137,15 +142,18 @@ def _rows(
     counts = _counts(meter, images, changed, labels, batch_size, possible)
     variants.append((meter.features(), counts))
     parameters = _alignable(network)
-    shown = ((labels > 0) & (labels < OPEN)).reshape(len(labels), -1).any(1)
+    shown = torch.from_numpy(((labels > 0) & (labels < OPEN)).reshape(len(labels), -1).any(1))
     if parameters and meter.statistics.get("levels"):
-        found = level_sums(network, map_levels(lambda level: level[torch.from_numpy(shown)], pyramid), task)
+        bodies = body_masks(center_channels(images[shown].cpu(), task).numpy(), task)
+        found = level_sums(network, map_levels(lambda level: level[shown], pyramid), bodies)
         before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        aligned = [align_levels(network, parameters, meter.statistics["levels"], found, a) for a in ALIGNMENTS]
         try:
-            for name, tensor in align_levels(network, parameters, meter.statistics["levels"], found, 1.0).items():
-                parameters[name].copy_(tensor)
-            counts = _counts(meter, images, pyramid, labels, batch_size, possible)
-            variants.append((meter.features(), counts))
+            for tensors in aligned:
+                for name, tensor in tensors.items():
+                    parameters[name].copy_(tensor)
+                counts = _counts(meter, images, pyramid, labels, batch_size, possible)
+                variants.append((meter.features(), counts))
         finally:
             for name, tensor in before.items():
                 parameters[name].copy_(tensor)
@@ -154,7 +162,7 @@ def _rows(
             true, predicted = counts[k].sum(), counts[:, k].sum()
             if true:
                 dice = float(2 * counts[k, k] / (true + predicted))
-                rows.append(Row(patient, scan, variant, name, features[name], dice))
+                rows.append(Row(patient, scan, variant, name, features[name], dice, view != View()))
     return rows
 
 
@@ -172,7 +180,7 @@ def _counts(
     """
     meter.clear()
     parts = zip(images.split(batch_size), split_levels(pyramid, batch_size), strict=True)
-    predicted = torch.cat([meter(part, levels).argmax(1).cpu() for part, levels in parts])
+    predicted = torch.cat([argmax(meter(part, levels), 1).cpu() for part, levels in parts])
     found = predicted.numpy()
     if possible is not None:
         found = np.where((labels >= OPEN) & possible[labels, found], 0, found)

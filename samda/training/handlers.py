@@ -24,6 +24,7 @@ from monai.engines import Evaluator
 from samda.data.labels import IGNORED, OPEN, PartialLabels
 from samda.errors import InputError
 from samda.io import write_json
+from samda.networks.ops import argmax
 from samda.processes import exchange, is_main
 from samda.progress import bar
 from samda.training.pace import Pace
@@ -55,7 +56,7 @@ class CaseDice:
     def update(self, logits: torch.Tensor, label: torch.Tensor, cases: Sequence[int]) -> None:
         """Add a batch: (B, K, H, W) logits, (B, 1, H, W) class indices, and the number of the case of each item."""
         k = len(self.classes)
-        predicted, true = logits.argmax(1).flatten(1), label[:, 0].long().flatten(1)
+        predicted, true = argmax(logits, 1).flatten(1), label[:, 0].long().flatten(1)
         for p, t, case in zip(predicted, true, cases, strict=True):
             joint = torch.bincount(t * k + p, minlength=256 * k)[: 256 * k].view(256, k).cpu()
             inside = joint[:k]

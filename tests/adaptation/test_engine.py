@@ -235,6 +235,7 @@ def test_scopes_and_combinations_are_adapted_and_recorded(
 
 def test_flips_are_mapped_back(make_adaptation: Callable, network: SamSegmenter, case: Path) -> None:
     adaptation = make_adaptation(views=3, flips=True)
+    adaptation.inferer.amp = "off"
     prepared = adaptation.prepare(case)
     assert [view.flip for view in prepared.views] == [False, True, False]
     images = prepared.grid.extract(prepared.data["image"], prepared.slices)

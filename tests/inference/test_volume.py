@@ -14,7 +14,7 @@ from monai.data import MetaTensor
 
 from samda.data.slices import SliceGrid
 from samda.errors import InputError, SamdaError, UsageError
-from samda.inference.volume import VolumeInferer, largest
+from samda.inference.volume import VolumeInferer
 from samda.task import Task
 
 SHAPE = (40, 48, 10)  # even in-plane, so that pixels of 1 mm fall on the voxels of 1 mm
@@ -156,13 +156,6 @@ def test_the_volumes_place_in_memory_changes_no_byte(
     inferer = VolumeInferer(band_task, output="probabilities")
     first, second = (inferer(x, small_sam, spacing_mm=(1.3, 0.8, 3)) for x in (plain, turned))
     assert torch.equal(first, second)
-
-
-def test_largest_is_argmax() -> None:
-    maps = torch.randint(0, 4, (5, 6, 7, 8), generator=torch.Generator().manual_seed(0)).float()  # many equal values
-    strided = maps.permute(0, 2, 3, 1)
-    assert np.array_equal(largest(maps).numpy(), maps.numpy().argmax(0))
-    assert np.array_equal(largest(strided).numpy(), strided.numpy().argmax(0))
 
 
 def test_slab_size_from_the_budget(band_task: Task) -> None:

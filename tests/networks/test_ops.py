@@ -5,11 +5,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from samda.networks.ops import LARGEST_PRODUCT, computes_bf16, linear, upsample, window_attention
+from samda.networks.ops import LARGEST_PRODUCT, argmax, computes_bf16, linear, upsample, window_attention
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -121,3 +122,11 @@ def test_parts_of_matrices_take_no_slow_kernel() -> None:
     whole = seconds(x[:, :256].contiguous(), weight[:, :256].clone().requires_grad_())
     assert seconds(x[:, 44:], weight[:, :256].clone().requires_grad_()) < 30 * whole
     assert seconds(x[:, :256].contiguous().requires_grad_(), weight[:, 44:]) < 30 * whole
+
+
+def test_argmax_takes_the_first_of_equal_values() -> None:
+    maps = torch.randint(0, 4, (5, 6, 7, 8), generator=torch.Generator().manual_seed(0)).float()  # many equal values
+    for dim in (0, -3):
+        assert np.array_equal(argmax(maps, dim).numpy(), maps.numpy().argmax(dim))
+    strided = maps.permute(0, 2, 3, 1)
+    assert np.array_equal(argmax(strided).numpy(), strided.numpy().argmax(0))
