@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapt a trained model to scans of another site without labels.
 
-For each scan, a few adapter parameters are chosen or optimized, the scan is predicted and the parameters are restored. A
-guard decides whether the adapted label map replaces that of the source model. Every case is recorded. To resume an
+For each scan, a few adapter parameters are chosen or optimized, the scan is predicted and the parameters are restored.
+A guard decides whether the adapted label map replaces that of the source model. Every case is recorded. To resume an
 interrupted run, repeat the command.
 
   samda adapt -m model -i scans -o adapted

@@ -68,9 +68,7 @@ def calibrate(
     changes = tried(inversion=slices.task.modality != "CT")
     rows: list[Row] = []
     progress = bar("calibrating", (ROUNDS + 1) * len(chosen), "scan")
-    device = network.pixel_mean.device
-    cast = torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device))  # as `samda predict` does
-    with torch.no_grad(), eval_mode(network), cast:
+    with torch.no_grad(), eval_mode(network):
         for turn in range(ROUNDS + 1):
             for number, (case, indices) in enumerate(chosen.items()):
                 if pace.clock() < end:
@@ -133,8 +131,7 @@ def _rows(
     images = images.to(network.pixel_mean)
     labels = torch.cat([item["label"] for item in items]).numpy().astype(np.int64)
     pyramid, changed = (
-        cat_levels(network.encode(part) for part in inputs.split(batch_size))
-        for inputs in (images, IntensityAdapter.of(values).to(images)(images))
+        _encode(network, inputs, batch_size) for inputs in (images, IntensityAdapter.of(values).to(images)(images))
     )
     possible = None if slices.partial is None else slices.partial.possible().numpy()
     counts, rows = _counts(meter, images, pyramid, labels, batch_size, possible), []
@@ -166,6 +163,17 @@ def _rows(
     return rows
 
 
+def _autocast(network: SamSegmenter) -> torch.autocast:
+    """The precision of `samda predict`."""
+    device = network.pixel_mean.device
+    return torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device))
+
+
+def _encode(network: SamSegmenter, images: torch.Tensor, batch_size: int) -> Pyramid:
+    with _autocast(network):
+        return cat_levels([network.encode(part) for part in images.split(batch_size)])
+
+
 def _counts(
     meter: QualityMeter,
     images: torch.Tensor,
@@ -180,8 +188,8 @@ def _counts(
     """
     meter.clear()
     parts = zip(images.split(batch_size), split_levels(pyramid, batch_size), strict=True)
-    predicted = torch.cat([argmax(meter(part, levels), 1).cpu() for part, levels in parts])
-    found = predicted.numpy()
+    with _autocast(meter.network):
+        found = torch.cat([argmax(meter(part, levels), 1).cpu() for part, levels in parts]).numpy()
     if possible is not None:
         found = np.where((labels >= OPEN) & possible[labels, found], 0, found)
         labels = np.where(labels < OPEN, labels, 0)
