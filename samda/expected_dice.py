@@ -27,6 +27,7 @@ BINS = 3  # heights of the prediction with residuals of their own
 FEWEST = 12  # rows below which nothing is fitted
 HARM = 0.02  # loss of the mean Dice that counts as harm; a gain that is predicted to be smaller changes nothing
 RISK = 0.03  # share of scans that may be harmed
+FALL = 0.1  # standard deviations by which a feature may fall where a gain is predicted
 TRUSTED = 0.6  # cases below this predicted Dice are listed first
 
 
@@ -51,10 +52,12 @@ class CaseQuality:
         dice: class -> predicted Dice.
         distance: of the scan's levels from those of the training slices, in standard deviations; None where the head
             reads no levels or nothing is predicted.
+        features: predicted class -> standardized features, of which the Dice is predicted; not in records.
     """
 
     dice: dict[str, ExpectedDice]
     distance: float | None = None
+    features: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
     def mean(self) -> float:
@@ -66,9 +69,16 @@ class CaseQuality:
         return sum(self.dice[name].dice for name in classes) / len(classes) if len(classes) else 0.0
 
     def gain_over(self, other: CaseQuality) -> float:
-        """Rise of the mean over the classes of either prediction; a class that one of them lacks counts 0 there."""
+        """Rise of the mean over the classes of either prediction; a class that one of them lacks counts 0 there.
+
+        A rise counts only if no feature, averaged over the classes of both, falls by more than :data:`FALL`: one that
+        rests on some features against others depends on weights that a few patients do not tell exactly.
+        """
         classes = [name for name, one in other.dice.items() if one.predicted or self.dice[name].predicted]
-        return self.mean_over(classes) - other.mean_over(classes)
+        gain = self.mean_over(classes) - other.mean_over(classes)
+        shared = [self.features[name] - values for name, values in other.features.items() if name in self.features]
+        falls = bool(shared) and float(np.mean(shared, 0).min()) < -FALL
+        return min(gain, 0.0) if falls else gain
 
     def shifted(self, shift: float) -> CaseQuality:
         """With `shift` added to the logit of every predicted Dice and its interval, as a site's recalibration says."""
@@ -76,7 +86,7 @@ class CaseQuality:
         for name, one in self.dice.items():
             dice, low, high = (float(expit(logit(value) + shift)) for value in (one.dice, one.low, one.high))
             moved[name] = ExpectedDice(dice, low, high) if one.predicted else one
-        return CaseQuality(moved, self.distance)
+        return CaseQuality(moved, self.distance, self.features)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, four digits."""
@@ -108,6 +118,7 @@ class Row:
     shifted: bool = False  # is the image changed, as another site would?
 
 
+Scan = dict[int, tuple[CaseQuality, float]]  # by variant: what is predicted, and the true mean Dice
 Fit = tuple[np.ndarray, np.ndarray, np.ndarray, float, dict[str, float]]  # mean, std, weights, bias, bias of classes
 
 
@@ -143,21 +154,15 @@ class Calibration:
 
     def expected(self, features: Mapping[str, list[float] | None]) -> CaseQuality:
         """Predicted Dice of each class from :meth:`QualityMeter.features`."""
-        result = {}
-        distance = None
-        for name, values in features.items():
-            if values is None:
-                result[name] = ExpectedDice(0.0, 0.0, 0.0, predicted=False)
-                continue
-            dice = _dice(self.fit, name, values)
+        quality = _quality(self.fit, features)
+        result = dict(quality.dice)
+        for name in quality.features:
+            dice = result[name].dice
             low, high = (float(np.interp(dice, self.heights, side)) for side in (self.low, self.high))
-            if (
-                self.class_bias and name not in self.class_bias
-            ):  # in no row, as of a model that was trained on with labels of other classes
-                low, high = -1.0, 1.0
+            if self.class_bias and name not in self.class_bias:
+                low, high = -1.0, 1.0  # in no row, as of a model that was trained on with labels of other classes
             result[name] = ExpectedDice(dice, max(0.0, dice + low), min(1.0, dice + high))
-            distance = math.exp(-values[-1]) if math.isfinite(values[-1]) else None
-        return CaseQuality(result, distance)
+        return dataclasses.replace(quality, dice=result)
 
     @property
     def fit(self) -> Fit:
@@ -199,20 +204,19 @@ def fit_calibration(rows: Sequence[Row], about: Mapping[str, Any] | None = None)
         return None
     patients = sorted({row.patient for row in known})
     model = _fit(known)
-    predicted: dict[int, float] = {}
+    scans: dict[str, Scan] = {}
     for patient in sorted({row.patient for row in rows}):
         rest = [row for row in known if row.patient != patient]
         apart = _fit(rest) if len(patients) > 1 and len(rest) >= FEWEST else model
-        predicted |= {id(row): _dice(apart, row.name, row.features) for row in rows if row.patient == patient}
-    found = np.array([predicted[id(row)] for row in known])
+        scans |= _scans([row for row in rows if row.patient == patient], apart)
+    found = np.array([scans[row.scan][row.variant][0].dice[row.name].dice for row in known])
     true = np.array([row.dice for row in known])
     plain = np.array([row.variant == 0 for row in known])  # the interval is one of predictions as they are
     plain = plain if plain.sum() >= FEWEST else np.ones(len(known), bool)
     heights, low, high = _residuals(found[plain], (true - found)[plain])
     mean, std, weights, bias, class_bias = model
     error = float(np.abs(true - found).mean())
-    scans = _scans(rows, predicted)
-    usual = {row.scan for row in rows if not row.shifted} or set(scans)
+    usual = {row.scan for row in rows if not row.shifted and row.variant == 0} or set(scans)
     numbers = {"patients": len(patients), "rows": len(known), "mean_absolute_error": round(error, 4)}
     return Calibration(
         mean=_short(mean),
@@ -224,7 +228,7 @@ def fit_calibration(rows: Sequence[Row], about: Mapping[str, Any] | None = None)
         low=_short(low),
         high=_short(high),
         margin=_margin(list(scans.values())),
-        usual=_short([float(np.median([scans[scan][0][0] for scan in usual if 0 in scans[scan]]))])[0],
+        usual=_short([float(np.median([scans[scan][0][0].mean for scan in usual if 0 in scans[scan]]))])[0],
         about=dict(about or {}) | numbers,
     )
 
@@ -255,12 +259,18 @@ def _fit(rows: Sequence[Row]) -> Fit:
     return mean, std, w[:size], float(w[-1]), dict(zip(names, w[size:-1].tolist(), strict=True))
 
 
-def _dice(fit: Fit, name: str, features: Sequence[float] | None) -> float:
-    if features is None:
-        return 0.0
+def _quality(fit: Fit, features: Mapping[str, Sequence[float] | None]) -> CaseQuality:
+    """Predicted Dice of each class, without intervals."""
     mean, std, weights, bias, class_bias = fit
-    z = _standardized(np.asarray(features, float), mean, std)
-    return float(expit(bias + class_bias.get(name, 0.0) + z @ weights))
+    dice, standardized, distance = {}, {}, None
+    for name, values in features.items():
+        if values is None:
+            dice[name] = ExpectedDice(0.0, 0.0, 0.0, predicted=False)
+            continue
+        z = standardized[name] = _standardized(np.asarray(values, float), mean, std)
+        dice[name] = ExpectedDice(float(expit(bias + class_bias.get(name, 0.0) + z @ weights)), 0.0, 1.0)
+        distance = math.exp(-values[-1]) if math.isfinite(values[-1]) else None
+    return CaseQuality(dice, distance, standardized)
 
 
 def _standardized(raw: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
@@ -282,26 +292,37 @@ def _residuals(found: np.ndarray, residuals: np.ndarray) -> tuple[list[float], l
     return heights, low, high
 
 
-def _scans(rows: Sequence[Row], predicted: Mapping[int, float]) -> dict[str, dict[int, np.ndarray]]:
-    """Scan -> variant -> mean over the classes of predicted and true Dice."""
-    scans: dict[str, dict[int, list[tuple[float, float]]]] = {}
+def _scans(rows: Sequence[Row], fit: Fit) -> dict[str, Scan]:
+    """Scan -> variant -> what is predicted, and the true mean Dice over the classes."""
+    parts: dict[str, dict[int, list[Row]]] = {}
     for row in rows:
-        scans.setdefault(row.scan, {}).setdefault(row.variant, []).append((predicted[id(row)], row.dice))
-    return {scan: {key: np.mean(v, 0) for key, v in variants.items()} for scan, variants in scans.items()}
+        parts.setdefault(row.scan, {}).setdefault(row.variant, []).append(row)
+    return {
+        scan: {
+            variant: (_quality(fit, {row.name: row.features for row in own}), float(np.mean([row.dice for row in own])))
+            for variant, own in variants.items()
+        }
+        for scan, variants in parts.items()
+    }
 
 
-def _margin(scans: Sequence[Mapping[int, np.ndarray]]) -> float | None:
+def _margin(scans: Sequence[Scan]) -> float | None:
     """The least predicted gain above which replacing the plain prediction harms at most a share :data:`RISK`.
 
     By conformal risk control (arXiv 2208.02814): of n pairs of predictions of the same scan, (k + 1) / (n + 1) <= RISK,
     with k harmful ones above the margin. An overestimated gain that costs nothing is none of them. With too few pairs
     for that it is the highest gain that was predicted, as nothing is known above.
     """
-    pairs = [values - variants[0] for variants in scans for key, values in variants.items() if key and 0 in variants]
+    pairs = [
+        (quality.gain_over(variants[0][0]), dice - variants[0][1])
+        for variants in scans
+        for key, (quality, dice) in variants.items()
+        if key and 0 in variants
+    ]
     if not pairs:
         return None
     allowed = math.floor(RISK * (len(pairs) + 1)) - 1
-    harmful = sorted((float(gain) for gain, true in pairs if true < -HARM or allowed < 0), reverse=True)
+    harmful = sorted((gain for gain, true in pairs if true < -HARM or allowed < 0), reverse=True)
     return round(max([HARM, *harmful[max(allowed, 0) :][:1]]), 5)
 
 

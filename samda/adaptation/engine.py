@@ -2,10 +2,10 @@
 """Adaptation of a trained model to one scan: built once, then `adapt` a case at a time.
 
 Per case: the source model predicts all slices. Where the predicted Dice can choose, gray values of the input and
-alignments of the levels are tried on a few slices. Otherwise, or where steps are asked for, these are encoded in several
-photometric views, and a few optimizer steps move the scope's parameters. What is best there predicts all slices; the
-guard compares both predictions; the parameters get their values back, bit for bit. Cases are independent of each other
-and of their order.
+alignments of the levels are tried on a few slices. Otherwise, or where steps are asked for, these are encoded in
+several photometric views, and a few optimizer steps move the scope's parameters. What is best there predicts all
+slices; the guard compares both predictions; the parameters get their values back, bit for bit. Cases are independent of
+each other and of their order.
 """
 
 from __future__ import annotations
