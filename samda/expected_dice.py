@@ -25,9 +25,10 @@ FARTHEST = 3.0  # standard deviations from the mean; beyond, the calibration has
 COVERAGE = 0.9  # of the interval
 BINS = 3  # heights of the prediction with residuals of their own
 FEWEST = 12  # rows below which nothing is fitted
-HARM = 0.02  # loss of the mean Dice that counts as harm; a gain that is predicted to be smaller changes nothing
+HARM = 0.02  # loss of the mean Dice that counts as harm
+LEAST_GAIN = 0.03  # predicted, for which a label map is replaced
 RISK = 0.03  # share of scans that may be harmed
-FALL = 0.1  # standard deviations by which a feature may fall where a gain is predicted
+FALL = 0.2  # standard deviations by which a feature may fall where a gain is predicted
 TRUSTED = 0.6  # cases below this predicted Dice are listed first
 
 
@@ -323,7 +324,7 @@ def _margin(scans: Sequence[Scan]) -> float | None:
         return None
     allowed = math.floor(RISK * (len(pairs) + 1)) - 1
     harmful = sorted((gain for gain, true in pairs if true < -HARM or allowed < 0), reverse=True)
-    return round(max([HARM, *harmful[max(allowed, 0) :][:1]]), 5)
+    return round(max([LEAST_GAIN, *harmful[max(allowed, 0) :][:1]]), 5)
 
 
 def _short(values: Sequence[float] | np.ndarray) -> list[float]:

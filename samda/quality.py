@@ -128,15 +128,24 @@ class QualityMeter:
         self.levels: Sums = []
 
     @torch.no_grad()
-    def __call__(self, images: torch.Tensor, pyramid: Pyramid | None = None) -> torch.Tensor:
-        """Logits (B, K, H, W) of images (B, C, H, W), whose `pyramid` may be known."""
+    def __call__(
+        self, images: torch.Tensor, pyramid: Pyramid | None = None, bodies: np.ndarray | None = None
+    ) -> torch.Tensor:
+        """Logits (B, K, H, W) of images (B, C, H, W), whose `pyramid` and `bodies`, masks (B, H, W), may be known."""
         pyramid = self.network.encode(images) if pyramid is None else pyramid
         coarse = self.network.decode(pyramid)
         logits = self.network.upsampled(coarse)
-        self._add(images, pyramid, coarse.float(), logits)
+        self._add(images, pyramid, bodies, coarse.float(), logits)
         return logits
 
-    def _add(self, images: torch.Tensor, pyramid: Pyramid, coarse: torch.Tensor, logits: torch.Tensor) -> None:
+    def _add(
+        self,
+        images: torch.Tensor,
+        pyramid: Pyramid,
+        bodies: np.ndarray | None,
+        coarse: torch.Tensor,
+        logits: torch.Tensor,
+    ) -> None:
         k = self.task.num_classes
         maps, labels = coarse.softmax(1), argmax(coarse, 1).long()
         sizes = _counts(labels, k)
@@ -146,7 +155,10 @@ class QualityMeter:
         if not shown.any():
             return
         pyramid, labels = map_levels(lambda level: level[shown].to(coarse), pyramid), labels[shown]
-        bodies = body_masks(center_channels(images[shown].float().cpu(), self.task).numpy(), self.task)
+        if bodies is None:
+            bodies = body_masks(center_channels(images[shown].float().cpu(), self.task).numpy(), self.task)
+        else:
+            bodies = bodies[shown.cpu().numpy()]
         others = [self.network.decode(self._noisy(pyramid))]
         if self.pyramid_head is not None:
             height, width = pyramid[IMAGE].shape[-2:]

@@ -24,7 +24,7 @@ from samda.adaptation.loop import mean_agreement
 from samda.adaptation.objectives import log_probabilities, most_likely
 from samda.errors import InputError
 from samda.quality import class_plausibility
-from samda.source_statistics import LEAST_VARIANCE, Box, FeatureTap, class_shares, class_sums, shape_features
+from samda.source_statistics import LEAST_VARIANCE, Box, FeatureTap, box_of, class_shares, class_sums, shape_features
 from samda.task import Task
 
 FEW = 8.0  # places of the grid that a class must fill to be aligned by itself
@@ -174,7 +174,7 @@ class Judge:
             by_class: agreement of the classes shown; a class of the task that no view shows counts 0.
         """
         scores = F.interpolate(logits[0], case.images.shape[-2:], mode="bilinear")
-        plausibility = self.plausibility(most_likely(log_probabilities(scores)).cpu(), case.image_boxes)
+        plausibility = self.plausibility(most_likely(log_probabilities(scores)).cpu(), list(map(box_of, case.bodies)))
         agreed = mean_agreement(by_class, range(1, self.task.num_classes))
         return mean_plausibility(plausibility, absent) ** 2 * (1.0 if math.isnan(agreed) else agreed)
 

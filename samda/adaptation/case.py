@@ -29,7 +29,7 @@ from samda.networks.ops import argmax
 from samda.networks.segmenter import SamSegmenter
 from samda.progress import share
 from samda.quality import QualityMeter
-from samda.source_statistics import Box, body_boxes
+from samda.source_statistics import Box, body_boxes, body_masks
 from samda.task import Task
 from samda.views import View, apply_view, make_views, restore_view, seed_of
 
@@ -61,7 +61,7 @@ class PreparedCase:
     source: Segmentation  # prediction of the source model
     slices: list[int]  # those adapted on
     images: torch.Tensor  # (m, C, H, W) their windows in [0, 1]
-    image_boxes: list[Box]  # of the body in each window
+    bodies: np.ndarray  # (m, H, W) of the body in each window
     views: list[View]
     encode: Callable[[], Pyramid]  # gives `inputs`
     seed: int  # of the views
@@ -243,7 +243,7 @@ def prepare_case(
         source=source,
         slices=slices,
         images=images,
-        image_boxes=body_boxes(center_channels(images, task), task),
+        bodies=body_masks(center_channels(images, task).numpy(), task),
         views=views,
         encode=lambda: encode_views(images, slices, views, encode, settings.batch_size, inferer.device),
         seed=seed,

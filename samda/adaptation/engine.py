@@ -16,7 +16,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,6 @@ from samda.adapters.attach import attach, check_scope, default_scope, scope_para
 from samda.adapters.base import changes_encoder, modules, sites, unmerge
 from samda.adapters.intensity import Values, search
 from samda.data.formats import name_of, scan_path
-from samda.data.slices import center_channels
 from samda.data.transforms import build_preprocessing
 from samda.errors import AdapterError, InputError
 from samda.expected_dice import Calibration, CaseQuality
@@ -67,7 +66,7 @@ from samda.networks.segmenter import SamSegmenter
 from samda.progress import phase
 from samda.provenance import now, path_sha256, sha256_of, tensors_sha256
 from samda.quality import QualityMeter
-from samda.source_statistics import STRENGTHS, FeatureTap, align_levels, body_masks, level_sums
+from samda.source_statistics import STRENGTHS, FeatureTap, align_levels, level_sums
 from samda.task import Task
 from samda.views import mirrored_classes
 
@@ -117,10 +116,9 @@ class Adaptation:
         self.judge = Judge(task, record)
         self.calibration = Calibration.from_record(record)
         scope = self.settings.scope or self._scope()
-        choosing = self.objective.gradient_free and not math.isnan(self.margin)
-        steps = self.settings.steps if self.settings.steps is not None else 0 if choosing else self.objective.steps
-        views = self.settings.views or (1 if choosing and not steps else VIEWS)
-        self.settings = dataclasses.replace(self.settings, scope=scope, steps=steps, views=views)
+        self.choosing = self.objective.gradient_free and not math.isnan(self.margin)  # by predicted Dice
+        views = self.settings.views or VIEWS[self.choosing]
+        self.settings = dataclasses.replace(self.settings, scope=scope, views=views)
         self.hashes = {
             "model_sha256": tensors_sha256(network.full_state()),
             "adapter_sha256": adapter_sha256(network),
@@ -304,9 +302,9 @@ class Adaptation:
         def judge(values: Values) -> CaseQuality:
             case.intensity = values
             with self._with_intensity(case):
-                return self._expected([(batch, None) for batch in case.images.split(self.settings.batch_size)])
+                return self._expected(case)
 
-        plain = case.quality = judge({})
+        plain = self._source_quality(case)
         found = search(lambda values: judge(values).gain_over(plain), self.task.modality != "CT", self.margin)
         case.seconds["intensities"] = time.perf_counter() - begin
         return found
@@ -327,6 +325,7 @@ class Adaptation:
     def optimize(self, case: PreparedCase) -> Trajectory:
         """Adapt to a prepared case; the model keeps its values, the result is in the trajectory."""
         begin, limit, chosen = time.perf_counter(), self.settings.time_limit_s, self._tensors(case)
+        merit, enough = self._merit(case), self._enough(case)
         with self._with_intensity(case), restoring(self.network, self.stepped), FeatureTap(self.network) as tap:
             head, shape = self.network.head, (len(case.views), len(case.slices))
             ratio = head.feature_stride // head.stride
@@ -344,7 +343,8 @@ class Adaptation:
                 self.objective,
                 (self.settings.steps or 0) if self.stepped else 0,
                 self.rates,
-                merit=self._merit(case),
+                merit=merit,
+                enough=enough,
                 deadline=None if limit is None else time.monotonic() + limit,
                 alignment=lambda: align(seen[0]),
                 starts=self.aligned_levels(case),
@@ -360,26 +360,34 @@ class Adaptation:
         if self.meter is None:
             return functools.partial(self.judge.merit, case, self.guard.absent)
 
+        source = self._source_quality(case)
+
         def gain(logits: torch.Tensor, by_class: Mapping[int, float]) -> float:
-            plain = split_levels(map_levels(lambda level: level[0], case.inputs), self.settings.batch_size)
-            images = case.images.split(self.settings.batch_size)
-            now_ = self._expected(zip(images, plain if self.embedded else [None] * len(images), strict=True))
-            case.quality = case.quality or now_  # of the first iterate, where gray values were not searched
-            return now_.gain_over(case.quality)
+            plain = map_levels(lambda level: level[0], case.inputs) if self.embedded else None
+            return self._expected(case, plain).gain_over(source)
 
         return gain
+
+    def _source_quality(self, case: PreparedCase) -> CaseQuality:
+        """What the source model promises for the chosen slices; parameters must be as they were."""
+        if case.quality is None:
+            case.quality = self._expected(case)
+        return case.quality
+
+    def _enough(self, case: PreparedCase) -> float:
+        """Merit from which no step follows: that of scans like the training's."""
+        always = self.guard.skip_agreement > 1 or self.settings.keep == "last"
+        return math.inf if always or not self.choosing else self.least - self._source_quality(case).mean
 
     @torch.no_grad()
     def aligned_levels(self, case: PreparedCase) -> list[dict[str, torch.Tensor]]:
         """Values of the adapter `ssf` by strength of the alignment; none without it, its statistics or a step."""
-        moving = self.settings.steps or not math.isnan(self.margin)
-        if not (self.objective.gradient_free and moving and self.judge.levels):
+        if not (self.objective.gradient_free and self.settings.steps and self.judge.levels):
             return []
         shown = case.shown(self.task.num_classes)
         pyramid = map_levels(lambda level: level[0][shown], case.inputs)  # of the slices themselves
         pyramid = pyramid if self.embedded else self.network.encode(pyramid[IMAGE])
-        bodies = body_masks(center_channels(case.images[shown], self.task).numpy(), self.task)
-        found = level_sums(self.network, pyramid, bodies)
+        found = level_sums(self.network, pyramid, case.bodies[shown])
         pairs = [align_levels(self.network, self.parameters, self.judge.levels, found, a) for a in STRENGTHS]
         return [tensors for tensors in pairs if tensors]
 
@@ -440,13 +448,16 @@ class Adaptation:
         return self.views.mapped_back(case, self.views.seen(case))
 
     @torch.no_grad()
-    def _expected(self, batches: Iterable[tuple[torch.Tensor, Pyramid | None]]) -> CaseQuality:
-        """Predicted Dice of slices (images, and their levels if they are known) at the present parameters."""
+    def _expected(self, case: PreparedCase, levels: Pyramid | None = None) -> CaseQuality:
+        """Predicted Dice of the chosen slices, whose levels may be known, at the present parameters."""
         assert self.meter is not None and self.calibration is not None
+        size = self.settings.batch_size
+        parts = [None] * len(case.images) if levels is None else split_levels(levels, size)
+        bodies = np.split(case.bodies, range(size, len(case.bodies), size))
         self.meter.clear()
         with self.inferer.autocast(self.device):
-            for images, levels in batches:
-                self.meter(images.to(self.device), levels)
+            for images, part, body in zip(case.images.split(size), parts, bodies, strict=False):
+                self.meter(images.to(self.device), part, body)
         return self.calibration.expected(self.meter.features())
 
 

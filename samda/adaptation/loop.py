@@ -116,6 +116,7 @@ def optimize(
     deadline: float | None = None,
     alignment: Callable[[], torch.Tensor] | None = None,
     starts: Sequence[Mapping[str, torch.Tensor]] = (),
+    enough: float = math.inf,
 ) -> Trajectory:
     """Minimize the objective over `parameters`, which are theta_0 before and the kept iterate afterwards.
 
@@ -134,6 +135,7 @@ def optimize(
         alignment: distance of the features of the latest logits from the source's, see
             :mod:`samda.adaptation.alignment`; weighted by the objective.
         starts: values of some of the parameters, by name.
+        enough: merit from which no step follows.
     """
     start = copies(parameters)
     run, last = Trajectory(start, start), len(starts) + steps
@@ -159,16 +161,18 @@ def optimize(
             share(0.35 + 0.55 * (len(run.loss) - 1) / max(1, last))  # of a case: after prediction and views
         return loss
 
-    for tensors in (start, *starts) if starts else ():
+    measured = bool(starts) or enough < math.inf  # before the first step
+    for tensors in (start, *starts) if measured else ():
         load(parameters, start | dict(tensors))
         pass_(gradients=False)
-    if starts:
+    if measured:
         first = max(kept, key=lambda index: (_merit(run.merit[index]), index))
         load(parameters, kept[first])
+        steps = 0 if run.merit[first] >= enough else steps
     rates = lr if isinstance(lr, Mapping) else dict.fromkeys(parameters, lr)
     optimizer = torch.optim.Adam([{"params": [tensor], "lr": rates[name]} for name, tensor in parameters.items()])
-    for step in range(steps + 1 if steps or not starts else 0):
-        loss = pass_(gradients=step < steps, record=step > 0 or not starts)
+    for step in range(steps + 1 if steps or not measured else 0):
+        loss = pass_(gradients=step < steps, record=step > 0 or not measured)
         if step < steps:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -70,7 +70,7 @@ class Objective:
     """Base: a subclass sets its defaults of `steps` and `lr` and overrides `loss`."""
 
     name: ClassVar[str] = ""
-    gradient_free: ClassVar[bool] = False  # search intensities and align levels, first or instead of steps?
+    gradient_free: ClassVar[bool] = False  # begin with the search of intensities and the alignment of levels?
 
     steps: int = 8  # optimizer steps, where the settings name none
     lr: float = 1e-3  # learning rate of Adam, where the settings name none
@@ -229,17 +229,16 @@ def build_objective(name: str, settings: Mapping[str, Any] | None = None) -> Obj
 def check_settings(settings: Mapping[str, Any] | None = None) -> tuple[AdaptationSettings, Objective]:
     """Check settings before a model is loaded (also `initialize` of adapt.json); returns settings and objective.
 
-    Missing steps and learning rate are those of the objective, but where a predicted Dice can choose, the model decides
-    how many steps; missing views and scope follow from it, too. Scopes are sorted as
-    :data:`samda.adapters.attach.SCOPES`. Modality and keep_largest depend on the task and are checked later.
+    Missing steps and learning rate are those of the objective, missing views and scope follow from the model; scopes
+    are sorted as :data:`samda.adapters.attach.SCOPES`. Modality and keep_largest depend on the task and are checked
+    later.
     """
     given = AdaptationSettings.from_values(settings or {})
     objective = build_objective(given.method, given.objective)
-    steps = objective.steps if not objective.gradient_free or "steps" in (given.objective or {}) else None
     resolved = dataclasses.replace(
         given,
         scope=None if given.scope is None else "+".join(check_scope(given.scope)),
-        steps=steps if given.steps is None else given.steps,
+        steps=objective.steps if given.steps is None else given.steps,
         lr=objective.lr if given.lr is None else given.lr,
     )
     return resolved, objective

@@ -25,7 +25,7 @@ METHODS = (  # of samda.adaptation.objectives
     "default",
 )
 REMOVED = ("tpt", "pseudo_label", "anchored")  # objectives of samda 0.1
-VIEWS = 6  # of each slice, where steps are taken
+VIEWS = {False: 6, True: 3}  # of each slice; does the predicted Dice choose, or their agreement?
 SCOPES = ("intensity", "ssf", "gate", "decoder", "norm", "encoder")  # of samda.adapters.attach
 
 
@@ -76,19 +76,16 @@ class AdaptationSettings:
         flag="--scope",
         metavar="NAME[+NAME]",
     )
-    steps: int | None = _whole(
-        None,
-        0,
-        "optimizer steps; default: the objective's, and none where a predicted Dice can choose",
-        flag="--steps",
-    )
+    steps: int | None = _whole(None, 0, "optimizer steps; default: the objective's", flag="--steps")
     lr: float | None = _number(
         None,
         "learning rate, of ssf 10 times as high; default: the objective's",
         flag="--learning-rate",
         words="the learning rate (lr)",
     )
-    views: int | None = _whole(None, 1, "views of each slice; default 6, or 1 without steps", flag="--views")
+    views: int | None = _whole(
+        None, 1, "views of each slice; default 6, or 3 where the model predicts its Dice", flag="--views"
+    )
     slices: int = _whole(8, 1, "slices to adapt on; default 8", flag="--slices")
     seed: int = _whole(0, 0, "random seed of the views; default 0", flag="--seed")
     families: str | Sequence[str] | None = None
@@ -162,5 +159,5 @@ def _families(value: Any, views: int | None) -> tuple[str, ...]:
         if family not in FAMILIES:
             raise UsageError(f"unknown view family {family!r}; {nearest(family, FAMILIES)}")
     if views != 1 and not families:
-        raise UsageError(f"{views or VIEWS} views need at least one family of {', '.join(FAMILIES)}")
+        raise UsageError(f"{views or VIEWS[False]} views need at least one family of {', '.join(FAMILIES)}")
     return tuple(families)

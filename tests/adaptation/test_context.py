@@ -19,7 +19,7 @@ from samda.errors import UsageError
 from samda.inference.postprocessing import keep_largest, override
 from samda.inference.predict import Predictor
 from samda.networks.segmenter import SamSegmenter
-from samda.source_statistics import body_boxes
+from samda.source_statistics import body_boxes, box_of
 from tests.adaptation.conftest import ALWAYS, TASK
 from tests.conftest import TINY_TINYVIT
 
@@ -47,8 +47,8 @@ def test_neighbors_reach_views_and_the_guard_measures_the_slice(
     assert torch.equal(prepared.images, expected)
     logits = adaptation.logits(prepared).detach()
     labels = torch.nn.functional.interpolate(logits[0], (64, 64), mode="bilinear").softmax(1).argmax(1)
-    assert prepared.image_boxes == body_boxes(expected[:, 1:2], WIDE)
-    plausible = mean_plausibility(adaptation.judge.plausibility(labels, prepared.image_boxes), 0.3)
+    assert list(map(box_of, prepared.bodies)) == body_boxes(expected[:, 1:2], WIDE)
+    plausible = mean_plausibility(adaptation.judge.plausibility(labels, list(map(box_of, prepared.bodies))), 0.3)
     agreed = class_agreement(logits)
     expected_merit = plausible**2 * mean_agreement(agreed, (1, 2))
     assert adaptation.judge.merit(prepared, adaptation.guard.absent, logits, agreed) == pytest.approx(expected_merit)

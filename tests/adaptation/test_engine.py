@@ -20,7 +20,7 @@ from samda.errors import AdapterError, InputError
 from samda.inference.predict import Predictor
 from samda.networks.segmenter import SamSegmenter
 from samda.provenance import sha256_of
-from samda.source_statistics import feature_statistics
+from samda.source_statistics import box_of, feature_statistics
 from samda.views import apply_view
 from tests.adaptation.conftest import ALWAYS, TASK, build, save, scan, slices_of
 from tests.conftest import TINY_TINYVIT
@@ -437,7 +437,10 @@ def test_the_kept_iterate_has_nearly_the_highest_merit_which_is_plausibility_squ
     with torch.no_grad():
         logits = adaptation.logits(prepared)
     labels = torch.nn.functional.interpolate(logits[0], prepared.images.shape[-2:], mode="bilinear").argmax(1)
-    values = [0.3 if v is None else v for v in adaptation.judge.plausibility(labels, prepared.image_boxes).values()]
+    values = [
+        0.3 if v is None else v
+        for v in adaptation.judge.plausibility(labels, list(map(box_of, prepared.bodies))).values()
+    ]
     views = logits.softmax(2)
     dice = []
     for v in range(3):

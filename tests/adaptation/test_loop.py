@@ -96,6 +96,20 @@ def test_steps_follow_the_best_of_the_starts(logits: torch.Tensor) -> None:
     torch.testing.assert_close(moved, torch.full_like(moved, 0.05), rtol=1e-3, atol=0)
 
 
+def test_no_step_follows_what_is_enough(logits: torch.Tensor) -> None:
+    starts = [{"scale": torch.full((3, 1, 1), 2.0)}]
+    for merits, steps in (([0.0, 0.3, 0.1], 0), ([0.0, 0.1, 0.1, 0.1], 2), ([0.25, 0.1], 0)):
+        scores = iter(merits)
+        found, start, _ = run(
+            Scaler(), logits, steps=2, starts=starts, enough=0.2, merit=lambda z, agreed, scores=scores: next(scores)
+        )
+        assert len(found.merit) == 2 + steps
+        best = starts[0] if merits[1] > merits[0] else start
+        assert torch.equal(found.tensors["scale"], best["scale"])
+    alone, _, _ = run(Scaler(), logits, steps=2, enough=0.2, merit=lambda z, agreed: 0.2)
+    assert len(alone.merit) == 1
+
+
 def test_a_rate_for_each_parameter(logits: torch.Tensor) -> None:
     network = Scaler()
     with restoring(network, network.moving()) as start:

@@ -29,7 +29,7 @@ def test_the_settings_need_no_pytorch_and_name_what_there_is() -> None:
 def test_none_takes_the_default() -> None:
     found, objective = check_settings(dict.fromkeys(DEFAULTS))
     assert (objective, found.thresholds) == (OBJECTIVES["default"](), GuardSettings())
-    assert vars(found) == DEFAULTS | {"lr": 6e-4, "families": FAMILIES} == vars(check_settings({})[0])
+    assert vars(found) == DEFAULTS | {"steps": 4, "lr": 6e-4, "families": FAMILIES} == vars(check_settings({})[0])
 
 
 def test_an_adaptation_resolves_what_it_is_given(make_adaptation: Callable[..., Adaptation]) -> None:
