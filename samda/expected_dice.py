@@ -28,7 +28,8 @@ FEWEST = 12  # rows below which nothing is fitted
 HARM = 0.02  # loss of the mean Dice that counts as harm
 LEAST_GAIN = 0.03  # predicted, for which a label map is replaced
 RISK = 0.03  # share of scans that may be harmed
-FALL = 0.2  # standard deviations by which a feature may fall where a gain is predicted
+AWAY = 1.02  # growth of the distance of the levels that is rounding
+COMPARABLE = 0.5  # predicted Dice from which distances are compared
 TRUSTED = 0.6  # cases below this predicted Dice are listed first
 
 
@@ -53,12 +54,10 @@ class CaseQuality:
         dice: class -> predicted Dice.
         distance: of the scan's levels from those of the training slices, in standard deviations; None where the head
             reads no levels or nothing is predicted.
-        features: predicted class -> standardized features, of which the Dice is predicted; not in records.
     """
 
     dice: dict[str, ExpectedDice]
     distance: float | None = None
-    features: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
     def mean(self) -> float:
@@ -72,14 +71,14 @@ class CaseQuality:
     def gain_over(self, other: CaseQuality) -> float:
         """Rise of the mean over the classes of either prediction; a class that one of them lacks counts 0 there.
 
-        A rise counts only if no feature, averaged over the classes of both, falls by more than :data:`FALL`: one that
-        rests on some features against others depends on weights that a few patients do not tell exactly.
+        A rise counts only if the levels do not go away from those of the training slices, where the calibration knows
+        little. Distances are of the slices with foreground, so they tell nothing where a prediction is hardly right.
         """
         classes = [name for name, one in other.dice.items() if one.predicted or self.dice[name].predicted]
         gain = self.mean_over(classes) - other.mean_over(classes)
-        shared = [self.features[name] - values for name, values in other.features.items() if name in self.features]
-        falls = bool(shared) and float(np.mean(shared, 0).min()) < -FALL
-        return min(gain, 0.0) if falls else gain
+        now, before = self.distance, other.distance
+        away = now is not None and before is not None and now > AWAY * before
+        return min(gain, 0.0) if away and other.mean >= COMPARABLE else gain
 
     def shifted(self, shift: float) -> CaseQuality:
         """With `shift` added to the logit of every predicted Dice and its interval, as a site's recalibration says."""
@@ -87,7 +86,7 @@ class CaseQuality:
         for name, one in self.dice.items():
             dice, low, high = (float(expit(logit(value) + shift)) for value in (one.dice, one.low, one.high))
             moved[name] = ExpectedDice(dice, low, high) if one.predicted else one
-        return CaseQuality(moved, self.distance, self.features)
+        return CaseQuality(moved, self.distance)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, four digits."""
@@ -157,8 +156,10 @@ class Calibration:
         """Predicted Dice of each class from :meth:`QualityMeter.features`."""
         quality = _quality(self.fit, features)
         result = dict(quality.dice)
-        for name in quality.features:
-            dice = result[name].dice
+        for name, one in quality.dice.items():
+            if not one.predicted:
+                continue
+            dice = one.dice
             low, high = (float(np.interp(dice, self.heights, side)) for side in (self.low, self.high))
             if self.class_bias and name not in self.class_bias:
                 low, high = -1.0, 1.0  # in no row, as of a model that was trained on with labels of other classes
@@ -263,15 +264,15 @@ def _fit(rows: Sequence[Row]) -> Fit:
 def _quality(fit: Fit, features: Mapping[str, Sequence[float] | None]) -> CaseQuality:
     """Predicted Dice of each class, without intervals."""
     mean, std, weights, bias, class_bias = fit
-    dice, standardized, distance = {}, {}, None
+    dice, distance = {}, None
     for name, values in features.items():
         if values is None:
             dice[name] = ExpectedDice(0.0, 0.0, 0.0, predicted=False)
             continue
-        z = standardized[name] = _standardized(np.asarray(values, float), mean, std)
+        z = _standardized(np.asarray(values, float), mean, std)
         dice[name] = ExpectedDice(float(expit(bias + class_bias.get(name, 0.0) + z @ weights)), 0.0, 1.0)
         distance = math.exp(-values[-1]) if math.isfinite(values[-1]) else None
-    return CaseQuality(dice, distance, standardized)
+    return CaseQuality(dice, distance)
 
 
 def _standardized(raw: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
