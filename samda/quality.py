@@ -211,6 +211,8 @@ class QualityMeter:
         distances = []
         for source, sums in zip(known, self.levels, strict=False):
             weight, total, square = (part[0].cpu().numpy() for part in sums)
+            if not weight:
+                return math.nan
             mean, std = total / weight, np.sqrt(np.maximum(square / weight - (total / weight) ** 2, LEAST_VARIANCE))
             mean0, std0 = (np.asarray(source[key][0]) for key in ("mean", "std"))
             distances.append(np.mean(np.abs(mean - mean0) / std0) + np.mean(np.abs(np.log(std / std0))))

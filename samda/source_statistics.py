@@ -41,6 +41,7 @@ VERSION = 1
 MOST = 256  # slices whose features are measured: enough for moments of 256 channels over 16 x 16 places or more
 EPS = 1e-6
 LEAST_VARIANCE = 1e-8
+ENOUGH = 200_000  # intensities of which quantiles are taken
 MOST_GAIN = 4.0  # by which the alignment may change a channel's spread
 STRENGTHS = (0.5, 1.0)  # of the alignments that are tried
 
@@ -153,6 +154,18 @@ def body_masks(images: np.ndarray, task: Task) -> np.ndarray:
     spacing_mm = np.array([step * task.spacing] * 2 + [COARSE_MM])
     mask = body_mask(small, spacing_mm, body_threshold(small, task, scaled=True)).transpose(2, 0, 1)
     return mask.repeat(step, 1).repeat(step, 2)[:, : values.shape[1], : values.shape[2]]
+
+
+def body_quantiles(images: torch.Tensor, bodies: np.ndarray) -> torch.Tensor:
+    """:data:`QUANTILES` (C, Q) of the intensities of slices (n, C, H, W) in their `bodies` (n, H, W)."""
+    inside = images.movedim(1, 0)[:, torch.from_numpy(bodies)].numpy()
+    return torch.from_numpy(np.quantile(inside[:, :: 1 + inside.shape[1] // ENOUGH], QUANTILES, axis=1).T).float()
+
+
+def known_quantiles(statistics: Mapping[str, Any]) -> list[list[float]]:
+    """Those of the training slices, a row per channel; [] where the statistics of a model lack them."""
+    rows = (statistics.get("body") or {}).get("intensity") or []
+    return [] if any(row is None for row in rows) else rows
 
 
 def body_boxes(images: torch.Tensor, task: Task) -> list[Box]:
