@@ -124,7 +124,7 @@ class Adaptation:
             "adapter_sha256": adapter_sha256(network),
         }
         self.intensity = self._intensity(scope)
-        self.reference = known_quantiles(record["statistics"])
+        self.statistics = record["statistics"]
         self.parameters = scope_parameters(network, scope)
         self.stepped = {name: p for name, p in self.parameters.items() if name not in self.intensity}
         _check_trained(network, self.parameters)
@@ -305,10 +305,10 @@ class Adaptation:
             with self._with_intensity(case):
                 return self._expected(case)
 
-        plain = self._source_quality(case)
+        plain, matchable = self._source_quality(case), bool(known_quantiles(self.statistics, case.quantiles))
 
         def gain(values: Values) -> float:
-            return judge(values).gain_over(plain) if self.reference or "match" not in values else 0.0
+            return judge(values).gain_over(plain) if matchable or "match" not in values else 0.0
 
         found = search(gain, self.task.modality == "CT", self.margin)
         case.seconds["intensities"] = time.perf_counter() - begin
@@ -327,7 +327,8 @@ class Adaptation:
         for name, parameter in self.intensity.items():
             found[name] = parameter.detach() + case.intensity.get(name.rpartition(".")[2], 0.0)
             if name.endswith(".tone") and case.intensity.get("match"):
-                found[name] = matching_tone(case.quantiles, self.reference, case.intensity).to(parameter)
+                known = known_quantiles(self.statistics, case.quantiles)
+                found[name] = matching_tone(case.quantiles, known, case.intensity).to(parameter)
         return found
 
     @phase("gradient steps")

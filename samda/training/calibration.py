@@ -131,9 +131,9 @@ def _rows(
     images = images.to(network.pixel_mean)
     labels = torch.cat([item["label"] for item in items]).numpy().astype(np.int64)
     bodies = body_masks(center_channels(images.cpu(), task).numpy(), task)
-    tone = None
-    if values.get("match"):
-        tone = matching_tone(body_quantiles(images.cpu(), bodies), known_quantiles(meter.statistics), values)
+    quantiles, tone = body_quantiles(images.cpu(), bodies), None
+    if values.get("match") and (known := known_quantiles(meter.statistics, quantiles)):
+        tone = matching_tone(quantiles, known, values)
     others = IntensityAdapter.of(values, tone).to(images)(images)
     pyramid, changed = (_encode(network, inputs, batch_size) for inputs in (images, others))
     possible = None if slices.partial is None else slices.partial.possible().numpy()
