@@ -54,12 +54,10 @@ class CaseQuality:
         dice: class -> predicted Dice.
         distance: of the scan's levels from those of the training slices, in standard deviations; None where the head
             reads no levels or nothing is predicted.
-        nearness: what the distance adds to the logit of each predicted Dice; not in records.
     """
 
     dice: dict[str, ExpectedDice]
     distance: float | None = None
-    nearness: float = dataclasses.field(default=0.0, compare=False, repr=False)
 
     @property
     def mean(self) -> float:
@@ -75,10 +73,9 @@ class CaseQuality:
 
         A rise counts only if the levels do not go away from those of the training slices, where the calibration knows
         little. Distances are of the slices with foreground, so they tell nothing where a prediction is hardly right.
-        Levels that come nearer are no evidence of a gain, either: changes of the input are made to bring them near.
         """
         classes = [name for name, one in other.dice.items() if one.predicted or self.dice[name].predicted]
-        gain = self.shifted(other.nearness - self.nearness).mean_over(classes) - other.mean_over(classes)
+        gain = self.mean_over(classes) - other.mean_over(classes)
         now, before = self.distance, other.distance
         away = now is not None and before is not None and now > AWAY * before
         return min(gain, 0.0) if away and other.mean >= COMPARABLE else gain
@@ -89,7 +86,7 @@ class CaseQuality:
         for name, one in self.dice.items():
             dice, low, high = (float(expit(logit(value) + shift)) for value in (one.dice, one.low, one.high))
             moved[name] = ExpectedDice(dice, low, high) if one.predicted else one
-        return CaseQuality(moved, self.distance, self.nearness)
+        return CaseQuality(moved, self.distance)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, four digits."""
@@ -267,15 +264,15 @@ def _fit(rows: Sequence[Row]) -> Fit:
 def _quality(fit: Fit, features: Mapping[str, Sequence[float] | None]) -> CaseQuality:
     """Predicted Dice of each class, without intervals."""
     mean, std, weights, bias, class_bias = fit
-    dice, distance, nearness = {}, None, 0.0
+    dice, distance = {}, None
     for name, values in features.items():
         if values is None:
             dice[name] = ExpectedDice(0.0, 0.0, 0.0, predicted=False)
             continue
         z = _standardized(np.asarray(values, float), mean, std)
         dice[name] = ExpectedDice(float(expit(bias + class_bias.get(name, 0.0) + z @ weights)), 0.0, 1.0)
-        distance, nearness = math.exp(-values[-1]) if math.isfinite(values[-1]) else None, float(z[-1] * weights[-1])
-    return CaseQuality(dice, distance, nearness)
+        distance = math.exp(-values[-1]) if math.isfinite(values[-1]) else None
+    return CaseQuality(dice, distance)
 
 
 def _standardized(raw: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:

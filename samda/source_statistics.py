@@ -41,8 +41,6 @@ VERSION = 1
 MOST = 256  # slices whose features are measured: enough for moments of 256 channels over 16 x 16 places or more
 EPS = 1e-6
 LEAST_VARIANCE = 1e-8
-ENOUGH = 200_000  # intensities of which quantiles are taken
-UNLIKE = 2.0  # spreads from which a scan's intensities are not like those of the training
 MOST_GAIN = 4.0  # by which the alignment may change a channel's spread
 STRENGTHS = (0.5, 1.0)  # of the alignments that are tried
 
@@ -74,7 +72,6 @@ class SliceStatistics:
         self.histograms = np.zeros((task.num_classes, task.in_channels, BINS), np.int64)
         self.body_areas: list[float] = []
         self.body_histogram = np.zeros((task.in_channels, BINS), np.int64)
-        self.case_quantiles: list[np.ndarray] = []  # (C, Q) of the body of each case
 
     def update(self, images: torch.Tensor | np.ndarray, labels: torch.Tensor | np.ndarray) -> None:
         """Add neighboring slices (n, C, H, W) in [0, 1] of one case, in their order, with labels (n, H, W)."""
@@ -96,15 +93,13 @@ class SliceStatistics:
         for image, label, body in zip(images, labels, bodies, strict=True):
             self._count(image, label, body)
             self.body_areas.append(float(body.sum()) * self.task.spacing**2)
-        self.case_quantiles.append(body_quantiles(torch.from_numpy(images), bodies).numpy())
         self.cases, self.slices = self.cases + 1, self.slices + len(images)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON.
 
         Returns:
-            {"version", "cases", "slices", "spacing_mm", "quantiles": which, "body": {"area_mm2", "intensity", "spread":
-            per channel, mean distance of a case's quantiles from "intensity"},
+            {"version", "cases", "slices", "spacing_mm", "quantiles": which, "body": {"area_mm2", "intensity"},
             "classes": {name: {"slices": number that hold it, "share": of the slices that tell, feature of
             `FEATURES`: quantiles over the slices that hold it, "intensity": per channel, quantiles over its
             pixels}}}; None where there is nothing.
@@ -125,11 +120,7 @@ class SliceStatistics:
             "quantiles": list(QUANTILES),
             "body": {
                 "area_mm2": _quantiles(self.body_areas),
-                "intensity": (pooled := [_histogram_quantiles(h) for h in self.body_histogram]),
-                "spread": [
-                    None if row is None else _short(float(np.mean([np.abs(q[c] - row) for q in self.case_quantiles])))
-                    for c, row in enumerate(pooled)
-                ],
+                "intensity": [_histogram_quantiles(h) for h in self.body_histogram],
             },
             "classes": classes,
         }
@@ -162,26 +153,6 @@ def body_masks(images: np.ndarray, task: Task) -> np.ndarray:
     spacing_mm = np.array([step * task.spacing] * 2 + [COARSE_MM])
     mask = body_mask(small, spacing_mm, body_threshold(small, task, scaled=True)).transpose(2, 0, 1)
     return mask.repeat(step, 1).repeat(step, 2)[:, : values.shape[1], : values.shape[2]]
-
-
-def body_quantiles(images: torch.Tensor, bodies: np.ndarray) -> torch.Tensor:
-    """:data:`QUANTILES` (C, Q) of the intensities of slices (n, C, H, W) in their `bodies` (n, H, W)."""
-    inside = images.movedim(1, 0)[:, torch.from_numpy(bodies)].numpy()
-    return torch.from_numpy(np.quantile(inside[:, :: 1 + inside.shape[1] // ENOUGH], QUANTILES, axis=1).T).float()
-
-
-def known_quantiles(statistics: Mapping[str, Any], found: torch.Tensor) -> list[list[float]]:
-    """Quantiles of the training slices, a row per channel, to which those of a scan may be brought.
-
-    [] where the scan's, `found` (C, Q), are like those of the training's cases, whose own distance from their common
-    ones is the "spread", or where the statistics of a model lack them.
-    """
-    body = statistics.get("body") or {}
-    rows, spread = body.get("intensity") or [], body.get("spread") or [None]
-    if None in rows or None in spread:
-        return []
-    away = (found - torch.tensor(rows).repeat(len(found) // len(rows), 1)).abs().mean()
-    return rows if float(away) > UNLIKE * float(np.mean(spread)) else []
 
 
 def body_boxes(images: torch.Tensor, task: Task) -> list[Box]:

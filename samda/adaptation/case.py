@@ -29,7 +29,7 @@ from samda.networks.ops import argmax
 from samda.networks.segmenter import SamSegmenter
 from samda.progress import share
 from samda.quality import QualityMeter
-from samda.source_statistics import Box, body_boxes, body_masks, body_quantiles
+from samda.source_statistics import Box, body_boxes, body_masks
 from samda.task import Task
 from samda.views import View, apply_view, make_views, restore_view, seed_of
 
@@ -88,11 +88,6 @@ class PreparedCase:
         affine = np.asarray(image.meta["original_affine"], float)
         turn = ornt_transform(io_orientation(np.asarray(image.affine, float)), io_orientation(affine))
         return np.array(apply_orientation(values, turn), dtype, order="C"), affine
-
-    @functools.cached_property
-    def quantiles(self) -> torch.Tensor:
-        """Of the intensities of the body in the chosen slices, see :func:`samda.source_statistics.body_quantiles`."""
-        return body_quantiles(self.images, self.bodies)
 
     @functools.cached_property
     def inputs(self) -> Pyramid:

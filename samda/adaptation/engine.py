@@ -54,7 +54,7 @@ from samda.adaptation.settings import VIEWS
 from samda.adapters.adapter_file import state_tensors
 from samda.adapters.attach import attach, check_scope, default_scope, scope_parameters
 from samda.adapters.base import changes_encoder, modules, sites, unmerge
-from samda.adapters.intensity import Values, matching_tone, search
+from samda.adapters.intensity import Values, search
 from samda.data.formats import name_of, scan_path
 from samda.data.transforms import build_preprocessing
 from samda.errors import AdapterError, InputError
@@ -66,7 +66,7 @@ from samda.networks.segmenter import SamSegmenter
 from samda.progress import phase
 from samda.provenance import now, path_sha256, sha256_of, tensors_sha256
 from samda.quality import QualityMeter
-from samda.source_statistics import STRENGTHS, FeatureTap, align_levels, known_quantiles, level_sums
+from samda.source_statistics import STRENGTHS, FeatureTap, align_levels, level_sums
 from samda.task import Task
 from samda.views import mirrored_classes
 
@@ -124,7 +124,6 @@ class Adaptation:
             "adapter_sha256": adapter_sha256(network),
         }
         self.intensity = self._intensity(scope)
-        self.statistics = record["statistics"]
         self.parameters = scope_parameters(network, scope)
         self.stepped = {name: p for name, p in self.parameters.items() if name not in self.intensity}
         _check_trained(network, self.parameters)
@@ -305,12 +304,8 @@ class Adaptation:
             with self._with_intensity(case):
                 return self._expected(case)
 
-        plain, matchable = self._source_quality(case), bool(known_quantiles(self.statistics, case.quantiles))
-
-        def gain(values: Values) -> float:
-            return judge(values).gain_over(plain) if matchable or "match" not in values else 0.0
-
-        found = search(gain, self.task.modality == "CT", self.margin)
+        plain = self._source_quality(case)
+        found = search(lambda values: judge(values).gain_over(plain), self.task.modality != "CT", self.margin)
         case.seconds["intensities"] = time.perf_counter() - begin
         return found
 
@@ -323,13 +318,8 @@ class Adaptation:
 
     def _tensors(self, case: PreparedCase) -> dict[str, torch.Tensor]:
         """Values of the adapter `intensity` for the case."""
-        found = {}
-        for name, parameter in self.intensity.items():
-            found[name] = parameter.detach() + case.intensity.get(name.rpartition(".")[2], 0.0)
-            if name.endswith(".tone") and case.intensity.get("match"):
-                known = known_quantiles(self.statistics, case.quantiles)
-                found[name] = matching_tone(case.quantiles, known, case.intensity).to(parameter)
-        return found
+        changes = {name: case.intensity.get(name.rpartition(".")[2], 0.0) for name in self.intensity}
+        return {name: self.intensity[name].detach() + change for name, change in changes.items()}
 
     @phase("gradient steps")
     def optimize(self, case: PreparedCase) -> Trajectory:

@@ -18,7 +18,7 @@ import torch
 from monai.networks.utils import eval_mode
 
 from samda.adapters.attach import scope_parameters
-from samda.adapters.intensity import IntensityAdapter, matching_tone, tried
+from samda.adapters.intensity import IntensityAdapter, tried
 from samda.data.labels import OPEN
 from samda.data.slices import center_channels
 from samda.data.splits import Split, patient_of
@@ -31,7 +31,7 @@ from samda.networks.segmenter import SamSegmenter
 from samda.progress import bar
 from samda.quality import QualityMeter
 from samda.source_statistics import STRENGTHS as ALIGNMENTS
-from samda.source_statistics import align_levels, body_masks, body_quantiles, known_quantiles, level_sums
+from samda.source_statistics import align_levels, body_masks, level_sums
 from samda.training import pace
 from samda.training.datasets import SliceDataset
 from samda.views import FAMILIES, View, apply_view, make_views, seed_of
@@ -65,7 +65,7 @@ def calibrate(
     end = pace.clock() + max(LEAST_SECONDS, pace.CALIBRATING * training_seconds)
     meter = QualityMeter(network, slices.task, statistics)
     chosen = _choose(slices)
-    changes = tried(unit=slices.task.modality == "CT")
+    changes = tried(inversion=slices.task.modality != "CT")
     rows: list[Row] = []
     progress = bar("calibrating", (ROUNDS + 1) * len(chosen), "scan")
     with torch.no_grad(), eval_mode(network):
@@ -130,12 +130,9 @@ def _rows(
     images = apply_view(view, torch.stack([item["image"] for item in items]), range(len(items)))
     images = images.to(network.pixel_mean)
     labels = torch.cat([item["label"] for item in items]).numpy().astype(np.int64)
-    bodies = body_masks(center_channels(images.cpu(), task).numpy(), task)
-    quantiles, tone = body_quantiles(images.cpu(), bodies), None
-    if values.get("match") and (known := known_quantiles(meter.statistics, quantiles)):
-        tone = matching_tone(quantiles, known, values)
-    others = IntensityAdapter.of(values, tone).to(images)(images)
-    pyramid, changed = (_encode(network, inputs, batch_size) for inputs in (images, others))
+    pyramid, changed = (
+        _encode(network, inputs, batch_size) for inputs in (images, IntensityAdapter.of(values).to(images)(images))
+    )
     possible = None if slices.partial is None else slices.partial.possible().numpy()
     counts, rows = _counts(meter, images, pyramid, labels, batch_size, possible), []
     variants = [(meter.features(), counts)]
@@ -144,7 +141,8 @@ def _rows(
     parameters = _alignable(network)
     shown = torch.from_numpy(((labels > 0) & (labels < OPEN)).reshape(len(labels), -1).any(1))
     if parameters and meter.statistics.get("levels"):
-        found = level_sums(network, map_levels(lambda level: level[shown], pyramid), bodies[shown.numpy()])
+        bodies = body_masks(center_channels(images[shown].cpu(), task).numpy(), task)
+        found = level_sums(network, map_levels(lambda level: level[shown], pyramid), bodies)
         before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         aligned = [align_levels(network, parameters, meter.statistics["levels"], found, a) for a in ALIGNMENTS]
         try:

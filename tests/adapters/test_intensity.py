@@ -12,11 +12,8 @@ from adapter_tools import noise
 
 from samda.adapters.attach import scope_parameters
 from samda.adapters.base import changes_encoder
-from samda.adapters.intensity import IntensityAdapter, Values, matching_tone, search, tried
+from samda.adapters.intensity import IntensityAdapter, Values, search, tried
 from samda.networks.segmenter import SamSegmenter
-from samda.source_statistics import QUANTILES, body_quantiles
-
-NAMES = ("match", "curve", "invert", "detail")
 
 
 def image() -> torch.Tensor:
@@ -53,37 +50,6 @@ def test_detail_is_the_difference_from_the_mean_of_nine() -> None:
     np.testing.assert_allclose(changed(x, detail=1.0), (2 * x.numpy() - mean).clip(0, 1), atol=1e-6)
 
 
-@pytest.mark.parametrize("invert", [0.0, 1.0])
-def test_the_tone_brings_quantiles_to_those_of_the_training(invert: float) -> None:
-    """Histogram matching, channel by channel; what follows it may be an inversion."""
-    training = noise(4, 3, 40, 40, seed=5).sigmoid() * torch.tensor([1.0, 0.6, 0.3])[:, None, None]
-    reference = np.quantile(training.numpy(), QUANTILES, axis=(0, 2, 3)).T
-    x = (1.03 - training if invert else training) ** 2.2
-    bodies = np.ones((4, 40, 40), bool)
-    bodies[:, :3] = False
-    found = body_quantiles(x, bodies)
-    np.testing.assert_allclose(found, np.quantile(x[:, :, 3:].numpy(), QUANTILES, axis=(0, 2, 3)).T, atol=1e-6)
-    for match in (1.0, 0.5):
-        values = {"match": match, "invert": invert}
-        with torch.no_grad():
-            y = IntensityAdapter.of(values, matching_tone(found, reference.tolist(), values))(x)
-        now = np.quantile(y[:, :, 3:].numpy(), QUANTILES, axis=(0, 2, 3)).T
-        before = np.sort(1.03 - found.numpy(), 1) if invert else found.numpy()
-        np.testing.assert_allclose(now, before + match * (reference - before), atol=0.012)
-    none = matching_tone(found, reference.tolist(), {"invert": invert})
-    assert not none.any()
-    neighbors = matching_tone(found, reference[:1].tolist(), {"match": 1.0})  # one row for the channels of `context`
-    np.testing.assert_allclose(neighbors.sum(1), reference[:1].repeat(3, 0), atol=1e-6)
-
-
-def test_the_tone_keeps_black_and_white_and_steps_where_quantiles_are_equal() -> None:
-    tone = torch.tensor([[[0.2, 0.2, 0.2, 0.4, 0.6, 0.8, 0.9], [0.1, 0.2, 0.3, 0.1, 0.0, -0.1, 0.0]]])
-    x = torch.tensor([0.0, 0.1, 0.3, 0.5, 0.7, 1.0]).view(1, 1, 1, -1)
-    with torch.no_grad():
-        y = IntensityAdapter.of({}, tone)(x).ravel()
-    np.testing.assert_allclose(y, [0.0, 0.15, 0.5, 0.55, 0.65, 1.0], atol=1e-6)
-
-
 @pytest.mark.parametrize("kind", ["vit", "tiny_vit"])
 @pytest.mark.parametrize("head", ["sam", "pyramid"])
 def test_encoder_and_stem_see_the_same_image(kind: str, head: str, make_segmenter: Callable[..., SamSegmenter]) -> None:
@@ -97,38 +63,34 @@ def test_encoder_and_stem_see_the_same_image(kind: str, head: str, make_segmente
         found = network.encode(x)
     assert set(found) == set(network.levels)
     assert all(torch.equal(found[name], expected[name]) for name in found)
-    assert changes_encoder(network) and len(scope_parameters(network, "intensity")) == 4
+    assert changes_encoder(network) and len(scope_parameters(network, "intensity")) == 3
 
 
 @pytest.mark.parametrize(
-    ("best", "unit", "found"),
+    ("best", "inversion", "found"),
     [
-        ({"curve": 0.3}, False, {"curve": 0.25}),
+        ({"curve": 0.3}, True, {"curve": 0.25}),
         ({"curve": -0.8}, True, {"curve": -0.75}),
-        ({"invert": 1.0, "curve": 0.4}, False, {"invert": 1.0, "curve": 0.5}),
-        ({"invert": 1.0, "match": 0.9}, False, {"invert": 1.0, "match": 1.0}),
-        ({"match": 0.6}, False, {"match": 0.5}),
-        ({"match": 1.0, "detail": -1.0}, False, {"match": 1.0, "detail": -1.0}),
-        ({"match": 1.0}, True, {}),
-        ({"invert": 1.0}, True, {}),
+        ({"invert": 1.0, "curve": 0.4}, True, {"invert": 1.0, "curve": 0.5}),
+        ({"invert": 1.0}, False, {}),
         ({"detail": -1.0}, True, {"detail": -1.0}),
-        ({"curve": 0.5, "detail": 1.0}, False, {"curve": 0.5, "detail": 1.0}),
-        ({}, False, {}),
+        ({"curve": 0.5, "detail": 1.0}, True, {"curve": 0.5, "detail": 1.0}),
+        ({}, True, {}),
     ],
 )
-def test_the_search_comes_as_near_as_its_steps(best: Values, unit: bool, found: Values) -> None:
+def test_the_search_comes_as_near_as_its_steps(best: Values, inversion: bool, found: Values) -> None:
     """The Dice falls with the distance from the best values; a change must gain the margin."""
     asked: list[Values] = []
 
     def distance(values: Values) -> float:
-        return sum(abs(values.get(name, 0.0) - best.get(name, 0.0)) for name in NAMES)
+        return sum(abs(values.get(name, 0.0) - best.get(name, 0.0)) for name in ("curve", "invert", "detail"))
 
     def gain(values: Values) -> float:
         asked.append(values)
         return 0.2 * (distance({}) - distance(values))
 
-    assert search(gain, unit, margin=0.01) == found
-    assert len(asked) <= (4 if unit else 7) + 5
-    known = tried(unit)
+    assert search(gain, inversion, margin=0.01) == found
+    assert len(asked) <= 5 + 4
+    known = tried(inversion)
     assert all({k: v for k, v in values.items() if k != "detail"} in [{}, *known] for values in asked)
-    assert not search(gain, unit, margin=0.5)
+    assert not search(gain, inversion, margin=0.5)

@@ -77,7 +77,7 @@ ROWS = {
     "sam_da-token": Row({"type": "sam_da", "side": "token"}, 2 * SAM_DA_COUNT, sides("token")),
     "sam_da-both": Row({"type": "sam_da", "side": "both"}, 4 * SAM_DA_COUNT, sides("token", "image")),
     "ssf": Row({}, 2 * (32 + 32 + 256), {"scale", "shift"}, head="pyramid"),  # blocks 0 and 0, and the embedding
-    "intensity": Row({}, 3 + 2 * 7, {"tone", "curve", "invert", "detail"}),
+    "intensity": Row({}, 3, {"curve", "invert", "detail"}),
     "norm": Row({}, 2 * 2 * 2 * 32 + 9 * 2 * 256, {"scale", "shift"}, True),
     "norm-encoder": Row({"type": "norm", "where": "encoder"}, 2 * 2 * 2 * 32, {"scale", "shift"}, True),
     "bottleneck": Row({}, 4 * (2 * 32 * 8 + 8 + 32), BOTTLENECK_KEYS),
