@@ -27,7 +27,7 @@ BINS = 3  # heights of the prediction with residuals of their own
 FEWEST = 12  # rows below which nothing is fitted
 HARM = 0.02  # loss of the mean Dice that counts as harm
 LEAST_GAIN = 0.05  # predicted, for which a label map is replaced
-RISK = 0.03  # share of scans that may be harmed
+RISK = 0.03  # share of the exchanges, between two predictions of a scan, that may harm
 AWAY = 1.02  # growth of the distance of the levels that is rounding
 COMPARABLE = 0.5  # predicted Dice from which distances are compared
 TRUSTED = 0.6  # cases below this predicted Dice are listed first
@@ -116,6 +116,7 @@ class Row:
     features: list[float] | None
     dice: float
     shifted: bool = False  # is the image changed, as another site would?
+    true: bool = True  # does the label hold the class? If not, the row counts where predictions are exchanged
 
 
 Scan = dict[int, tuple[CaseQuality, float]]  # by variant: what is predicted, and the true mean Dice
@@ -201,7 +202,7 @@ def fit_calibration(rows: Sequence[Row], about: Mapping[str, Any] | None = None)
 
     Residuals and margin are of patients left out; with one patient, of the fit itself.
     """
-    known = [row for row in rows if row.features is not None]
+    known = [row for row in rows if row.features is not None and row.true]
     if len(known) < FEWEST:
         return None
     patients = sorted({row.patient for row in known})
@@ -295,21 +296,25 @@ def _residuals(found: np.ndarray, residuals: np.ndarray) -> tuple[list[float], l
 
 
 def _scans(rows: Sequence[Row], fit: Fit) -> dict[str, Scan]:
-    """Scan -> variant -> what is predicted, and the true mean Dice over the classes."""
+    """Scan -> variant -> what is predicted, and the true mean Dice over the classes of label and prediction."""
     parts: dict[str, dict[int, list[Row]]] = {}
     for row in rows:
         parts.setdefault(row.scan, {}).setdefault(row.variant, []).append(row)
-    return {
-        scan: {
-            variant: (_quality(fit, {row.name: row.features for row in own}), float(np.mean([row.dice for row in own])))
+    scans: dict[str, Scan] = {}
+    for scan, variants in parts.items():
+        absent = dict.fromkeys(row.name for own in variants.values() for row in own)
+        scans[scan] = {
+            variant: (
+                _quality(fit, absent | {row.name: row.features for row in own}),
+                float(np.mean([row.dice for row in own])),
+            )
             for variant, own in variants.items()
         }
-        for scan, variants in parts.items()
-    }
+    return scans
 
 
 def _margin(scans: Sequence[Scan]) -> float | None:
-    """The least predicted gain above which replacing the plain prediction harms at most a share :data:`RISK`.
+    """The least predicted gain above which at most a share :data:`RISK` of the replaced predictions is harmed.
 
     By conformal risk control (arXiv 2208.02814): of n pairs of predictions of the same scan, (k + 1) / (n + 1) <= RISK,
     with k harmful ones above the margin. An overestimated gain that costs nothing is none of them. With too few pairs

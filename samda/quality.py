@@ -39,10 +39,10 @@ from samda.source_statistics import (
     ClassFeatures,
     Sums,
     added,
-    body_masks,
     box_of,
     level_sums,
     shape_features,
+    slice_bodies,
 )
 from samda.task import Task
 
@@ -156,7 +156,7 @@ class QualityMeter:
             return
         pyramid, labels = map_levels(lambda level: level[shown].to(coarse), pyramid), labels[shown]
         if bodies is None:
-            bodies = body_masks(center_channels(images[shown].float().cpu(), self.task).numpy(), self.task)
+            bodies = slice_bodies(center_channels(images[shown], self.task), self.task)
         else:
             bodies = bodies[shown.cpu().numpy()]
         others = [self.network.decode(self._noisy(pyramid))]

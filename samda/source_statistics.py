@@ -155,6 +155,11 @@ def body_masks(images: np.ndarray, task: Task) -> np.ndarray:
     return mask.repeat(step, 1).repeat(step, 2)[:, : values.shape[1], : values.shape[2]]
 
 
+def slice_bodies(images: torch.Tensor, task: Task) -> np.ndarray:
+    """The body in each of some slices (n, C, H, W) that are no neighbors, or of several scans: (n, H, W)."""
+    return np.concatenate([body_masks(image[None], task) for image in images.float().cpu().numpy()])
+
+
 def body_boxes(images: torch.Tensor, task: Task) -> list[Box]:
     """The box of the body in each of the neighboring slices (n, C, H, W)."""
     return [box_of(mask) for mask in body_masks(np.asarray(images), task)]
@@ -322,9 +327,7 @@ def feature_statistics(
             found = [list(class_sums(torch.cat(kept).double(), shares)) for kept in tap.features]
             features = added(features, found)
             if isinstance(network.head, PyramidHead):
-                images = pyramid[IMAGE].float().cpu().numpy()  # of many patients
-                bodies = np.concatenate([body_masks(image[None], task) for image in images])
-                levels = added(levels, level_sums(network, pyramid, bodies))
+                levels = added(levels, level_sums(network, pyramid, slice_bodies(pyramid[IMAGE], task)))
     features = [[_one_background(part, layer[0]) for part in layer] for layer in features]
     return {"features": [_moments(*layer) for layer in features], "levels": [_moments(*level) for level in levels]}
 
@@ -338,7 +341,7 @@ def _one_background(part: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def level_sums(network: SamSegmenter, pyramid: Pyramid, bodies: np.ndarray) -> Sums:
     """Per level of slices weight (1,), sum and sum of squares (1, C) of its standardized channels in the body.
 
-    `bodies` are the masks (n, H, W) of :func:`body_masks`.
+    `bodies` are the masks (n, H, W) of :func:`slice_bodies`.
     """
     shown = torch.from_numpy(bodies)[:, None].float()
     sums = []

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -56,8 +57,11 @@ def pictures(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (0.1 + 0.4 * labels + noise).float(), labels
 
 
-def test_features_do_not_depend_on_the_batches(meter: QualityMeter) -> None:
+@pytest.mark.parametrize("modality", ["image", "MR"])
+def test_features_do_not_depend_on_the_batches(modality: Literal["image", "MR"], meter: QualityMeter) -> None:
     images, _ = pictures(6)
+    images *= torch.linspace(1, 0.4, 6)[:, None, None, None]  # the body of an MR slice depends on its brightness
+    meter = QualityMeter(meter.network, dataclasses.replace(TASK, modality=modality), meter.statistics)
     whole = [meter(images), meter.features()][1]
     for part in images.split(2):
         meter(part)
@@ -163,6 +167,17 @@ def test_a_gain_farther_from_the_training_slices_is_none() -> None:
     assert gain(2.0, 0.0, 0.0, 0.0, 0.0) > 0.1 and gain(2.0, 0.0, 0.0, 0.0, 0.5) > 0.1
     assert gain(2.0, 0.0, 0.0, 0.0, -0.5) == 0.0
     assert gain(-2.0, 0.0, 0.0, 0.0, -0.5) < -0.1  # a fall stays one
+
+
+def test_a_class_that_only_the_other_prediction_shows_is_harm() -> None:
+    """It raises the sum of the predicted Dice; its true Dice is 0."""
+    rows = rows_of([1.0, 0.5, 0.2, 0.8, 0.1], noise=0.0)
+    same = [dataclasses.replace(row, variant=1) for row in rows]
+    invented = [dataclasses.replace(row, name="b", variant=1, dice=0.0, true=False) for row in rows]
+    model, other = fit_calibration(rows + same), fit_calibration(rows + same + invented)
+    assert model is not None and other is not None and model.margin is not None and other.margin is not None
+    assert model.margin == 0.05 and other.margin > 0.2
+    assert other.weights == model.weights  # the Dice of a class that is not there teaches nothing
 
 
 def test_without_enough_pairs_no_gain_is_trusted() -> None:

@@ -29,7 +29,7 @@ from samda.networks.ops import argmax
 from samda.networks.segmenter import SamSegmenter
 from samda.progress import share
 from samda.quality import QualityMeter
-from samda.source_statistics import Box, body_boxes, body_masks
+from samda.source_statistics import Box, body_boxes, slice_bodies
 from samda.task import Task
 from samda.views import View, apply_view, make_views, restore_view, seed_of
 
@@ -70,6 +70,7 @@ class PreparedCase:
     scan: Path | SpatialImage | None = None  # file, DICOM folder or nibabel image
     intensity: dict[str, float] = dataclasses.field(default_factory=dict)  # chosen, see samda.adapters.intensity
     quality: CaseQuality | None = None  # of the source model in the chosen slices; None where it was not measured
+    deadline: float | None = None  # of `time.monotonic`, for the adaptation; None sets no limit
 
     @property
     def grid(self) -> SliceGrid:
@@ -243,7 +244,7 @@ def prepare_case(
         source=source,
         slices=slices,
         images=images,
-        bodies=body_masks(center_channels(images, task).numpy(), task),
+        bodies=slice_bodies(center_channels(images, task), task),
         views=views,
         encode=lambda: encode_views(images, slices, views, encode, settings.batch_size, inferer.device),
         seed=seed,

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adaptation of a trained model to one scan: built once, then `adapt` a case at a time.
 
-Per case: the source model predicts all slices. Where the predicted Dice can choose, gray values of the input and
-alignments of the levels are tried on a few slices. Otherwise, or where steps are asked for, these are encoded in
-several photometric views, and a few optimizer steps move the scope's parameters. What is best there predicts all
-slices; the guard compares both predictions; the parameters get their values back, bit for bit. Cases are independent of
-each other and of their order.
+Per case: the source model predicts all slices; a few of them serve for what follows. Where the predicted Dice can
+choose, gray values of the input are tried. The slices are encoded in several photometric views; alignments of the
+levels are tried, and a few optimizer steps move the scope's parameters where that is not enough. What is best predicts
+all slices; the guard compares both predictions; the parameters get their values back, bit for bit. Cases are
+independent of each other and of their order.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from samda.adaptation.case import (
 from samda.adaptation.guard import Decision, after, before, good_enough
 from samda.adaptation.loop import (
     Merit,
+    OutOfTime,
     Trajectory,
     class_agreement,
     decision_of,
@@ -109,6 +110,7 @@ class Adaptation:
     ) -> None:
         self.settings, self.objective = check_settings(settings)
         self.guard = self.settings.thresholds
+        self.unit = task.modality == "CT"  # have the intensities one in the training?
         task = override(task, self.settings.keep_largest, self.settings.modality)
         unmerge(network)  # a merged adapter has no parameters of its own to move
         self.network, self.task, self.device = network.to(device).eval(), task, torch.device(device)
@@ -174,7 +176,7 @@ class Adaptation:
     @property
     def least(self) -> float:
         """Predicted Dice from which a scan is like those of the training: it has that of the middle one of them."""
-        return math.nan if self.calibration is None else self.calibration.usual
+        return math.nan if self.calibration is None or math.isnan(self.margin) else self.calibration.usual
 
     def describe(self) -> dict[str, Any]:
         """Model and settings as a record has them."""
@@ -227,10 +229,13 @@ class Adaptation:
 
     def decide(self, case: PreparedCase) -> Outcome:
         """Adapt to a prepared case and let the guard decide; any error while adapting ends in a fallback."""
-        outcome = self.judge_source(case)
-        if outcome.decision is not None:
-            return outcome
+        outcome = Outcome(self.judge.evidence(case, case.source))
+        limit = self.settings.time_limit_s
+        case.deadline = None if limit is None else time.monotonic() + limit
         try:
+            self.judge_source(case, outcome)
+            if outcome.decision is not None:
+                return outcome
             outcome.run = self.optimize(case)
             outcome.source = dataclasses.replace(outcome.source, drift=outcome.run.drift[0])
             outcome.decision = self.too_little(case, outcome.run)
@@ -239,7 +244,7 @@ class Adaptation:
                 outcome.evidence = self.judge.evidence(case, outcome.adapted, *outcome.run.measures())
                 outcome.decision = self.compare(case, outcome)
         except Exception as error:
-            outcome.adapted = None
+            outcome.adapted, case.intensity = None, {}
             outcome.decision, outcome.error = decision_of(error), f"{type(error).__name__}: {error}"
             logger.debug("case fell back", exc_info=True)
         return outcome
@@ -273,23 +278,23 @@ class Adaptation:
         memory_mb = self.settings.memory_mb if self.embedded else None
         return EmbeddingReplay(self.network, memory_mb, self.meter, self.calibration)
 
-    def judge_source(self, case: PreparedCase) -> Outcome:
-        """Evidence of the source prediction, and the decision where there is a reason not to adapt at all.
+    def judge_source(self, case: PreparedCase, outcome: Outcome) -> None:
+        """Decide where there is a reason not to adapt at all; else choose gray values, and add what the views show.
 
-        What the predicted Dice decides needs no view, so none is encoded, and agreement and entropy are NaN. Views have
-        the gray values that are chosen for the case here.
+        What the predicted Dice decides needs no view, so none is encoded, and agreement and entropy stay NaN. Views
+        have the gray values that are chosen for the case here.
         """
-        source = self.judge.evidence(case, case.source)
-        decision = good_enough(source, self.guard, self.least)
-        if decision is None:
-            case.intensity = self.choose_intensity(case)
-            with torch.no_grad(), self._with_intensity(case):
-                logits = self.logits(case).float()
-            shown = class_agreement(logits)
-            agreement, entropy = mean_agreement(shown), foreground_entropy(logits)
-            source = dataclasses.replace(source, agreement=agreement, entropy=entropy)
-            decision = before(source, bool(shown), self.guard, calibrated=not math.isnan(self.least))
-        return Outcome(source, decision)
+        source = outcome.source
+        outcome.decision = good_enough(source, self.guard, self.least)
+        if outcome.decision is not None:
+            return
+        case.intensity = self.choose_intensity(case)
+        with torch.no_grad(), self._with_intensity(case):
+            logits = self.logits(case).float()
+        shown = class_agreement(logits)
+        agreement, entropy = mean_agreement(shown), foreground_entropy(logits)
+        outcome.source = dataclasses.replace(source, agreement=agreement, entropy=entropy)
+        outcome.decision = before(outcome.source, bool(shown), self.guard, calibrated=not math.isnan(self.least))
 
     @phase("intensities")
     @torch.no_grad()
@@ -300,12 +305,14 @@ class Adaptation:
         begin = time.perf_counter()
 
         def judge(values: Values) -> CaseQuality:
+            if case.deadline is not None and time.monotonic() > case.deadline:
+                raise OutOfTime("a change of gray values")
             case.intensity = values
             with self._with_intensity(case):
                 return self._expected(case)
 
         plain = self._source_quality(case)
-        found = search(lambda values: judge(values).gain_over(plain), self.task.modality != "CT", self.margin)
+        found = search(lambda values: judge(values).gain_over(plain), not self.unit, self.margin)
         case.seconds["intensities"] = time.perf_counter() - begin
         return found
 
@@ -324,8 +331,9 @@ class Adaptation:
     @phase("gradient steps")
     def optimize(self, case: PreparedCase) -> Trajectory:
         """Adapt to a prepared case; the model keeps its values, the result is in the trajectory."""
-        begin, limit, chosen = time.perf_counter(), self.settings.time_limit_s, self._tensors(case)
-        merit, enough = self._merit(case), self._enough(case)
+        begin, chosen = time.perf_counter(), self._tensors(case)
+        means: list[float] = []  # predicted Dice of the iterates
+        merit = self._merit(case, means)
         with self._with_intensity(case), restoring(self.network, self.stepped), FeatureTap(self.network) as tap:
             head, shape = self.network.head, (len(case.views), len(case.slices))
             ratio = head.feature_stride // head.stride
@@ -344,8 +352,8 @@ class Adaptation:
                 (self.settings.steps or 0) if self.stepped else 0,
                 self.rates,
                 merit=merit,
-                enough=enough,
-                deadline=None if limit is None else time.monotonic() + limit,
+                enough=(lambda index: means[index] >= self.least) if self._saves_steps() else None,
+                deadline=case.deadline,
                 alignment=lambda: align(seen[0]),
                 starts=self.aligned_levels(case),
             )
@@ -353,18 +361,24 @@ class Adaptation:
         run.tensors, run.last = run.tensors | chosen, run.last | chosen
         return run
 
-    def _merit(self, case: PreparedCase) -> Merit:
-        """What decides which iterates may be kept: with a calibration, the predicted Dice less the source model's."""
+    def _merit(self, case: PreparedCase, means: list[float]) -> Merit:
+        """What decides which iterates may be kept: with a calibration, the predicted Dice less the source model's.
+
+        Their predicted Dice, over the classes of both, are added to `means`.
+        """
         if self.settings.keep == "last":
             return keep_last
         if self.meter is None:
             return functools.partial(self.judge.merit, case, self.guard.absent)
 
         source = self._source_quality(case)
+        shown = {name for name, one in source.dice.items() if one.predicted}
 
         def gain(logits: torch.Tensor, by_class: Mapping[int, float]) -> float:
             plain = map_levels(lambda level: level[0], case.inputs) if self.embedded else None
-            return self._expected(case, plain).gain_over(source)
+            found = self._expected(case, plain)
+            means.append(found.mean_over([name for name, one in found.dice.items() if one.predicted or name in shown]))
+            return found.gain_over(source)
 
         return gain
 
@@ -374,10 +388,9 @@ class Adaptation:
             case.quality = self._expected(case)
         return case.quality
 
-    def _enough(self, case: PreparedCase) -> float:
-        """Merit from which no step follows: that of scans like the training's."""
-        always = self.guard.skip_agreement > 1 or self.settings.keep == "last"
-        return math.inf if always or not self.choosing else self.least - self._source_quality(case).mean
+    def _saves_steps(self) -> bool:
+        """Does no step follow where the predicted Dice is that of scans like the training's?"""
+        return self.choosing and self.guard.skip_agreement <= 1 and self.settings.keep != "last"
 
     @torch.no_grad()
     def aligned_levels(self, case: PreparedCase) -> list[dict[str, torch.Tensor]]:
@@ -395,7 +408,7 @@ class Adaptation:
         """The decision where nothing changed, or where the chosen slices gain too little to predict the scan again."""
         if not (run.best_step or case.intensity):
             return Decision.of("accepted_unchanged", "no iterate was better than the source model")
-        gain = run.merit[run.best_step]
+        gain = max(run.merit)
         if self.meter is not None and self.settings.keep != "last" and gain <= self.margin:
             text = f"predicted Dice {gain:+.3f} in the chosen slices, margin {self.margin:.3f}"
             return Decision.of("fallback_expected", text)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # it imports PyTorch, which `samda adapt --help` must not
     from samda.expected_dice import CaseQuality
 
 REASONS = {
-    "accepted": "the adapted prediction is more plausible or its views agree better, and they do not agree less",
+    "accepted": "the predicted Dice rose by the margin; without one, plausibility or the agreement of the views",
     "accepted_unchanged": "no voxel changed, no iterate was better, or no step was taken",
     "skipped_quality": "before adapting: the predicted Dice is high, or the map is plausible and its views agree",
     "skipped_empty": "before adapting: no view shows any foreground; review the scan",

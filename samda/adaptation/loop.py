@@ -116,7 +116,7 @@ def optimize(
     deadline: float | None = None,
     alignment: Callable[[], torch.Tensor] | None = None,
     starts: Sequence[Mapping[str, torch.Tensor]] = (),
-    enough: float = math.inf,
+    enough: Callable[[int], bool] | None = None,
 ) -> Trajectory:
     """Minimize the objective over `parameters`, which are theta_0 before and the kept iterate afterwards.
 
@@ -135,7 +135,7 @@ def optimize(
         alignment: distance of the features of the latest logits from the source's, see
             :mod:`samda.adaptation.alignment`; weighted by the objective.
         starts: values of some of the parameters, by name.
-        enough: merit from which no step follows.
+        enough: does no step follow the iterate of this index?
     """
     start = copies(parameters)
     run, last = Trajectory(start, start), len(starts) + steps
@@ -161,19 +161,21 @@ def optimize(
             share(0.35 + 0.55 * (len(run.loss) - 1) / max(1, last))  # of a case: after prediction and views
         return loss
 
-    measured = bool(starts) or enough < math.inf  # before the first step
+    measured = bool(starts) or enough is not None  # before the first step
     for tensors in (start, *starts) if measured else ():
         load(parameters, start | dict(tensors))
         pass_(gradients=False)
     if measured:
         first = max(kept, key=lambda index: (_merit(run.merit[index]), index))
         load(parameters, kept[first])
-        steps = 0 if run.merit[first] >= enough else steps
+        steps = 0 if enough is not None and enough(first) else steps
     rates = lr if isinstance(lr, Mapping) else dict.fromkeys(parameters, lr)
-    optimizer = torch.optim.Adam([{"params": [tensor], "lr": rates[name]} for name, tensor in parameters.items()])
+    groups = [{"params": [tensor], "lr": rates[name]} for name, tensor in parameters.items()]
+    optimizer = torch.optim.Adam(groups) if groups else None
+    steps = steps if groups else 0
     for step in range(steps + 1 if steps or not measured else 0):
         loss = pass_(gradients=step < steps, record=step > 0 or not measured)
-        if step < steps:
+        if optimizer is not None and step < steps:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), GRADIENT_NORM)
@@ -255,7 +257,12 @@ def foreground_entropy(logits: torch.Tensor) -> float:
 
 
 def displacement(parameters: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]) -> float:
-    """|theta - theta_0| / |theta_0| over all adapted tensors; the root mean square of the change where theta_0 is 0."""
+    """|theta - theta_0| / |theta_0| over all adapted tensors; the root mean square of the change where theta_0 is 0.
+
+    0 where nothing moves.
+    """
+    if not start:
+        return 0.0
     moved = sum(float((parameters[name].detach() - start[name]).double().square().sum()) for name in start)
     size = sum(float(start[name].double().square().sum()) for name in start)
     return (moved / (size or sum(tensor.numel() for tensor in start.values()))) ** 0.5

@@ -84,7 +84,7 @@ class AdaptationSettings:
         words="the learning rate (lr)",
     )
     views: int | None = _whole(
-        None, 1, "views of each slice; default 6, or 3 where the model predicts its Dice", flag="--views"
+        None, 1, "views of each slice; default 6, or 3 where a predicted Dice chooses", flag="--views"
     )
     slices: int = _whole(8, 1, "slices to adapt on; default 8", flag="--slices")
     seed: int = _whole(0, 0, "random seed of the views; default 0", flag="--seed")

@@ -180,7 +180,7 @@ def check_scope(scope: str) -> list[str]:
 def default_scope(model: nn.Module) -> str:
     """The scope of this model without a choice, see the module; AdapterError where it has none."""
     found = _parameters_by_scope(model)
-    for group in (("ssf", "decoder"), ("norm",), ("encoder",)):
+    for group in (("ssf", "decoder"), ("norm",), ("encoder",), ("intensity",)):
         if chosen := [scope for scope in group if scope in found]:
             return "+".join(chosen)
     raise AdapterError("this model has no adapter, and nothing else adapts; train it with one, such as ssf")
@@ -208,7 +208,7 @@ def _parameters_by_scope(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]
     for path, site, adapter in modules(model):
         own = dict(adapter.named_parameters())
         declared = adapter.scope_params()
-        if site.info.part == "encoder":
+        if site.info.part == "encoder" and site.info.kind != "input":
             declared = declared | {"encoder": adapter.adapter_params()}
         for scope, names in declared.items():
             found.setdefault(scope, {}).update({f"{path}.{name}": own[name] for name in names})

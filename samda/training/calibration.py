@@ -31,7 +31,7 @@ from samda.networks.segmenter import SamSegmenter
 from samda.progress import bar
 from samda.quality import QualityMeter
 from samda.source_statistics import STRENGTHS as ALIGNMENTS
-from samda.source_statistics import align_levels, body_masks, level_sums
+from samda.source_statistics import align_levels, level_sums, slice_bodies
 from samda.training import pace
 from samda.training.datasets import SliceDataset
 from samda.views import FAMILIES, View, apply_view, make_views, seed_of
@@ -141,7 +141,7 @@ def _rows(
     parameters = _alignable(network)
     shown = torch.from_numpy(((labels > 0) & (labels < OPEN)).reshape(len(labels), -1).any(1))
     if parameters and meter.statistics.get("levels"):
-        bodies = body_masks(center_channels(images[shown].cpu(), task).numpy(), task)
+        bodies = slice_bodies(center_channels(images[shown], task), task)
         found = level_sums(network, map_levels(lambda level: level[shown], pyramid), bodies)
         before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         aligned = [align_levels(network, parameters, meter.statistics["levels"], found, a) for a in ALIGNMENTS]
@@ -157,9 +157,9 @@ def _rows(
     for variant, (features, counts) in enumerate(variants):
         for k, name in enumerate(task.classes[1:], start=1):
             true, predicted = counts[k].sum(), counts[:, k].sum()
-            if true:
+            if true or predicted:
                 dice = float(2 * counts[k, k] / (true + predicted))
-                rows.append(Row(patient, scan, variant, name, features[name], dice, view != View()))
+                rows.append(Row(patient, scan, variant, name, features[name], dice, view != View(), bool(true)))
     return rows
 
 

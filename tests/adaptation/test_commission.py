@@ -42,7 +42,7 @@ CALIBRATION = Calibration(
     heights=[0.5],
     low=[-0.2],
     high=[0.1],
-    margin=0.02,
+    margin=0.05,
     usual=0.58,
     about={"from": "a test"},
 )

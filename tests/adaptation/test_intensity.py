@@ -78,3 +78,35 @@ def test_objectives_of_papers_and_models_without_a_calibration_keep_the_gray_val
         Adaptation(network, TASK, trained[1], scope="intensity")
     alone = Adaptation(network, TASK, record, scope="intensity")
     assert len(alone.parameters) == 3 and not alone.stepped
+
+
+def test_the_gray_values_alone_are_adapted(pyramid: tuple, tmp_path: Path) -> None:
+    network, record = pyramid
+    values, labels = scan(3)
+    dark = np.where(values < 0, values, 1000 * (values.clip(0, 1000) / 1000) ** 2.5)
+    path = save(tmp_path / "dark.nii.gz", dark.astype(np.float32))
+    for settings in ({"scope": "intensity"}, {"scope": "intensity", "steps": 0}):
+        result = Adaptation(network, TASK, record, slices=4, **settings).adapt(path)
+        assert result.record["reason"] == "accepted" and result.record["steps_run"] == 0
+        assert dice(result.labels, labels) > dice(result.source, labels) + 0.05
+    none = Adaptation(network, TASK, record, slices=4, scope="intensity", method="none").adapt(path)
+    assert none.record["reason"] == "accepted_unchanged"
+
+
+def test_an_error_of_the_search_falls_back(pyramid: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, record = pyramid
+    path = save(tmp_path / "scan.nii.gz", scan(3)[0].astype(np.float32))
+    engine = Adaptation(network, TASK, record, slices=4)
+    case = engine.prepare(path)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(engine, "meter", fail)
+    outcome = engine.decide(case)
+    assert outcome.decision is not None and outcome.decision.reason in ("fallback_oom", "fallback_error")
+    assert not case.intensity and np.array_equal(
+        engine.restore(case, outcome).labels, case.own_grid(case.source.labels)[0]
+    )
+    late = Adaptation(network, TASK, record, slices=4, time_limit_s=1e-6).adapt(path)
+    assert late.record["reason"] == "fallback_timeout"

@@ -101,12 +101,17 @@ def test_no_step_follows_what_is_enough(logits: torch.Tensor) -> None:
     for merits, steps in (([0.0, 0.3, 0.1], 0), ([0.0, 0.1, 0.1, 0.1], 2), ([0.25, 0.1], 0)):
         scores = iter(merits)
         found, start, _ = run(
-            Scaler(), logits, steps=2, starts=starts, enough=0.2, merit=lambda z, agreed, scores=scores: next(scores)
+            Scaler(),
+            logits,
+            steps=2,
+            starts=starts,
+            enough=lambda index, merits=merits: merits[index] >= 0.2,
+            merit=lambda z, agreed, scores=scores: next(scores),
         )
         assert len(found.merit) == 2 + steps
         best = starts[0] if merits[1] > merits[0] else start
         assert torch.equal(found.tensors["scale"], best["scale"])
-    alone, _, _ = run(Scaler(), logits, steps=2, enough=0.2, merit=lambda z, agreed: 0.2)
+    alone, _, _ = run(Scaler(), logits, steps=2, enough=lambda index: True, merit=lambda z, agreed: 0.2)
     assert len(alone.merit) == 1
 
 

@@ -47,7 +47,7 @@ def test_it_measures_every_patient_and_leaves_the_network_alone(trained: Trained
     assert found["about"]["patients"] == 3
     assert found["about"]["rows"] <= 3 * 2 * 4 * (ROUNDS + 1)  # patients, classes, variants, changes
     assert found["about"]["mean_absolute_error"] < 0.3
-    assert found["margin"] is not None and 0 <= found["margin"] < 1
+    assert found["margin"] is not None and 0.05 <= found["margin"] < 1
     model = Calibration.from_record({"calibration": found})
     assert model is not None and len(model.weights) == len(FEATURES) and min(model.weights) >= 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
