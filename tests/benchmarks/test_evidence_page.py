@@ -69,10 +69,10 @@ CLAIMS: dict[str, Callable[[Rows], bool]] = {
     ),
     "Nuclei of three pictures are not decided": lambda rows: (
         [
-            [round(mean(both[seed : seed + 32]), 3) for seed in (0, 32)]  # 32 held-out pictures
+            [round(mean(both[seed : seed + 32]), 3) for seed in (0, 32, 64)]  # 32 held-out pictures
             for both in (rows.dice("nuclei_fluo", name, 3) for name in ("pyramid", "DynUNet 2-D"))
         ]
-        == [[0.904, 0.899], [0.905, 0.864]]
+        == [[0.904, 0.899, 0.818], [0.905, 0.864, 0.824]]
     ),
     "The margins say as much about the budget as about the methods": lambda rows: (
         {38, 88, 160, 301} <= {row.get("steps") for row in rows.trained if row["method"].startswith("DynUNet")}
