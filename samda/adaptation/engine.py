@@ -110,7 +110,7 @@ class Adaptation:
     ) -> None:
         self.settings, self.objective = check_settings(settings)
         self.guard = self.settings.thresholds
-        self.unit = task.modality == "CT"  # have the intensities one in the training?
+        self.inversion = task.modality != "CT"  # may dark be bright? As the calibration of the training tried
         task = override(task, self.settings.keep_largest, self.settings.modality)
         unmerge(network)  # a merged adapter has no parameters of its own to move
         self.network, self.task, self.device = network.to(device).eval(), task, torch.device(device)
@@ -312,7 +312,7 @@ class Adaptation:
                 return self._expected(case)
 
         plain = self._source_quality(case)
-        found = search(lambda values: judge(values).gain_over(plain), not self.unit, self.margin)
+        found = search(lambda values: judge(values).gain_over(plain), self.inversion, self.margin)
         case.seconds["intensities"] = time.perf_counter() - begin
         return found
 
@@ -349,7 +349,7 @@ class Adaptation:
                 logits,
                 self.stepped,
                 self.objective,
-                (self.settings.steps or 0) if self.stepped else 0,
+                self.settings.steps or 0,
                 self.rates,
                 merit=merit,
                 enough=(lambda index: means[index] >= self.least) if self._saves_steps() else None,
@@ -370,7 +370,6 @@ class Adaptation:
             return keep_last
         if self.meter is None:
             return functools.partial(self.judge.merit, case, self.guard.absent)
-
         source = self._source_quality(case)
         shown = {name for name, one in source.dice.items() if one.predicted}
 

@@ -137,7 +137,7 @@ def optimize(
         starts: values of some of the parameters, by name.
         enough: does no step follow the iterate of this index?
     """
-    start = copies(parameters)
+    start, steps = copies(parameters), steps if parameters else 0
     run, last = Trajectory(start, start), len(starts) + steps
     kept: dict[int, dict[str, torch.Tensor]] = {}
 
@@ -172,7 +172,6 @@ def optimize(
     rates = lr if isinstance(lr, Mapping) else dict.fromkeys(parameters, lr)
     groups = [{"params": [tensor], "lr": rates[name]} for name, tensor in parameters.items()]
     optimizer = torch.optim.Adam(groups) if groups else None
-    steps = steps if groups else 0
     for step in range(steps + 1 if steps or not measured else 0):
         loss = pass_(gradients=step < steps, record=step > 0 or not measured)
         if optimizer is not None and step < steps:

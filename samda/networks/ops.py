@@ -193,11 +193,6 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Te
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-# Measured on a CPU for a factor of 4: two matrix products take a third of the time of forward and backward pass at 64
-# pixels and two thirds at 128; without gradients they are slower from 128 on, and with them from 256 on.
-LARGEST_PRODUCT = 128
-
-
 def argmax(maps: torch.Tensor, dim: int = 0) -> torch.Tensor:
     """`maps.argmax(dim)`, the first of equal values, as int16; on a CPU about ten times faster."""
     maps = maps.movedim(dim, 0)
@@ -206,6 +201,11 @@ def argmax(maps: torch.Tensor, dim: int = 0) -> torch.Tensor:
         index.masked_fill_(maps[k] > best, k)
         best = torch.maximum(best, maps[k])
     return index
+
+
+# Measured on a CPU for a factor of 4: two matrix products take a third of the time of forward and backward pass at 64
+# pixels and two thirds at 128; without gradients they are slower from 128 on, and with them from 256 on.
+LARGEST_PRODUCT = 128
 
 
 def upsample(maps: torch.Tensor, factor: int) -> torch.Tensor:

@@ -24,9 +24,10 @@ from samda.data.slices import center_channels
 from samda.data.splits import Split, patient_of
 from samda.errors import AdapterError
 from samda.expected_dice import Row, fit_calibration
+from samda.inference.volume import VolumeInferer
 from samda.metrics import confusion_matrix
 from samda.networks.head import Pyramid, cat_levels, map_levels, split_levels
-from samda.networks.ops import argmax, computes_bf16
+from samda.networks.ops import argmax
 from samda.networks.segmenter import SamSegmenter
 from samda.progress import bar
 from samda.quality import QualityMeter
@@ -131,7 +132,7 @@ def _rows(
     images = images.to(network.pixel_mean)
     labels = torch.cat([item["label"] for item in items]).numpy().astype(np.int64)
     pyramid, changed = (
-        _encode(network, inputs, batch_size) for inputs in (images, IntensityAdapter.of(values).to(images)(images))
+        _encode(meter, inputs, batch_size) for inputs in (images, IntensityAdapter.of(values).to(images)(images))
     )
     possible = None if slices.partial is None else slices.partial.possible().numpy()
     counts, rows = _counts(meter, images, pyramid, labels, batch_size, possible), []
@@ -163,15 +164,14 @@ def _rows(
     return rows
 
 
-def _autocast(network: SamSegmenter) -> torch.autocast:
+def _autocast(meter: QualityMeter) -> torch.autocast:
     """The precision of `samda predict`."""
-    device = network.pixel_mean.device
-    return torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device))
+    return VolumeInferer(meter.task).autocast(meter.network.pixel_mean.device)
 
 
-def _encode(network: SamSegmenter, images: torch.Tensor, batch_size: int) -> Pyramid:
-    with _autocast(network):
-        return cat_levels([network.encode(part) for part in images.split(batch_size)])
+def _encode(meter: QualityMeter, images: torch.Tensor, batch_size: int) -> Pyramid:
+    with _autocast(meter):
+        return cat_levels([meter.network.encode(part) for part in images.split(batch_size)])
 
 
 def _counts(
@@ -188,7 +188,7 @@ def _counts(
     """
     meter.clear()
     parts = zip(images.split(batch_size), split_levels(pyramid, batch_size), strict=True)
-    with _autocast(meter.network):
+    with _autocast(meter):
         found = torch.cat([argmax(meter(part, levels), 1).cpu() for part, levels in parts]).numpy()
     if possible is not None:
         found = np.where((labels >= OPEN) & possible[labels, found], 0, found)
